@@ -1,0 +1,49 @@
+# `make demo` and `make test` do all the set-up themselves: a virtual environment in .venv with pinned packages.
+# Started again, they do no set-up twice (the stamp below is newer than what it depends on).
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+SOURCES := schemas producers consumers streams infra examples tests
+# What the command line adds, for example: make demo ARGS="--steps 20"
+ARGS ?=
+
+.PHONY: help demo test lint format setup chaos clean
+
+help: ## this list
+	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
+
+demo: $(STAMP) ## train the calculator agent online, end to end, on this machine (about 5 minutes)
+	@$(BIN)/fulgurite demo $(ARGS)
+
+test: $(STAMP) ## all tests but those that need a GPU
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not gpu" $(ARGS)
+
+lint: $(STAMP) ## format, lint and types
+	@$(BIN)/ruff format --check $(SOURCES)
+	@$(BIN)/ruff check $(SOURCES)
+	@$(BIN)/pyright --pythonpath $(BIN)/python
+
+format: $(STAMP) ## format the code and mend what can be mended
+	@$(BIN)/ruff check --fix --quiet $(SOURCES)
+	@$(BIN)/ruff format $(SOURCES)
+
+chaos: $(STAMP) ## only the tests that kill processes
+	@$(BIN)/python -m pytest -m chaos $(ARGS)
+
+setup: $(STAMP) ## the virtual environment, without running anything
+
+$(STAMP): pyproject.toml constraints.txt
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
+	  { echo "Python 3.11 or newer is needed; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
+	@echo "Setting up $(VENV): about 3 GB of packages (torch is most of it) into $(CURDIR)/$(VENV), 7 GB on disk, pip's cache is used."
+	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
+	  { rm -rf $(VENV); echo "Python's venv module is missing or broken: on Debian and Ubuntu install python3-venv, then run make again."; exit 1; }
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25"
+	@$(BIN)/python -m pip install --quiet --progress-bar on --constraint constraints.txt --editable ".[dev]" || \
+	  { echo "Installing the packages failed (network? disk?). What was downloaded is cached; run make again."; exit 1; }
+	@touch $(STAMP)
+
+clean: ## remove the environment and build results; demo data in .fulgurite stays
+	@rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis

@@ -1,0 +1,1 @@
+"""The command line, the embedded Kafka and ClickHouse, supervision, the demo. Wires the other packages together."""

@@ -1,0 +1,1 @@
+"""What writes events on the agents' side: publishers, exporter, runner, gateway. Never imports torch or ClickHouse."""

@@ -1,0 +1,72 @@
+"""Publishing a version of a resource by hand: what `fulgurite publish` does. The trainer has its own, transactional way.
+
+Promises: the number is one more than the newest on `resources`; publishing the same files again while they are the newest
+publishes nothing. Two publishers at once are the caller's mistake: followers converge to whichever record came last.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+
+from fulgurite.producers.kafka import connection_options
+from fulgurite.producers.publisher import Publisher
+from fulgurite.schemas.checksum import folder_sha256
+from fulgurite.schemas.codec import decode
+from fulgurite.schemas.errors import InvalidEvent, SettingsError
+from fulgurite.schemas.resources import ResourceVersion
+from fulgurite.schemas.settings import KafkaSettings, Settings
+from fulgurite.schemas.topics import RESOURCES
+
+
+async def newest_version(settings: KafkaSettings, resource: str) -> ResourceVersion | None:
+    """The newest committed version of `resource` on the topic, None where there is none."""
+    name = settings.topic(RESOURCES)
+    consumer = AIOKafkaConsumer(
+        **connection_options(settings), isolation_level="read_committed", enable_auto_commit=False
+    )
+    await consumer.start()
+    try:
+        partitions = [TopicPartition(name, p) for p in sorted(consumer.partitions_for_topic(name) or {0})]
+        consumer.assign(partitions)
+        ends = await consumer.end_offsets(partitions)
+        await consumer.seek_to_beginning(*partitions)
+        newest: ResourceVersion | None = None
+        while any([await consumer.position(p) < ends[p] for p in partitions]):
+            for records in (await consumer.getmany(timeout_ms=200)).values():
+                for record in records:
+                    found = _version_of(record.value, resource)
+                    if found and (newest is None or found.version >= newest.version):
+                        newest = found
+        return newest
+    finally:
+        await consumer.stop()
+
+
+def _version_of(value: bytes | None, resource: str) -> ResourceVersion | None:
+    try:
+        version = decode(ResourceVersion, value)
+    except InvalidEvent:
+        return None  # the materialiser keeps it as a dead letter; here it is just not a version
+    return version if version.resource == resource else None
+
+
+async def publish_folder(settings: Settings, resource: str, folder: Path, run_id: str = "") -> ResourceVersion:
+    """Publishes the files in `folder` as the next version of `resource`; gives the version that is now the newest."""
+    if not folder.is_dir():
+        raise SettingsError(f"{folder} is not a folder: give the folder of the model's files")
+    sha256 = folder_sha256(folder)
+    newest = await newest_version(settings.kafka, resource)
+    if newest and newest.sha256 == sha256:
+        return newest
+    version = ResourceVersion(
+        resource=resource,
+        version=newest.version + 1 if newest else 1,
+        uri=folder.resolve().as_uri(),
+        sha256=sha256,
+        run_id=run_id,
+    )
+    async with Publisher(settings.kafka, settings.producer) as publisher:
+        await (await publisher.publish(RESOURCES, resource, version))
+    return version

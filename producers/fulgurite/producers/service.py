@@ -1,0 +1,78 @@
+"""What every process of ours does alike: readable logs, a stop on SIGTERM or SIGINT, errors that end it with a code.
+
+Promises: `serve` gets an Event that is set once when somebody wants the process to end; when `serve` returns the
+process exits with 0; a FulguriteError is logged in one line and ends it with its exit code; any other error is logged
+with its traceback and ends it with 1. Does not know what the service does, nor who restarts it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import signal
+import sys
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from fulgurite.schemas.errors import FulguriteError, StartError
+
+logger = logging.getLogger(__name__)
+
+LOG_FORMAT = "%(asctime)s %(levelname)-7s {name} %(name)s: %(message)s"
+
+Serve = Callable[[asyncio.Event], Awaitable[None]]
+
+
+def configure_logging(name: str, level: int = logging.INFO) -> None:
+    """Lines on stderr, with the service's name. Prompts, answers and secrets are never logged, by anyone."""
+    logging.basicConfig(level=level, format=LOG_FORMAT.format(name=name), stream=sys.stderr, force=True)
+    # aiokafka repeats one line per retry while a broker is away; our own services say what they wait for.
+    logging.getLogger("aiokafka").setLevel(logging.ERROR)
+    logging.getLogger("httpx").setLevel(logging.WARNING)
+
+
+def run_service(name: str, serve: Serve) -> int:
+    """Runs `serve` until it returns; gives the exit code. Call it from the main thread."""
+    configure_logging(name)
+    try:
+        asyncio.run(_until_stopped(name, serve))
+    except FulguriteError as error:
+        logger.error("%s: %s", type(error).__name__, error)
+        return error.exit_code
+    except Exception:
+        logger.exception("%s ended by an unexpected error", name)
+        return 1
+    logger.info("%s stopped", name)
+    return 0
+
+
+async def _until_stopped(name: str, serve: Serve) -> None:
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGTERM, signal.SIGINT):
+        loop.add_signal_handler(number, stop.set)
+    logger.info("%s starting", name)
+    await serve(stop)
+
+
+async def serve_asgi(app: Any, host: str, port: int, stop: asyncio.Event, name: str) -> None:
+    """Serves an ASGI app until `stop`, then lets requests under way finish (5 s). A taken port raises StartError."""
+    import contextlib
+
+    import uvicorn
+
+    config = uvicorn.Config(
+        app, host=host, port=port, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=5
+    )
+    server = uvicorn.Server(config)
+    # run_service has handlers of its own; uvicorn's would replace them.
+    setattr(server, "capture_signals", contextlib.nullcontext)  # noqa: B010
+    running = asyncio.create_task(server.serve())
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    server.should_exit = True
+    stopping.cancel()
+    try:
+        await running
+    except SystemExit as error:  # uvicorn's way to say that it could not start
+        raise StartError(f"{name} cannot listen on {host}:{port}: is the port taken? (see the log above)") from error

@@ -1,0 +1,31 @@
+"""The checksum of a version's files: written by the trainer, verified by the follower and by servers."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from urllib.parse import unquote, urlparse
+
+_CHUNK_BYTES = 1 << 20
+
+
+def folder_sha256(folder: Path) -> str:
+    """SHA-256 over (relative name, length, content) of every file below `folder`, in the order of their names."""
+    digest = hashlib.sha256()
+    for path in sorted(p for p in folder.rglob("*") if p.is_file()):
+        digest.update(f"{path.relative_to(folder).as_posix()}\0{path.stat().st_size}\0".encode())
+        with path.open("rb") as file:
+            while chunk := file.read(_CHUNK_BYTES):
+                digest.update(chunk)
+    return digest.hexdigest()
+
+
+def folder_of(uri: str) -> Path:
+    """The local folder a file:// URI names.
+
+    Raises ValueError for any other scheme: object stores are read by whoever mounts them.
+    """
+    parsed = urlparse(uri)
+    if parsed.scheme != "file" or parsed.netloc not in ("", "localhost"):
+        raise ValueError(f"cannot read {uri!r}: only file:///… URIs are supported")
+    return Path(unquote(parsed.path))

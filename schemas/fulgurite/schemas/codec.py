@@ -1,0 +1,52 @@
+"""Bytes <-> events. The only place that knows that values are JSON and keys are UTF-8."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from fulgurite.schemas.errors import InvalidEvent, RecordTooLarge
+
+M = TypeVar("M", bound=BaseModel)
+T = TypeVar("T")
+
+MAX_RECORD_BYTES = 8 * 1024 * 1024
+"""Default bound of one record: a 32k-token span with logprobs is about 1 MB of JSON."""
+
+
+def encode(event: BaseModel, max_record_bytes: int = MAX_RECORD_BYTES) -> bytes:
+    """The event as JSON. Raises RecordTooLarge with its size and the bound."""
+    data = event.model_dump_json(exclude_unset=False).encode()
+    if len(data) > max_record_bytes:
+        raise RecordTooLarge(
+            f"{type(event).__name__} is {len(data)} bytes as JSON; kafka.max_record_bytes allows {max_record_bytes}"
+        )
+    return data
+
+
+def encode_key(key: str) -> bytes | None:
+    """Kafka's murmur2 over these bytes chooses the partition; no key where there is no id."""
+    return key.encode() or None
+
+
+def decode(model: type[M], data: bytes | None) -> M:
+    """The event these bytes hold. Raises InvalidEvent with reason `empty`, `not_json` or `bad_field`."""
+    return _validate(TypeAdapter(model), model.__name__, data)
+
+
+def decode_union(adapter: TypeAdapter[T], name: str, data: bytes | None) -> T:
+    """The same for a discriminated union such as ROLLOUT_EVENT."""
+    return _validate(adapter, name, data)
+
+
+def _validate(adapter: TypeAdapter[T], name: str, data: bytes | None) -> T:
+    if not data:
+        raise InvalidEvent("empty", f"{name}: the record has no value")
+    try:
+        return adapter.validate_json(data)
+    except ValidationError as error:
+        first = error.errors(include_url=False, include_context=False)[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the record"
+        reason = "not_json" if first["type"] == "json_invalid" else "bad_field"
+        raise InvalidEvent(reason, f"{name}: {where}: {first['msg']} ({error.error_count()} errors)") from None

@@ -1,0 +1,50 @@
+"""A dead letter: the original bytes of a record that could not be used, unchanged, with the reason in its headers.
+
+Header names are Kafka Connect's, so that tools which read its dead letter queues read these.
+Direction: assembler, gateway, follower, trainer -> materialiser, operator. (What the materialiser itself cannot parse
+it writes to the table `dead_letters` in the same insert as the good rows.)
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+HEADER_TOPIC = "__connect.errors.topic"
+HEADER_PARTITION = "__connect.errors.partition"
+HEADER_OFFSET = "__connect.errors.offset"
+HEADER_STAGE = "__connect.errors.stage"
+HEADER_REASON = "__connect.errors.exception.class.name"
+HEADER_MESSAGE = "__connect.errors.exception.message"
+
+MAX_MESSAGE_CHARS = 2_000
+
+Headers = list[tuple[str, bytes]]
+
+
+@dataclass(frozen=True, slots=True)
+class DeadLetter:
+    """Topic `dead_letters`, key as the original."""
+
+    topic: str
+    """Full name of the original topic; empty when it never was a record."""
+    partition: int
+    offset: int
+    stage: str
+    """Who could not use it: materialiser, assembler, gateway, …"""
+    reason: str
+    """A short constant to group by: not_json, bad_field, unknown_rollout, late, …"""
+    message: str
+    """What exactly is wrong, for a person."""
+    key: bytes | None
+    value: bytes | None
+
+    def headers(self) -> Headers:
+        fields = (
+            (HEADER_TOPIC, self.topic),
+            (HEADER_PARTITION, str(self.partition)),
+            (HEADER_OFFSET, str(self.offset)),
+            (HEADER_STAGE, self.stage),
+            (HEADER_REASON, self.reason),
+            (HEADER_MESSAGE, self.message[:MAX_MESSAGE_CHARS]),
+        )
+        return [(name, value.encode()) for name, value in fields]

@@ -1,0 +1,42 @@
+"""Identifiers and clocks: how every event gets its id and its time."""
+
+from __future__ import annotations
+
+import os
+import time
+from typing import Annotated
+
+from pydantic import StringConstraints
+
+MAX_ID_CHARS = 128
+"""Ids stand in URLs, Kafka keys and sort keys; longer ones are somebody's payload in the wrong field."""
+
+Id = Annotated[str, StringConstraints(max_length=MAX_ID_CHARS, pattern=r"^[A-Za-z0-9][A-Za-z0-9._:@=+-]*$")]
+"""An identifier a caller may choose: safe in a URL path and in a file name."""
+
+OptionalId = Annotated[str, StringConstraints(max_length=MAX_ID_CHARS, pattern=r"^([A-Za-z0-9][A-Za-z0-9._:@=+-]*)?$")]
+"""The same, or empty where there is none."""
+
+
+def new_id() -> str:
+    """A UUIDv7 (RFC 9562) as 32 hex digits: unique without coordination, sorts by time."""
+    milliseconds = time.time_ns() // 1_000_000
+    value = bytearray(milliseconds.to_bytes(6, "big") + os.urandom(10))
+    value[6] = (value[6] & 0x0F) | 0x70
+    value[8] = (value[8] & 0x3F) | 0x80
+    return value.hex()
+
+
+def new_trace_id() -> str:
+    """16 random bytes as hex, as W3C trace context wants them."""
+    return os.urandom(16).hex()
+
+
+def new_span_id() -> str:
+    """8 random bytes as hex."""
+    return os.urandom(8).hex()
+
+
+def now_ns() -> int:
+    """Nanoseconds since the Unix epoch: the unit of every `*_ns` field."""
+    return time.time_ns()

@@ -1,0 +1,31 @@
+"""A reward. Direction: runner, SDK, reward models -> materialiser, assembler."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+from pydantic import Field, FiniteFloat
+
+from fulgurite.schemas.event import Event, Labels, Name, TimeNs
+from fulgurite.schemas.ids import Id, OptionalId, new_id, now_ns
+
+FINAL_REWARD = "reward"
+"""The name of the rollout's own reward. Of several with this name the last in the log counts."""
+
+
+class Reward(Event):
+    """Topic `rewards`, key rollout_id. Identity: reward_id; the same one sent twice counts once."""
+
+    reward_id: Id = Field(default_factory=new_id)
+    rollout_id: Id
+    attempt_id: OptionalId = ""
+    span_id: OptionalId = ""
+    """The span or call it belongs to; empty for the whole attempt."""
+    name: Name = FINAL_REWARD
+    value: FiniteFloat
+    dimensions: Annotated[dict[str, FiniteFloat], Field(max_length=64)] = Field(default_factory=dict)
+    """Named parts where there are several; `value` is the one that trains."""
+    source: Name = ""
+    """Who says so: the runner, a reward model, a person."""
+    time_ns: TimeNs = Field(default_factory=now_ns)
+    metadata: Labels = Field(default_factory=dict)

@@ -1,0 +1,358 @@
+"""Every setting of every service: its name, meaning, default and bounds, in one tree.
+
+Read from, in this order of precedence:
+1. the environment: FULGURITE_<SECTION>__<NAME>, for example FULGURITE_KAFKA__BOOTSTRAP_SERVERS;
+2. a TOML file: FULGURITE_CONFIG, else fulgurite.toml in the data folder (FULGURITE_HOME, default .fulgurite), which the
+   embedded stores write when they start, so that every command finds them;
+3. the defaults below.
+
+A wrong or unknown setting raises SettingsError naming it and where it came from. Knows nothing of services' code.
+"""
+
+from __future__ import annotations
+
+import os
+import tomllib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+
+from fulgurite.schemas.codec import MAX_RECORD_BYTES
+from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.topics import Topic
+
+ENV_PREFIX = "FULGURITE_"
+ENV_CONFIG = "FULGURITE_CONFIG"
+ENV_HOME = "FULGURITE_HOME"
+CONFIG_NAME = "fulgurite.toml"
+DEFAULT_HOME = ".fulgurite"
+
+Seconds = Annotated[float, Field(gt=0, le=86_400)]
+Port = Annotated[int, Field(ge=0, le=65_535)]
+Url = Annotated[str, Field(pattern=r"^https?://[^\s/]+.*$")]
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+
+
+class KafkaSettings(Section):
+    bootstrap_servers: str = "127.0.0.1:9092"
+    """Comma-separated host:port of the brokers."""
+    topic_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$", max_length=64)] = "fulgurite."
+    """Put before every topic's name: one prefix is one namespace."""
+    partitions: Annotated[int, Field(ge=1, le=10_000)] = 4
+    """Partitions of rollouts, spans, rewards and trajectories. Fixed once the topics exist."""
+    replication_factor: Annotated[int, Field(ge=1, le=16)] = 1
+    """Copies of every partition; 3 in production."""
+    min_insync_replicas: Annotated[int, Field(ge=1, le=16)] = 1
+    """Copies that must have a record before it is acknowledged; 2 in production."""
+    max_record_bytes: Annotated[int, Field(ge=1_024, le=1 << 30)] = MAX_RECORD_BYTES
+    """Largest record a producer sends and a topic takes."""
+    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
+    """How to talk to the brokers."""
+    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "PLAIN"
+    """Used when security_protocol says SASL."""
+    sasl_username: str | None = None
+    """User for SASL."""
+    sasl_password: SecretStr | None = None
+    """Password for SASL."""
+    ssl_cafile: Path | None = None
+    """Certificate authority to trust; the system's when empty."""
+
+    def topic(self, topic: Topic) -> str:
+        """The topic's full name on the broker."""
+        return f"{self.topic_prefix}{topic.name}" if topic.prefixed else topic.name
+
+
+class ClickHouseSettings(Section):
+    url: Url = "http://127.0.0.1:8123"
+    """HTTP interface."""
+    user: str = "default"
+    """User that may create the database and insert."""
+    password: SecretStr = SecretStr("")
+    """Its password."""
+    database: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")] = "fulgurite"
+    """One database is one namespace, as one topic prefix is."""
+
+
+class ProducerSettings(Section):
+    buffer_records: Annotated[int, Field(ge=1, le=10_000_000)] = 10_000
+    """Records accepted but not yet acknowledged; beyond it publish waits."""
+    buffer_wait_seconds: Seconds = 30.0
+    """Longest that publish waits for room before it raises BufferFull."""
+    linger_ms: Annotated[int, Field(ge=0, le=10_000)] = 2
+    """How long a batch waits for company."""
+    compression: Literal["none", "gzip", "lz4", "zstd"] = "lz4"
+    """Of batches on the wire and on disk."""
+    delivery_seconds: Seconds = 120.0
+    """Longest that flush and close wait for acknowledgements before they report what is undelivered."""
+
+
+class CoordinatorSettings(Section):
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Port = 4747
+    """Port to listen on."""
+    url: Url = "http://127.0.0.1:4747"
+    """Where runners and trainers find it."""
+    tick_seconds: Seconds = 0.25
+    """How often it looks for attempts that timed out or fell silent."""
+    max_rollouts_in_memory: Annotated[int, Field(ge=1)] = 1_000_000
+    """Ended rollouts beyond it are forgotten, oldest first; open ones never are."""
+
+
+class GatewaySettings(Section):
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Port = 4750
+    """Port to listen on."""
+    url: Url = "http://127.0.0.1:4750"
+    """Where agents find it."""
+    backend_url: Url = "http://127.0.0.1:4760"
+    """The policy server: vLLM or the embedded one."""
+    resource: str = "policy"
+    """Name of the resource the backend serves; recorded on every call."""
+    max_body_bytes: Annotated[int, Field(ge=1_024, le=1 << 30)] = 4 * 1024 * 1024
+    """Largest request an agent may send."""
+    max_concurrent_requests: Annotated[int, Field(ge=1, le=100_000)] = 512
+    """Requests on their way to the backend at once; more are refused with 429."""
+    backend_seconds: Seconds = 120.0
+    """Longest that a call may take, retries and a weight swap included."""
+    publish_seconds: Seconds = 30.0
+    """Longest that an answer waits for the broker to acknowledge its span; then 503."""
+
+
+class PolicyServerSettings(Section):
+    host: str = "127.0.0.1"
+    """Address to listen on."""
+    port: Port = 4760
+    """Port to listen on."""
+    model: Path | None = None
+    """Folder of the model to start with; empty: answers 503 until a follower loads a version."""
+    served_model_name: str = "policy"
+    """The `model` agents ask for."""
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+    """torch threads; on two cores one is faster than two."""
+    max_new_tokens: Annotated[int, Field(ge=1, le=65_536)] = 256
+    """Cap of tokens generated per call."""
+    max_waiting_requests: Annotated[int, Field(ge=1, le=100_000)] = 1_024
+    """Requests queued beyond it are refused with 503."""
+
+
+class FollowerSettings(Section):
+    servers: list[Url] = Field(default_factory=lambda: ["http://127.0.0.1:4760"])
+    """Every policy server to keep at the newest version."""
+    resource: str = "policy"
+    """Which resource to follow."""
+    check_seconds: Seconds = 1.0
+    """How often each server is asked which version it serves: restarted ones converge."""
+    request_seconds: Seconds = 60.0
+    """Longest one request to a server may take."""
+
+
+class RunnerSettings(Section):
+    agent: str = ""
+    """The agent, as module:function."""
+    concurrency: Annotated[int, Field(ge=1, le=4_096)] = 16
+    """Agents at once."""
+    worker_id: str = ""
+    """Name of this runner; host and process id when empty."""
+    heartbeat_seconds: Seconds = 5.0
+    """How often it tells the coordinator what it works on."""
+    poll_seconds: Annotated[float, Field(gt=0, le=60)] = 10.0
+    """How long one ask for work may wait."""
+    shutdown_seconds: Seconds = 10.0
+    """How long running agents may go on after SIGTERM."""
+
+
+class MaterialiserSettings(Section):
+    group: str = "materialiser"
+    """Consumer group, after the topic prefix."""
+    batch_records: Annotated[int, Field(ge=1, le=1_000_000)] = 20_000
+    """Most records of one insert."""
+    batch_wait_ms: Annotated[int, Field(ge=1, le=60_000)] = 200
+    """Longest that a record waits for company."""
+    insert_seconds: Seconds = 30.0
+    """Longest one insert may take before it is tried again with the same token."""
+    session_seconds: Seconds = 45.0
+    """Kafka session timeout; exceeds insert_seconds, so that a zombie's insert is over before its partitions move."""
+
+
+class AssemblerSettings(Section):
+    max_open_rollouts: Annotated[int, Field(ge=1)] = 100_000
+    """Rollouts with spans but no end, kept at once; beyond it the oldest waits on the log (consumption pauses)."""
+    orphan_seconds: Seconds = 900.0
+    """Spans and rewards of a rollout nobody announced become dead letters after this."""
+    commit_ms: Annotated[int, Field(ge=1, le=60_000)] = 50
+    """Longest that a finished trajectory waits for its transaction."""
+
+
+class TrainerSettings(Section):
+    run_id: str = ""
+    """Name of the run; a restart with the same name goes on where it stood. Made from the time when empty."""
+    resource: str = "policy"
+    """Which policy it makes versions of."""
+    model: Path | None = None
+    """Folder of the model to start from (Hugging Face format)."""
+    output: Path = Path(".fulgurite/policy")
+    """Where checkpoints and versions are written; servers must be able to read it."""
+    tasks: str = ""
+    """Where tasks come from, as module:function; function(index) gives the task's input as JSON-able value."""
+    agent: str = ""
+    """Recorded on its rollouts, for streams with several agents."""
+    steps: Annotated[int, Field(ge=1)] = 60
+    """Versions to make."""
+    groups_per_step: Annotated[int, Field(ge=1, le=65_536)] = 16
+    """Complete groups in a window."""
+    group_size: Annotated[int, Field(ge=2, le=1_024)] = 8
+    """Rollouts of one task."""
+    group_deadline_seconds: Seconds = 120.0
+    """After its first trajectory a group waits this long for the rest; then it closes with at least two survivors."""
+    max_staleness: Annotated[int, Field(ge=0, le=1_000)] = 4
+    """Rollouts with a token more versions behind are dropped."""
+    pacing_staleness: Annotated[int, Field(ge=0, le=1_000)] = 1
+    """How many versions rollouts may run ahead: new ones are asked for only so far."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 4e-4
+    """AdamW's."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    """Linear warm-up of the learning rate."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's first."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """AdamW's second."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this norm."""
+    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
+    """PPO clip below: ratio >= 1 - clip_low."""
+    clip_high: Annotated[float, Field(gt=0)] = 0.28
+    """PPO clip above: ratio <= 1 + clip_high (DAPO's clip-higher)."""
+    importance_cap: Annotated[float, Field(gt=0)] = 2.0
+    """Cap of the importance weight of current against behaviour policy, per token."""
+    max_logprob_difference: Annotated[float, Field(gt=0)] = 1e-3
+    """Largest |difference| between trainer and sampler for tokens of the same version; beyond it the run stops."""
+    micro_batch_tokens: Annotated[int, Field(ge=1)] = 16_384
+    """Padded tokens of one forward pass."""
+    sampling_parameters: dict[str, Any] = Field(default_factory=lambda: {"temperature": 1.0})
+    """For the agent's LLM calls. Temperature must be 1 for the recorded logprobs to be the policy's."""
+    rollout_timeout_seconds: Seconds = 60.0
+    """Longest one attempt may take."""
+    keep_versions: Annotated[int, Field(ge=2)] = 8
+    """Newest versions' files that are kept on disk."""
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+    """torch threads."""
+    seed: int = 1
+    """Of everything random in the trainer."""
+
+
+class Settings(Section):
+    """All of them. A service reads its own section and `kafka`."""
+
+    kafka: KafkaSettings = Field(default_factory=KafkaSettings)
+    clickhouse: ClickHouseSettings = Field(default_factory=ClickHouseSettings)
+    producer: ProducerSettings = Field(default_factory=ProducerSettings)
+    coordinator: CoordinatorSettings = Field(default_factory=CoordinatorSettings)
+    gateway: GatewaySettings = Field(default_factory=GatewaySettings)
+    policy_server: PolicyServerSettings = Field(default_factory=PolicyServerSettings)
+    follower: FollowerSettings = Field(default_factory=FollowerSettings)
+    runner: RunnerSettings = Field(default_factory=RunnerSettings)
+    materialiser: MaterialiserSettings = Field(default_factory=MaterialiserSettings)
+    assembler: AssemblerSettings = Field(default_factory=AssemblerSettings)
+    trainer: TrainerSettings = Field(default_factory=TrainerSettings)
+
+
+def home(env: Mapping[str, str] = os.environ) -> Path:
+    """The data folder: FULGURITE_HOME, else .fulgurite in the working directory."""
+    return Path(env.get(ENV_HOME, DEFAULT_HOME))
+
+
+def load_settings(env: Mapping[str, str] = os.environ) -> Settings:
+    """Settings from file and environment. Raises SettingsError: which setting, from where, what is allowed."""
+    path = Path(env[ENV_CONFIG]) if ENV_CONFIG in env else home(env) / CONFIG_NAME
+    tree: dict[str, Any] = {}
+    if path.is_file():
+        tree = _read_file(path)
+    elif ENV_CONFIG in env:
+        raise SettingsError(f"{ENV_CONFIG} names {path}, which is not a file")
+    from_env: dict[tuple[str, ...], str] = {}
+    for name, value in env.items():
+        if name.startswith(ENV_PREFIX) and name not in (ENV_CONFIG, ENV_HOME):
+            _put(tree, from_env, name, value)
+    try:
+        return Settings.model_validate(tree)
+    except ValidationError as error:
+        raise SettingsError(_explain(error, path, from_env)) from None
+
+
+def to_environment(values: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
+    """Settings by section as environment variables, for child processes.
+
+    >>> to_environment({"kafka": {"partitions": 2}})
+    {'FULGURITE_KAFKA__PARTITIONS': '2'}
+    """
+    import json
+
+    found: dict[str, str] = {}
+    for section, fields in values.items():
+        for name, value in fields.items():
+            text = value if isinstance(value, str) else str(value) if isinstance(value, Path) else json.dumps(value)
+            found[f"{ENV_PREFIX}{section.upper()}__{name.upper()}"] = text
+    return found
+
+
+def _read_file(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+        raise SettingsError(f"cannot read the settings file {path}: {error}") from None
+
+
+def _put(tree: dict[str, Any], from_env: dict[tuple[str, ...], str], name: str, value: str) -> None:
+    section, separator, field = name.removeprefix(ENV_PREFIX).lower().partition("__")
+    if not separator:
+        raise SettingsError(f"{name}: unknown; settings are {ENV_PREFIX}<SECTION>__<NAME>, {ENV_CONFIG} or {ENV_HOME}")
+    branch = tree.setdefault(section, {})
+    if not isinstance(branch, dict):
+        raise SettingsError(f"{name}: {section} is not a section in the settings file")
+    branch[field] = _parse(section, field, value)
+    from_env[(section, field)] = name
+
+
+def _parse(section: str, field: str, value: str) -> Any:
+    """Lists and tables come as JSON; everything else pydantic reads from the text itself."""
+    import json
+
+    annotation = Settings.model_fields.get(section)
+    model = annotation.annotation if annotation else None
+    known = model.model_fields.get(field) if isinstance(model, type) and issubclass(model, BaseModel) else None
+    if known is None or not str(known.annotation).startswith(("list", "dict")):
+        return value
+    try:
+        return json.loads(value)
+    except json.JSONDecodeError as error:
+        name = f"{ENV_PREFIX}{section.upper()}__{field.upper()}"
+        raise SettingsError(f"{name}: must be JSON ({error})") from None
+
+
+def _explain(error: ValidationError, path: Path, from_env: Mapping[tuple[str, ...], str]) -> str:
+    lines: list[str] = []
+    for item in error.errors(include_url=False):
+        where = tuple(str(part) for part in item["loc"])
+        source = from_env.get(where[:2], f"{'.'.join(where)} in {path}")
+        if item["type"] == "extra_forbidden":
+            lines.append(f"{source}: no such setting; known ones: {', '.join(_known(where))}")
+        else:
+            lines.append(f"{source} = {item['input']!r}: {item['msg']}")
+    return "wrong settings:\n  " + "\n  ".join(lines)
+
+
+def _known(where: tuple[str, ...]) -> list[str]:
+    field = Settings.model_fields.get(where[0]) if len(where) > 1 else None
+    model = field.annotation if field else Settings
+    assert isinstance(model, type)
+    assert issubclass(model, BaseModel)
+    return sorted(model.model_fields)

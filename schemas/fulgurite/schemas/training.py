@@ -1,0 +1,95 @@
+"""What trainers did and what servers applied. Direction: trainer, follower -> materialiser, dashboards."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter
+
+from fulgurite.schemas.event import Event, Name, ShortText, Text, TimeNs, Version
+from fulgurite.schemas.ids import Id, new_id, now_ns
+
+Metrics = Annotated[dict[str, FiniteFloat], Field(max_length=512)]
+
+
+class TrainingEventBase(Event):
+    """Topic `training`, key run_id."""
+
+    event_id: Id = Field(default_factory=new_id)
+    run_id: Id
+    time_ns: TimeNs = Field(default_factory=now_ns)
+
+
+class DroppedRollout(BaseModel):
+    """A rollout that will not be trained on, and why: stale, zero_variance, failed, no_reward, late, run_ended, …"""
+
+    rollout_id: Id
+    reason: Name
+
+
+class RunStarted(TrainingEventBase):
+    """A run begins, or goes on after a restart (step > 0)."""
+
+    event: Literal["run_started"] = "run_started"
+    step: Annotated[int, Field(ge=0)] = 0
+    resource: Id
+    version: Version
+    steps_total: Annotated[int, Field(ge=0)] = 0
+    config: dict[str, Any] = Field(default_factory=dict)
+
+
+class TrainingStep(TrainingEventBase):
+    """One optimizer step and the version it made, committed in one transaction with the offsets it consumed."""
+
+    event: Literal["step"] = "step"
+    step: Annotated[int, Field(ge=1)]
+    resource: Id
+    version_in: Version
+    version_out: Version
+    rollout_ids: list[Id] = Field(default_factory=list)
+    """Trained on, each once in the life of the run."""
+    dropped: list[DroppedRollout] = Field(default_factory=list)
+    groups: Annotated[int, Field(ge=0)] = 0
+    tokens: Annotated[int, Field(ge=0)] = 0
+    """Sampled tokens that had a gradient."""
+    reward_mean: FiniteFloat = 0.0
+    """Over all rollouts of the window that had a reward, dropped for zero variance or not."""
+    reward_std: FiniteFloat = 0.0
+    loss: FiniteFloat = 0.0
+    grad_norm: FiniteFloat = 0.0
+    staleness_mean: FiniteFloat = 0.0
+    """Versions behind, over trained tokens."""
+    staleness_max: Annotated[int, Field(ge=0)] = 0
+    window_start_ns: TimeNs = 0
+    window_end_ns: TimeNs = 0
+    offsets: dict[str, int] = Field(default_factory=dict)
+    """Next offset per partition of `trajectories`."""
+    metrics: Metrics = Field(default_factory=dict)
+
+
+class VersionApplied(TrainingEventBase):
+    """A server serves this version (or refused it, with the reason in `error`)."""
+
+    event: Literal["version_applied"] = "version_applied"
+    resource: Id
+    version: Version
+    server: ShortText
+    ok: bool = True
+    error: ShortText = ""
+    seconds: Annotated[dict[str, FiniteFloat], Field(max_length=32)] = Field(default_factory=dict)
+    """Duration of each phase: verify, pause, load, resume, total."""
+
+
+class RunFinished(TrainingEventBase):
+    """The run is over. `dropped` names what was still on its way."""
+
+    event: Literal["run_finished"] = "run_finished"
+    step: Annotated[int, Field(ge=0)] = 0
+    resource: Id
+    version: Version
+    dropped: list[DroppedRollout] = Field(default_factory=list)
+    reason: Text = ""
+
+
+TrainingEvent = Annotated[RunStarted | TrainingStep | VersionApplied | RunFinished, Field(discriminator="event")]
+TRAINING_EVENT: TypeAdapter[TrainingEvent] = TypeAdapter(TrainingEvent)

@@ -1,0 +1,80 @@
+"""A trajectory: one ended rollout, joined and ready to train on. Direction: assembler -> trainers.
+
+One record a rollout, for its last attempt, whatever its end: a failed or cancelled rollout gives a record without
+sequences, so that a trainer waiting for a group always learns that a member will not come.
+"""
+
+from __future__ import annotations
+
+from typing import Annotated, Self
+
+from pydantic import BaseModel, Field, FiniteFloat, model_validator
+
+from fulgurite.schemas.event import Event, Labels, Logprobs, Name, ShortText, TimeNs, TokenIds, Version, VersionSpan
+from fulgurite.schemas.ids import Id, OptionalId
+from fulgurite.schemas.rollouts import MAX_GROUP_SIZE, FinalStatus, Mode
+
+
+class TokenSequence(BaseModel):
+    """Calls whose tokens continue each other exactly, merged. All four views have the length of token_ids (T)."""
+
+    token_ids: TokenIds
+    loss_mask: list[Annotated[int, Field(ge=0, le=1)]]
+    """[T] 1 where the policy sampled the token, 0 where it was given (prompt, tool result)."""
+    logprobs: Logprobs
+    """[T] log p under the policy that sampled the token; 0.0 where loss_mask is 0."""
+    weight_versions: list[VersionSpan] = Field(default_factory=list)
+    """Spans over token positions with loss_mask 1; sampled tokens without a known version are in none."""
+    span_ids: list[str] = Field(default_factory=list)
+    """The calls that were merged, in order."""
+    resource: Name = ""
+    agent: Name = ""
+    finish_reason: Name = ""
+    """Of the last call."""
+
+    @model_validator(mode="after")
+    def _consistent(self) -> Self:
+        length = len(self.token_ids)
+        if len(self.loss_mask) != length or len(self.logprobs) != length:
+            raise ValueError(f"{length} token_ids, {len(self.loss_mask)} loss_mask, {len(self.logprobs)} logprobs")
+        if any(part.end > length or part.end <= part.start for part in self.weight_versions):
+            raise ValueError("weight_versions reach outside the sequence")
+        return self
+
+
+class TrajectoryReward(BaseModel):
+    """One reward as it counted."""
+
+    reward_id: Id
+    name: Name
+    value: FiniteFloat
+    span_id: OptionalId = ""
+
+
+class Trajectory(Event):
+    """Topic `trajectories`, key group_id (rollout_id where there is no group). Identity: rollout_id."""
+
+    rollout_id: Id
+    attempt_id: OptionalId = ""
+    run_id: OptionalId = ""
+    task_id: OptionalId = ""
+    group_id: OptionalId = ""
+    group_size: Annotated[int, Field(ge=1, le=MAX_GROUP_SIZE)] = 1
+    mode: Mode = "train"
+    agent: Name = ""
+    status: FinalStatus
+    error: ShortText = ""
+    partial: ShortText = ""
+    """Why it is not whole (`no_reward`, `no_calls`, `deadline`, …); empty when it is whole."""
+    sequences: list[TokenSequence] = Field(default_factory=list)
+    rewards: list[TrajectoryReward] = Field(default_factory=list)
+    reward: FiniteFloat | None = None
+    """The rollout's own reward: the last one named `reward`, None where none came."""
+    calls: Annotated[int, Field(ge=0)] = 0
+    """LLM calls before merging."""
+    min_version: Version | None = None
+    max_version: Version | None = None
+    queued_ns: TimeNs = 0
+    finished_ns: TimeNs = 0
+    assembled_ns: TimeNs = 0
+    metadata: Labels = Field(default_factory=dict)
