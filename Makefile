@@ -9,7 +9,7 @@ SOURCES := schemas producers consumers streams infra examples tests
 # What the command line adds, for example: make demo ARGS="--steps 20"
 ARGS ?=
 
-.PHONY: help demo test lint format setup chaos clean
+.PHONY: help demo test lint format docs setup chaos clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -31,6 +31,9 @@ format: $(STAMP) ## format the code and mend what can be mended
 
 chaos: $(STAMP) ## only the tests that kill processes
 	@$(BIN)/python -m pytest -m chaos $(ARGS)
+
+docs: $(STAMP) ## render docs/reference.md from the code
+	@$(BIN)/python -m fulgurite.infra.reference docs/reference.md
 
 setup: $(STAMP) ## the virtual environment, without running anything
 
