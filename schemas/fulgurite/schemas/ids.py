@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import time
 from typing import Annotated
@@ -30,6 +31,14 @@ def new_id() -> str:
 def new_trace_id() -> str:
     """16 random bytes as hex, as W3C trace context wants them."""
     return os.urandom(16).hex()
+
+
+def attempt_trace_id(rollout_id: str, attempt_id: str) -> str:
+    """The trace id of an attempt: whoever records a span of it arrives at the same one without having to talk.
+
+    A caller that brings a trace of its own (W3C `traceparent`) keeps that one instead.
+    """
+    return hashlib.sha256(f"{rollout_id}/{attempt_id}".encode()).digest()[:16].hex()
 
 
 def new_span_id() -> str:
