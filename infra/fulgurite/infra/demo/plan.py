@@ -1,0 +1,120 @@
+"""What the demo is going to do: its sizes, its folders, and each service's command and settings.
+
+A service is started as in production: `fulgurite <service>` with settings from file and environment. Knows nothing of
+supervision or screens.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from fulgurite.infra.ports import remembered_ports
+from fulgurite.schemas.errors import StartError
+from fulgurite.schemas.settings import ENV_CONFIG, ENV_HOME, ENV_PREFIX, to_environment
+
+EXAMPLE = "examples.calculator"
+MIN_FREE_BYTES = 2 * 1024**3
+"""Logs, tables and versions of one run are about 300 MB; Kafka and ClickHouse want room to breathe."""
+
+SERVICES = ("coordinator", "materialiser", "assembler", "policy-server", "follower", "gateway", "runner")
+"""In the order in which they are started; each waits for those it needs."""
+
+
+@dataclass(frozen=True, slots=True)
+class Sizes:
+    """How much of everything: chosen so that two cores need under five minutes."""
+
+    steps: int = 60
+    groups_per_step: int = 8
+    group_size: int = 8
+    eval_tasks: int = 512
+    warm_start_steps: int = 500
+    concurrency: int = 24
+    seed: int = 1
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """One demo in one folder. `root` is the checkout: the examples are imported from there."""
+
+    data: Path
+    root: Path
+    sizes: Sizes
+    run_id: str
+    ports: dict[str, int]
+
+    @property
+    def warm_start(self) -> Path:
+        return self.data / "warm-start"
+
+    @property
+    def logs(self) -> Path:
+        return self.data / "logs"
+
+    def warm_start_command(self) -> list[str]:
+        return [
+            sys.executable,
+            *("-m", f"{EXAMPLE}.warm_start", "--output", str(self.warm_start)),
+            *("--steps", str(self.sizes.warm_start_steps), "--seed", str(self.sizes.seed), "--json"),
+        ]
+
+    def service_command(self, service: str) -> list[str]:
+        return [sys.executable, "-m", "fulgurite.infra", service]
+
+    def environment(self) -> dict[str, str]:
+        """Of every child: ours without other FULGURITE_ settings, and this demo's."""
+        inherited = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+        paths = [str(self.root), *filter(None, [os.environ.get("PYTHONPATH")])]
+        quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
+        home = {ENV_HOME: str(self.data), "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}
+        inherited.pop(ENV_CONFIG, None)
+        return inherited | quiet | home | to_environment(self.settings())
+
+    def settings(self) -> dict[str, dict[str, Any]]:
+        """What this demo sets beside Kafka and ClickHouse, whose addresses stand in the folder's fulgurite.toml."""
+        at = {name: f"http://127.0.0.1:{port}" for name, port in self.ports.items()}
+        return {
+            "coordinator": {"port": self.ports["coordinator"], "url": at["coordinator"]},
+            "gateway": {"port": self.ports["gateway"], "url": at["gateway"], "backend_url": at["policy_server"]},
+            "policy_server": {"port": self.ports["policy_server"], "max_new_tokens": 48},
+            "follower": {"servers": [at["policy_server"]]},
+            "runner": {"agent": f"{EXAMPLE}.agent:agent", "concurrency": self.sizes.concurrency},
+            "trainer": {
+                "run_id": self.run_id,
+                "model": self.warm_start,
+                "output": self.data / "policy",
+                "tasks": f"{EXAMPLE}.tasks:train_task",
+                "agent": "calculator",
+                "steps": self.sizes.steps,
+                "groups_per_step": self.sizes.groups_per_step,
+                "group_size": self.sizes.group_size,
+                "seed": self.sizes.seed,
+            },
+        }
+
+
+def make_plan(data: Path, sizes: Sizes, run_id: str) -> Plan:
+    """Raises StartError where the examples are missing or the disk is nearly full."""
+    root = find_examples()
+    data.mkdir(parents=True, exist_ok=True)
+    free = shutil.disk_usage(data).free
+    if free < MIN_FREE_BYTES:
+        raise StartError(
+            f"{data.absolute()} has {free / 1024**3:.1f} GiB free; the demo needs {MIN_FREE_BYTES >> 30} GiB"
+        )
+    names = ("coordinator", "gateway", "policy_server")
+    ports = remembered_ports(data / "service-ports.json", names, None, "the demo's services")
+    return Plan(data.absolute(), root, sizes, run_id, ports)
+
+
+def find_examples() -> Path:
+    """The folder that holds examples/calculator: the working directory, or the checkout this code lies in."""
+    for folder in (Path.cwd(), *Path(__file__).resolve().parents):
+        if (folder / "examples" / "calculator" / "agent.py").is_file():
+            return folder
+    raise StartError("examples/calculator is not here: run the demo from a checkout of the repository")

@@ -1,0 +1,107 @@
+"""Watches a run: asks ClickHouse and Kafka every second, in a thread of its own, and keeps the newest Figures.
+
+Promises: a store that is away (the demo's user may kill it) only makes the figures old. Does not draw.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import itertools
+import logging
+import threading
+from copy import copy
+from typing import Any
+
+from aiokafka.errors import KafkaError
+from clickhouse_connect.driver import Client
+from clickhouse_connect.driver.exceptions import Error as ClickHouseError
+
+from fulgurite.infra.demo import questions
+from fulgurite.infra.demo.screen import Figures
+from fulgurite.infra.lag import consumer_lag
+from fulgurite.infra.sql import connect
+from fulgurite.schemas.errors import FulguriteError
+from fulgurite.schemas.settings import Settings
+
+EVERY_SECONDS = 1.0
+LAG_EVERY_TICKS = 3
+_ASK_SECONDS = 10.0
+
+logger = logging.getLogger(__name__)
+
+
+class Watcher:
+    """Use as a context manager. `mode` and `prefix` may change while it runs; `figures()` gives a copy."""
+
+    def __init__(self, settings: Settings, run_id: str, resource: str) -> None:
+        self._settings = settings
+        self._run_id = run_id
+        self._resource = resource
+        self.mode = "val"
+        self.prefix = ""
+        """Counts the ended rollouts whose id begins with it."""
+        self._figures = Figures()
+        self.ended = 0
+        self.newest_is_served = False
+        self._lock = threading.Lock()
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._watch, name="watcher", daemon=True)
+
+    def __enter__(self) -> Watcher:
+        self._thread.start()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._stop.set()
+        self._thread.join(timeout=_ASK_SECONDS)
+
+    def figures(self) -> Figures:
+        with self._lock:
+            return copy(self._figures)
+
+    def _watch(self) -> None:
+        with asyncio.Runner() as runner:
+            for tick in itertools.count():
+                if self._stop.wait(EVERY_SECONDS):
+                    return
+                try:
+                    with connect(self._settings.clickhouse) as client:
+                        self._ask(client)
+                except (ClickHouseError, OSError) as error:
+                    logger.info("ClickHouse does not answer: %s", error)
+                if tick % LAG_EVERY_TICKS == 0:
+                    self._ask_lag(runner)
+
+    def _ask_lag(self, runner: asyncio.Runner) -> None:
+        try:
+            found = runner.run(asyncio.wait_for(consumer_lag(self._settings.kafka), _ASK_SECONDS))
+        except (KafkaError, FulguriteError, OSError, TimeoutError) as error:
+            logger.info("Kafka does not answer: %s", error)
+            return
+        prefix = self._settings.kafka.topic_prefix
+        lag = {group.removeprefix(prefix).partition(".")[0]: sum(topics.values()) for group, topics in found.items()}
+        with self._lock:
+            self._figures.lag = lag
+
+    def _ask(self, client: Client) -> None:
+        run: dict[str, Any] = {"run_id": self._run_id, "mode": self.mode}
+        steps = client.query(questions.LAST_STEPS, run).result_rows
+        rates = client.query(questions.RATES, run).result_rows
+        tool_use = client.query(questions.TOOL_USE, run).result_rows
+        dead = client.query(questions.DEAD_LETTERS, {}).result_rows
+        served = client.query(questions.SERVED, {"resource": self._resource}).result_rows
+        ended = client.query(questions.ENDED, {"run_id": self._run_id, "prefix": self.prefix}).result_rows
+        with self._lock:
+            figures = self._figures
+            if steps:
+                step, version, reward, mean, most = steps[-1]
+                figures.step, figures.version, figures.reward = int(step), int(version), float(reward)
+                figures.staleness_mean, figures.staleness_max = float(mean), int(most)
+                figures.curve = [float(row[2]) for row in steps]
+            figures.rollouts_per_second = float(rates[0][0])
+            used = tool_use[0][0]
+            figures.tool_use = float(used) if used is not None and used == used else None
+            figures.dead_letters = int(dead[0][0])
+            figures.served_version = int(served[0][0]) or None
+            self.newest_is_served = figures.served_version is not None and served[0][0] == served[0][1]
+            self.ended = int(ended[0][0])

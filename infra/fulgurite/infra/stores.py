@@ -1,0 +1,78 @@
+"""Both embedded stores on one data folder, supervised, with topics and tables: what `up` and the demo start from.
+
+<data>/kafka, <data>/clickhouse    their data
+       fulgurite.toml              how every command finds them
+       run/lock                    one owner of the folder at a time
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from fulgurite.infra.clickhouse import EmbeddedClickHouse
+from fulgurite.infra.folder_lock import FolderLock
+from fulgurite.infra.java import kafka_jars
+from fulgurite.infra.kafka import EmbeddedKafka
+from fulgurite.infra.kafka_probe import run_in_thread
+from fulgurite.infra.settings_file import write_settings_file
+from fulgurite.infra.sql import clickhouse_errors
+from fulgurite.infra.supervisor import Supervisor
+from fulgurite.infra.topics import create_topics
+from fulgurite.schemas.migrations import apply_migrations
+from fulgurite.schemas.settings import Settings
+
+Report = Callable[[str], None]
+"""Told each step, in a sentence."""
+
+
+@dataclass(frozen=True, slots=True)
+class Stores:
+    """The running stores; `settings` are the given ones with their addresses."""
+
+    kafka: EmbeddedKafka
+    clickhouse: EmbeddedClickHouse
+    settings: Settings
+    settings_file: Path
+
+
+def hold_folder(data: Path, who: str) -> FolderLock:
+    """Makes `who` the folder's one owner until close() or its end. Raises StartError naming who holds it."""
+    return FolderLock(data / "run", who)
+
+
+def start_stores(data: Path, settings: Settings, supervisor: Supervisor, report: Report) -> Stores:
+    """Starts both, hands them to the supervisor, creates topics and tables, writes fulgurite.toml. Raises StartError.
+
+    The caller holds the folder. Whatever was started is the supervisor's to stop, also when this raises.
+    """
+    kafka_jars()  # may download: before anything runs
+    kafka, clickhouse = EmbeddedKafka(data / "kafka"), EmbeddedClickHouse(data / "clickhouse")
+    with ThreadPoolExecutor(2, thread_name_prefix="start-store") as pool:
+        starts = {
+            "kafka": pool.submit(_start, supervisor, "kafka", kafka),
+            "clickhouse": pool.submit(_start, supervisor, "clickhouse", clickhouse),
+        }
+    for start in starts.values():
+        start.result()
+    report(f"Kafka answers at {kafka.bootstrap_servers}, ClickHouse at {clickhouse.url}")
+    found = settings.model_copy(
+        update={
+            "kafka": settings.kafka.model_copy(update={"bootstrap_servers": kafka.bootstrap_servers}),
+            "clickhouse": clickhouse.settings(settings.clickhouse.database),
+        }
+    )
+    topics = run_in_thread(create_topics(found.kafka))
+    report(f"created {len(topics)} topics" if topics else "all topics exist")
+    with clickhouse_errors(found.clickhouse):
+        applied = apply_migrations(found.clickhouse)
+    report(f"applied {len(applied)} migrations" if applied else "all tables exist")
+    path = write_settings_file(data, found.kafka, found.clickhouse)
+    return Stores(kafka, clickhouse, found, path)
+
+
+def _start(supervisor: Supervisor, name: str, store: EmbeddedKafka | EmbeddedClickHouse) -> None:
+    store.start()
+    supervisor.watch(name, store)

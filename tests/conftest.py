@@ -1,0 +1,57 @@
+"""Fixtures of all tests: one real Kafka and one real ClickHouse a session, a namespace of its own for every test.
+
+A test that stops or kills a store starts one of its own: EmbeddedKafka(tmp_path), EmbeddedClickHouse(tmp_path).
+"""
+
+from __future__ import annotations
+
+import secrets
+from collections.abc import Iterator
+
+import pytest
+
+from fulgurite.infra.clickhouse import EmbeddedClickHouse
+from fulgurite.infra.kafka import EmbeddedKafka
+from fulgurite.infra.kafka_probe import run_in_thread
+from fulgurite.infra.topics import create_topics, delete_topics
+from fulgurite.schemas.settings import ClickHouseSettings, KafkaSettings, Settings
+
+
+@pytest.fixture(scope="session")
+def kafka_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedKafka]:
+    """The session's broker."""
+    with EmbeddedKafka(tmp_path_factory.mktemp("kafka")) as server:
+        yield server
+
+
+@pytest.fixture(scope="session")
+def clickhouse_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedClickHouse]:
+    """The session's engine."""
+    with EmbeddedClickHouse(tmp_path_factory.mktemp("clickhouse")) as server:
+        yield server
+
+
+@pytest.fixture
+def kafka_settings(kafka_server: EmbeddedKafka) -> Iterator[KafkaSettings]:
+    """The session's broker with topics of this test's own, 2 partitions."""
+    settings = KafkaSettings(
+        bootstrap_servers=kafka_server.bootstrap_servers, topic_prefix=f"test{secrets.token_hex(4)}.", partitions=2
+    )
+    run_in_thread(create_topics(settings))
+    yield settings
+    run_in_thread(delete_topics(settings))
+
+
+@pytest.fixture
+def clickhouse_settings(clickhouse_server: EmbeddedClickHouse) -> Iterator[ClickHouseSettings]:
+    """The session's engine with an empty database of this test's own (migrations not applied)."""
+    settings = clickhouse_server.settings(database=f"test_{secrets.token_hex(4)}")
+    clickhouse_server.command(f"CREATE DATABASE {settings.database} ENGINE = Atomic")
+    yield settings
+    clickhouse_server.command(f"DROP DATABASE IF EXISTS {settings.database} SYNC")
+
+
+@pytest.fixture
+def settings(kafka_settings: KafkaSettings, clickhouse_settings: ClickHouseSettings) -> Settings:
+    """Both stores; other sections as by default."""
+    return Settings(kafka=kafka_settings, clickhouse=clickhouse_settings)
