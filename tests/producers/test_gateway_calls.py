@@ -1,0 +1,104 @@
+"""What the gateway takes as a call, and what it refuses: ids, bodies, traces, order."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import orjson
+import pytest
+
+from fulgurite.producers.gateway.calls import Call, Sequences, parse_call
+from fulgurite.producers.gateway.errors import ApiError
+from fulgurite.schemas.ids import attempt_trace_id
+
+IDS = {"rollout_id": "r1", "attempt_id": "a1"}
+BODY: dict[str, Any] = {"model": "policy", "messages": [{"role": "user", "content": "2+2?"}]}
+
+
+def parse(
+    body: dict[str, Any] | bytes = BODY, ids: dict[str, str] = IDS, headers: dict[str, str] | None = None
+) -> Call:
+    data = body if isinstance(body, bytes) else orjson.dumps(body)
+    return parse_call(ids, headers or {}, data, Sequences())
+
+
+def refusal(body: dict[str, Any] | bytes = BODY, ids: dict[str, str] = IDS) -> tuple[int, str | None]:
+    with pytest.raises(ApiError) as refused:
+        parse(body, ids)
+    return refused.value.status, refused.value.param
+
+
+def test_the_backend_is_asked_for_everything_that_is_recorded_and_never_for_a_seed():
+    call = parse(BODY | {"seed": 7, "temperature": 0.5, "logprobs": False})
+    assert orjson.loads(call.backend_body) == BODY | {
+        "temperature": 0.5,
+        "logprobs": True,
+        "return_token_ids": True,
+        "return_weight_versions": True,
+    }
+
+
+@pytest.mark.parametrize(
+    ("change", "param"),
+    [
+        ({"messages": []}, "messages"),
+        ({"messages": "hello"}, "messages"),
+        ({"stream": True}, "stream"),
+        ({"n": 0}, "n"),
+        ({"n": True}, "n"),
+        ({"n": 10_000}, "n"),
+        ({"model": 3}, "model"),
+    ],
+)
+def test_a_body_that_cannot_be_a_call_is_refused_with_the_field(change: dict[str, Any], param: str):
+    assert refusal(BODY | change) == (400, param)
+
+
+@pytest.mark.parametrize("body", [b"", b"{", b"[]", b"\xff\xfe", b'{"messages": [' + b"[" * 500 + b"]" * 500 + b"]}"])
+def test_a_body_that_is_no_json_object_is_refused(body: bytes):
+    assert refusal(body)[0] == 400
+
+
+@pytest.mark.parametrize("bad", ["-x", "a b", "x" * 129, "ä", "a\n"])
+def test_ids_that_cannot_be_ids_are_refused(bad: str):
+    assert refusal(ids={"rollout_id": bad, "attempt_id": "a1"}) == (422, "rollout_id")
+    assert refusal(ids={"rollout_id": "r1", "attempt_id": bad}) == (422, "attempt_id")
+
+
+def test_one_id_without_the_other_is_refused():
+    assert refusal(ids={"rollout_id": "r1"}) == (422, "attempt_id")
+
+
+def test_ids_may_come_as_headers_and_may_be_absent():
+    by_header = parse(ids={}, headers={"x-rollout-id": "r2", "x-attempt-id": "a2", "x-agent": "planner"})
+    assert (by_header.rollout_id, by_header.attempt_id, by_header.agent) == ("r2", "a2", "planner")
+    without = parse(ids={})
+    assert (without.rollout_id, without.attempt_id, without.sequence_ids) == ("", "", (0,))
+    assert len(without.trace_id) == 32
+
+
+def test_the_trace_is_the_callers_or_the_attempts():
+    assert parse().trace_id == attempt_trace_id("r1", "a1")
+    own = parse(headers={"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"})
+    assert (own.trace_id, own.parent_span_id) == ("ab" * 16, "cd" * 8)
+
+
+@pytest.mark.parametrize("broken", ["", "00-xyz", f"00-{'0' * 32}-{'cd' * 8}-01", f"ff-{'ab' * 16}-{'cd' * 8}-01"])
+def test_a_broken_traceparent_is_ignored(broken: str):
+    assert parse(headers={"traceparent": broken}).trace_id == attempt_trace_id("r1", "a1")
+
+
+def test_calls_of_an_attempt_are_in_order_also_after_a_restart():
+    before = Sequences()
+    same_instant = [before.take("r", "a", 1, 5_000_000_000)[0] for _ in range(3)]
+    assert same_instant == sorted(set(same_instant))
+    assert before.take("r", "a", 2, 5_000_000_000) == (same_instant[-1] + 1, same_instant[-1] + 2)
+    after = Sequences()  # remembers nothing
+    assert after.take("r", "a", 1, 6_000_000_000)[0] > same_instant[-1] + 2
+
+
+def test_the_memory_of_attempts_is_bounded():
+    sequences = Sequences(max_attempts=2)
+    for attempt in ("a", "b", "c"):
+        sequences.take("r", attempt, 1, 0)
+    assert len(sequences._last) == 2  # pyright: ignore[reportPrivateUsage]

@@ -1,0 +1,414 @@
+"""The gateway over HTTP against a fake policy server, with a publisher whose acknowledgements the test decides."""
+
+from __future__ import annotations
+
+import asyncio
+import socket
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+import uvicorn
+from aiokafka.structs import RecordMetadata
+from starlette.responses import JSONResponse, Response
+
+from fulgurite.producers.gateway.app import Gateway
+from fulgurite.producers.gateway.backend import Backend
+from fulgurite.producers.publisher import Acknowledgement
+from fulgurite.schemas.codec import encode
+from fulgurite.schemas.dead_letters import DeadLetter
+from fulgurite.schemas.errors import BufferFull, Undelivered
+from fulgurite.schemas.event import VersionSpan
+from fulgurite.schemas.settings import GatewaySettings
+from fulgurite.schemas.spans import Span
+from tests.producers.fake_policy_server import FakePolicyServer, until
+
+MESSAGES: Any = [{"role": "user", "content": "2+2?"}]
+
+
+class FakePublisher:
+    """Keeps what it is given; acknowledges at once, or when the test says so, or never."""
+
+    def __init__(self, *, acknowledges: bool = True, max_bytes: int = 1_000_000) -> None:
+        self.spans: list[Span] = []
+        self.dead: list[DeadLetter] = []
+        self.waiting: list[Acknowledgement] = []
+        self.acknowledges = acknowledges
+        self.max_bytes = max_bytes
+        self.full = False
+
+    async def publish_span(self, span: Span) -> Acknowledgement:
+        if self.full:
+            raise BufferFull("full")
+        encode(span, self.max_bytes)
+        self.spans.append(span)
+        return self._acknowledgement()
+
+    async def publish_dead_letter(self, dead: DeadLetter) -> Acknowledgement:
+        self.dead.append(dead)
+        return self._acknowledgement()
+
+    def acknowledge(self) -> None:
+        for waiting in self.waiting:
+            waiting.set_result(RecordMetadata("spans", 0, None, 0, 0, 0, 0))  # type: ignore[arg-type]
+        self.waiting.clear()
+
+    def _acknowledgement(self) -> Acknowledgement:
+        self.waiting.append(asyncio.get_running_loop().create_future())
+        last = self.waiting[-1]
+        if self.acknowledges:
+            self.acknowledge()
+        return last
+
+
+@asynccontextmanager
+async def serving(app: Any) -> AsyncGenerator[str]:
+    """The app on a free port; gives its URL."""
+    listener = socket.create_server(("127.0.0.1", 0))
+    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on"))
+    running = asyncio.create_task(server._serve([listener]))  # pyright: ignore[reportPrivateUsage]
+    await until(lambda: server.started)
+    try:
+        yield f"http://127.0.0.1:{listener.getsockname()[1]}"
+    finally:
+        server.should_exit = True
+        await running
+        listener.close()
+
+
+async def well() -> str:
+    return ""
+
+
+@asynccontextmanager
+async def gateway(
+    publisher: FakePublisher, backend_url: str, broker: Any = well, **changes: Any
+) -> AsyncGenerator[str]:
+    settings = GatewaySettings(backend_url=backend_url, **changes)
+    async with Backend(settings) as backend, serving(Gateway(settings, backend, publisher, broker).app()) as url:
+        yield url
+
+
+def client(url: str, rollout: str = "r1", **options: Any) -> openai.AsyncOpenAI:
+    base_url = f"{url}/rollout/{rollout}/attempt/a1/v1"
+    return openai.AsyncOpenAI(base_url=base_url, api_key="secret-key", max_retries=0, **options)
+
+
+async def ask(url: str, **changes: Any) -> Any:
+    async with client(url) as agent:
+        return await agent.chat.completions.create(model="policy", messages=MESSAGES, **changes)
+
+
+async def test_the_span_is_what_the_backend_sampled():
+    publisher = FakePublisher()
+    async with FakePolicyServer(weights=7, label="17") as backend, gateway(publisher, backend.url) as url:
+        answer = await ask(url, temperature=0.5, max_tokens=9, seed=3, extra_headers={"x-agent": "planner"})
+    assert answer.choices[0].message.content == "answer 0"
+    (span,) = publisher.spans
+    assert (span.rollout_id, span.attempt_id, span.agent, span.status) == ("r1", "a1", "planner", "ok")
+    assert (span.kind, span.operation, span.name, span.resource) == ("client", "chat", "chat policy", "policy")
+    assert span.prompt_token_ids == [1, 2, 3, 4]
+    assert span.response_token_ids == [7, 7, 7]
+    assert span.logprobs == [-0.125, -0.25, -0.375]
+    assert span.weight_versions == [VersionSpan(version=17, start=0, end=3)]
+    assert (span.finish_reason, span.input_tokens, span.output_tokens) == ("stop", 4, 3)
+    assert span.input == '[{"role":"user","content":"2+2?"}]'
+    assert span.output == '{"role":"assistant","content":"answer 0"}'
+    assert span.attributes["gen_ai.request.temperature"] == 0.5
+    assert span.attributes["gen_ai.request.max_tokens"] == 9
+    assert span.end_ns >= span.start_ns > 0
+    assert "secret-key" not in span.model_dump_json()
+    assert "seed" not in backend.requests[0]
+    assert "/weight_info" not in backend.log[1:], "a server that gives versions is asked for them once at most"
+
+
+async def test_the_agent_gets_only_what_it_asked_for():
+    async with FakePolicyServer(weights=7, label="1") as backend, gateway(FakePublisher(), backend.url) as url:
+        plain = (await ask(url)).model_dump()
+        asked = await ask(url, logprobs=True, extra_body={"return_token_ids": True, "return_weight_versions": True})
+    assert "prompt_token_ids" not in plain
+    assert not {"token_ids", "weight_versions"} & plain["choices"][0].keys()
+    assert plain["choices"][0]["logprobs"] is None
+    full = asked.model_dump()
+    assert full["prompt_token_ids"] == [1, 2, 3, 4]
+    assert full["choices"][0]["token_ids"] == [7, 7, 7]
+    assert full["choices"][0]["logprobs"]["content"][2]["logprob"] == -0.375
+
+
+async def test_a_choice_is_a_span():
+    publisher = FakePublisher()
+    async with FakePolicyServer(label="1") as backend, gateway(publisher, backend.url) as url:
+        answer = await ask(url, n=3)
+    assert len(answer.choices) == 3
+    assert [span.attributes["fulgurite.choice"] for span in publisher.spans] == [0, 1, 2]
+    assert len({span.span_id for span in publisher.spans}) == 3
+    assert len({span.sequence_id for span in publisher.spans}) == 3
+    assert [span.output[-10:-2] for span in publisher.spans] == ["answer 0", "answer 1", "answer 2"]
+
+
+async def test_the_answer_waits_for_the_acknowledgement():
+    publisher = FakePublisher(acknowledges=False)
+    async with FakePolicyServer(label="1") as backend, gateway(publisher, backend.url) as url:
+        asking = asyncio.create_task(ask(url))
+        await until(lambda: publisher.waiting)
+        await asyncio.sleep(0.1)
+        assert not asking.done(), "answered before the broker had the span"
+        publisher.acknowledge()
+        assert (await asking).choices[0].message.content == "answer 0"
+
+
+@pytest.mark.parametrize("trouble", ["silent", "full", "refused"])
+async def test_without_an_acknowledgement_there_is_no_answer(trouble: str):
+    publisher = FakePublisher(acknowledges=False)
+    publisher.full = trouble == "full"
+    async with FakePolicyServer(label="1") as backend, gateway(publisher, backend.url, publish_seconds=0.3) as url:
+        asking = asyncio.create_task(ask(url))
+        if trouble == "refused":
+            await until(lambda: publisher.waiting)
+            publisher.waiting[0].set_exception(Undelivered(1, None))
+        with pytest.raises(openai.InternalServerError) as failure:
+            await asking
+    assert failure.value.status_code == 503
+    assert failure.value.code == "broker_unavailable"
+    assert failure.value.response.headers["retry-after"] == "1"
+
+
+async def test_a_backend_that_restarts_during_a_call_is_asked_again():
+    publisher = FakePublisher()
+    async with FakePolicyServer(label="1", delay_seconds=1) as backend, gateway(publisher, backend.url) as url:
+        asking = asyncio.create_task(ask(url))
+        await until(lambda: backend.requests)
+        await backend.stop()
+        await asyncio.sleep(0.2)  # connections are refused meanwhile
+        backend.delay_seconds = 0
+        await backend.restart(label="2", weights=9)
+        await asking
+    (span,) = publisher.spans
+    assert span.response_token_ids == [9, 9, 9], "only what the answer holds is recorded"
+    assert span.weight_versions[0].version == 2
+    assert span.attributes["fulgurite.backend_tries"] > 1
+
+
+async def test_a_swap_is_waited_for():
+    answers = iter([Response(status_code=503), Response(status_code=502), None])
+    async with FakePolicyServer(label="1") as backend, gateway(FakePublisher(), backend.url) as url:
+        backend.faults["/v1/chat/completions"] = lambda: next(answers)
+        assert (await ask(url)).choices[0].message.content == "answer 0"
+
+
+async def test_a_backend_that_stays_away_is_a_503_and_an_error_span():
+    publisher = FakePublisher()
+    async with gateway(publisher, "http://127.0.0.1:1", backend_seconds=0.3) as url:
+        with pytest.raises(openai.InternalServerError) as failure:
+            await ask(url)
+    assert (failure.value.status_code, failure.value.code) == (503, "backend_unavailable")
+    (span,) = publisher.spans
+    assert (span.status, span.response_token_ids) == ("error", [])
+    assert span.attributes["error.type"] == "backend_unavailable"
+
+
+async def test_a_backend_that_takes_too_long_is_a_504():
+    publisher = FakePublisher()
+    async with (
+        FakePolicyServer(delay_seconds=2) as backend,
+        gateway(publisher, backend.url, backend_seconds=0.3) as url,
+    ):
+        with pytest.raises(openai.InternalServerError) as failure:
+            await ask(url)
+    assert (failure.value.status_code, failure.value.code) == (504, "backend_timeout")
+    assert publisher.spans[0].status == "error"
+
+
+@pytest.mark.parametrize(
+    ("body", "message"),
+    [
+        ({"error": {"message": "context too long", "param": "messages"}}, "context too long"),
+        ({"object": "error", "message": "older vLLM", "code": 400}, "older vLLM"),
+        ({"detail": "fastapi"}, "fastapi"),
+    ],
+)
+async def test_a_backends_refusal_is_passed_on_and_recorded(body: dict[str, Any], message: str):
+    publisher = FakePublisher()
+    async with FakePolicyServer() as backend, gateway(publisher, backend.url) as url:
+        backend.faults["/v1/chat/completions"] = lambda: JSONResponse(body, status_code=400)
+        with pytest.raises(openai.BadRequestError, match=message):
+            await ask(url)
+    (span,) = publisher.spans
+    assert (span.status, span.status_message) == ("error", message)
+    assert span.input, "what was asked stays readable"
+
+
+def _without_ids(body: dict[str, Any]) -> Any:
+    body["choices"][0].pop("token_ids")
+    return body
+
+
+def _one_logprob_short(body: dict[str, Any]) -> Any:
+    body["choices"][0]["logprobs"] = {"content": body["choices"][0]["logprobs"]["content"][:-1]}
+    return body
+
+
+def _not_finite(body: dict[str, Any]) -> Any:
+    body["choices"][0]["logprobs"]["content"][1]["logprob"] = float("nan")
+    return body
+
+
+def _gap_in_versions(body: dict[str, Any]) -> Any:
+    body["choices"][0]["weight_versions"] = [{"version": "1", "start": 1, "end": 3}]
+    return body
+
+
+@pytest.mark.parametrize(
+    ("mend", "reason"),
+    [
+        (_without_ids, "no_token_ids"),
+        (_one_logprob_short, "wrong_length"),
+        (_not_finite, "bad_field"),
+        (_gap_in_versions, "bad_field"),
+    ],
+)
+async def test_what_cannot_be_recorded_is_a_dead_letter_and_the_agent_is_answered(mend: Any, reason: str):
+    publisher = FakePublisher()
+    async with FakePolicyServer(label="1", mend=mend) as backend, gateway(publisher, backend.url) as url:
+        assert (await ask(url)).choices[0].message.content == "answer 0"
+    (span,) = publisher.spans
+    assert (span.status, span.response_token_ids, span.logprobs) == ("error", [], [])
+    (dead,) = publisher.dead
+    assert (dead.stage, dead.reason, dead.key) == ("gateway", reason, b"r1")
+    assert dead.value
+    assert b"answer 0" in dead.value
+
+
+@pytest.mark.parametrize("body", [[], {"choices": []}, {"choices": [3]}, "no"])
+async def test_an_answer_that_is_none_is_a_502_and_a_dead_letter(body: Any):
+    publisher = FakePublisher()
+    async with FakePolicyServer(mend=lambda _: body) as backend, gateway(publisher, backend.url) as url:
+        with pytest.raises(openai.InternalServerError) as failure:
+            await ask(url)
+    assert failure.value.status_code == 502
+    assert publisher.spans[0].status == "error"
+    assert publisher.dead[0].reason == "backend_invalid"
+
+
+async def test_a_span_over_the_record_bound_is_a_dead_letter():
+    publisher = FakePublisher(max_bytes=2_000)
+    async with FakePolicyServer(label="1", reply_tokens=1_000) as backend, gateway(publisher, backend.url) as url:
+        assert (await ask(url)).choices[0].message.content == "answer 0"
+    assert [(span.status, span.input) for span in publisher.spans] == [("error", "")]
+    assert publisher.dead[0].reason == "too_large"
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "versions", "labels"),
+    [
+        ("5", "5", [VersionSpan(version=5, start=0, end=3)], None),
+        ("5", "6", [], ["5", "6"]),
+        ("default", "default", [], ["default", "default"]),
+    ],
+)
+async def test_without_versions_from_the_backend_the_call_is_bounded_from_outside(
+    before: str, after: str, versions: list[VersionSpan], labels: list[str] | None
+):
+    publisher = FakePublisher()
+    async with FakePolicyServer(label=before, gives_versions=False) as backend, gateway(publisher, backend.url) as url:
+
+        def swap() -> None:
+            backend.label = after
+
+        backend.faults["/v1/chat/completions"] = swap
+        await ask(url)
+    (span,) = publisher.spans
+    assert span.weight_versions == versions
+    assert span.attributes.get("fulgurite.weight_version_labels") == labels
+    assert span.response_token_ids, "tokens are recorded with or without their version"
+
+
+async def test_an_agent_that_hangs_up_ends_the_generation():
+    publisher = FakePublisher()
+    async with FakePolicyServer(delay_seconds=3) as backend, gateway(publisher, backend.url) as url:
+        with pytest.raises(openai.APITimeoutError):
+            async with client(url, timeout=0.2) as agent:
+                await agent.chat.completions.create(model="policy", messages=MESSAGES)
+        await until(lambda: publisher.spans)
+    (span,) = publisher.spans
+    assert (span.status, span.attributes["error.type"]) == ("error", "client_disconnected")
+
+
+async def test_too_many_at_once_are_refused_and_not_recorded():
+    publisher = FakePublisher()
+    async with (
+        FakePolicyServer(delay_seconds=1) as backend,
+        gateway(publisher, backend.url, max_concurrent_requests=1) as url,
+    ):
+        first = asyncio.create_task(ask(url))
+        await until(lambda: backend.requests)
+        with pytest.raises(openai.RateLimitError) as refused:
+            await ask(url)
+        await first
+    assert refused.value.response.headers["retry-after"] == "1"
+    assert len(publisher.spans) == 1
+
+
+async def test_a_body_over_the_bound_is_a_413():
+    publisher = FakePublisher()
+    big: Any = [{"role": "user", "content": "x" * 5_000_000}]
+    async with (
+        FakePolicyServer() as backend,
+        gateway(publisher, backend.url, max_body_bytes=100_000) as url,
+        client(url) as agent,
+    ):
+        with pytest.raises(openai.APIStatusError) as refused:
+            await agent.chat.completions.create(model="policy", messages=big)
+    assert (refused.value.status_code, refused.value.code) == (413, "body_too_large")
+    assert not publisher.spans
+
+
+@pytest.mark.parametrize(
+    ("path", "status"),
+    [
+        ("/rollout/-r/attempt/a1/v1/chat/completions", 422),
+        ("/rollout/r1/v1/chat/completions", 404),
+        ("/rollout/r1/attempt/a1/v1/embeddings", 404),
+    ],
+)
+async def test_wrong_routes_and_ids_are_refused_in_openais_shape(path: str, status: int):
+    async with (
+        FakePolicyServer() as backend,
+        gateway(FakePublisher(), backend.url) as url,
+        aiohttp.ClientSession() as session,
+        session.post(f"{url}{path}", json={"messages": [1]}) as response,
+    ):
+        error = (await response.json())["error"]
+    assert response.status == status
+    assert error.keys() == {"message", "type", "param", "code"}
+
+
+async def test_streaming_is_refused_clearly():
+    async with FakePolicyServer() as backend, gateway(FakePublisher(), backend.url) as url:
+        with pytest.raises(openai.BadRequestError) as refused:
+            await ask(url, stream=True)
+    assert refused.value.param == "stream"
+
+
+async def test_models_and_health():
+    async def away() -> str:
+        return "KafkaConnectionError"
+
+    async with FakePolicyServer() as backend, gateway(FakePublisher(), backend.url) as url:
+        async with client(url) as agent:
+            assert [model.id async for model in agent.models.list()] == ["policy"]
+        async with aiohttp.ClientSession() as session:
+            async with session.get(f"{url}/health") as response:
+                assert (response.status, (await response.json())["status"]) == (200, "ok")
+            backend.faults["/health"] = lambda: Response(status_code=503)
+            async with session.get(f"{url}/health") as response:
+                assert response.status == 503
+                assert await response.json() == {"status": "unhealthy", "broker": "ok", "backend": "status 503"}
+            async with (
+                gateway(FakePublisher(), backend.url, broker=away) as other,
+                session.get(f"{other}/health") as response,
+            ):
+                assert (await response.json())["broker"] == "KafkaConnectionError"

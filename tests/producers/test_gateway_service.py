@@ -1,0 +1,151 @@
+"""The gateway's process against the real broker: what an agent was answered is on the log, also after kill -9."""
+
+from __future__ import annotations
+
+import asyncio
+import signal
+import socket
+import sys
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+from aiokafka import AIOKafkaConsumer
+
+from fulgurite.producers.gateway import broker_problem, serve
+from fulgurite.producers.kafka import connection_options
+from fulgurite.schemas.codec import decode
+from fulgurite.schemas.event import VersionSpan
+from fulgurite.schemas.ids import attempt_trace_id
+from fulgurite.schemas.settings import GatewaySettings, KafkaSettings, Settings
+from fulgurite.schemas.spans import Span
+from fulgurite.schemas.topics import SPANS
+from tests.producers.fake_policy_server import FakePolicyServer, until
+
+MESSAGES: Any = [{"role": "user", "content": "2+2?"}]
+
+
+def free_port() -> int:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        return listener.getsockname()[1]
+
+
+def configured(kafka: KafkaSettings, backend: FakePolicyServer) -> Settings:
+    return Settings(kafka=kafka, gateway=GatewaySettings(port=free_port(), backend_url=backend.url))
+
+
+async def spans(kafka: KafkaSettings) -> list[Span]:
+    """All spans on the topic now."""
+    consumer = AIOKafkaConsumer(kafka.topic(SPANS), **connection_options(kafka), auto_offset_reset="earliest")
+    await consumer.start()
+    try:
+        ends = await consumer.end_offsets(consumer.assignment())
+        found: list[Span] = []
+        async with asyncio.timeout(20):
+            while len(found) < sum(ends.values()):
+                found.append(decode(Span, (await consumer.getone()).value))
+        return found
+    finally:
+        await consumer.stop()
+
+
+async def healthy(url: str) -> None:
+    async with aiohttp.ClientSession() as session, asyncio.timeout(60):
+        while True:
+            try:
+                async with session.get(f"{url}/health") as response:
+                    if response.status == 200:
+                        return
+            except aiohttp.ClientError:
+                pass
+            await asyncio.sleep(0.05)
+
+
+async def ask(agent: openai.AsyncOpenAI) -> str | None:
+    answer = await agent.chat.completions.create(model="policy", messages=MESSAGES)
+    return answer.choices[0].message.content
+
+
+async def test_what_the_backend_sampled_is_on_the_topic(kafka_settings: KafkaSettings):
+    stop = asyncio.Event()
+    async with FakePolicyServer(weights=7, label="17") as backend:
+        settings = configured(kafka_settings, backend)
+        url = f"http://127.0.0.1:{settings.gateway.port}"
+        serving = asyncio.create_task(serve(settings, stop))
+        await healthy(url)
+        async with openai.AsyncOpenAI(base_url=f"{url}/rollout/r1/attempt/a1/v1", api_key="none") as agent:
+            assert await ask(agent) == "answer 0"
+            (first,) = await spans(kafka_settings)  # it is there as soon as the answer is
+            await asyncio.gather(*(ask(agent) for _ in range(20)))
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as outside:
+            await ask(outside)
+        found = await spans(kafka_settings)
+        stop.set()
+        async with asyncio.timeout(5):
+            await serving
+    assert (first.rollout_id, first.attempt_id, first.trace_id) == ("r1", "a1", attempt_trace_id("r1", "a1"))
+    assert (first.prompt_token_ids, first.response_token_ids) == ([1, 2, 3, 4], [7, 7, 7])
+    assert first.logprobs == [-0.125, -0.25, -0.375]
+    assert first.weight_versions == [VersionSpan(version=17, start=0, end=3)]
+    assert len({span.span_id for span in found}) == 22
+    assert len({span.sequence_id for span in found if span.rollout_id}) == 21
+    assert [span.attempt_id for span in found if not span.rollout_id] == [""]
+
+
+async def test_a_stop_before_there_is_a_broker_is_prompt():
+    assert await broker_problem(KafkaSettings(bootstrap_servers="127.0.0.1:1"))
+    stop = asyncio.Event()
+    settings = Settings(kafka=KafkaSettings(bootstrap_servers="127.0.0.1:1"))
+    serving = asyncio.create_task(serve(settings, stop))
+    await asyncio.sleep(0.3)
+    assert not serving.done()
+    stop.set()
+    async with asyncio.timeout(5):
+        await serving
+
+
+PROCESS = """
+import json, sys
+from fulgurite.producers.gateway import main
+from fulgurite.schemas.settings import Settings
+sys.exit(main(Settings.model_validate(json.loads(sys.argv[1]))))
+"""
+
+
+@pytest.mark.chaos
+@pytest.mark.slow
+async def test_kill_9_loses_no_answered_call(kafka_settings: KafkaSettings):
+    async with FakePolicyServer(label="1") as backend:
+        settings = configured(kafka_settings, backend)
+        url = f"http://127.0.0.1:{settings.gateway.port}"
+        command = [sys.executable, "-c", PROCESS, settings.model_dump_json(include={"kafka", "gateway"})]
+        answered: list[str] = []
+
+        async def agent(number: int) -> None:
+            base = f"{url}/rollout/r{number}/attempt/a1/v1"
+            async with openai.AsyncOpenAI(base_url=base, api_key="none", max_retries=0) as client:
+                while True:
+                    try:
+                        await ask(client)
+                    except openai.APIConnectionError:
+                        return
+                    answered.append(f"r{number}")
+
+        killed = await asyncio.create_subprocess_exec(*command)
+        await healthy(url)
+        agents = [asyncio.create_task(agent(number)) for number in range(8)]
+        await until(lambda: len(answered) > 100)
+        killed.send_signal(signal.SIGKILL)
+        await killed.wait()
+        await asyncio.gather(*agents)
+
+        again = await asyncio.create_subprocess_exec(*command)
+        await healthy(url)
+        again.terminate()
+        assert await asyncio.wait_for(again.wait(), 10) == 0
+    recorded = [span.rollout_id for span in await spans(kafka_settings)]
+    for rollout in set(answered):
+        missing = answered.count(rollout) - recorded.count(rollout)
+        assert missing <= 0, f"{missing} answered calls of {rollout} are not on the log"
+    assert len(recorded) - len(answered) <= 8, "at most one call an agent was recorded and not answered"
