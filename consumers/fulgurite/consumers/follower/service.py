@@ -1,0 +1,213 @@
+"""The follower's process: the topic `resources` in, a convergence loop for every server, `training` out.
+
+Reads the topic from its beginning at every start, without a consumer group: its truth is the newest record, not an
+offset of its own, so there is nothing to commit and nothing to lose. It is compacted, so the beginning is near.
+
+FastStream, with what its defaults would break set explicitly: `auto_offset_reset` (latest), the acknowledgement policy
+(commit before handling), the parser (decodes every header as UTF-8 and every value as JSON; an error there is logged
+and the record lost), topic creation (on).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import ssl
+from typing import Final
+
+import aiohttp
+from aiokafka import ConsumerRecord
+from aiokafka.errors import KafkaError
+from faststream import AckPolicy, StreamMessage
+from faststream.kafka import KafkaBroker
+from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLScram512
+
+from fulgurite.consumers.follower.converge import Convergence
+from fulgurite.consumers.follower.server import PolicyServer
+from fulgurite.consumers.follower.versions import Verifier, Versions
+from fulgurite.producers.backoff import Backoff
+from fulgurite.producers.kafka import connection_options
+from fulgurite.producers.publisher import Publisher
+from fulgurite.schemas.codec import decode
+from fulgurite.schemas.dead_letters import DeadLetter
+from fulgurite.schemas.errors import BufferFull, InvalidEvent, Undelivered
+from fulgurite.schemas.resources import ResourceVersion
+from fulgurite.schemas.settings import KafkaSettings, Settings
+from fulgurite.schemas.topics import RESOURCES, TRAINING
+from fulgurite.schemas.training import VersionApplied
+
+logger = logging.getLogger(__name__)
+
+Record = ConsumerRecord[bytes | None, bytes | None]
+
+STAGE: Final = "follower"
+SILENCE_SECONDS: Final = 0.3
+"""The log counts as read when nothing more came for this long: a start loads the newest version, not all of them."""
+FIRST_READ_SECONDS: Final = 5.0
+"""Longest that servers wait for the log at the start: one that was left paused must not wait for a broker."""
+STOP_SECONDS: Final = 4.0
+"""Longest that a stop waits for servers to be resumed."""
+
+
+class Follower:
+    """What the records of `resources` become."""
+
+    def __init__(self, settings: Settings, publisher: Publisher) -> None:
+        self._settings = settings
+        self._publisher = publisher
+        self.versions = Versions()
+
+    async def on_record(self, record: Record) -> None:
+        """One record of the topic. Never raises for what is in it: FastStream would log that and go on."""
+        if record.value is None:
+            return  # a tombstone: compaction's way to forget a resource; servers keep what they serve
+        try:
+            version = decode(ResourceVersion, record.value)
+        except InvalidEvent as error:
+            await self._reject(record, error)
+            return
+        if version.resource == self._settings.follower.resource:
+            self.versions.add(version)
+
+    async def report(self, event: VersionApplied) -> None:
+        """Returns when the broker has the event; tried for ever."""
+        backoff = Backoff(logger)
+        while True:
+            try:
+                await (await self._publisher.publish(TRAINING, event.run_id, event))
+            except (BufferFull, Undelivered) as error:
+                await backoff.wait(f"cannot report version {event.version}: {error}")
+            else:
+                return
+
+    async def _reject(self, record: Record, error: InvalidEvent) -> None:
+        """A dead letter; again at every start while the log has the record, with the same partition and offset."""
+        dead = DeadLetter(
+            topic=record.topic,
+            partition=record.partition,
+            offset=record.offset,
+            stage=STAGE,
+            reason=error.reason,
+            message=str(error),
+            key=record.key,
+            value=record.value,
+        )
+        logger.error("%s offset %d is no resource version (%s)", record.topic, record.offset, error)
+        backoff = Backoff(logger)
+        while True:
+            try:
+                await (await self._publisher.publish_dead_letter(dead))
+            except (BufferFull, Undelivered) as problem:
+                await backoff.wait(f"cannot publish a dead letter: {problem}")
+            else:
+                return
+
+
+async def serve(settings: Settings, stop: asyncio.Event) -> None:
+    """Follows until `stop`; then resumes what it has paused."""
+    serving = asyncio.create_task(_serve(settings))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if serving.done():
+        serving.result()  # it never returns by itself: this raises what ended it
+        return
+    serving.cancel()
+    done, _ = await asyncio.wait({serving}, timeout=STOP_SECONDS)
+    for task in done:
+        if not task.cancelled():
+            task.result()
+    if not done:
+        logger.error("a server did not answer within %g s; it may be paused until the next start", STOP_SECONDS)
+
+
+async def _serve(settings: Settings) -> None:
+    publisher = Publisher(settings.kafka, settings.producer)
+    follower = Follower(settings, publisher)
+    timeout = aiohttp.ClientTimeout(total=None)  # PolicyServer bounds every call itself
+    try:
+        async with aiohttp.ClientSession(timeout=timeout) as session, asyncio.TaskGroup() as tasks:
+            publishing = tasks.create_task(publisher.start())
+            settled = asyncio.Event()
+            tasks.create_task(_read(settings, follower, publishing, settled), name="read")
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(settled.wait(), FIRST_READ_SECONDS)
+            verifier = Verifier()
+            for url in settings.follower.servers:
+                server = PolicyServer(url, session, settings.follower.request_seconds)
+                check_seconds = settings.follower.check_seconds
+                loop = Convergence(server, follower.versions, verifier, follower.report, check_seconds)
+                tasks.create_task(loop.run(), name=f"converge {url}")
+            logger.info("ready; %s on %s", settings.follower.resource, ", ".join(settings.follower.servers))
+    finally:
+        await publisher.close()
+
+
+async def _read(settings: Settings, follower: Follower, publishing: asyncio.Task[None], settled: asyncio.Event) -> None:
+    """Reads the topic until cancelled; sets `settled` when it was read to its end once."""
+    await asyncio.shield(publishing)  # what cannot be used must have somewhere to go
+    backoff = Backoff(logger)
+    problem = ""
+    while True:
+        broker = kafka_broker(settings.kafka, follower)
+        try:
+            await broker.start()
+            await follower.versions.settled(SILENCE_SECONDS)
+            settled.set()
+            await asyncio.Event().wait()
+        except (KafkaError, OSError) as error:
+            problem = f"cannot read {settings.kafka.topic(RESOURCES)}: {error!r}"
+        finally:
+            await broker.stop()
+        await backoff.wait(problem)
+
+
+def kafka_broker(settings: KafkaSettings, follower: Follower) -> KafkaBroker:
+    """FastStream's broker with the one subscriber."""
+    broker = KafkaBroker(
+        settings.bootstrap_servers,
+        security=_security(settings),
+        consumer_only=True,
+        allow_auto_create_topics=False,
+        apply_types=False,
+        logger=logging.getLogger("faststream"),
+        log_level=logging.DEBUG,
+        graceful_timeout=1.0,
+    )
+    subscriber = broker.subscriber(
+        settings.topic(RESOURCES),
+        group_id=None,
+        auto_offset_reset="earliest",
+        isolation_level="read_committed",
+        ack_policy=AckPolicy.MANUAL,
+        max_partition_fetch_bytes=settings.max_record_bytes,
+        parser=_parse,
+        decoder=_decode,
+    )
+    subscriber(follower.on_record)
+    return broker
+
+
+async def _parse(record: Record) -> StreamMessage[Record]:
+    return StreamMessage(raw_message=record, body=record.value or b"", headers={}, message_id=str(record.offset))
+
+
+async def _decode(message: StreamMessage[Record]) -> Record:
+    return message.raw_message
+
+
+def _security(settings: KafkaSettings) -> BaseSecurity:
+    """FastStream's form of what connection_options says."""
+    options = connection_options(settings)
+    secure = settings.security_protocol in ("SSL", "SASL_SSL")
+    context: ssl.SSLContext | None = options.get("ssl_context")
+    if not settings.security_protocol.startswith("SASL"):
+        return BaseSecurity(ssl_context=context, use_ssl=secure)
+    kinds = {"PLAIN": SASLPlaintext, "SCRAM-SHA-256": SASLScram256, "SCRAM-SHA-512": SASLScram512}
+    return kinds[settings.sasl_mechanism](
+        username=options["sasl_plain_username"] or "",
+        password=options["sasl_plain_password"] or "",
+        ssl_context=context,
+        use_ssl=secure,
+    )

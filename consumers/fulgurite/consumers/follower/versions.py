@@ -1,0 +1,102 @@
+"""The versions of the followed resource, newest known first, and whether their files are what was announced.
+
+Promises: `newest` never goes back to a lower number; of two records with the same number the later one counts. Bounded:
+the newest few are kept, older ones cannot be wanted again. Knows neither servers nor Kafka.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Final
+
+from fulgurite.schemas.checksum import folder_of, folder_sha256
+from fulgurite.schemas.errors import ChecksumMismatch
+from fulgurite.schemas.resources import ResourceVersion
+
+MAX_KEPT: Final = 8
+"""Candidates to fall back to when the newest are unusable; trainers keep about as many versions' files."""
+
+Identity = tuple[int, str, str]
+
+
+def identity(version: ResourceVersion) -> Identity:
+    """What makes two records the same version: number, place and content."""
+    return version.version, version.uri, version.sha256
+
+
+class Versions:
+    """What the log has said so far."""
+
+    def __init__(self) -> None:
+        self._kept: dict[int, ResourceVersion] = {}
+        self._subscribers: list[asyncio.Event] = []
+        self._arrived_at = 0.0
+
+    def add(self, version: ResourceVersion) -> None:
+        self._kept[version.version] = version
+        while len(self._kept) > MAX_KEPT:
+            del self._kept[min(self._kept)]
+        self._arrived_at = asyncio.get_running_loop().time()
+        for event in self._subscribers:
+            event.set()
+
+    def __contains__(self, key: Identity) -> bool:
+        return key[0] in self._kept and identity(self._kept[key[0]]) == key
+
+    @property
+    def newest(self) -> ResourceVersion | None:
+        return self._kept[max(self._kept)] if self._kept else None
+
+    def wanted(self, refused: set[Identity]) -> ResourceVersion | None:
+        """The newest version that is not among `refused`."""
+        for number in sorted(self._kept, reverse=True):
+            if identity(self._kept[number]) not in refused:
+                return self._kept[number]
+        return None
+
+    async def settled(self, silence_seconds: float) -> None:
+        """Returns when nothing has arrived for `silence_seconds`."""
+        loop = asyncio.get_running_loop()
+        began = loop.time()
+        while (silent := loop.time() - max(began, self._arrived_at)) < silence_seconds:  # noqa: ASYNC110 (silence is no event)
+            await asyncio.sleep(silence_seconds - silent)
+
+    def subscribe(self) -> asyncio.Event:
+        """Set whenever something new arrives; whoever waits for it clears it before comparing."""
+        event = asyncio.Event()
+        self._subscribers.append(event)
+        return event
+
+
+class Verifier:
+    """Checks files against their record; servers that want the same version at once share one reading of it."""
+
+    def __init__(self) -> None:
+        self._running: dict[Identity, asyncio.Task[Path]] = {}
+
+    async def verify(self, version: ResourceVersion) -> Path:
+        """The folder with the version's files. Raises ChecksumMismatch: what is wrong, and where."""
+        key = identity(version)
+        task = self._running.get(key)
+        if task is None:
+            task = asyncio.create_task(asyncio.to_thread(_verified_folder, version))
+            self._running[key] = task
+            task.add_done_callback(lambda _: self._running.pop(key, None))
+        return await asyncio.shield(task)
+
+
+def _verified_folder(version: ResourceVersion) -> Path:
+    what = f"{version.resource} version {version.version}"
+    if version.kind != "weights":
+        raise ChecksumMismatch(f"{what} is of kind {version.kind}; only weights can be loaded into a server")
+    try:
+        folder = folder_of(version.uri)
+        if not folder.is_dir():
+            raise ChecksumMismatch(f"{what}: {folder} is not a folder on this machine")
+        found = folder_sha256(folder)
+    except (ValueError, OSError) as error:
+        raise ChecksumMismatch(f"{what}: {version.uri} cannot be read: {error}") from None
+    if found != version.sha256:
+        raise ChecksumMismatch(f"{what}: the files in {folder} have checksum {found}, announced was {version.sha256}")
+    return folder

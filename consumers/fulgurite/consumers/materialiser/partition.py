@@ -1,0 +1,295 @@
+"""One assigned partition: resumes where the tables end, then inserts its records in batches, one batch at a time.
+
+The steps of the contract (see the package) are in this file, by number: `_resume` is 0, `_write` is 1 and 2; 3 and 4 are
+left to the service, which does them for all partitions at once. Bounds: the batch and the buffer, in records and bytes.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from typing import Protocol, TypeVar
+
+from aiokafka import TopicPartition
+
+from fulgurite.consumers.materialiser.offsets import Intent, Lost, Offsets
+from fulgurite.consumers.materialiser.store import LogEntry, Partition, Record, Rejected, Store, Unavailable
+from fulgurite.schemas.errors import StartError
+from fulgurite.schemas.settings import MaterialiserSettings
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+BATCH_BYTES = 16 * 1024 * 1024
+"""Most bytes of one insert, unless its first record alone is larger. ClickHouse parses a block in one piece: three copies."""
+LINGER_RATIO = 12
+"""A partition waits this many times as long as its last insert took: an insert costs the server tens of milliseconds of
+CPU however few records it has, and on a busy machine many small ones would slow down what they observe."""
+MAX_LINGER_SECONDS = 0.6
+"""But not longer: what is produced can be asked for within about a second."""
+RETRY_SECONDS = (0.2, 5.0)
+"""First and longest pause between tries."""
+REPLAY_WAIT_SECONDS = 10.0
+"""How long the end of an interrupted range is waited for; compaction may have removed its last record."""
+QUIET_SECONDS = 0.1
+"""How often the server is asked whether an insert still runs."""
+
+Checkpoint = Callable[[str, Partition], Awaitable[None]]
+"""Awaited after each step with its name: tests crash there."""
+
+
+async def no_checkpoint(step: str, partition: Partition) -> None:
+    """Nothing to see."""
+
+
+class Consumer(Protocol):
+    """What is needed of aiokafka's consumer."""
+
+    def pause(self, *partitions: TopicPartition) -> None: ...
+    def resume(self, *partitions: TopicPartition) -> None: ...
+    def seek(self, partition: TopicPartition, offset: int) -> None: ...
+    async def beginning_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]: ...
+    async def end_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What all partitions share."""
+
+    settings: MaterialiserSettings
+    consumer: Consumer
+    store: Store
+    offsets: Offsets
+    inserts: asyncio.Semaphore
+    """Inserts at once, over all partitions."""
+    finished: Callable[[LogEntry], None]
+    checkpoint: Checkpoint = no_checkpoint
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    lo: int
+    hi: int
+    records: Sequence[Record]
+    doubtful: bool = False
+    """Whether some of it may be in the tables, or may still arrive there."""
+
+
+class PartitionWriter:
+    """Give it records with `append`, run it with `run`; cancel that to stop."""
+
+    def __init__(self, partition: Partition, parts: Parts, buffer_bytes: int) -> None:
+        self.partition = partition
+        self._tp = TopicPartition(partition.name, partition.number)
+        self._parts = parts
+        self._buffer_bytes = buffer_bytes
+        self._buffer: deque[Record] = deque()
+        self._bytes = 0
+        self._arrived = asyncio.Event()
+        self._paused = True
+        self._resumed = False
+        self._next = 0
+        """Lowest offset that is still of interest."""
+        self._skip: set[int] = set()
+        """Offsets from _next on that are in the tables."""
+        self._replay: Intent | None = None
+        self._linger_seconds = parts.settings.batch_wait_ms / 1000
+        self._last_complaint = 0.0
+
+    def append(self, records: Sequence[Record]) -> None:
+        """Takes records in the order of the log. Never waits: beyond its bounds the partition is not fetched from."""
+        if not self._resumed:
+            return  # fetched before `seek`, which makes them come again
+        for record in records:
+            if record.offset >= self._next:
+                self._next = record.offset + 1
+                if record.offset not in self._skip:
+                    self._buffer.append(record)
+                    self._bytes += _size(record)
+        self._arrived.set()
+        full = len(self._buffer) >= 2 * self._parts.settings.batch_records or self._bytes >= self._buffer_bytes
+        if full and not self._paused:
+            self._paused = True
+            self._parts.consumer.pause(self._tp)
+
+    async def run(self) -> None:
+        """Until cancelled, or until the partition is Lost. Raises StartError when the topic is another one than before."""
+        try:
+            await self._resume()
+            while True:
+                batch = await self._next_batch()
+                await self._write(batch)
+                self._parts.finished(LogEntry(self.partition, batch.lo, batch.hi, len(batch.records)))
+        except Lost:
+            logger.info("%s: belongs to another consumer now", self.partition)
+
+    async def _resume(self) -> None:
+        """0: from the tables, whatever Kafka says was committed."""
+        store = self._parts.store
+        logged = await self._patiently("resume", lambda: store.logged(self.partition))
+        intent = await self._parts.offsets.intent(self._tp)
+        present = await self._patiently("resume", lambda: self._present_when_quiet(logged))
+        begin = (await self._parts.consumer.beginning_offsets([self._tp]))[self._tp]
+        end = (await self._parts.consumer.end_offsets([self._tp]))[self._tp]
+        known = max(logged, max(present, default=-1) + 1)
+        if known > end:
+            raise StartError(
+                f"{self.partition} ends at offset {end}, but ClickHouse has its records up to {known - 1}: the topic was "
+                "deleted and created again, or this database belongs to another cluster. Use another kafka.topic_prefix "
+                "or clickhouse.database, or delete this topic's rows (and those of ingest_log) from the database"
+            )
+        if begin > logged > 0:
+            logger.error("%s: %d offsets expired before they were read", self.partition, begin - logged)
+        self._next = max(logged, begin)
+        while self._next in present:
+            present.discard(self._next)
+            self._next += 1
+        self._skip = present
+        if intent is not None and intent.hi >= self._next:
+            self._replay = intent
+        logger.info("%s: resumes at offset %d, %d later ones are there", self.partition, self._next, len(present))
+        self._parts.consumer.seek(self._tp, self._next)
+        self._resumed = True
+        self._unpause()
+        await self._parts.checkpoint("resumed", self.partition)
+
+    async def _present_when_quiet(self, lo: int) -> set[int]:
+        """Offsets in the tables once no insert for this partition runs: what is not there then was not and will not be
+        inserted, but by somebody who holds the token of the same intent."""
+        while await self._parts.store.inserting(self.partition):
+            await asyncio.sleep(QUIET_SECONDS)
+        return await self._parts.store.present(self.partition, lo)
+
+    async def _next_batch(self) -> Batch:
+        settings = self._parts.settings
+        while not self._buffer:
+            self._arrived.clear()
+            await self._arrived.wait()
+        if self._replay is not None and self._buffer[0].offset <= self._replay.hi:
+            return await self._replayed(self._replay)
+        deadline = time.monotonic() + max(settings.batch_wait_ms / 1000, self._linger_seconds)
+        while len(self._buffer) < settings.batch_records and self._bytes < BATCH_BYTES:
+            if not await self._more(deadline):
+                break
+        return self._cut(settings.batch_records)
+
+    async def _replayed(self, intent: Intent) -> Batch:
+        """The interrupted range once more, with its own boundaries and therefore its own token."""
+        if self._buffer[0].offset < intent.lo:
+            # Only after ClickHouse went back to an older copy of itself: records below the intent are gone from it.
+            below = sum(1 for record in self._buffer if record.offset < intent.lo)
+            return self._cut(min(below, self._parts.settings.batch_records))
+        deadline = time.monotonic() + REPLAY_WAIT_SECONDS
+        while self._next <= intent.hi and not self._paused:
+            if not await self._more(deadline):
+                break
+        self._replay = None
+        records = self._take(sum(1 for record in self._buffer if record.offset <= intent.hi))
+        return Batch(intent.lo, intent.hi, records, doubtful=True)
+
+    async def _more(self, deadline: float) -> bool:
+        """Waits for further records until the deadline; False when it passed."""
+        self._arrived.clear()
+        try:
+            async with asyncio.timeout(max(0.0, deadline - time.monotonic())):
+                await self._arrived.wait()
+        except TimeoutError:
+            return False
+        return True
+
+    def _cut(self, limit: int) -> Batch:
+        size, count = 0, 0
+        for record in self._buffer:
+            size += _size(record)
+            if count and (count >= limit or size > BATCH_BYTES):
+                break
+            count += 1
+        records = self._take(count)
+        return Batch(records[0].offset, records[-1].offset, records)
+
+    def _take(self, count: int) -> list[Record]:
+        records = [self._buffer.popleft() for _ in range(count)]
+        self._bytes -= sum(_size(record) for record in records)
+        self._skip = {offset for offset in self._skip if offset >= self._next} if self._skip else self._skip
+        if self._paused and self._bytes < self._buffer_bytes / 2:
+            self._unpause()
+        return records
+
+    def _unpause(self) -> None:
+        self._paused = False
+        self._parts.consumer.resume(self._tp)
+
+    async def _write(self, batch: Batch) -> None:
+        """1 and 2, until the batch is in."""
+        doubtful, pause = batch.doubtful, RETRY_SECONDS[0]
+        token = self.partition.token(batch.lo, batch.hi)
+        while True:
+            # 1: whoever is not of the group any more gets no further. Said again before every try.
+            await self._parts.offsets.intend(self._tp, Intent(batch.lo, batch.hi))
+            await self._parts.checkpoint("intended", self.partition)
+            records = batch.records
+            try:
+                if doubtful:
+                    present = await self._present_when_quiet(batch.lo)
+                    records = [record for record in records if record.offset not in present]
+                # 2: one block, one token.
+                if records:
+                    await self._insert(records, token)
+                await self._parts.checkpoint("inserted", self.partition)
+                return
+            except Unavailable as error:
+                doubtful = True
+                self._complain("insert", error)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, RETRY_SECONDS[1])
+
+    async def _insert(self, records: Sequence[Record], token: str) -> None:
+        async with self._parts.inserts:
+            started = time.monotonic()
+            try:
+                await self._parts.store.insert(self.partition, records, token)
+            except Rejected as error:
+                await self._bisect(records, error)
+            self._linger_seconds = min(LINGER_RATIO * (time.monotonic() - started), MAX_LINGER_SECONDS)
+
+    async def _bisect(self, records: Sequence[Record], error: Rejected) -> None:
+        """Halves until the record that ClickHouse will not take stands alone; that one becomes a dead letter."""
+        if len(records) == 1:
+            logger.warning("%s: offset %d becomes a dead letter: %s", self.partition, records[0].offset, error)
+            await self._parts.store.insert_dead(self.partition, records[0], str(error))
+            return
+        middle = len(records) // 2
+        for half in (records[:middle], records[middle:]):
+            try:
+                await self._parts.store.insert(
+                    self.partition, half, self.partition.token(half[0].offset, half[-1].offset) + "-half"
+                )
+            except Rejected as worse:
+                await self._bisect(half, worse)
+
+    async def _patiently(self, what: str, ask: Callable[[], Awaitable[T]]) -> T:
+        pause = RETRY_SECONDS[0]
+        while True:
+            try:
+                return await ask()
+            except Unavailable as error:
+                self._complain(what, error)
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, RETRY_SECONDS[1])
+
+    def _complain(self, what: str, error: Exception) -> None:
+        """At most once in five seconds."""
+        now = time.monotonic()
+        if now - self._last_complaint >= 5:
+            self._last_complaint = now
+            logger.warning("%s: cannot %s, trying again: %s", self.partition, what, error)
+
+
+def _size(record: Record) -> int:
+    # 64: the columns beside key and value.
+    return len(record.value or b"") + len(record.key or b"") + 64

@@ -1,0 +1,236 @@
+"""Wires the materialiser: FastStream's consumer in front, a writer for every assigned partition, log and commits behind.
+
+The flow and the contract are in the package's docstring; steps 3 and 4 are here.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import os
+import socket
+from collections.abc import Sequence
+
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+from clickhouse_connect.driver.exceptions import ClickHouseError
+
+from fulgurite.consumers.materialiser.offsets import Offsets
+from fulgurite.consumers.materialiser.partition import Checkpoint, PartitionWriter, Parts, no_checkpoint
+from fulgurite.consumers.materialiser.store import TABLES, LogEntry, Partition, Store, Unavailable
+from fulgurite.consumers.materialiser.stream import subscribe
+from fulgurite.producers.kafka import connection_options
+from fulgurite.producers.service import run_service
+from fulgurite.schemas.migrations import apply_migrations
+from fulgurite.schemas.settings import Settings
+
+logger = logging.getLogger(__name__)
+
+BUFFER_BYTES = 128 * 1024 * 1024
+"""Over all partitions: records fetched and not yet inserted."""
+CONCURRENT_INSERTS = 4
+"""Over all partitions. More would only compete for ClickHouse's cores."""
+FLUSH_SECONDS = 1.0
+"""How often steps 3 and 4 are done for what was inserted since."""
+WAIT_SECONDS = 1.0
+"""Between tries while a store is not there yet."""
+
+
+def main(settings: Settings) -> int:
+    """`fulgurite materialiser`."""
+    return run_service("materialiser", lambda stop: serve(settings, stop))
+
+
+async def serve(settings: Settings, stop: asyncio.Event, checkpoint: Checkpoint = no_checkpoint) -> None:
+    """Runs until `stop`. Waits for both stores, brings the tables up to date. `checkpoint` is for tests that crash it."""
+    if not await _tables_ready(settings, stop):
+        return
+    name = f"{socket.gethostname()}-{os.getpid()}"
+    store = Store(settings.clickhouse, settings.materialiser.insert_seconds, name)
+    admin = await _topics_ready(settings, stop)
+    if admin is None:
+        return
+    try:
+        await store.connect()
+        await Materialiser(settings, store, admin, checkpoint).run(stop)
+    finally:
+        await store.close()
+        await admin.close()
+
+
+class Materialiser(ConsumerRebalanceListener):
+    """The running service: it is told which partitions are its own, and gives each a writer."""
+
+    def __init__(
+        self, settings: Settings, store: Store, admin: AIOKafkaAdminClient, checkpoint: Checkpoint = no_checkpoint
+    ) -> None:
+        self._settings = settings
+        self._store = store
+        self._admin = admin
+        self._checkpoint = checkpoint
+        self._topics = {settings.kafka.topic(topic): topic for topic in TABLES}
+        self._group = f"{settings.kafka.topic_prefix}{settings.materialiser.group}"
+        self._writers: dict[TopicPartition, PartitionWriter] = {}
+        self._tasks: dict[TopicPartition, asyncio.Task[None]] = {}
+        self._inserts = asyncio.Semaphore(CONCURRENT_INSERTS)
+        self._finished: list[LogEntry] = []
+        self._flushing = asyncio.Lock()
+        self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        self._broker, self._subscriber = subscribe(settings, self._group, list(self._topics), self, self.take)
+        self._offsets: Offsets | None = None
+
+    async def run(self, stop: asyncio.Event) -> None:
+        """Until `stop`, or until a writer raises what no retry helps against."""
+        behind = asyncio.create_task(self._behind())
+        try:
+            await self._broker.start()
+            logger.info("ready: %d topics into database %s", len(self._topics), self._settings.clickhouse.database)
+            stopping = asyncio.create_task(stop.wait())
+            await asyncio.wait({stopping, self._failed, behind}, return_when=asyncio.FIRST_COMPLETED)
+            stopping.cancel()
+            for ended in (self._failed, behind):
+                if ended.done():
+                    ended.result()
+        finally:
+            await self._end_writers(set(self._tasks))
+            behind.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await behind
+            await self._flush()
+            await self._broker.stop()
+
+    def take(self, records: Sequence[ConsumerRecord[bytes, bytes]]) -> None:
+        """Hands records, in the order of each partition, to the writers. Never waits."""
+        start = 0
+        for at in range(1, len(records) + 1):
+            first = records[start]
+            if at == len(records) or (records[at].partition, records[at].topic) != (first.partition, first.topic):
+                writer = self._writers.get(TopicPartition(first.topic, first.partition))
+                if writer is not None:
+                    writer.append(records[start:at])
+                start = at
+
+    async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
+        """Before they go to somebody else: what runs is ended, what is done is said."""
+        await self._end_writers(revoked)
+        if self._offsets is not None:
+            await self._offsets.settle()
+        await self._flush()
+
+    async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
+        consumer, offsets = self._connected()
+        # Nothing is fetched until the writer knows where to begin.
+        consumer.pause(*assigned)
+        parts = Parts(
+            settings=self._settings.materialiser,
+            consumer=consumer,
+            store=self._store,
+            offsets=offsets,
+            inserts=self._inserts,
+            finished=self._finished.append,
+            checkpoint=self._checkpoint,
+        )
+        for tp in assigned:
+            partition = Partition(self._topics[tp.topic], tp.topic, tp.partition)
+            writer = PartitionWriter(partition, parts, BUFFER_BYTES // len(assigned))
+            self._writers[tp] = writer
+            self._tasks[tp] = asyncio.create_task(writer.run(), name=str(partition))
+            self._tasks[tp].add_done_callback(self._watch)
+
+    def _connected(self) -> tuple[AIOKafkaConsumer, Offsets]:
+        """FastStream makes the consumer when it starts, before anything is assigned."""
+        consumer = self._subscriber.consumer
+        assert consumer is not None
+        if self._offsets is None:
+            self._offsets = Offsets(consumer, self._admin, self._group)
+        return consumer, self._offsets
+
+    async def _end_writers(self, partitions: set[TopicPartition]) -> None:
+        tasks = [self._tasks.pop(tp) for tp in partitions if tp in self._tasks]
+        for tp in partitions:
+            self._writers.pop(tp, None)
+        for task in tasks:
+            task.cancel()
+        await asyncio.gather(*tasks, return_exceptions=True)
+
+    def _watch(self, task: asyncio.Task[None]) -> None:
+        if not task.cancelled() and (error := task.exception()) is not None and not self._failed.done():
+            self._failed.set_exception(error)
+
+    async def _behind(self) -> None:
+        """What is done for all partitions at once: sending intents, and every second steps 3 and 4."""
+        while self._offsets is None:
+            await asyncio.sleep(0.01)
+        sending = asyncio.create_task(self._offsets.run())
+        try:
+            while not sending.done():
+                await asyncio.wait({sending}, timeout=FLUSH_SECONDS)
+                await self._flush()
+            sending.result()
+        finally:
+            sending.cancel()
+
+    async def _flush(self) -> None:
+        async with self._flushing:
+            entries = self._finished.copy()
+            if not entries:
+                return
+            try:
+                # 3
+                await self._store.log(entries)
+            except Unavailable as error:
+                logger.warning("cannot log what was inserted, trying again: %s", error)
+                return
+            del self._finished[: len(entries)]
+            await self._at_checkpoint("logged", entries)
+            if self._offsets is not None:
+                # 4
+                done = {TopicPartition(e.partition.name, e.partition.number): e.hi + 1 for e in entries}
+                await self._offsets.finish(done)
+            await self._at_checkpoint("committed", entries)
+
+    async def _at_checkpoint(self, step: str, entries: Sequence[LogEntry]) -> None:
+        for entry in entries:
+            await self._checkpoint(step, entry.partition)
+
+
+async def _tables_ready(settings: Settings, stop: asyncio.Event) -> bool:
+    """Applies the migrations, as soon as ClickHouse answers; False when `stop` came first."""
+    while not stop.is_set():
+        try:
+            applied = await asyncio.to_thread(apply_migrations, settings.clickhouse)
+        except (ClickHouseError, OSError) as error:
+            logger.warning("waiting for ClickHouse at %s: %s", settings.clickhouse.url, str(error)[:200])
+            await _pause(stop)
+        else:
+            if applied:
+                logger.info("applied %s to database %s", ", ".join(applied), settings.clickhouse.database)
+            return True
+    return False
+
+
+async def _topics_ready(settings: Settings, stop: asyncio.Event) -> AIOKafkaAdminClient | None:
+    """A connected admin client, as soon as the broker has all topics; None when `stop` came first."""
+    wanted = {settings.kafka.topic(topic) for topic in TABLES}
+    while not stop.is_set():
+        admin = AIOKafkaAdminClient(**connection_options(settings.kafka))
+        try:
+            await admin.start()
+            missing = wanted - set(await admin.list_topics())
+        except (KafkaError, OSError) as error:
+            logger.warning("waiting for Kafka at %s: %r", settings.kafka.bootstrap_servers, error)
+        else:
+            if not missing:
+                return admin
+            logger.warning("waiting for topics: %s (fulgurite topics create)", ", ".join(sorted(missing)))
+        await admin.close()
+        await _pause(stop)
+    return None
+
+
+async def _pause(stop: asyncio.Event) -> None:
+    with contextlib.suppress(TimeoutError):
+        async with asyncio.timeout(WAIT_SECONDS):
+            await stop.wait()

@@ -1,0 +1,96 @@
+"""FastStream's part of the materialiser: connection, subscription and the fetch loop.
+
+Promises: `take` gets every record as aiokafka made it, in the order of its partition; nothing is ever acknowledged here. What
+of FastStream would hurt is kept away: its acknowledgements commit everything that was fetched (MANUAL, never called); its
+decoder parses every message as JSON, its parser every header as text (both replaced); it begins at the latest record
+(`earliest` here).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from aiokafka import ConsumerRebalanceListener, ConsumerRecord
+from faststream import AckPolicy
+from faststream.kafka import KafkaBroker, KafkaMessage
+from faststream.kafka.subscriber.usecase import BatchSubscriber
+from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLScram512
+
+from fulgurite.producers.kafka import connection_options
+from fulgurite.schemas.settings import KafkaSettings, Settings
+
+POLL_MS = 50
+"""How long the fetch loop waits when nothing came; it then sleeps as long. Batches are made by the writers."""
+
+Records = Sequence[ConsumerRecord[bytes, bytes]]
+
+
+def subscribe(
+    settings: Settings,
+    group: str,
+    topics: list[str],
+    listener: ConsumerRebalanceListener,
+    take: Callable[[Records], None],
+) -> tuple[KafkaBroker, BatchSubscriber]:
+    """A broker to start and stop, and its subscriber, whose `consumer` exists from the start on."""
+    broker = KafkaBroker(
+        settings.kafka.bootstrap_servers,
+        security=_security(settings.kafka),
+        consumer_only=True,
+        allow_auto_create_topics=False,
+        apply_types=False,
+        logger=None,
+        client_id="fulgurite-materialiser",
+    )
+    session_ms = int(settings.materialiser.session_seconds * 1000)
+    subscriber = broker.subscriber(
+        *topics,
+        group_id=group,
+        batch=True,
+        max_records=settings.materialiser.batch_records,
+        batch_timeout_ms=POLL_MS,
+        auto_offset_reset="earliest",
+        isolation_level="read_committed",
+        session_timeout_ms=session_ms,
+        heartbeat_interval_ms=max(1, min(3_000, session_ms // 3)),
+        listener=listener,
+        parser=_parse,
+        decoder=_decode,
+        ack_policy=AckPolicy.MANUAL,
+    )
+
+    async def handle(records: Records) -> None:
+        take(records)
+
+    subscriber(handle)
+    assert isinstance(subscriber, BatchSubscriber)
+    return broker, subscriber
+
+
+async def _parse(records: Any) -> KafkaMessage:
+    return KafkaMessage(records, b"", message_id="batch", correlation_id="batch", consumer=_NeverUsed())
+
+
+async def _decode(message: Any) -> Any:
+    return message.raw_message
+
+
+class _NeverUsed:
+    """FastStream wants something to acknowledge with."""
+
+    async def commit(self, offsets: Any = None) -> None:
+        raise AssertionError("the materialiser commits by itself")
+
+    def seek(self, partition: Any, offset: Any = None) -> None:
+        raise AssertionError("the materialiser seeks by itself")
+
+
+def _security(kafka: KafkaSettings) -> BaseSecurity:
+    """FastStream's own way to say what connection_options says."""
+    tls = connection_options(kafka).get("ssl_context")
+    if not kafka.security_protocol.startswith("SASL"):
+        return BaseSecurity(ssl_context=tls, use_ssl=tls is not None)
+    kinds = {"PLAIN": SASLPlaintext, "SCRAM-SHA-256": SASLScram256, "SCRAM-SHA-512": SASLScram512}
+    password = kafka.sasl_password.get_secret_value() if kafka.sasl_password else ""
+    return kinds[kafka.sasl_mechanism](kafka.sasl_username or "", password, ssl_context=tls, use_ssl=tls is not None)

@@ -1,0 +1,147 @@
+"""The follower's process against the real broker: the topic in, servers converged, `training` out, and kill -9."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import signal
+import sys
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from aiokafka import AIOKafkaConsumer, ConsumerRecord
+
+from fulgurite.consumers.follower import serve
+from fulgurite.producers.kafka import connection_options
+from fulgurite.producers.publisher import Publisher
+from fulgurite.schemas.checksum import folder_sha256
+from fulgurite.schemas.codec import decode
+from fulgurite.schemas.resources import ResourceVersion
+from fulgurite.schemas.settings import FollowerSettings, KafkaSettings, Settings
+from fulgurite.schemas.topics import DEAD_LETTERS, RESOURCES, TRAINING, Topic
+from fulgurite.schemas.training import VersionApplied
+from tests.producers.fake_policy_server import FakePolicyServer, until
+
+
+def make_version(folder: Path, number: int, resource: str = "policy") -> ResourceVersion:
+    files = folder / f"{resource}-v{number}"
+    files.mkdir()
+    (files / "weights.txt").write_text(str(number * 10))
+    return ResourceVersion(
+        resource=resource, version=number, uri=files.as_uri(), sha256=folder_sha256(files), run_id="run"
+    )
+
+
+def configured(kafka: KafkaSettings, *servers: FakePolicyServer) -> Settings:
+    return Settings(kafka=kafka, follower=FollowerSettings(servers=[s.url for s in servers], check_seconds=0.1))
+
+
+async def records(kafka: KafkaSettings, topic: Topic, count: int) -> list[ConsumerRecord[bytes, bytes]]:
+    """The first `count` records of the topic."""
+    consumer = AIOKafkaConsumer(
+        kafka.topic(topic),
+        **connection_options(kafka),
+        auto_offset_reset="earliest",
+        isolation_level="read_committed",
+    )
+    await consumer.start()
+    try:
+        async with asyncio.timeout(20):
+            return [await consumer.getone() for _ in range(count)]
+    finally:
+        await consumer.stop()
+
+
+@asynccontextmanager
+async def following(settings: Settings) -> AsyncGenerator[None]:
+    stop = asyncio.Event()
+    task = asyncio.create_task(serve(settings, stop))
+    try:
+        yield
+        assert not task.done(), task
+    finally:
+        stop.set()
+        async with asyncio.timeout(5):
+            await task
+
+
+async def test_versions_on_the_topic_reach_every_server(kafka_settings: KafkaSettings, tmp_path: Path):
+    async with FakePolicyServer() as one, FakePolicyServer() as two, Publisher(kafka_settings) as publisher:
+        for version in (make_version(tmp_path, 1), make_version(tmp_path, 2), make_version(tmp_path, 9, "other")):
+            await (await publisher.publish(RESOURCES, version.resource, version))
+        async with following(configured(kafka_settings, one, two)):
+            await until(lambda: one.label == two.label == "2")
+            assert one.log.count("/collective_rpc") == 1, "the log is read before anything is loaded"
+            version = make_version(tmp_path, 3)
+            await (await publisher.publish(RESOURCES, version.resource, version))
+            await until(lambda: one.label == two.label == "3")
+            assert one.weights == two.weights == 30
+            found = [decode(VersionApplied, record.value) for record in await records(kafka_settings, TRAINING, 4)]
+    assert sorted((event.server, event.version) for event in found) == sorted(
+        (server.url, number) for server in (one, two) for number in (2, 3)
+    )
+    assert all(event.ok and event.seconds for event in found)
+
+
+async def test_a_record_that_is_no_version_becomes_a_dead_letter_and_stops_nothing(
+    kafka_settings: KafkaSettings, tmp_path: Path
+):
+    async with FakePolicyServer() as server, Publisher(kafka_settings) as publisher:
+        await (await publisher.publish_bytes(RESOURCES, b"policy", b"{not json", [("odd", b"\xff\xfe")]))
+        await (await publisher.publish_bytes(RESOURCES, b"policy", b'{"resource": "policy", "version": -1}'))
+        await (await publisher.publish_bytes(RESOURCES, b"policy", None))
+        version = make_version(tmp_path, 1)
+        await (await publisher.publish(RESOURCES, "policy", version))
+        async with following(configured(kafka_settings, server)):
+            await until(lambda: server.label == "1")
+            dead = await records(kafka_settings, DEAD_LETTERS, 2)
+    assert [record.value for record in dead] == [b"{not json", b'{"resource": "policy", "version": -1}']
+    headers = [{name: value.decode() for name, value in record.headers} for record in dead]
+    assert [h["__connect.errors.exception.class.name"] for h in headers] == ["not_json", "bad_field"]
+    assert [h["__connect.errors.offset"] for h in headers] == ["0", "1"]
+    assert {h["__connect.errors.stage"] for h in headers} == {"follower"}
+
+
+async def test_without_a_broker_a_paused_server_is_resumed_and_the_service_stops_promptly():
+    nowhere = KafkaSettings(bootstrap_servers="127.0.0.1:1")
+    async with FakePolicyServer(paused=True) as server, following(configured(nowhere, server)):
+        await until(lambda: not server.paused)
+
+
+PROCESS = """
+import json, sys
+from fulgurite.consumers.follower import main
+from fulgurite.schemas.settings import Settings
+sys.exit(main(Settings.model_validate(json.loads(sys.argv[1]))))
+"""
+
+
+@pytest.mark.chaos
+@pytest.mark.slow
+@pytest.mark.parametrize("route", ["/pause", "/collective_rpc"])
+async def test_kill_9_in_the_middle_of_a_swap(kafka_settings: KafkaSettings, tmp_path: Path, route: str):
+    async with FakePolicyServer(label="1", weights=10) as server, Publisher(kafka_settings) as publisher:
+        version = make_version(tmp_path, 2)
+        await (await publisher.publish(RESOURCES, "policy", version))
+        server.hold = (route, 1)
+        settings = configured(kafka_settings, server).model_dump(mode="json", include={"kafka", "follower"})
+        command = [sys.executable, "-c", PROCESS, json.dumps(settings)]
+        killed = await asyncio.create_subprocess_exec(*command)
+        async with asyncio.timeout(60):
+            await server.held.wait()
+        killed.send_signal(signal.SIGKILL)
+        await killed.wait()
+        assert server.paused
+        assert server.label != "2"
+
+        again = await asyncio.create_subprocess_exec(*command)
+        try:
+            await until(lambda: server.label == "2" and not server.paused, seconds=60)
+            (event,) = [decode(VersionApplied, record.value) for record in await records(kafka_settings, TRAINING, 1)]
+            assert (event.version, event.ok) == (2, True)
+        finally:
+            again.terminate()
+            assert await asyncio.wait_for(again.wait(), 10) == 0
+    assert server.weights == 20
