@@ -1,0 +1,403 @@
+"""Which rollouts are open, which have ended, and what to do with each record: the assembler's state, without Kafka.
+
+    lifecycle()  an event of `rollouts`         ─► open rollouts ─► finished: pending, in the order of the log
+    record()     a span or a reward             ─► held with its rollout, or late, or waiting for an announcement
+    passed()     how far a partition was read   ─► barriers
+    take()       everything that can be said now: trajectories, dead letters, and the offsets that go with them
+
+Promises: what take() returned is final in this state, so the caller commits exactly that or ends the process. Whatever
+the interleaving of the inputs, a record is in its rollout's trajectory, or late, or of an unknown rollout: one of them,
+once.
+
+- The join is by the rollout_id in the value, over all partitions. So a record that another client put into
+  a wrong partition is joined like any other (and counted), and the barrier, which covers every partition, is exact for
+  it too. This needs one owner of all partitions: assemblers that share them would have to forward such records first.
+- A rollout is known while any event of it is remembered. What is remembered for certain: rollouts with an attempt
+  running or with records held. A rollout that only waits in the queue is remembered for the labels of its `queued`
+  event, and forgotten MAX_REPLAY_EVENTS later: its attempt_started announces it again before its first span, but its
+  trajectory then lacks queued_ns and metadata.
+- Ended rollouts are remembered, to tell late from unknown, up to MAX_ENDED; beyond it a late record counts as unknown.
+- Memory: values are held up to max_open_rollouts and max_held_bytes; beyond, only coordinates are (about 300 bytes a
+  record) and the value is read again when its rollout ends. Reading on is never stopped for it: every barrier lies
+  ahead, so a pause until rollouts end would wait for ever.
+
+Known limit: a rollout announced only after its records had become dead letters as unknown gets them back into its
+trajectory if the assembler restarts before it ends.
+"""
+
+from __future__ import annotations
+
+import heapq
+import time
+from collections import Counter
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, field
+from itertools import islice
+
+from aiokafka.partitioner import murmur2
+from aiokafka.structs import OffsetAndMetadata, TopicPartition
+
+from fulgurite.schemas.dead_letters import DeadLetter
+from fulgurite.schemas.rollouts import (
+    AttemptHeartbeat,
+    AttemptStarted,
+    RolloutEvent,
+    RolloutFinished,
+    RolloutQueued,
+    RolloutRequeued,
+)
+from fulgurite.schemas.trajectories import Trajectory
+from fulgurite.streams.assembler.join import Announcement, assemble
+from fulgurite.streams.assembler.offsets import (
+    MAX_REPLAY_EVENTS,
+    DataPartition,
+    Held,
+    Pending,
+    RolloutsPartition,
+)
+
+STAGE = "assembler"
+LATE = "late"
+UNKNOWN_ROLLOUT = "unknown_rollout"
+
+MAX_ENDED = 100_000
+MAX_HELD_BYTES = 512 << 20
+MAX_UNSENT_BYTES = 64 << 20
+"""Dead letters that wait for their transaction; beyond it spans and rewards are not read on."""
+MAX_READ_AGAIN = 500
+"""Records read again at once."""
+
+
+@dataclass(slots=True)
+class OpenRollout:
+    known: bool = False
+    running: bool = False
+    finishing: bool = False
+    announced: Announcement | None = None
+    hold: tuple[TopicPartition, int] | None = None
+    latest: tuple[TopicPartition, int] | None = None
+    spans: list[Held] = field(default_factory=list[Held])
+    rewards: list[Held] = field(default_factory=list[Held])
+    last: dict[TopicPartition, int] = field(default_factory=dict[TopicPartition, int])
+
+
+@dataclass(slots=True)
+class Ended:
+    attempt_id: str
+    tp: TopicPartition
+    offset: int
+    last: dict[TopicPartition, int] = field(default_factory=dict[TopicPartition, int])
+    """The newest record of it in each partition."""
+    pinned: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """What one transaction writes."""
+
+    trajectories: list[Trajectory]
+    dead_letters: list[DeadLetter]
+    offsets: dict[TopicPartition, OffsetAndMetadata]
+
+
+class Assembly:
+    """All open rollouts of all partitions."""
+
+    def __init__(
+        self,
+        rollouts: Iterable[RolloutsPartition],
+        spans: Iterable[DataPartition],
+        rewards: Iterable[DataPartition],
+        *,
+        max_open_rollouts: int,
+        orphan_seconds: float,
+        max_held_bytes: int | None = None,
+        max_ended: int = MAX_ENDED,
+        clock: Callable[[], float] = time.monotonic,
+    ) -> None:
+        self.rollouts = {part.tp: part for part in rollouts}
+        spans = list(spans)
+        self.data = {part.tp: part for part in (*spans, *rewards)}
+        self.open: dict[str, OpenRollout] = {}
+        self.ended: dict[str, Ended] = {}
+        self.counts: Counter[str] = Counter()
+        self.held_bytes = 0
+        self.holding = 0
+        """Open rollouts that have had a record."""
+        self.unsent: list[DeadLetter] = []
+        self.unsent_bytes = 0
+        self._span_partitions = {part.tp for part in spans}
+        self._max_open = max_open_rollouts
+        self._max_bytes = MAX_HELD_BYTES if max_held_bytes is None else max_held_bytes
+        self._max_ended = max_ended
+        self._orphan_seconds = orphan_seconds
+        self._clock = clock
+        self._committed: dict[TopicPartition, OffsetAndMetadata] = {}
+
+    @property
+    def replaying(self) -> bool:
+        """Whether records from before the last commit are still being read again; nothing may be taken until then."""
+        return any(part.replaying for part in (*self.rollouts.values(), *self.data.values()))
+
+    @property
+    def pending(self) -> int:
+        return sum(len(part.pending) for part in self.rollouts.values())
+
+    def passed(self, tp: TopicPartition, position: int) -> None:
+        """The partition was read up to here: also past what is not a record (transaction markers, aborted ones)."""
+        part = self.rollouts.get(tp) or self.data[tp]
+        part.position = max(part.position, position)
+
+    def lifecycle(self, tp: TopicPartition, offset: int, event: RolloutEvent) -> Pending | None:
+        """Gives the pending trajectory that now needs a barrier, if this event ends a rollout."""
+        part = self.rollouts[tp]
+        if offset < part.position:
+            return None
+        part.position = offset + 1
+        rollout_id = event.rollout_id
+        if rollout_id in self.ended:
+            return None
+        if isinstance(event, RolloutFinished) and offset < part.emit_from:
+            self._remember(rollout_id, Ended(event.attempt_id, tp, offset))
+            self.open.pop(rollout_id, None)
+            return None
+        rollout = self.open.setdefault(rollout_id, OpenRollout())
+        rollout.known = True
+        rollout.latest = (tp, offset)
+        if rollout.hold is None:
+            rollout.hold = (tp, offset)
+            part.hold(offset, rollout_id)
+        match event:
+            case RolloutQueued():
+                rollout.announced = rollout.announced or Announcement(event.time_ns, event.metadata)
+            case AttemptStarted() | AttemptHeartbeat():
+                rollout.running = True
+            case RolloutRequeued():
+                rollout.running = False
+                self._supersede(rollout, event.attempt_id)
+            case RolloutFinished() if not rollout.finishing:
+                rollout.finishing = True
+                part.pending.append(Pending(event, offset))
+                return part.pending[-1]
+            case _:
+                pass
+        return None
+
+    def record(
+        self,
+        tp: TopicPartition,
+        offset: int,
+        key: bytes | None,
+        value: bytes,
+        rollout_id: str,
+        attempt_id: str,
+    ) -> None:
+        """A span or a reward of a rollout."""
+        part = self.data[tp]
+        if offset < part.position:
+            return
+        replayed = part.replaying
+        part.position = offset + 1
+        held = Held(tp, offset, rollout_id, attempt_id, key, value, self._clock() + self._orphan_seconds)
+        ended = self.ended.get(rollout_id)
+        if ended is not None:
+            self._after_end(ended, held, replayed)
+            return
+        rollout = self.open.get(rollout_id)
+        if replayed and offset < part.unknown_from and (rollout is None or not rollout.known):
+            return  # Dealt with before the restart; see offsets.py.
+        if rollout is None:
+            rollout = self.open[rollout_id] = OpenRollout()
+        self.counts["misrouted"] += murmur2(rollout_id.encode()) % 2**31 % self._partitions != tp.partition
+        self.holding += not rollout.last
+        rollout.last[tp] = offset
+        (rollout.spans if tp in self._span_partitions else rollout.rewards).append(held)
+        part.held.append(held)
+        if not rollout.known:
+            part.unknown.append(held)
+        if self.held_bytes + len(value) > self._max_bytes or self.holding > self._max_open:
+            held.value = None
+            self.counts["spilled"] += 1
+        else:
+            self.held_bytes += len(value)
+
+    def ready(self, limit: int) -> list[Pending]:
+        """Those that may be taken now, at most `limit`, oldest first in each partition of `rollouts`."""
+        found: list[Pending] = []
+        for part in sorted(self.rollouts.values(), key=lambda part: -len(part.pending)):
+            for pending in part.pending:
+                if len(found) >= limit or not self._reached(pending.barrier):
+                    break
+                found.append(pending)
+        return found
+
+    def spilled(self, ready: Sequence[Pending]) -> list[Held]:
+        """Records whose value must be read again before these can be taken."""
+        return [h for p in ready for h in self._held(self.open[p.event.rollout_id]) if h.value is None]
+
+    def read_again(self, held: Held, value: bytes) -> None:
+        """The value of a spilled record."""
+        held.value = value
+        self.held_bytes += len(value)
+
+    def expire(self, caught_up: float) -> list[Held]:
+        """Records whose rollout nobody had announced when `rollouts` had been read up to its end at `caught_up`.
+
+        Gives those whose value must be read again first; the others become dead letters.
+        """
+        spilled: list[Held] = []
+        for part in self.data.values():
+            part.first_unknown(self.is_known)
+            while part.unknown and part.unknown[0].due <= caught_up and self.unsent_bytes < MAX_UNSENT_BYTES:
+                held = part.unknown[0]
+                if held.value is None and not held.done:
+                    due = (other for other in part.unknown if other.due <= caught_up and other.value is None)
+                    spilled += islice((other for other in due if not other.done), MAX_READ_AGAIN)
+                    break
+                part.unknown.popleft()
+                if not held.done and not self.is_known(held.rollout_id):
+                    self._orphan(held)
+        return spilled
+
+    def first_due(self) -> float | None:
+        """When the first record will have waited too long for its rollout."""
+        for part in self.data.values():
+            part.first_unknown(self.is_known)
+        return min((part.unknown[0].due for part in self.data.values() if part.unknown), default=None)
+
+    def take(self, ready: Sequence[Pending]) -> Batch | None:
+        """Trajectories of these, all dead letters so far, and the offsets after them; None if nothing has changed."""
+        assert not self.replaying
+        trajectories = [self._end(pending) for pending in ready]
+        dead_letters, self.unsent, self.unsent_bytes = self.unsent, [], 0
+        self._prune()
+        points = {tp: part.commit_point() for tp, part in self.rollouts.items()}
+        points |= {tp: part.commit_point(self.is_known) for tp, part in self.data.items()}
+        offsets = {tp: point for tp, point in points.items() if self._committed.get(tp) != point}
+        self._committed = points
+        return Batch(trajectories, dead_letters, offsets) if offsets else None
+
+    def is_known(self, rollout_id: str) -> bool:
+        rollout = self.open.get(rollout_id)
+        return rollout.known if rollout is not None else rollout_id in self.ended
+
+    @property
+    def _partitions(self) -> int:
+        return len(self.rollouts)
+
+    def _reached(self, barrier: dict[TopicPartition, int] | None) -> bool:
+        if barrier is None:
+            return False
+        for tp in [tp for tp, end in barrier.items() if self.data[tp].position >= end]:
+            del barrier[tp]
+        return not barrier
+
+    def _end(self, pending: Pending) -> Trajectory:
+        event = pending.event
+        part = next(part for part in self.rollouts.values() if part.pending and part.pending[0] is pending)
+        part.pending.popleft()
+        rollout = self.open.pop(event.rollout_id)
+        self.holding -= bool(rollout.last)
+        spans, rewards = ([h.value for h in held if h.value is not None] for held in (rollout.spans, rollout.rewards))
+        assert len(spans) + len(rewards) == len(rollout.spans) + len(rollout.rewards)
+        joined = assemble(event, rollout.announced or Announcement(), spans, rewards)
+        self.counts["trajectories"] += 1
+        self.counts["invalid"] += joined.invalid
+        for held in self._held(rollout):
+            self._done(held)
+        ended = Ended(event.attempt_id, part.tp, pending.offset, rollout.last)
+        self._remember(event.rollout_id, ended)
+        self._pin(event.rollout_id, ended)
+        return joined.trajectory
+
+    def _after_end(self, ended: Ended, held: Held, replayed: bool) -> None:
+        ended.last[held.tp] = held.offset
+        self._pin(held.rollout_id, ended)
+        if replayed:
+            return
+        if held.attempt_id not in (ended.attempt_id, ""):
+            self.counts["superseded"] += 1
+            return
+        self._dead(held, LATE, f"rollout {held.rollout_id} had ended and its trajectory was emitted before this came")
+
+    def _orphan(self, held: Held) -> None:
+        rollout = self.open[held.rollout_id]
+        seconds = self._orphan_seconds
+        self._dead(held, UNKNOWN_ROLLOUT, f"nobody announced rollout {held.rollout_id} within {seconds:g} s")
+        self._done(held)
+        (rollout.spans if held.tp in self._span_partitions else rollout.rewards).remove(held)
+        if not rollout.spans and not rollout.rewards:
+            del self.open[held.rollout_id]
+            self.holding -= 1
+
+    def _dead(self, held: Held, reason: str, message: str) -> None:
+        assert held.value is not None
+        self.counts[reason] += 1
+        self.unsent_bytes += len(held.value)
+        self.unsent.append(
+            DeadLetter(held.tp.topic, held.tp.partition, held.offset, STAGE, reason, message, held.key, held.value)
+        )
+
+    def _supersede(self, rollout: OpenRollout, attempt_id: str) -> None:
+        """Spans of an attempt that is not the last are never used: let go of them while the rollout waits its turn."""
+        if not attempt_id:
+            return
+        for held in rollout.spans:
+            if held.attempt_id == attempt_id:
+                self._done(held)
+                self.counts["superseded"] += 1
+        rollout.spans = [held for held in rollout.spans if not held.done]
+
+    def _done(self, held: Held) -> None:
+        held.done = True
+        if held.value is not None:
+            self.held_bytes -= len(held.value)
+            held.value = None
+
+    @staticmethod
+    def _held(rollout: OpenRollout) -> list[Held]:
+        return rollout.spans + rollout.rewards
+
+    def _remember(self, rollout_id: str, ended: Ended) -> None:
+        self.ended[rollout_id] = ended
+        while len(self.ended) > self._max_ended:
+            oldest = next(iter(self.ended))
+            if self.ended[oldest].pinned:
+                break
+            del self.ended[oldest]
+
+    def _pin(self, rollout_id: str, ended: Ended) -> None:
+        if not ended.pinned:
+            ended.pinned = True
+            self.rollouts[ended.tp].pin(ended.offset, rollout_id)
+
+    def _prune(self) -> None:
+        """Lets go of pins and holds that no restart needs any more."""
+        unknown_from = {tp: part.first_unknown(self.is_known) for tp, part in self.data.items()}
+        for part in self.rollouts.values():
+            while part.pins:
+                ended = self.ended[part.pins[0][1]]
+                if any(offset >= unknown_from[tp] for tp, offset in ended.last.items()):
+                    break
+                ended.pinned = False
+                heapq.heappop(part.pins)
+            while part.holds and self._let_go(part, *part.holds[0]):
+                heapq.heappop(part.holds)
+
+    def _let_go(self, part: RolloutsPartition, offset: int, rollout_id: str) -> bool:
+        rollout = self.open.get(rollout_id)
+        if rollout is None or rollout.hold != (part.tp, offset):
+            return True
+        if offset >= part.next_emission - MAX_REPLAY_EVENTS:
+            return False
+        needed = rollout.running or rollout.finishing or bool(rollout.spans or rollout.rewards)
+        if not needed:
+            del self.open[rollout_id]
+            self.holding -= bool(rollout.last)
+            return True
+        assert rollout.latest is not None
+        if rollout.latest == rollout.hold:
+            return False
+        rollout.hold = rollout.latest
+        self.rollouts[rollout.latest[0]].hold(rollout.latest[1], rollout_id)
+        return True

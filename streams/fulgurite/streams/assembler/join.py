@@ -1,0 +1,211 @@
+"""From an attempt's records to its trajectory: pure functions over bytes and events.
+
+Promises: every token the policy sampled in the attempt that counts appears exactly once, with the logprob and the
+version recorded for it; tokens are never made again from text; the result does not depend on the order in which spans
+arrived; a span or a reward that was sent twice counts once. What keeps a trajectory from being whole is named in
+`partial`.
+Does not know Kafka, offsets, or when a rollout is complete.
+
+    call 1:  prompt  A A A A   response  b b b            token_ids  A A A A b b b C C d d
+    call 2:  prompt  A A A A b b b C C   response  d d    loss_mask  0 0 0 0 1 1 1 0 0 1 1
+
+`partial` is a comma-separated list of:
+    no_calls         it succeeded without an LLM call that carries sampled tokens
+    no_reward        it succeeded, and no reward named `reward` came for it
+    missing_logprobs a call has sampled tokens but not their logprobs; it is left out
+    missing_prompt   a call has sampled tokens but not its prompt's; it is left out
+    unattributed     a call names no attempt although there were several; it is left out
+    invalid_record   a span or reward could not be read (the materialiser keeps it, with the reason); it is left out
+    expired          a record was deleted by Kafka's retention before the rollout ended
+    too_long         a call exceeds the longest sequence there may be; it is left out
+    too_large        the trajectory exceeds kafka.max_record_bytes; it is sent without its sequences
+Failed and cancelled rollouts have no sequences; their spans are not even read (`calls` is 0), their rewards are kept.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from fulgurite.schemas.codec import decode
+from fulgurite.schemas.errors import InvalidEvent
+from fulgurite.schemas.event import MAX_TOKENS, VersionSpan
+from fulgurite.schemas.ids import now_ns
+from fulgurite.schemas.rewards import FINAL_REWARD, Reward
+from fulgurite.schemas.rollouts import RolloutFinished
+from fulgurite.schemas.spans import Span
+from fulgurite.schemas.trajectories import TokenSequence, Trajectory, TrajectoryReward
+
+EXPIRED = b""
+"""Stands for a record that Kafka had deleted before it could be joined."""
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What only the `queued` event says."""
+
+    queued_ns: int = 0
+    metadata: dict[str, str] = field(default_factory=dict[str, str])
+
+
+@dataclass(slots=True)
+class Joined:
+    """A trajectory, and how many of its records could not be read."""
+
+    trajectory: Trajectory
+    invalid: int = 0
+
+
+def assemble(
+    finished: RolloutFinished, announced: Announcement, spans: Sequence[bytes], rewards: Sequence[bytes]
+) -> Joined:
+    """The trajectory of an ended rollout from all records of it, in the order of the log."""
+    partial: list[str] = []
+    invalid = 0
+    calls: list[Span] = []
+    if finished.status == "succeeded":
+        found, invalid = read_spans(spans, partial)
+        calls = select_calls(found, finished.attempt_id, finished.attempts, partial)
+    kept, invalid_rewards = read_rewards(rewards, finished.attempt_id, partial)
+    final = [reward.value for reward in kept if reward.name == FINAL_REWARD]
+    sequences = merge_calls(calls)
+    if finished.status == "succeeded":
+        partial += ["no_calls"] * (not calls) + ["no_reward"] * (not final)
+    versions = [part.version for sequence in sequences for part in sequence.weight_versions]
+    trajectory = Trajectory(
+        rollout_id=finished.rollout_id,
+        attempt_id=finished.attempt_id,
+        run_id=finished.run_id,
+        task_id=finished.task_id,
+        group_id=finished.group_id,
+        group_size=finished.group_size,
+        mode=finished.mode,
+        agent=finished.agent,
+        status=finished.status,
+        error=finished.error,
+        partial=",".join(dict.fromkeys(partial)),
+        sequences=sequences,
+        rewards=[TrajectoryReward(reward_id=r.reward_id, name=r.name, value=r.value, span_id=r.span_id) for r in kept],
+        reward=final[-1] if final else None,
+        calls=len(calls),
+        min_version=min(versions, default=None),
+        max_version=max(versions, default=None),
+        queued_ns=announced.queued_ns,
+        finished_ns=finished.time_ns,
+        assembled_ns=now_ns(),
+        metadata=announced.metadata,
+    )
+    return Joined(trajectory, invalid + invalid_rewards)
+
+
+def read_spans(values: Sequence[bytes], partial: list[str]) -> tuple[list[Span], int]:
+    """The spans, each span_id once, and the number of values that are none. Adds to `partial`."""
+    spans: dict[tuple[str, str], Span] = {}
+    invalid = 0
+    for value in values:
+        if value == EXPIRED:
+            partial.append("expired")
+            continue
+        try:
+            span = decode(Span, value)
+        except InvalidEvent:
+            partial.append("invalid_record")
+            invalid += 1
+            continue
+        spans.setdefault((span.attempt_id, span.span_id), span)
+    return list(spans.values()), invalid
+
+
+def select_calls(spans: Sequence[Span], attempt_id: str, attempts: int, partial: list[str]) -> list[Span]:
+    """The trainable LLM calls of the attempt in their order. Adds to `partial` what is left out."""
+    calls: list[Span] = []
+    for span in spans:
+        if not span.response_token_ids or span.attempt_id not in (attempt_id, ""):
+            continue
+        if not span.attempt_id and attempts > 1:
+            partial.append("unattributed")
+        elif not span.is_llm_call:
+            partial.append("missing_logprobs")
+        elif not span.prompt_token_ids:
+            partial.append("missing_prompt")
+        elif len(span.prompt_token_ids) + len(span.response_token_ids) > MAX_TOKENS:
+            partial.append("too_long")
+        else:
+            calls.append(span)
+    # span_id only breaks ties, so that the arrival of spans does not matter.
+    if all(span.sequence_id > 0 for span in calls):
+        return sorted(calls, key=lambda span: (span.sequence_id, span.start_ns, span.span_id))
+    return sorted(calls, key=lambda span: (span.start_ns, span.end_ns, span.span_id))
+
+
+def merge_calls(calls: Sequence[Span]) -> list[TokenSequence]:
+    """Each call continues the newest sequence of its agent and policy when its prompt begins with exactly all of it."""
+    sequences: list[_Sequence] = []
+    newest: dict[tuple[str, str], _Sequence] = {}
+    for call in calls:
+        sequence = newest.get((call.resource, call.agent))
+        if sequence is None or not sequence.continued_by(call):
+            sequence = newest[call.resource, call.agent] = _Sequence()
+            sequences.append(sequence)
+        sequence.add(call)
+    return [sequence.finish() for sequence in sequences]
+
+
+@dataclass(slots=True)
+class _Sequence:
+    """A TokenSequence that still grows."""
+
+    token_ids: list[int] = field(default_factory=list[int])
+    loss_mask: list[int] = field(default_factory=list[int])
+    logprobs: list[float] = field(default_factory=list[float])
+    versions: list[VersionSpan] = field(default_factory=list[VersionSpan])
+    calls: list[Span] = field(default_factory=list[Span])
+
+    def continued_by(self, call: Span) -> bool:
+        length = len(self.token_ids)
+        return len(call.prompt_token_ids) >= length and call.prompt_token_ids[:length] == self.token_ids
+
+    def add(self, call: Span) -> None:
+        given = call.prompt_token_ids[len(self.token_ids) :]
+        sampled = call.response_token_ids
+        start = len(self.token_ids) + len(given)
+        self.token_ids += given + sampled
+        self.loss_mask += [0] * len(given) + [1] * len(sampled)
+        self.logprobs += [0.0] * len(given) + call.logprobs
+        self.versions += [
+            VersionSpan(version=part.version, start=start + part.start, end=start + part.end)
+            for part in call.weight_versions
+        ]
+        self.calls.append(call)
+
+    def finish(self) -> TokenSequence:
+        last = self.calls[-1]
+        return TokenSequence(
+            token_ids=self.token_ids,
+            loss_mask=self.loss_mask,
+            logprobs=self.logprobs,
+            weight_versions=self.versions,
+            span_ids=[call.span_id for call in self.calls],
+            resource=last.resource,
+            agent=last.agent,
+            finish_reason=last.finish_reason,
+        )
+
+
+def read_rewards(values: Sequence[bytes], attempt_id: str, partial: list[str]) -> tuple[list[Reward], int]:
+    """The attempt's rewards, each reward_id once, in the order of the log; and the number of values that are none."""
+    rewards: dict[str, Reward] = {}
+    invalid = 0
+    for value in values:
+        if value == EXPIRED:
+            partial.append("expired")
+            continue
+        try:
+            reward = decode(Reward, value)
+        except InvalidEvent:
+            partial.append("invalid_record")
+            invalid += 1
+            continue
+        if reward.attempt_id in (attempt_id, ""):
+            rewards.setdefault(reward.reward_id, reward)
+    return list(rewards.values()), invalid

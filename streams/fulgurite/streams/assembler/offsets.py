@@ -1,0 +1,182 @@
+"""Where each input partition stands, and what a restart must read again: pure bookkeeping of offsets.
+
+Three offsets of a `spans` or `rewards` partition (the first is the committed offset, the others its metadata):
+
+        needed_from          unknown_from         read_to
+    ────────┬────────────────────┬───────────────────┬──────────► log
+            │ records of open rollouts among used ones │ never read
+            └ a restart reads again from here          └ … and is up to date here
+
+    needed_from   the oldest record of a rollout that has not been emitted
+    read_to       everything before it was dealt with, or belongs to a rollout that is still open
+    unknown_from  the oldest record whose rollout nobody has announced yet; before it such records were dead-lettered
+
+Three of a `rollouts` partition:
+
+    emit_from     the oldest `finished` without its trajectory: trajectories are emitted in the order of this log, so
+                  this one number says which exist, and nothing has to be looked up in `trajectories`
+    read_to       events before it had been read
+    replay_from   from here events are read again, only to know which rollouts are open and which have ended
+
+So, when a restart reads a record before `read_to` again: its rollout is open (an event since replay_from says so): keep
+it. Else it was dealt with, unless it is at or after unknown_from and its rollout has not ended: then it waits on.
+"""
+
+from __future__ import annotations
+
+import heapq
+import json
+from collections import deque
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import TypeVar
+
+from aiokafka.structs import OffsetAndMetadata, TopicPartition
+from pydantic import BaseModel, Field, ValidationError
+
+from fulgurite.schemas.rollouts import RolloutFinished
+
+RECENT_EVENTS = 10_000
+"""Lifecycle events read again at least: late records and repeated `finished` events of just before are recognised."""
+
+MAX_REPLAY_EVENTS = 200_000
+"""Lifecycle events (of a partition) read again only for the labels of rollouts still in the queue: seconds to read."""
+
+M = TypeVar("M", bound="_Marks")
+
+
+class _Marks(BaseModel):
+    """The metadata beside a committed offset. Unreadable (offsets reset by an operator) means: nothing was open."""
+
+    read_to: int = Field(default=0, ge=0)
+
+
+class DataMarks(_Marks):
+    unknown_from: int = Field(default=0, ge=0)
+
+
+class RolloutsMarks(_Marks):
+    replay_from: int = Field(default=0, ge=0)
+
+
+@dataclass(slots=True)
+class Held:
+    """A span or reward that waits for the end of its rollout."""
+
+    tp: TopicPartition
+    offset: int
+    rollout_id: str
+    attempt_id: str
+    key: bytes | None
+    value: bytes | None
+    """None where memory was short: it is read again when it is needed."""
+    due: float
+    """When it has waited too long for its rollout to be announced."""
+    done: bool = False
+
+
+@dataclass(slots=True)
+class Pending:
+    """A `finished` whose trajectory has not been emitted, and the end offsets that must be passed first."""
+
+    event: RolloutFinished
+    offset: int
+    barrier: dict[TopicPartition, int] | None = None
+
+
+@dataclass(slots=True)
+class DataPartition:
+    """One partition of `spans` or `rewards`."""
+
+    tp: TopicPartition
+    position: int
+    read_to: int
+    """Of the last commit before the start: below it records are being read again."""
+    unknown_from: int
+    held: deque[Held] = field(default_factory=deque[Held])
+    unknown: deque[Held] = field(default_factory=deque[Held])
+
+    @classmethod
+    def restored(cls, tp: TopicPartition, committed: OffsetAndMetadata | None, begin: int) -> DataPartition:
+        if committed is None:
+            return cls(tp, begin, begin, begin)
+        marks = _parse(DataMarks, committed.metadata) or DataMarks(
+            read_to=committed.offset, unknown_from=committed.offset
+        )
+        return cls(tp, max(committed.offset, begin), marks.read_to, marks.unknown_from)
+
+    @property
+    def replaying(self) -> bool:
+        return self.position < self.read_to
+
+    def first_unknown(self, is_known: Callable[[str], bool]) -> int:
+        while self.unknown and (self.unknown[0].done or is_known(self.unknown[0].rollout_id)):
+            self.unknown.popleft()
+        return self.unknown[0].offset if self.unknown else self.position
+
+    def commit_point(self, is_known: Callable[[str], bool]) -> OffsetAndMetadata:
+        while self.held and self.held[0].done:
+            self.held.popleft()
+        needed_from = self.held[0].offset if self.held else self.position
+        marks = DataMarks(read_to=self.position, unknown_from=self.first_unknown(is_known))
+        return OffsetAndMetadata(needed_from, _format(marks))
+
+
+@dataclass(slots=True)
+class RolloutsPartition:
+    """One partition of `rollouts`."""
+
+    tp: TopicPartition
+    position: int
+    emit_from: int
+    """Of the last commit before the start: earlier `finished` events have their trajectory."""
+    read_to: int
+    begin: int = 0
+    pending: deque[Pending] = field(default_factory=deque[Pending])
+    holds: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
+    """Heap of (offset, rollout_id): events without which an open rollout would not be known after a restart."""
+    pins: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
+    """Heap of (offset, rollout_id): ends without which a record read again would be taken for an unknown rollout's."""
+
+    @classmethod
+    def restored(cls, tp: TopicPartition, committed: OffsetAndMetadata | None, begin: int) -> RolloutsPartition:
+        if committed is None:
+            return cls(tp, begin, begin, begin, begin)
+        marks = _parse(RolloutsMarks, committed.metadata) or RolloutsMarks(
+            read_to=committed.offset, replay_from=max(0, committed.offset - RECENT_EVENTS)
+        )
+        return cls(tp, max(marks.replay_from, begin), committed.offset, marks.read_to, begin)
+
+    @property
+    def replaying(self) -> bool:
+        return self.position < self.read_to
+
+    @property
+    def next_emission(self) -> int:
+        return self.pending[0].offset if self.pending else self.position
+
+    def hold(self, offset: int, rollout_id: str) -> None:
+        heapq.heappush(self.holds, (offset, rollout_id))
+
+    def pin(self, offset: int, rollout_id: str) -> None:
+        heapq.heappush(self.pins, (offset, rollout_id))
+
+    def commit_point(self) -> OffsetAndMetadata:
+        """`holds` and `pins` must have been pruned."""
+        emit_from = self.next_emission
+        replay_from = max(self.begin, emit_from - RECENT_EVENTS)
+        for heap in (self.holds, self.pins):
+            if heap:
+                replay_from = min(replay_from, heap[0][0])
+        return OffsetAndMetadata(emit_from, _format(RolloutsMarks(read_to=self.position, replay_from=replay_from)))
+
+
+def _format(marks: _Marks) -> str:
+    return json.dumps(marks.model_dump(), separators=(",", ":"))
+
+
+def _parse(model: type[M], metadata: str) -> M | None:
+    try:
+        return model.model_validate_json(metadata)
+    except ValidationError:
+        return None

@@ -1,0 +1,49 @@
+"""What a batch looks like on Kafka. Pure; knows topics and the bound of a record, not where batches come from."""
+
+from __future__ import annotations
+
+import logging
+
+from fulgurite.schemas import topics
+from fulgurite.schemas.codec import encode, encode_key
+from fulgurite.schemas.dead_letters import DeadLetter
+from fulgurite.schemas.errors import RecordTooLarge
+from fulgurite.schemas.settings import KafkaSettings
+from fulgurite.schemas.trajectories import Trajectory
+from fulgurite.streams.assembler.assembly import Batch
+from fulgurite.streams.transactions import Outgoing
+
+logger = logging.getLogger(__name__)
+
+HEADER_BYTES = 8 * 1024
+"""Room for a dead letter's headers beside the original value, within the bound of a record."""
+
+
+def records(batch: Batch, settings: KafkaSettings) -> list[Outgoing]:
+    """The records of one transaction."""
+    trajectories = [_trajectory(trajectory, settings) for trajectory in batch.trajectories]
+    return trajectories + [_dead_letter(letter, settings) for letter in batch.dead_letters]
+
+
+def _trajectory(trajectory: Trajectory, settings: KafkaSettings) -> Outgoing:
+    key = encode_key(trajectory.group_id or trajectory.rollout_id)
+    try:
+        value = encode(trajectory, settings.max_record_bytes)
+    except RecordTooLarge as error:
+        logger.error("rollout %s: sent without its sequences: %s", trajectory.rollout_id, error)
+        partial = ",".join(filter(None, (trajectory.partial, error.reason)))
+        value = encode(trajectory.model_copy(update={"partial": partial, "sequences": []}), settings.max_record_bytes)
+    return Outgoing(settings.topic(topics.TRAJECTORIES), key, value)
+
+
+def _dead_letter(letter: DeadLetter, settings: KafkaSettings) -> Outgoing:
+    value, headers = letter.value, letter.headers()
+    if len(value or b"") > settings.max_record_bytes - HEADER_BYTES:
+        logger.error(
+            "dead letter without its value, which fills a record: %s-%d@%d",
+            letter.topic,
+            letter.partition,
+            letter.offset,
+        )
+        value = b""
+    return Outgoing(settings.topic(topics.DEAD_LETTERS), letter.key, value, headers)

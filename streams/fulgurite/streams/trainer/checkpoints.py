@@ -1,0 +1,228 @@
+"""Checkpoints: everything a run needs to go on from a version, in one folder that appears at once or not at all.
+
+    <output>/<run_id>/v000017/          written as .tmp-v000017-<pid>, fsynced, renamed
+        weights/                        Hugging Face folder: what servers load; its URI and sha256 are announced
+        optimizer.pt                    the learner's own state (newest checkpoint only)
+        state.json                      version, step, next offsets, groups asked for, ledger not yet published
+        groups.jsonl                    open groups: one line a member, with its trajectory
+
+A folder that exists was completely written. Whether its version is *committed* the log alone knows: a newer folder than
+the last committed version is a leftover of a crash and is removed before it can be mistaken for one. Torch-free: the
+learner writes its files through a callback.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel, Field
+
+from fulgurite.schemas.checksum import folder_sha256
+from fulgurite.schemas.errors import Fenced, StartError
+from fulgurite.schemas.training import DroppedRollout
+from fulgurite.schemas.trajectories import Trajectory
+from fulgurite.streams.trainer.windows import Group, Member, Shape, Windows
+
+WEIGHTS = "weights"
+OPTIMIZER = "optimizer.pt"
+STATE = "state.json"
+GROUPS = "groups.jsonl"
+
+_TEMPORARY = ".tmp-"
+
+
+class OpenGroup(BaseModel):
+    index: int
+    arrived_ns: int
+    closed: bool
+
+
+class RunState(BaseModel):
+    """state.json: where a run stands at a version."""
+
+    run_id: str
+    resource: str
+    version: int
+    step: int
+    sha256: str = ""
+    """Of weights/, filled in when it is written."""
+    offsets: dict[int, int]
+    """Next offset per partition of `trajectories`."""
+    asked: int
+    """Groups asked for: the cursor over tasks."""
+    groups_dropped: int = 0
+    settled_below: int = 0
+    settled: list[int] = Field(default_factory=list)
+    missing: list[str] = Field(default_factory=list)
+    dropped: list[DroppedRollout] = Field(default_factory=list)
+    """Settled, but in no step's record yet."""
+    open: list[OpenGroup] = Field(default_factory=list[OpenGroup])
+
+
+class _MemberLine(BaseModel):
+    group: int
+    reason: str
+    min_version: int
+    trajectory: Trajectory
+
+
+@dataclass(frozen=True, slots=True)
+class Checkpoint:
+    folder: Path
+    state: RunState
+
+    @property
+    def weights(self) -> Path:
+        return self.folder / WEIGHTS
+
+    @property
+    def uri(self) -> str:
+        return self.weights.as_uri()
+
+
+class Checkpoints:
+    """The folders of one run. `output` need not exist."""
+
+    def __init__(self, output: Path, run_id: str) -> None:
+        self._root = output.resolve() / run_id
+
+    def folder(self, version: int) -> Path:
+        return self._root / f"v{version:06d}"
+
+    def write(
+        self,
+        state: RunState,
+        windows: Windows,
+        save_weights: Callable[[Path], None],
+        save_state: Callable[[Path], None],
+    ) -> Checkpoint:
+        """Raises StartError where the disk refuses; then nothing but a temporary folder is left."""
+        final = self.folder(state.version)
+        temporary = self._root / f"{_TEMPORARY}{final.name}-{os.getpid()}"
+        try:
+            shutil.rmtree(temporary, ignore_errors=True)
+            (temporary / WEIGHTS).mkdir(parents=True)
+            save_weights(temporary / WEIGHTS)
+            save_state(temporary / OPTIMIZER)
+            state = state.model_copy(update={"sha256": folder_sha256(temporary / WEIGHTS), **_of(windows)})
+            (temporary / STATE).write_text(state.model_dump_json(indent=1))
+            with (temporary / GROUPS).open("w") as file:
+                for line in _member_lines(windows):
+                    file.write(line.model_dump_json() + "\n")
+            _fsync_tree(temporary)
+            if final.exists():
+                # Leftovers were removed at the start, so whoever wrote it runs now, and this process is the zombie.
+                raise Fenced(f"another process wrote {final}: it goes on with run {state.run_id}")
+            temporary.rename(final)
+            _fsync(self._root)
+        except OSError as error:
+            raise StartError(
+                f"cannot write the checkpoint {final}: {error}. Make room or set trainer.output elsewhere; nothing was "
+                "announced, the run goes on from the version before"
+            ) from error
+        return Checkpoint(final, state)
+
+    def load(self, version: int) -> Checkpoint:
+        """The checkpoint of a committed version. Raises StartError where it is not there or not whole."""
+        folder = self.folder(version)
+        try:
+            state = RunState.model_validate_json((folder / STATE).read_text())
+        except (OSError, ValueError) as error:
+            raise StartError(
+                f"version {version} is committed, but its checkpoint {folder} cannot be read ({error}). Point "
+                "trainer.output at the folder the run wrote to, or start a new run from a version's weights/"
+            ) from None
+        if (found := folder_sha256(folder / WEIGHTS)) != state.sha256:
+            raise StartError(
+                f"{folder / WEIGHTS} has sha256 {found}; {state.sha256} was written: the files were changed"
+            )
+        return Checkpoint(folder, state)
+
+    def windows(self, checkpoint: Checkpoint, shape: Shape) -> Windows:
+        """The open groups of a checkpoint, as they were."""
+        state = checkpoint.state
+        windows = Windows(
+            shape,
+            asked=state.asked,
+            groups={g.index: Group(g.index, g.arrived_ns, {}, g.closed) for g in state.open},
+            settled_below=state.settled_below,
+            settled=set(state.settled),
+            missing=set(state.missing),
+            dropped=list(state.dropped),
+            groups_dropped=state.groups_dropped,
+        )
+        with (checkpoint.folder / GROUPS).open() as file:
+            for text in file:
+                line = _MemberLine.model_validate_json(text)
+                member = Member(line.trajectory, line.reason, line.min_version)
+                windows.groups[line.group].members[line.trajectory.rollout_id] = member
+        return windows
+
+    def discard_uncommitted(self, committed: int | None) -> list[Path]:
+        """Removes what a crash left: half-written folders, and versions newer than the last committed one."""
+        gone = list(self._root.glob(f"{_TEMPORARY}*"))
+        gone += [folder for version, folder in self._versions() if committed is None or version > committed]
+        for folder in gone:
+            shutil.rmtree(folder)
+        return gone
+
+    def prune(self, keep: int) -> None:
+        """Keeps the newest `keep` versions' weights, and the learner's state of the newest only."""
+        versions = self._versions()
+        for _, folder in versions[:-1]:
+            (folder / OPTIMIZER).unlink(missing_ok=True)
+        for _, folder in versions[:-keep]:
+            shutil.rmtree(folder)
+
+    def _versions(self) -> list[tuple[int, Path]]:
+        return sorted((int(folder.name[1:]), folder) for folder in self._root.glob("v[0-9]*") if folder.is_dir())
+
+
+def copy_companions(model: Path, weights: Path) -> None:
+    """Tokenizer, chat template, generation config: what lies beside the weights in a model folder, unchanged."""
+    for path in sorted(model.iterdir()):
+        is_weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth") or path.name.endswith(".index.json")
+        if path.is_file() and path.name != "config.json" and not is_weights:
+            shutil.copyfile(path, weights / path.name)
+
+
+def _of(windows: Windows) -> dict[str, Any]:
+    """The part of the state that the windows hold."""
+    return {
+        "asked": windows.asked,
+        "groups_dropped": windows.groups_dropped,
+        "settled_below": windows.settled_below,
+        "settled": sorted(windows.settled),
+        "missing": sorted(windows.missing),
+        "dropped": list(windows.dropped),
+        "open": [OpenGroup(index=g.index, arrived_ns=g.arrived_ns, closed=g.closed) for g in windows.groups.values()],
+    }
+
+
+def _member_lines(windows: Windows) -> list[_MemberLine]:
+    return [
+        _MemberLine(
+            group=group.index, reason=member.reason, min_version=member.min_version, trajectory=member.trajectory
+        )
+        for group in windows.groups.values()
+        for member in group.members.values()
+    ]
+
+
+def _fsync_tree(folder: Path) -> None:
+    for path in folder.rglob("*"):
+        _fsync(path)
+    _fsync(folder)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,109 @@
+"""What the trainer says on the bus: its events, and a step's metrics under the names that verl and TRL users know."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from typing import Any
+
+from pydantic import BaseModel, ValidationError
+
+from fulgurite.schemas.codec import encode, encode_key
+from fulgurite.schemas.resources import ResourceVersion
+from fulgurite.schemas.settings import KafkaSettings, TrainerSettings
+from fulgurite.schemas.topics import Topic
+from fulgurite.schemas.training import RunStarted
+from fulgurite.streams.trainer.advantages import mean_and_std
+from fulgurite.streams.trainer.checkpoints import Checkpoint
+from fulgurite.streams.trainer.samples import TrainingSet
+from fulgurite.streams.trainer.windows import Window
+from fulgurite.streams.transactions import Outgoing
+
+
+class Marker(BaseModel):
+    """Stands beside the committed offsets, as their metadata; the only word of groups asked for since the version."""
+
+    version: int
+    step: int
+    asked: int
+
+    @classmethod
+    def parse(cls, metadata: str) -> Marker | None:
+        try:
+            return cls.model_validate_json(metadata)
+        except ValidationError:
+            return None  # Kafka forgot it, or none was ever written
+
+
+def outgoing(settings: KafkaSettings, topic: Topic, key: str, event: BaseModel) -> Outgoing:
+    return Outgoing(settings.topic(topic), encode_key(key), encode(event, settings.max_record_bytes))
+
+
+def version_event(checkpoint: Checkpoint, model: str, metrics: Mapping[str, str]) -> ResourceVersion:
+    state = checkpoint.state
+    return ResourceVersion(
+        event_id=f"{state.run_id}-v{state.version}",
+        resource=state.resource,
+        version=state.version,
+        kind="weights",
+        uri=checkpoint.uri,
+        sha256=state.sha256,
+        run_id=state.run_id,
+        step=state.step,
+        model=model,
+        metadata=dict(metrics),
+    )
+
+
+def started_event(settings: TrainerSettings, run_id: str, step: int, version: int) -> RunStarted:
+    config: dict[str, Any] = settings.model_dump(mode="json")
+    return RunStarted(
+        run_id=run_id,
+        step=step,
+        resource=settings.resource,
+        version=version,
+        steps_total=settings.steps,
+        config=config,
+    )
+
+
+def staleness(training: TrainingSet, version_in: int) -> tuple[float, int]:
+    """Versions behind, over the tokens trained on: mean and largest."""
+    behind = [
+        version_in - version
+        for sample in training.samples
+        for version, sampled in zip(sample.versions, sample.loss_mask, strict=True)
+        if sampled
+    ]
+    return (math.fsum(behind) / len(behind), max(0, *behind)) if behind else (0.0, 0)
+
+
+def window_metrics(window: Window, training: TrainingSet) -> dict[str, float]:
+    members = [member for group in window.groups for member in group]
+    lengths = [float(sum(sum(sequence.loss_mask) for sequence in member.trajectory.sequences)) for member in members]
+    prompts = [
+        float(sequence.loss_mask.index(1))
+        for m in members
+        for sequence in m.trajectory.sequences
+        if 1 in sequence.loss_mask
+    ]
+    found = {
+        **_spread("critic/rewards", training.rewards),
+        **_spread("critic/advantages", training.advantages),
+        **_spread("response_length", lengths),
+        **_spread("prompt_length", prompts),
+        **_spread("num_turns", [float(member.trajectory.calls) for member in members]),
+        "frac_reward_zero_std": training.groups_without_signal / max(1, training.groups),
+        "rollouts/trained": float(len(training.rollout_ids)),
+        "rollouts/dropped": float(len(training.dropped)),
+    }
+    for dropped in training.dropped:
+        name = f"rollouts/dropped/{dropped.reason.partition(':')[0]}"
+        found[name] = found.get(name, 0.0) + 1.0
+    return found
+
+
+def _spread(name: str, values: list[float]) -> dict[str, float]:
+    if not values:
+        return {}
+    return {f"{name}/mean": mean_and_std(values)[0], f"{name}/max": max(values), f"{name}/min": min(values)}

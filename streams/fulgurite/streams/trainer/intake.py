@@ -1,0 +1,79 @@
+"""From a record of `trajectories` to a member of a group: others' records are skipped, bad ones become dead letters."""
+
+from __future__ import annotations
+
+import logging
+
+from fulgurite.schemas.codec import decode
+from fulgurite.schemas.dead_letters import DeadLetter
+from fulgurite.schemas.errors import InvalidEvent
+from fulgurite.schemas.settings import KafkaSettings
+from fulgurite.schemas.topics import DEAD_LETTERS
+from fulgurite.schemas.trajectories import Trajectory
+from fulgurite.streams.trainer.reader import Record
+from fulgurite.streams.trainer.samples import ModelLimits, member_of
+from fulgurite.streams.trainer.windows import Windows
+from fulgurite.streams.transactions import Outgoing
+
+logger = logging.getLogger(__name__)
+
+MAX_DEAD_LETTERS = 256
+"""Held back for the next version's transaction; with more, they are published at once."""
+
+MAX_DEAD_BYTES = 32 << 20
+
+
+class Intake:
+    """Feeds one run's windows. `dead_letters` wait for the transaction that commits the offsets they were read at."""
+
+    def __init__(
+        self, settings: KafkaSettings, run_id: str, resource: str, limits: ModelLimits, windows: Windows
+    ) -> None:
+        self._settings = settings
+        self._run_id = run_id
+        self._needle = run_id.encode()
+        self._resource = resource
+        self._limits = limits
+        self._windows = windows
+        self.dead_letters: list[Outgoing] = []
+        self._dead_bytes = 0
+
+    @property
+    def is_full(self) -> bool:
+        return len(self.dead_letters) > MAX_DEAD_LETTERS or self._dead_bytes > MAX_DEAD_BYTES
+
+    def take_in(self, record: Record, now_ns: int) -> None:
+        # Decoding is what reading other runs' records would cost; our name in the bytes is a cheap first sieve.
+        if self._needle not in (record.value or b"") and self._needle not in (record.key or b""):
+            return
+        try:
+            trajectory = decode(Trajectory, record.value)
+        except InvalidEvent as error:
+            self._bury(record, error.reason, str(error))
+            return
+        if trajectory.run_id != self._run_id or trajectory.mode != "train":
+            return
+        member, fault = member_of(trajectory, self._resource, self._limits)
+        if member.reason == "bad_tokens":
+            self._bury(record, member.reason, f"rollout {trajectory.rollout_id}: {fault}")
+        self._windows.add(member, now_ns)
+
+    def take_dead_letters(self) -> list[Outgoing]:
+        taken, self.dead_letters, self._dead_bytes = self.dead_letters, [], 0
+        return taken
+
+    def _bury(self, record: Record, reason: str, message: str) -> None:
+        logger.warning("%s partition %d offset %d: %s", record.topic, record.partition, record.offset, message)
+        letter = DeadLetter(
+            topic=record.topic,
+            partition=record.partition,
+            offset=record.offset,
+            stage="trainer",
+            reason=reason,
+            message=message,
+            key=record.key,
+            value=record.value,
+        )
+        topic = self._settings.topic(DEAD_LETTERS)
+        self.dead_letters.append(Outgoing(topic, letter.key, letter.value, letter.headers()))
+        self._dead_bytes += len(record.value or b"")

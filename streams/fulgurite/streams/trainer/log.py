@@ -1,0 +1,118 @@
+"""What the log says about a run: the only judge of which version is committed. Read once, at the start.
+
+Promises: reads with read_committed up to the end as it was when asked, after the caller has fenced any predecessor; so
+what it gives is final. Waits for Kafka for as long as it takes.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import AsyncIterator
+from dataclasses import dataclass
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.errors import KafkaError
+
+from fulgurite.producers.backoff import Backoff
+from fulgurite.producers.kafka import connection_options
+from fulgurite.producers.resources import newest_version
+from fulgurite.schemas.codec import decode_union
+from fulgurite.schemas.errors import InvalidEvent
+from fulgurite.schemas.settings import KafkaSettings
+from fulgurite.schemas.topics import TRAINING
+from fulgurite.schemas.training import TRAINING_EVENT, RunFinished, RunStarted, TrainingStep
+
+logger = logging.getLogger(__name__)
+
+_POLL_MS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class CommittedRun:
+    """Where a run stands according to the log."""
+
+    resource: str
+    version: int
+    step: int
+    finished: bool
+
+
+async def committed_run(settings: KafkaSettings, run_id: str) -> CommittedRun | None:
+    """None for a run that never began."""
+    backoff = Backoff(logger)
+    while True:
+        try:
+            return await _scan(settings, run_id)
+        except (KafkaError, TimeoutError) as error:
+            await backoff.wait(f"reading {settings.topic(TRAINING)}: {error!r}")
+
+
+async def newest_number(settings: KafkaSettings, resource: str) -> int:
+    """The newest version's number on `resources`, 0 where there is none."""
+    backoff = Backoff(logger)
+    while True:
+        try:
+            newest = await newest_version(settings, resource)
+            return newest.version if newest else 0
+        except (KafkaError, TimeoutError) as error:
+            await backoff.wait(f"reading the newest version of {resource}: {error!r}")
+
+
+async def _scan(settings: KafkaSettings, run_id: str) -> CommittedRun | None:
+    found: CommittedRun | None = None
+    async for value in _values(settings, settings.topic(TRAINING), run_id.encode()):
+        try:
+            event = decode_union(TRAINING_EVENT, "TrainingEvent", value)
+        except InvalidEvent:
+            continue  # the materialiser keeps it as a dead letter
+        match event:
+            case RunStarted(resource=resource, version=version, step=step) if found is None:
+                found = CommittedRun(resource, version, step, False)
+            case TrainingStep(resource=resource, version_out=version, step=step):
+                found = CommittedRun(resource, version, step, False)
+            case RunFinished(resource=resource, version=version, step=step):
+                found = CommittedRun(resource, version, step, True)
+            case _:
+                pass
+    return found
+
+
+async def _values(settings: KafkaSettings, topic: str, key: bytes) -> AsyncIterator[bytes | None]:
+    """Values with this key, in the order of each partition, up to the end as it is now."""
+    consumer = AIOKafkaConsumer(
+        **connection_options(settings), isolation_level="read_committed", enable_auto_commit=False
+    )
+    try:
+        await consumer.start()
+        partitions = await partitions_of(settings, topic)
+        consumer.assign(partitions)
+        ends = await consumer.end_offsets(partitions)
+        await consumer.seek_to_beginning(*partitions)
+        while any([await consumer.position(tp) < ends[tp] for tp in partitions]):
+            for records in (await consumer.getmany(timeout_ms=_POLL_MS)).values():
+                for record in records:
+                    if record.key == key:
+                        yield record.value
+    finally:
+        await consumer.stop()
+
+
+async def partitions_of(settings: KafkaSettings, topic: str) -> list[TopicPartition]:
+    """All partitions of a topic, as soon as the broker has it."""
+    backoff = Backoff(logger)
+    while True:
+        found = await _describe(settings, topic)
+        if found:
+            return [TopicPartition(topic, number) for number in sorted(found)]
+        await backoff.wait(f"topic {topic} does not exist yet")
+
+
+async def _describe(settings: KafkaSettings, topic: str) -> list[int]:
+    admin = AIOKafkaAdminClient(**connection_options(settings))
+    try:
+        await admin.start()
+        described = (await admin.describe_topics([topic]))[0]
+        return [int(partition["partition"]) for partition in described["partitions"]]
+    finally:
+        await admin.close()

@@ -1,0 +1,91 @@
+"""The loss of a step, as pure functions of per-token tensors [N]: no padding, no mask, no model.
+
+    w_t = min(pi_prox / pi_behaviour, importance_cap)            truncated importance weight, no gradient
+    u_t = pi_theta / pi_prox
+    L   = -1/N sum_t w_t * min(u_t A_t, clip(u_t, 1 - clip_low, 1 + clip_high) A_t)
+
+- Decoupled PPO (AReaL, arXiv:2505.24298): the clip is against the proximal policy (the one at the start of the step),
+  the weight corrects from the behaviour policy that sampled the token. TIS (fengyao.notion.site/off-policy-rl): the
+  weight is capped. Clip-higher and the mean over all tokens of the window: DAPO (arXiv:2503.14476).
+- With one optimizer step a window the proximal policy *is* the current one: u is 1 and the clip holds nothing back yet;
+  the cap does. Then `proximal_logprobs` are the detached current ones.
+- N is the number of sampled tokens of the whole window, not of a micro-batch: callers pass it as `token_count` and add
+  up.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+MAX_LOG_RATIO = 20.0
+"""Log-ratios are clamped to +-20 before exp (as verl does): e^20 is past any clip or cap, e^100 is not a float32."""
+
+
+@dataclass(frozen=True, slots=True)
+class LossTerms:
+    loss: Tensor
+    """[] this micro-batch's share of the window's mean."""
+    importance_weights: Tensor
+    """[N] w, detached."""
+    clipped: Tensor
+    """[N] bool: the clip took the gradient away."""
+    capped: Tensor
+    """[N] bool: the cap held the weight."""
+
+
+def token_logprobs(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
+    """logits [N, V] and the tokens [N] they should have predicted -> log p of each [N], entropy of each [N] (detached).
+
+    In float32 whatever the model's dtype: half precision alone makes trainer and sampler disagree.
+    """
+    log_p = torch.log_softmax(logits.float(), dim=-1)
+    chosen = log_p.gather(1, token_ids.unsqueeze(1)).squeeze(1)
+    with torch.no_grad():
+        entropy = -(log_p.exp() * log_p).sum(dim=-1)
+    return chosen, entropy
+
+
+def policy_loss(
+    logprobs: Tensor,
+    proximal_logprobs: Tensor,
+    behaviour_logprobs: Tensor,
+    advantages: Tensor,
+    *,
+    token_count: int,
+    clip_low: float,
+    clip_high: float,
+    importance_cap: float,
+) -> LossTerms:
+    """All of [N]; only `logprobs` carries a gradient."""
+    weights_raw = _exp(proximal_logprobs - behaviour_logprobs).detach()
+    weights = weights_raw.clamp(max=importance_cap)
+    ratio = _exp(logprobs - proximal_logprobs.detach())
+    free = ratio * advantages
+    held = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
+    loss = -(weights * torch.minimum(free, held)).sum() / token_count
+    return LossTerms(loss, weights, (held < free).detach(), weights_raw > importance_cap)
+
+
+def effective_sample_fraction(weights: Tensor) -> float:
+    """[N] importance weights -> (sum w)^2 / (N sum w^2): 1 when all are equal, towards 1/N when one has it all."""
+    squares = weights.square().sum().item()
+    if squares == 0.0:
+        return 0.0
+    return weights.sum().item() ** 2 / (weights.numel() * squares)
+
+
+def behaviour_kl(current: Tensor, behaviour: Tensor) -> tuple[float, float]:
+    """[N] log p now and log p when sampled -> KL(behaviour || current) by the estimators k1 and k3.
+
+    k1 = E[-d], k3 = E[e^d - 1 - d], d = current - behaviour (joschu.net/blog/kl-approx); both need samples of
+    `behaviour`.
+    """
+    difference = (current - behaviour).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
+    return (-difference).mean().item(), (difference.exp() - 1.0 - difference).mean().item()
+
+
+def _exp(log_ratio: Tensor) -> Tensor:
+    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()

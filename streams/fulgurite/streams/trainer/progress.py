@@ -1,0 +1,117 @@
+"""A step's record and its line in the log: what came in, what came out, what it took."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter
+from typing import TYPE_CHECKING
+
+from fulgurite.schemas.ids import now_ns
+from fulgurite.schemas.training import TrainingStep
+from fulgurite.streams.trainer.advantages import mean_and_std
+from fulgurite.streams.trainer.checkpoints import Checkpoint
+from fulgurite.streams.trainer.events import staleness, window_metrics
+from fulgurite.streams.trainer.plan import Plan
+from fulgurite.streams.trainer.samples import TrainingSet
+from fulgurite.streams.trainer.windows import Window, Windows
+
+if TYPE_CHECKING:
+    from fulgurite.streams.trainer.learner import StepResult
+
+logger = logging.getLogger(__name__)
+
+
+class Progress:
+    """Clocks of the step under way, and of all steps of this process, for the time that is left."""
+
+    def __init__(self, steps: int, steps_before: int) -> None:
+        self._steps = steps
+        self._steps_before = steps_before
+        self._started = time.monotonic()
+        self._marks: list[float] = []
+        self._window_start_ns = 0
+
+    def begin(self) -> None:
+        self._marks = [time.monotonic()]
+        self._window_start_ns = now_ns()
+
+    def filled(self) -> None:
+        self._marks.append(time.monotonic())
+
+    def optimized(self) -> None:
+        self._marks.append(time.monotonic())
+
+    def event(
+        self,
+        plan: Plan,
+        checkpoint: Checkpoint,
+        window: Window,
+        training: TrainingSet,
+        result: StepResult | None,
+        windows: Windows,
+    ) -> TrainingStep:
+        state = checkpoint.state
+        reward_mean, reward_std = mean_and_std(training.rewards)
+        behind_mean, behind_max = staleness(training, window.version_in)
+        began, filled, optimized = self._marks
+        metrics = {
+            **window_metrics(window, training),
+            **(result.metrics if result else {}),
+            "rollouts/late": float(windows.late),
+            "rollouts/duplicate": float(windows.duplicates),
+            "timing_s/wait": filled - began,
+            "timing_s/update_actor": optimized - filled,
+            "timing_s/checkpoint": time.monotonic() - optimized,
+        }
+        windows.late = windows.duplicates = 0
+        return TrainingStep(
+            event_id=f"{plan.run_id}-step{state.step}",
+            run_id=plan.run_id,
+            step=state.step,
+            resource=state.resource,
+            version_in=window.version_in,
+            version_out=state.version,
+            rollout_ids=training.rollout_ids,
+            dropped=training.dropped,
+            groups=training.groups,
+            tokens=result.tokens if result else 0,
+            reward_mean=reward_mean,
+            reward_std=reward_std,
+            loss=result.loss if result else 0.0,
+            grad_norm=result.grad_norm if result else 0.0,
+            staleness_mean=behind_mean,
+            staleness_max=behind_max,
+            window_start_ns=self._window_start_ns,
+            window_end_ns=now_ns(),
+            offsets={str(partition): offset for partition, offset in state.offsets.items()},
+            metrics=metrics,
+        )
+
+    def report(self, event: TrainingStep) -> None:
+        """One line a step, after it is committed."""
+        began, filled, optimized = self._marks
+        now = time.monotonic()
+        per_step = (now - self._started) / max(1, event.step - self._steps_before)
+        logger.info(
+            "step %d/%d version %d | reward %.3f | loss %+.4f | %d rollouts trained, %d dropped | staleness %.2f, "
+            "at most %d | wait %.1f s, train %.1f s, publish %.1f s | %s left",
+            event.step, self._steps, event.version_out, event.reward_mean, event.loss, len(event.rollout_ids),
+            len(event.dropped), event.staleness_mean, event.staleness_max, filled - began, optimized - filled,
+            now - optimized, _duration(per_step * (self._steps - event.step)),
+        )  # fmt: skip
+
+
+def waiting_for(windows: Windows) -> str:
+    """What a window still lacks."""
+    closed = sum(group.closed for group in windows.groups.values())
+    missing = len(windows.outstanding())
+    reasons = Counter(dropped.reason for dropped in windows.dropped)
+    text = f"waiting: {closed} of {windows.shape.groups_per_step} groups complete, {missing} rollouts on their way"
+    if reasons:
+        text += ", dropped since the last step: " + ", ".join(f"{n} {reason}" for reason, n in reasons.most_common(4))
+    return text
+
+
+def _duration(seconds: float) -> str:
+    return f"{seconds:.0f} s" if seconds < 120 else f"{seconds / 60:.0f} min"

@@ -1,0 +1,64 @@
+"""The trainer's transactions: what goes into each, and the marker that goes beside the offsets."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from aiokafka.structs import OffsetAndMetadata, TopicPartition
+
+from fulgurite.schemas.topics import RESOURCES, ROLLOUTS, TRAINING
+from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
+from fulgurite.streams.trainer.checkpoints import Checkpoint
+from fulgurite.streams.trainer.events import Marker, outgoing, version_event
+from fulgurite.streams.trainer.plan import Plan
+from fulgurite.streams.trainer.tasks import group_records
+from fulgurite.streams.transactions import Outgoing, Transactions
+
+
+class Publishing:
+    """Every method is one transaction and returns when it is committed."""
+
+    def __init__(self, plan: Plan, transactions: Transactions) -> None:
+        self._plan = plan
+        self._kafka = plan.settings.kafka
+        self._transactions = transactions
+
+    async def version(
+        self, checkpoint: Checkpoint, event: RunStarted | TrainingStep, groups: range, dead_letters: list[Outgoing]
+    ) -> None:
+        """A version and all that belongs to it: its announcement, what it was made of, what to do next, its offsets."""
+        state = checkpoint.state
+        model = str(self._plan.start_model.name) if self._plan.start_model else ""
+        announced = version_event(checkpoint, model, {})
+        records = [
+            outgoing(self._kafka, RESOURCES, announced.resource, announced),
+            outgoing(self._kafka, TRAINING, event.run_id, event),
+            *self._queued(groups),
+            *dead_letters,
+        ]
+        marker = Marker(version=state.version, step=state.step, asked=state.asked)
+        await self._transactions.commit(records, self._offsets(state.offsets, marker))
+
+    async def more(self, marker: Marker, offsets: Mapping[int, int], groups: range, others: list[Outgoing]) -> None:
+        """Between versions: groups in place of dropped ones, dead letters that fill up. Offsets stay as they were."""
+        await self._transactions.commit([*self._queued(groups), *others], self._offsets(offsets, marker))
+
+    async def finished(
+        self, event: RunFinished, marker: Marker, offsets: Mapping[int, int], dead: list[Outgoing]
+    ) -> None:
+        record = outgoing(self._kafka, TRAINING, event.run_id, event)
+        await self._transactions.commit([record, *dead], self._offsets(offsets, marker))
+
+    def _queued(self, groups: range) -> list[Outgoing]:
+        return [
+            outgoing(self._kafka, ROLLOUTS, queued.rollout_id, queued)
+            for index in groups
+            for queued in group_records(self._plan.trainer, self._plan.shape, self._plan.tasks, index)
+        ]
+
+    def _offsets(self, offsets: Mapping[int, int], marker: Marker) -> dict[TopicPartition, OffsetAndMetadata]:
+        metadata = marker.model_dump_json()
+        return {
+            TopicPartition(self._plan.topic, number): OffsetAndMetadata(offset, metadata)
+            for number, offset in offsets.items()
+        }

@@ -1,0 +1,115 @@
+"""The consumer of `trajectories`: all partitions, assigned by hand, from offsets that the checkpoint holds.
+
+No group membership: a rebalance must not take partitions away in the middle of a step. The group's name only carries
+the committed offsets, so that lag can be seen with Kafka's own tools.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError, OffsetOutOfRangeError
+from aiokafka.structs import ConsumerRecord
+
+from fulgurite.producers.backoff import Backoff
+from fulgurite.producers.kafka import connection_options
+from fulgurite.schemas.errors import StartError
+from fulgurite.schemas.settings import KafkaSettings
+from fulgurite.streams.trainer.log import partitions_of
+
+logger = logging.getLogger(__name__)
+
+Record = ConsumerRecord[bytes | None, bytes | None]
+
+POLL_RECORDS = 512
+"""Records of one poll: bounds what is in memory beside the open groups."""
+
+FETCH_BYTES = 16 << 20
+"""Per partition and fetch; a larger record is still fetched, alone."""
+
+_CLOSE_SECONDS = 2.0
+
+
+class TrajectoryReader:
+    """`offsets` are the next ones to read, by partition: what a checkpoint stores and a transaction commits."""
+
+    def __init__(self, settings: KafkaSettings, topic: str) -> None:
+        self._settings = settings
+        self._topic = topic
+        self._consumer: AIOKafkaConsumer | None = None
+        self.partitions: list[TopicPartition] = []
+        self.offsets: dict[int, int] = {}
+
+    async def start(self) -> None:
+        """Connects and learns the partitions; waits for Kafka for as long as it takes."""
+        backoff = Backoff(logger)
+        while True:
+            consumer = AIOKafkaConsumer(
+                **connection_options(self._settings),
+                isolation_level="read_committed",
+                enable_auto_commit=False,
+                auto_offset_reset="none",  # a gap in the input must be an error, not a silent jump
+                max_partition_fetch_bytes=FETCH_BYTES,
+            )
+            try:
+                await consumer.start()
+                self.partitions = await partitions_of(self._settings, self._topic)
+                consumer.assign(self.partitions)
+                self._consumer = consumer
+                return
+            except (KafkaError, TimeoutError) as error:
+                await consumer.stop()
+                await backoff.wait(f"reading {self._topic}: {error!r}")
+
+    async def seek(self, offsets: Mapping[int, int]) -> None:
+        """From these offsets; a partition without one (added since) from its beginning."""
+        for tp in self.partitions:
+            self._client.seek(tp, offsets.get(tp.partition, 0))
+            self.offsets[tp.partition] = offsets.get(tp.partition, 0)
+
+    async def seek_to_end(self) -> None:
+        """For a new run: nothing that is already there can belong to it."""
+        await self.seek({tp.partition: end for tp, end in (await self._ends()).items()})
+
+    async def poll(self, timeout_seconds: float) -> list[Record]:
+        """The next records, oldest first by the broker's clock; `offsets` then lie behind them."""
+        try:
+            found = await self._client.getmany(timeout_ms=int(timeout_seconds * 1000), max_records=POLL_RECORDS)
+        except OffsetOutOfRangeError as error:
+            raise StartError(
+                f"{self._topic} no longer holds what this run has to read next ({error}): its retention is over. "
+                "Start a new run from the weights of the last version"
+            ) from error
+        for tp in self.partitions:
+            self.offsets[tp.partition] = await self._client.position(tp)
+        records = [record for part in found.values() for record in part]
+        return sorted(records, key=lambda record: (record.timestamp, record.partition, record.offset))
+
+    async def caught_up(self) -> bool:
+        """Whether everything committed so far was read. Waits for Kafka: without it nobody knows."""
+        ends = await self._ends()
+        return all(self.offsets[tp.partition] >= end for tp, end in ends.items())
+
+    async def close(self) -> None:
+        if self._consumer is not None:
+            consumer, self._consumer = self._consumer, None
+            try:
+                await asyncio.wait_for(consumer.stop(), _CLOSE_SECONDS)
+            except (KafkaError, TimeoutError) as error:
+                logger.debug("closing the consumer: %r", error)
+
+    @property
+    def _client(self) -> AIOKafkaConsumer:
+        assert self._consumer is not None, "start() comes first"
+        return self._consumer
+
+    async def _ends(self) -> dict[TopicPartition, int]:
+        backoff = Backoff(logger)
+        while True:
+            try:
+                return await self._client.end_offsets(self.partitions)
+            except (KafkaError, TimeoutError) as error:
+                await backoff.wait(f"asking for the end of {self._topic}: {error!r}")

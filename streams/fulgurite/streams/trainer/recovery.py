@@ -1,0 +1,113 @@
+"""Where a run stands: begun anew, gone on with, or over. The log decides, the checkpoint supplies.
+
+What a crash left, and what is done about it (numbers as in `service.py`):
+- before 3: nothing on disk. The last committed version's checkpoint is loaded and its offsets are read again.
+- between 3 and 5: a checkpoint newer than the last committed version. Nobody was told of it; it is removed, then as
+  above.
+- after 5: the newest checkpoint is the committed one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from fulgurite.schemas.errors import SettingsError
+from fulgurite.streams.trainer.checkpoints import OPTIMIZER, Checkpoints
+from fulgurite.streams.trainer.events import Marker
+from fulgurite.streams.trainer.log import committed_run, newest_number
+from fulgurite.streams.trainer.plan import Plan
+from fulgurite.streams.trainer.reader import TrajectoryReader
+from fulgurite.streams.trainer.windows import Windows
+from fulgurite.streams.transactions import Transactions
+
+if TYPE_CHECKING:
+    from fulgurite.streams.trainer.learner import Learner
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(slots=True)
+class Run:
+    """A run in memory. Everything but the learner's tensors is also in its last checkpoint."""
+
+    version: int
+    """The newest committed version; for a new run the one its first transaction will make."""
+    step: int
+    windows: Windows
+    learner: Learner
+    companions: Path
+    """Where tokenizer and chat template are copied from: the start model, or the last version."""
+    committed_offsets: dict[int, int]
+    """As of `version`: what a transaction that makes no version repeats."""
+    is_new: bool
+
+
+async def recover(
+    plan: Plan, transactions: Transactions, reader: TrajectoryReader, checkpoints: Checkpoints
+) -> Run | None:
+    """None for a run that is over. Both clients have been started: a predecessor is fenced, so the log is final."""
+    before = await transactions.committed(reader.partitions)
+    committed = await committed_run(plan.settings.kafka, plan.run_id)
+    if committed is None:
+        return await _begin(plan, reader, checkpoints)
+    if committed.finished:
+        logger.info(
+            "run %s is over: %d steps, version %d; nothing to do (set trainer.run_id to a new name for a new run)",
+            plan.run_id, committed.step, committed.version,
+        )  # fmt: skip
+        return None
+    if committed.resource != plan.trainer.resource:
+        raise SettingsError(
+            f"trainer.resource = {plan.trainer.resource!r}, but run {plan.run_id} trains {committed.resource!r}"
+        )
+    for folder in checkpoints.discard_uncommitted(committed.version):
+        logger.info("removed %s: written, but never committed", folder)
+    checkpoint = checkpoints.load(committed.version)
+    windows = checkpoints.windows(checkpoint, plan.shape)
+    markers = [Marker.parse(at.metadata) for at in before.values() if at is not None]
+    windows.asked = max([windows.asked, *(marker.asked for marker in markers if marker)])
+    learner = await _load(plan, checkpoint.weights, checkpoint.folder / OPTIMIZER)
+    await reader.seek(checkpoint.state.offsets)
+    logger.info("run %s goes on at step %d, version %d", plan.run_id, committed.step, committed.version)
+    return Run(
+        version=committed.version,
+        step=committed.step,
+        windows=windows,
+        learner=learner,
+        companions=checkpoint.weights,
+        committed_offsets=dict(checkpoint.state.offsets),
+        is_new=False,
+    )
+
+
+async def _begin(plan: Plan, reader: TrajectoryReader, checkpoints: Checkpoints) -> Run:
+    if plan.start_model is None:
+        raise SettingsError("trainer.model is empty: name the folder of the model to start from (Hugging Face format)")
+    checkpoints.discard_uncommitted(None)
+    learner = await _load(plan, plan.start_model, None)
+    newest = await newest_number(plan.settings.kafka, plan.trainer.resource)
+    await reader.seek_to_end()
+    logger.info("run %s begins with %s as version %d", plan.run_id, plan.start_model, newest + 1)
+    return Run(
+        version=newest + 1,
+        step=0,
+        windows=Windows(plan.shape),
+        learner=learner,
+        companions=plan.start_model,
+        committed_offsets=dict(reader.offsets),
+        is_new=True,
+    )
+
+
+async def _load(plan: Plan, folder: Path, state: Path | None) -> Learner:
+    # Here and not at the top: torch and transformers take seconds, and settings are checked before.
+    def load() -> Learner:
+        from fulgurite.streams.trainer.learner import Learner
+
+        return Learner(folder, plan.trainer, state)
+
+    return await asyncio.to_thread(load)

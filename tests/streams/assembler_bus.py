@@ -1,0 +1,113 @@
+"""A producer and readers of the real broker, for the assembler's tests."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.structs import ConsumerRecord, TopicPartition
+from pydantic import BaseModel
+
+from fulgurite.schemas import topics
+from fulgurite.schemas.codec import decode
+from fulgurite.schemas.rewards import Reward
+from fulgurite.schemas.settings import AssemblerSettings, KafkaSettings, Settings
+from fulgurite.schemas.spans import Span
+from fulgurite.schemas.topics import Topic
+from fulgurite.schemas.trajectories import Trajectory
+from fulgurite.streams.assembler.service import serve
+from tests.streams.assembler_records import finished, llm_call, queued, reward, started, value
+
+Record = ConsumerRecord[bytes, bytes]
+
+
+class Bus:
+    """Writes events as their producers do; reads outputs as their consumers do (read_committed)."""
+
+    def __init__(self, settings: KafkaSettings, producer: AIOKafkaProducer) -> None:
+        self.settings = settings
+        self.producer = producer
+
+    async def send(self, *events: BaseModel, partition: int | None = None) -> None:
+        """Acknowledged before it returns, each before the next of another topic is sent."""
+        for event in events:
+            topic = topics.SPANS if isinstance(event, Span) else topics.ROLLOUTS
+            topic = topics.REWARDS if isinstance(event, Reward) else topic
+            key = str(event.rollout_id).encode()  # type: ignore[attr-defined]
+            await self.producer.send_and_wait(self.settings.topic(topic), value(event), key, partition)
+
+    async def rollout(self, rollout_id: str, *, group_id: str = "") -> None:
+        """A whole life: two calls that continue each other, and a reward."""
+        await self.send(
+            queued(rollout_id, group_id),
+            started(rollout_id),
+            llm_call(rollout_id, 1, [1, 2], [3]),
+            llm_call(rollout_id, 2, [1, 2, 3, 4], [5]),
+            reward(rollout_id, 1.0),
+            finished(rollout_id, group_id=group_id),
+        )
+
+    async def read(self, topic: Topic) -> list[Record]:
+        """All committed records there are now, partition after partition."""
+        name = self.settings.topic(topic)
+        consumer = AIOKafkaConsumer(
+            bootstrap_servers=self.settings.bootstrap_servers,
+            isolation_level="read_committed",
+            auto_offset_reset="earliest",
+            enable_auto_commit=False,
+        )
+        await consumer.start()
+        try:
+            partitions = [TopicPartition(name, p) for p in range(topic.partitions or self.settings.partitions)]
+            consumer.assign(partitions)
+            ends = await consumer.end_offsets(partitions)
+            found: list[Record] = []
+            while any([await consumer.position(tp) < end for tp, end in ends.items()]):
+                for records in (await consumer.getmany(timeout_ms=100)).values():
+                    found += records
+            return found
+        finally:
+            await consumer.stop()
+
+    async def trajectories(self) -> list[Trajectory]:
+        return [decode(Trajectory, record.value) for record in await self.read(topics.TRAJECTORIES)]
+
+    async def until(self, topic: Topic, count: int, seconds: float = 60.0) -> list[Record]:
+        """The topic's records, once there are so many."""
+        deadline = time.monotonic() + seconds
+        while len(found := await self.read(topic)) < count:
+            assert time.monotonic() < deadline, f"{len(found)} of {count} records in {topic.name}"
+            await asyncio.sleep(0.1)
+        return found
+
+
+@asynccontextmanager
+async def connected(settings: KafkaSettings) -> AsyncIterator[Bus]:
+    producer = AIOKafkaProducer(bootstrap_servers=settings.bootstrap_servers, acks="all", enable_idempotence=True)
+    await producer.start()
+    try:
+        yield Bus(settings, producer)
+    finally:
+        await producer.stop()
+
+
+@asynccontextmanager
+async def assembling(
+    kafka: KafkaSettings, *, orphan_seconds: float = 900.0, hook: Callable[[str], None] = lambda _: None
+) -> AsyncIterator[asyncio.Task[None]]:
+    """The assembler at work in this process."""
+    settings = Settings(kafka=kafka, assembler=AssemblerSettings(orphan_seconds=orphan_seconds))
+    stop = asyncio.Event()
+    task = asyncio.create_task(serve(settings, stop, hook))
+    try:
+        yield task
+    finally:
+        stop.set()
+        await asyncio.wait_for(task, 10)
+
+
+def ids(trajectories: Sequence[Trajectory]) -> list[str]:
+    return sorted(trajectory.rollout_id for trajectory in trajectories)

@@ -1,0 +1,175 @@
+"""Transactions against a broker that goes away, against a rival, and against lost answers."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
+from aiokafka.errors import KafkaConnectionError
+from aiokafka.structs import OffsetAndMetadata, TopicPartition
+
+from fulgurite.infra.kafka import EmbeddedKafka
+from fulgurite.schemas import topics
+from fulgurite.schemas.errors import Fenced, StartError
+from fulgurite.schemas.settings import KafkaSettings
+from fulgurite.streams.transactions import Outgoing, Transactions
+from tests.streams.assembler_bus import Bus, connected
+
+INPUT = TopicPartition("input", 0)
+
+
+@pytest.fixture
+def own_kafka(tmp_path: Path) -> Iterator[EmbeddedKafka]:
+    with EmbeddedKafka(tmp_path / "kafka") as server:
+        yield server
+
+
+def outgoing(settings: KafkaSettings, text: str) -> list[Outgoing]:
+    return [Outgoing(settings.topic(topics.TRAJECTORIES), b"key", text.encode())]
+
+
+async def texts(bus: Bus) -> list[str]:
+    return [record.value.decode() for record in await bus.read(topics.TRAJECTORIES)]
+
+
+def at(offset: int, metadata: str = "") -> dict[TopicPartition, OffsetAndMetadata]:
+    return {INPUT: OffsetAndMetadata(offset, metadata)}
+
+
+async def started(settings: KafkaSettings, **options: object) -> Transactions:
+    transactions = Transactions(settings, f"{settings.topic_prefix}t", f"{settings.topic_prefix}g", **options)  # type: ignore[arg-type]
+    await transactions.start()
+    return transactions
+
+
+@pytest.fixture
+async def input_topic(kafka_settings: KafkaSettings) -> None:
+    await _create(kafka_settings.bootstrap_servers, INPUT.topic)
+
+
+async def _create(servers: str, *names: str) -> None:
+    admin = AIOKafkaAdminClient(bootstrap_servers=servers)
+    await admin.start()
+    await admin.create_topics([NewTopic(name, 1, 1) for name in names])
+    await admin.close()
+
+
+async def test_records_and_offsets_become_visible_together(kafka_settings: KafkaSettings, input_topic: None) -> None:
+    transactions = await started(kafka_settings)
+    assert await transactions.committed([INPUT]) == {INPUT: None}
+    await transactions.commit(outgoing(kafka_settings, "a"), at(3, '{"note": 1}'))
+    assert await transactions.committed([INPUT]) == at(3, '{"note": 1}')
+    async with connected(kafka_settings) as bus:
+        assert await texts(bus) == ["a"]
+    await transactions.close()
+
+
+async def test_a_rival_fences_and_nothing_of_the_loser_is_seen(
+    kafka_settings: KafkaSettings, input_topic: None
+) -> None:
+    first = await started(kafka_settings)
+    await first.committed([INPUT])
+    await first.commit(outgoing(kafka_settings, "a"), at(1))
+    second = await started(kafka_settings)
+    assert await second.committed([INPUT]) == at(1)
+    with pytest.raises(Fenced):
+        await first.commit(outgoing(kafka_settings, "lost"), at(2))
+    await second.commit(outgoing(kafka_settings, "b"), at(2))
+    async with connected(kafka_settings) as bus:
+        assert await texts(bus) == ["a", "b"]
+    await first.close()
+    await second.close()
+
+
+@pytest.mark.parametrize("step", ["begun", "sent", "committed"])
+async def test_an_error_at_any_step_is_resolved_by_the_offsets(
+    kafka_settings: KafkaSettings, input_topic: None, step: str
+) -> None:
+    """`committed` is the lost answer: the broker has the transaction, the client an error."""
+    failures = [step]
+
+    def hook(reached: str) -> None:
+        if failures and reached == failures[0]:
+            failures.pop()
+            raise KafkaConnectionError("the answer was lost")
+
+    transactions = await started(kafka_settings, hook=hook)
+    await transactions.committed([INPUT])
+    await transactions.commit(outgoing(kafka_settings, "once"), at(1))
+    await transactions.commit(outgoing(kafka_settings, "then"), at(2))
+    async with connected(kafka_settings) as bus:
+        assert await texts(bus) == ["once", "then"]
+    await transactions.close()
+
+
+async def test_offsets_moved_by_somebody_else_are_noticed(kafka_settings: KafkaSettings, input_topic: None) -> None:
+    """A rival committed and left again while our answer was lost: its work must not be repeated."""
+    rivals: list[Transactions] = []
+
+    def hook(reached: str) -> None:
+        if reached == "begun" and not rivals:
+            raise KafkaConnectionError("the answer was lost")
+
+    transactions = await started(kafka_settings, hook=hook)
+    await transactions.committed([INPUT])
+    restart = transactions.start
+
+    async def rival_first() -> None:
+        rival = await started(kafka_settings)
+        rivals.append(rival)
+        await rival.committed([INPUT])
+        await rival.commit(outgoing(kafka_settings, "rival"), at(1))
+        await rival.close()
+        await restart()
+
+    transactions.start = rival_first  # type: ignore[method-assign]
+    with pytest.raises(Fenced, match="another process committed"):
+        await transactions.commit(outgoing(kafka_settings, "ours"), at(1))
+    async with connected(kafka_settings) as bus:
+        assert await texts(bus) == ["rival"]
+    await transactions.close()
+
+
+@pytest.mark.chaos
+@pytest.mark.slow
+@pytest.mark.parametrize("away_seconds", [0.0, 12.0])
+async def test_the_broker_is_killed_in_the_middle_of_a_transaction(
+    own_kafka: EmbeddedKafka, away_seconds: float
+) -> None:
+    """Away for longer than the transaction's timeout, too: the broker aborts it, and the same content is sent again."""
+    settings = KafkaSettings(bootstrap_servers=own_kafka.bootstrap_servers, topic_prefix="", partitions=1)
+    await _create(settings.bootstrap_servers, INPUT.topic, topics.TRAJECTORIES.name)
+    kills = {"begun": 1, "sent": 1}
+
+    def hook(reached: str) -> None:
+        if kills.get(reached, 0):
+            kills[reached] -= 1
+            own_kafka.kill()
+
+    transactions = await started(settings, hook=hook, timeout_ms=5_000)
+    await transactions.committed([INPUT])
+
+    async def revive() -> None:
+        while True:
+            await asyncio.sleep(0.2)
+            if not own_kafka.running:
+                await asyncio.sleep(away_seconds)
+                # The next kill may come while this start still waits for the broker.
+                with contextlib.suppress(StartError):
+                    await asyncio.to_thread(own_kafka.start)
+
+    reviving = asyncio.create_task(revive())
+    try:
+        for number in range(3):
+            await transactions.commit(outgoing(settings, f"t{number}"), at(number + 1))
+    finally:
+        reviving.cancel()
+        await asyncio.gather(reviving, return_exceptions=True)
+    assert kills == {"begun": 0, "sent": 0}
+    async with connected(settings) as bus:
+        assert await texts(bus) == ["t0", "t1", "t2"]
+    await transactions.close()
