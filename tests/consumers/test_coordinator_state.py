@@ -68,7 +68,12 @@ def test_a_rollout_that_succeeds() -> None:
     assert record.input is None
     assert not state.open_attempts
     assert isinstance(last, RolloutFinished)
-    assert (last.attempt_id, last.attempts, last.attempt_status, last.group_id) == (start.attempt_id, 1, "succeeded", "g")
+    assert (last.attempt_id, last.attempts, last.attempt_status, last.group_id) == (
+        start.attempt_id,
+        1,
+        "succeeded",
+        "g",
+    )
 
 
 @pytest.mark.parametrize(
@@ -200,7 +205,9 @@ def test_resources_id_travels_as_a_field_that_the_event_does_not_know() -> None:
 # Any interleaving of commands, foreign records and crashes: the log rebuilds the state, and the invariants hold.
 
 STEP = st.tuples(
-    st.sampled_from(["queue", "start", "start_twice", "end", "half_end", "cancel", "foreign_cancel", "stale", "complete"]),
+    st.sampled_from(
+        ["queue", "start", "start_twice", "end", "half_end", "cancel", "foreign_cancel", "stale", "complete"]
+    ),
     st.integers(0, 3),
     st.sampled_from(ENDS),
 )

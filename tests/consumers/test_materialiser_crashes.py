@@ -1,4 +1,5 @@
-"""Exactly once, whatever dies: the materialiser between any two of its steps, ClickHouse under load, a consumer that joins.
+"""Exactly once, whatever dies: the materialiser between any two of its steps, ClickHouse under load, a consumer that
+joins.
 
 The materialiser runs as a process of its own: this file, called with the name of the step to die after.
 """
@@ -11,7 +12,7 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncGenerator, Generator
 from pathlib import Path
 from typing import Any
 
@@ -55,7 +56,7 @@ async def until_rows(settings: Settings, table: str, count: int, seconds: float 
 
 
 @contextlib.contextmanager
-def process(settings: Settings, die_after: str = "") -> Iterator[subprocess.Popen[bytes]]:
+def process(settings: Settings, die_after: str = "") -> Generator[subprocess.Popen[bytes]]:
     environment = to_environment(
         {
             "kafka": settings.kafka.model_dump(exclude={"sasl_password", "sasl_username", "ssl_cafile"}),
@@ -130,7 +131,8 @@ async def test_killed_after_a_step(quick: Settings, step: str) -> None:
 
 
 async def test_an_insert_that_filled_only_one_table(quick: Settings) -> None:
-    """What a crash of ClickHouse in the middle leaves: the good rows are there, the dead letters are not, or the other way."""
+    """What a crash of ClickHouse in the middle leaves: the good rows are there, the dead letters are not, or the other
+    way."""
     await produce(quick, range(100))
     await asyncio.to_thread(apply_migrations, quick.clickhouse)
     with process(quick, die_after="inserted") as child:
@@ -146,7 +148,8 @@ async def test_an_insert_that_filled_only_one_table(quick: Settings) -> None:
 
 
 async def test_an_insert_of_a_zombie_that_arrives_late(quick: Settings) -> None:
-    """Frozen between intent and insert; its successor writes the range under the same token; then its insert arrives."""
+    """Frozen between intent and insert; its successor writes the range under the same token; then its insert
+    arrives."""
     await produce(quick, range(100))
     with process(quick, die_after="stop:intended") as zombie:
         await asyncio.to_thread(os.waitid, os.P_PID, zombie.pid, os.WSTOPPED | os.WNOWAIT)
@@ -228,7 +231,7 @@ async def test_commits_follow_and_transactions_are_respected(quick: Settings) ->
 
 
 @contextlib.asynccontextmanager
-async def running(settings: Settings) -> AsyncIterator[None]:
+async def running(settings: Settings) -> AsyncGenerator[None]:
     stop = asyncio.Event()
     task = asyncio.create_task(serve(settings, stop))
     try:

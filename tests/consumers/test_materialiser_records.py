@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import json
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from typing import Any
 
 import clickhouse_connect
@@ -15,13 +15,14 @@ from fulgurite.consumers.materialiser import serve
 from fulgurite.schemas import topics
 from fulgurite.schemas.codec import encode
 from fulgurite.schemas.dead_letters import DeadLetter
+from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.migrations import connection_options
 from fulgurite.schemas.resources import ResourceVersion
 from fulgurite.schemas.rewards import Reward
 from fulgurite.schemas.rollouts import AttemptFinished, AttemptStarted, RolloutFinished, RolloutQueued
 from fulgurite.schemas.settings import Settings
 from fulgurite.schemas.spans import Span
-from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep, VersionApplied
+from fulgurite.schemas.training import DroppedRollout, RunFinished, RunStarted, TrainingStep, VersionApplied
 from fulgurite.schemas.trajectories import Trajectory
 from fulgurite.schemas.workers import WorkerHeartbeat
 
@@ -49,7 +50,7 @@ async def until(
 
 
 @contextlib.asynccontextmanager
-async def materialiser(settings: Settings) -> AsyncIterator[None]:
+async def materialiser(settings: Settings) -> AsyncGenerator[None]:
     stop = asyncio.Event()
     task = asyncio.create_task(serve(settings, stop))
     try:
@@ -60,7 +61,7 @@ async def materialiser(settings: Settings) -> AsyncIterator[None]:
 
 
 @contextlib.asynccontextmanager
-async def producer(settings: Settings) -> AsyncIterator[AIOKafkaProducer]:
+async def producer(settings: Settings) -> AsyncGenerator[AIOKafkaProducer]:
     client = AIOKafkaProducer(
         bootstrap_servers=settings.kafka.bootstrap_servers,
         acks="all",
@@ -78,7 +79,7 @@ def call(rollout: str, span: str, **fields: Any) -> Span:
     return Span(
         rollout_id=rollout, attempt_id=f"{rollout}-1", span_id=span, name="chat", start_ns=10**18, end_ns=10**18 + 5,
         operation="chat", prompt_token_ids=[1, 2], response_token_ids=[3, 4], logprobs=[-0.5, -0.25],
-        weight_versions=[{"version": 7, "start": 0, "end": 1}, {"version": 8, "start": 1, "end": 2}], **fields,
+        weight_versions=[VersionSpan(version=7, start=0, end=1), VersionSpan(version=8, start=1, end=2)], **fields,
     )  # fmt: skip
 
 
@@ -87,31 +88,95 @@ async def test_one_row_for_every_record(settings: Settings) -> None:
     identity: dict[str, Any] = {"run_id": "run", "task_id": "t", "group_id": "g", "group_size": 2, "mode": "val"}
     records = [
         (topics.ROLLOUTS, "r1", RolloutQueued(rollout_id="r1", input={"question": "1+1"}, **identity)),
-        (topics.ROLLOUTS, "r1", AttemptStarted(rollout_id="r1", attempt_id="r1-1", sequence_id=1, worker_id="w", **identity)),
+        (
+            topics.ROLLOUTS,
+            "r1",
+            AttemptStarted(rollout_id="r1", attempt_id="r1-1", sequence_id=1, worker_id="w", **identity),
+        ),
         (topics.ROLLOUTS, "r1", AttemptFinished(rollout_id="r1", attempt_id="r1-1", status="succeeded", **identity)),
         (topics.ROLLOUTS, "r1", RolloutFinished(rollout_id="r1", attempt_id="r1-1", status="succeeded", **identity)),
         (topics.SPANS, "r1", call("r1", "s1", attributes={"n": 1, "s": "x"}, state={"k": [1]})),
-        (topics.SPANS, "r1", Span(rollout_id="r1", attempt_id="r1-1", span_id="s2", name="tool", operation="execute_tool",
-                                  start_ns=1, end_ns=2)),
-        (topics.REWARDS, "r1", Reward(reward_id="w1", rollout_id="r1", attempt_id="r1-1", value=1.0, dimensions={"a": 0.5})),
+        (
+            topics.SPANS,
+            "r1",
+            Span(
+                rollout_id="r1",
+                attempt_id="r1-1",
+                span_id="s2",
+                name="tool",
+                operation="execute_tool",
+                start_ns=1,
+                end_ns=2,
+            ),
+        ),
+        (
+            topics.REWARDS,
+            "r1",
+            Reward(reward_id="w1", rollout_id="r1", attempt_id="r1-1", value=1.0, dimensions={"a": 0.5}),
+        ),
         (topics.REWARDS, "ghost", Reward(reward_id="w2", rollout_id="ghost", value=0.25)),
-        (topics.TRAJECTORIES, "g", Trajectory.model_validate({
-            "rollout_id": "r1", "attempt_id": "r1-1", "status": "succeeded", "reward": 1.0, "calls": 1, "min_version": 7,
-            "max_version": 8, **identity,
-            "sequences": [{"token_ids": [1, 2, 3, 4], "loss_mask": [0, 0, 1, 1], "logprobs": [0, 0, -0.5, -0.25],
-                           "weight_versions": [{"version": 7, "start": 2, "end": 3}], "span_ids": ["s1"]}],
-            "rewards": [{"reward_id": "w1", "name": "reward", "value": 1.0}]})),
+        (
+            topics.TRAJECTORIES,
+            "g",
+            Trajectory.model_validate(
+                {
+                    "rollout_id": "r1",
+                    "attempt_id": "r1-1",
+                    "status": "succeeded",
+                    "reward": 1.0,
+                    "calls": 1,
+                    "min_version": 7,
+                    "max_version": 8,
+                    **identity,
+                    "sequences": [
+                        {
+                            "token_ids": [1, 2, 3, 4],
+                            "loss_mask": [0, 0, 1, 1],
+                            "logprobs": [0, 0, -0.5, -0.25],
+                            "weight_versions": [{"version": 7, "start": 2, "end": 3}],
+                            "span_ids": ["s1"],
+                        }
+                    ],
+                    "rewards": [{"reward_id": "w1", "name": "reward", "value": 1.0}],
+                }
+            ),
+        ),
         (topics.TRAJECTORIES, "g", Trajectory(rollout_id="r2", status="failed", partial="no_calls", **identity)),
         (topics.RESOURCES, "policy", ResourceVersion(resource="policy", version=8, uri="file:///x", sha256=SHA)),
         (topics.TRAINING, "run", RunStarted(run_id="run", resource="policy", version=7, config={"lr": 1})),
-        (topics.TRAINING, "run", TrainingStep(run_id="run", step=1, resource="policy", version_in=7, version_out=8,
-                                              rollout_ids=["r1"], dropped=[{"rollout_id": "r2", "reason": "failed"}],
-                                              metrics={"kl": 0.5}, offsets={"0": 3})),
-        (topics.TRAINING, "run", VersionApplied(run_id="run", resource="policy", version=8, server="http://x", seconds={"load": 0.5})),
-        (topics.TRAINING, "run", RunFinished(run_id="run", step=1, resource="policy", version=8,
-                                             dropped=[{"rollout_id": "r3", "reason": "run_ended"}])),
+        (
+            topics.TRAINING,
+            "run",
+            TrainingStep(
+                run_id="run",
+                step=1,
+                resource="policy",
+                version_in=7,
+                version_out=8,
+                rollout_ids=["r1"],
+                dropped=[DroppedRollout(rollout_id="r2", reason="failed")],
+                metrics={"kl": 0.5},
+                offsets={"0": 3},
+            ),
+        ),
+        (
+            topics.TRAINING,
+            "run",
+            VersionApplied(run_id="run", resource="policy", version=8, server="http://x", seconds={"load": 0.5}),
+        ),
+        (
+            topics.TRAINING,
+            "run",
+            RunFinished(
+                run_id="run",
+                step=1,
+                resource="policy",
+                version=8,
+                dropped=[DroppedRollout(rollout_id="r3", reason="run_ended")],
+            ),
+        ),
         (topics.WORKERS, "w", WorkerHeartbeat(worker_id="w", running=["r1-1"], capacity=4, stats={"cpu": 0.5})),
-    ]  # fmt: skip
+    ]
     letter = DeadLetter(kafka.topic(topics.SPANS), 1, 17, "assembler", "late", "too late", b"r9", b"\xff\x00 bytes")
     async with producer(settings) as client, materialiser(settings):
         for topic, key, event in records:
@@ -188,7 +253,7 @@ POISON: list[tuple[bytes | None, str, str]] = [
     (_span(logprobs="x"), "bad_field", "logprobs: wrong type"),
     (_span(response_token_ids=[1, "x"]), "bad_field", "response_token_ids: every element"),
     (_span(response_token_ids=[1], logprobs=[0.5, 0.5]), "bad_field", "logprobs: must be as many"),
-    (_span(response_token_ids=[1, 2], weight_versions=[{"version": 1, "start": 0, "end": 1}]), "bad_field", "weight_versions"),
+    (_span(response_token_ids=[1, 2], weight_versions=[{"version": 1, "start": 0, "end": 1}]), "bad_field", "cover"),
     (_span(kind="sideways"), "bad_field", "kind: must be one of"),
 ]  # fmt: skip
 

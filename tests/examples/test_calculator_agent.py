@@ -1,4 +1,4 @@
-"""The agent against a scripted server on a real port: two turns, one, malformed ones, and a server that is busy at first."""
+"""The agent against a scripted server on a real port: two turns, one, malformed ones, a busy server."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The warm start: text survives its tokenizer, turns merge into one sequence, and a folder is whole, reusable or untouched."""
+"""The warm start: text survives its tokenizer, turns merge, and a folder is whole, reusable or untouched."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from transformers import PreTrainedTokenizerFast
 
 from examples.calculator import warm_start
 from examples.calculator.demonstrations import Message, demonstration
-from examples.calculator.model import train_tokenizer
+from examples.calculator.model import END, train_tokenizer
 from fulgurite.streams.policy_server.policy import load_policy
 
 
@@ -38,8 +38,7 @@ def test_the_second_prompt_begins_with_the_first_and_its_response(tokenizer: Pre
     for conversation in conversations:
         first = prompt_ids(tokenizer, conversation[:1])
         encoded = tokenizer.backend_tokenizer.encode(conversation[1]["content"], add_special_tokens=False).ids
-        assert tokenizer.eos_token_id is not None
-        response = [*encoded, int(tokenizer.eos_token_id)]
+        response = [*encoded, tokenizer.backend_tokenizer.token_to_id(END)]
         second = prompt_ids(tokenizer, conversation[:3])
         assert second[: len(first) + len(response)] == first + response
 

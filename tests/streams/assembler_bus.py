@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.structs import ConsumerRecord, TopicPartition
 from pydantic import BaseModel
 
+from fulgurite.infra.kafka import EmbeddedKafka
 from fulgurite.schemas import topics
 from fulgurite.schemas.codec import decode
 from fulgurite.schemas.rewards import Reward
@@ -85,7 +86,7 @@ class Bus:
 
 
 @asynccontextmanager
-async def connected(settings: KafkaSettings) -> AsyncIterator[Bus]:
+async def connected(settings: KafkaSettings) -> AsyncGenerator[Bus]:
     producer = AIOKafkaProducer(bootstrap_servers=settings.bootstrap_servers, acks="all", enable_idempotence=True)
     await producer.start()
     try:
@@ -97,7 +98,7 @@ async def connected(settings: KafkaSettings) -> AsyncIterator[Bus]:
 @asynccontextmanager
 async def assembling(
     kafka: KafkaSettings, *, orphan_seconds: float = 900.0, hook: Callable[[str], None] = lambda _: None
-) -> AsyncIterator[asyncio.Task[None]]:
+) -> AsyncGenerator[asyncio.Task[None]]:
     """The assembler at work in this process."""
     settings = Settings(kafka=kafka, assembler=AssemblerSettings(orphan_seconds=orphan_seconds))
     stop = asyncio.Event()
@@ -107,6 +108,30 @@ async def assembling(
     finally:
         stop.set()
         await asyncio.wait_for(task, 10)
+
+
+class Mortal:
+    """A broker that is killed when its hook reaches certain steps, and comes back."""
+
+    def __init__(self, server: EmbeddedKafka, kills: dict[str, int]) -> None:
+        self.kills = kills
+        """How often it is to be killed at each step."""
+        self._server = server
+        self._starting = False
+
+    def hook(self, reached: str) -> None:
+        # Not while start() still tries it out: its own clients would be cut off.
+        if self.kills.get(reached, 0) and not self._starting:
+            self.kills[reached] -= 1
+            self._starting = True
+            self._server.kill()
+
+    async def revive(self) -> None:
+        while True:
+            await asyncio.sleep(0.1)
+            if not self._server.running:
+                await asyncio.to_thread(self._server.start)
+                self._starting = False
 
 
 def ids(trajectories: Sequence[Trajectory]) -> list[str]:

@@ -1,4 +1,4 @@
-"""Tiny models in folders, a policy server without a process, and the oracle: transformers' own forward, without any cache."""
+"""Tiny models in folders, a policy server without a process, and the oracle: transformers' own forward."""
 
 from __future__ import annotations
 

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import os
 import subprocess
 import sys
@@ -15,9 +14,8 @@ import pytest
 from fulgurite.infra.kafka import EmbeddedKafka
 from fulgurite.infra.topics import create_topics
 from fulgurite.schemas import topics
-from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.settings import KafkaSettings, to_environment
-from tests.streams.assembler_bus import Bus, assembling, connected, ids
+from tests.streams.assembler_bus import Bus, Mortal, assembling, connected, ids
 from tests.streams.assembler_records import finished, llm_call, queued, reward, started
 
 REPOSITORY = Path(__file__).parents[2]
@@ -32,14 +30,6 @@ def start_assembler(settings: KafkaSettings, step: str, count: int) -> subproces
     )
     command = [sys.executable, "-m", "tests.streams.assembler_driver", step, str(count)]
     return subprocess.Popen(command, env=environment, cwd=REPOSITORY)
-
-
-async def until_dead(process: subprocess.Popen[bytes]) -> int:
-    try:
-        return await asyncio.to_thread(process.wait, 60)
-    finally:
-        process.kill()
-        process.wait()
 
 
 async def traffic(bus: Bus, first: int, count: int) -> None:
@@ -58,22 +48,22 @@ async def test_killed_at_every_step_in_turn(kafka_settings: KafkaSettings) -> No
     """A second process carries on from wherever the first one died, and dies at the next step."""
     async with connected(kafka_settings) as bus:
         await bus.send(started("open"), llm_call("open", 1, [1], [2]), llm_call("ghost", 1, [1], [2]))
-        for number, step in enumerate(STEPS):
+        sent = 0
+        for step in STEPS:
             # The second time for the steps of a commit: there is then a commit to come back to.
             process = start_assembler(kafka_settings, step, 2 if step in STEPS[4:] else 1)
-            await traffic(bus, number * 10, 10)
-            if step in STEPS[4:]:
-                await asyncio.sleep(0.5)
-                await traffic(bus, 1_000 + number * 10, 5)
-            assert await until_dead(process) == -9
+            while process.poll() is None:
+                await traffic(bus, sent, 4)
+                sent += 4
+                await asyncio.sleep(0.2)
+            assert process.returncode == -9
         async with assembling(kafka_settings, orphan_seconds=2):
             await bus.send(llm_call("open", 2, [1, 2, 3], [4]), reward("open", 0.5), finished("open"))
-            expected = 10 * len(STEPS) + 5 * len(STEPS[4:]) + 1
-            await bus.until(topics.TRAJECTORIES, expected)
+            await bus.until(topics.TRAJECTORIES, sent + 1)
             await bus.until(topics.DEAD_LETTERS, 1)
         found = await bus.trajectories()
         letters = await bus.read(topics.DEAD_LETTERS)
-    assert len(ids(found)) == len(set(ids(found))) == expected
+    assert len(ids(found)) == len(set(ids(found))) == sent + 1
     assert {(t.calls, len(t.sequences), t.partial) for t in found} == {(2, 1, "")}
     assert {t.metadata.get("label") for t in found if t.rollout_id != "open"} == set(ids(found)) - {"open"}
     assert [letter.key for letter in letters] == [b"ghost"]
@@ -88,28 +78,16 @@ def own_kafka(tmp_path: Path) -> Iterator[EmbeddedKafka]:
 async def test_the_broker_is_killed_under_it(own_kafka: EmbeddedKafka) -> None:
     settings = KafkaSettings(bootstrap_servers=own_kafka.bootstrap_servers, partitions=2)
     await create_topics(settings)
-    kills = {"begun": 2, "sent": 4}
-
-    def hook(reached: str) -> None:
-        kills[reached] = kills.get(reached, 0) - 1
-        if kills[reached] == 0:
-            own_kafka.kill()
-
-    async def revive() -> None:
-        while True:
-            await asyncio.sleep(0.1)
-            if not own_kafka.running:
-                with contextlib.suppress(StartError):  # killed again while it waited
-                    await asyncio.to_thread(own_kafka.start)
-
-    reviving = asyncio.create_task(revive())
-    async with connected(settings) as bus, assembling(settings, hook=hook):
-        for number in range(6):
-            await traffic(bus, number * 10, 10)
-            await asyncio.sleep(0.3)
-        await bus.until(topics.TRAJECTORIES, 60, seconds=120)
+    mortal = Mortal(own_kafka, {"begun": 1, "sent": 1})
+    reviving = asyncio.create_task(mortal.revive())
+    sent = 0
+    async with connected(settings) as bus, assembling(settings, hook=mortal.hook):
+        while any(mortal.kills.values()) or sent < 20:
+            await traffic(bus, sent, 4)
+            sent += 4
+            await asyncio.sleep(0.2)
+        await bus.until(topics.TRAJECTORIES, sent, seconds=120)
         found = await bus.trajectories()
     reviving.cancel()
-    await asyncio.gather(reviving, return_exceptions=True)
-    assert len(found) == len(set(ids(found))) == 60
+    assert len(found) == len(set(ids(found))) == sent
     assert {(t.calls, t.reward, t.partial) for t in found} == {(2, 1.0, "")}

@@ -133,7 +133,7 @@ async def test_topics_that_are_not_co_partitioned_are_refused(kafka_settings: Ka
     await admin.start()
     name = kafka_settings.topic(topics.REWARDS)
     await admin.create_partitions({name: NewPartitions(3)})
-    while len((await admin.describe_topics([name]))[0]["partitions"]) < 3:
+    while len((await admin.describe_topics([name]))[0]["partitions"]) < 3:  # noqa: ASYNC110
         await asyncio.sleep(0.1)
     await admin.close()
     with pytest.raises(SettingsError, match="rewards has 3"):

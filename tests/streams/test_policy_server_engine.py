@@ -1,4 +1,4 @@
-"""The engine against transformers' plain forward: batching, greedy beside sampled, cancelling and swapping change no number."""
+"""The engine against transformers' plain forward: batching, greedy, cancelling and swapping change no number."""
 
 from __future__ import annotations
 
@@ -167,7 +167,7 @@ def test_any_other_architecture_is_served_by_transformers_forward(tmp_path: Path
         intermediate_size=48,
         max_position_embeddings=256,
         initializer_range=0.2,
-        eos_token_id=tokenizer.eos_token_id,
+        eos_token_id=1,
         bos_token_id=None,
     )
     Qwen2ForCausalLM(config).save_pretrained(tmp_path / "qwen")

@@ -266,7 +266,7 @@ async def test_a_client_that_leaves_while_it_is_served_frees_its_row(
 async def test_openai_client_and_the_fields_it_did_not_ask_for(folders: tuple[Path, Path]) -> None:
     async with served() as server:
         await server.load(folders[0], "1")
-        http = httpx.AsyncClient(transport=httpx.ASGITransport(server.app))
+        http: Any = httpx.AsyncClient(transport=httpx.ASGITransport(server.app))
         async with AsyncOpenAI(api_key="none", base_url="http://test/v1", http_client=http) as client:
             completion = await client.chat.completions.create(
                 model="policy",

@@ -3,16 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 
 import pytest
+from aiohttp import web
 
 from fulgurite.schemas.checksum import folder_of, folder_sha256
-from fulgurite.schemas.settings import KafkaSettings, Settings, TrainerSettings
+from fulgurite.schemas.dead_letters import HEADER_REASON
+from fulgurite.schemas.errors import Fenced, LogprobMismatch
+from fulgurite.schemas.settings import CoordinatorSettings, KafkaSettings, Settings, TrainerSettings
+from fulgurite.schemas.topics import DEAD_LETTERS, RESOURCES
 from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
 from fulgurite.schemas.trajectories import Trajectory
 from fulgurite.streams.trainer import serve
-from tests.streams.trainer_world import World, all_once, build_model, training_events
+from tests.streams.trainer_world import World, all_once, build_model, read_topic, training_events
 
 RUN = "run"
 
@@ -39,9 +45,26 @@ def trainer_settings(tiny_model: Path, tmp_path: Path) -> TrainerSettings:
     )
 
 
-async def train(kafka: KafkaSettings, trainer: TrainerSettings, seconds: float = 30.0) -> None:
+async def train(kafka: KafkaSettings, trainer: TrainerSettings, seconds: float = 60.0) -> None:
     async with asyncio.timeout(seconds):
         await serve(Settings(kafka=kafka, trainer=trainer), asyncio.Event())
+
+
+async def until(reached: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while True:
+            if reached():
+                return
+            await asyncio.sleep(0.05)
+
+
+async def goes_on(kafka: KafkaSettings) -> None:
+    """Until a second process has said that it took the run over."""
+    async with asyncio.timeout(30):
+        while True:
+            if sum(isinstance(event, RunStarted) for event in await training_events(kafka, RUN)) == 2:
+                return
+            await asyncio.sleep(0.2)
 
 
 async def test_reward_rises_and_every_rollout_is_accounted_for(
@@ -81,3 +104,132 @@ async def test_reward_rises_and_every_rollout_is_accounted_for(
     assert len(kept) == trainer.keep_versions
     assert (folder_of(newest.uri) / "tokenizer.json").is_file()
     assert folder_sha256(folder_of(newest.uri)) == newest.sha256
+
+
+async def test_a_run_that_is_over_is_left_alone(
+    kafka_settings: KafkaSettings, trainer_settings: TrainerSettings
+) -> None:
+    trainer = trainer_settings.model_copy(update={"steps": 1, "groups_per_step": 1, "group_size": 2})
+    async with World(kafka_settings).running():
+        await train(kafka_settings, trainer)
+    before = await training_events(kafka_settings, RUN)
+    await train(kafka_settings, trainer)
+    assert await training_events(kafka_settings, RUN) == before
+
+
+async def test_a_zombie_is_fenced_and_cannot_publish(
+    kafka_settings: KafkaSettings, trainer_settings: TrainerSettings
+) -> None:
+    """The zombie waits for trajectories; a second process takes the run over; then there is work for both."""
+    held: list[Trajectory] = []
+
+    def hold(trajectory: Trajectory) -> None:
+        held.append(trajectory)
+
+    trainer = trainer_settings.model_copy(update={"steps": 1, "groups_per_step": 2, "group_size": 2})
+    async with World(kafka_settings, hold).running() as world:
+        zombie = asyncio.create_task(train(kafka_settings, trainer))
+        await until(lambda: len(held) == 4)
+        heir = asyncio.create_task(train(kafka_settings, trainer))
+        await goes_on(kafka_settings)
+        for trajectory in held:
+            await world.send(trajectory)
+        # Whoever comes second finds the other's checkpoint on disk, or its own transaction refused.
+        ended = await asyncio.gather(zombie, heir, return_exceptions=True)
+    events = await training_events(kafka_settings, RUN)
+    assert isinstance(ended[0], Fenced)
+    assert sum(isinstance(event, TrainingStep) for event in events) <= 1
+    if ended[1] is not None:  # the zombie's unannounced checkpoint stood in the way: the next start removes it
+        assert isinstance(ended[1], Fenced)
+        await train(kafka_settings, trainer)
+        events = await training_events(kafka_settings, RUN)
+    assert sum(isinstance(event, TrainingStep) for event in events) == 1
+    assert set(all_once(events).values()) <= {"trained", "zero_variance"}
+
+
+async def test_a_sampler_that_disagrees_about_the_same_version_stops_the_run(
+    kafka_settings: KafkaSettings, trainer_settings: TrainerSettings
+) -> None:
+    def alter(trajectory: Trajectory) -> Trajectory:
+        index = int(trajectory.rollout_id.rpartition("r")[2])
+        changed = trajectory.model_copy(deep=True, update={"reward": float(index)})
+        if trajectory.rollout_id == f"{RUN}-g1-r2":
+            changed.sequences[0].logprobs[3] += 0.5
+        return changed
+
+    async with World(kafka_settings, alter).running():
+        with pytest.raises(LogprobMismatch, match=r"version 1: rollout run-g1-r2, position 3, token \d+: log p is -"):
+            await train(kafka_settings, trainer_settings)
+    assert not any(isinstance(e, TrainingStep) for e in await training_events(kafka_settings, RUN))
+    assert len(await read_topic(kafka_settings, RESOURCES)) == 1
+
+
+async def test_stragglers_poison_and_broken_groups_do_not_stop_it(
+    kafka_settings: KafkaSettings, trainer_settings: TrainerSettings, unused_tcp_port: int
+) -> None:
+    """One rollout never ends by itself, one group fails whole, one record has impossible tokens, one is no JSON."""
+    held: list[Trajectory] = []
+
+    def alter(trajectory: Trajectory) -> Trajectory | None:
+        if trajectory.rollout_id == f"{RUN}-g0-r1":
+            held.append(trajectory)
+            return None
+        if trajectory.group_id == f"{RUN}-g1":
+            return trajectory.model_copy(update={"status": "failed", "sequences": [], "reward": None})
+        if trajectory.rollout_id == f"{RUN}-g2-r0":
+            trajectory.sequences[0].token_ids[2] = 99_999
+        return trajectory
+
+    trainer = trainer_settings.model_copy(update={"steps": 2, "groups_per_step": 3, "group_deadline_seconds": 1.0})
+    url = f"http://127.0.0.1:{unused_tcp_port}"
+    async with World(kafka_settings, alter).running() as world:
+        await world.send_bytes(f"{RUN}-g0", b'{"run_id": "another one"')  # before the run: not its business
+
+        async def cancel(rollout_id: str) -> None:
+            ended = held[0].model_copy(update={"status": "cancelled", "sequences": [], "reward": None})
+            assert rollout_id == ended.rollout_id
+            await world.send(ended)
+
+        async with fake_coordinator(unused_tcp_port, cancel), asyncio.timeout(60):
+            settings = Settings(
+                kafka=kafka_settings, trainer=trainer, coordinator=CoordinatorSettings(port=unused_tcp_port, url=url)
+            )
+            running = asyncio.create_task(serve(settings, asyncio.Event()))
+            await until(lambda: bool(world.queued))
+            await world.send_bytes(f"{RUN}-g0", b'{"run_id": "run", "mode')
+            await running
+
+    events = await training_events(kafka_settings, RUN)
+    fates = all_once(events)
+    assert set(fates) == set(world.queued)
+    assert fates[f"{RUN}-g0-r1"] == "deadline"
+    assert {fates[f"{RUN}-g1-r{i}"] for i in range(4)} == {"failed"}
+    assert fates[f"{RUN}-g2-r0"] == "bad_tokens"
+    assert len(world.queued) == (2 * 3 + 1) * 4, "the failed group was asked for again"
+    letters = await read_topic(kafka_settings, DEAD_LETTERS)
+    reasons = sorted(dict(letter.headers)[HEADER_REASON].decode() for letter in letters)
+    assert reasons == ["bad_tokens", "not_json"]
+    assert any(letter.value == b'{"run_id": "run", "mode' for letter in letters)
+
+
+@contextlib.asynccontextmanager
+async def fake_coordinator(port: int, cancel: Callable[[str], Awaitable[None]]) -> AsyncGenerator[None]:
+    """Takes cancellations, the first of each; knows nothing else."""
+    cancelled: set[str] = set()
+
+    async def update(request: web.Request) -> web.Response:
+        rollout_id = request.match_info["rollout_id"]
+        if rollout_id not in cancelled:
+            cancelled.add(rollout_id)
+            await cancel(rollout_id)
+        return web.json_response({"rollout_id": rollout_id, "status": "cancelled", "start_time": 0.0})
+
+    app = web.Application()
+    app.router.add_post("/v1/agl/rollouts/{rollout_id}", update)
+    server = web.AppRunner(app)
+    await server.setup()
+    await web.TCPSite(server, "127.0.0.1", port).start()
+    try:
+        yield
+    finally:
+        await server.cleanup()

@@ -7,7 +7,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import zlib
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
@@ -93,7 +93,7 @@ class World:
         self.versions: list[ResourceVersion] = []
 
     @contextlib.asynccontextmanager
-    async def running(self) -> AsyncIterator[World]:
+    async def running(self) -> AsyncGenerator[World]:
         self._resources = await _consumer(self._kafka, RESOURCES)
         rollouts = await _consumer(self._kafka, ROLLOUTS)
         self._producer = AIOKafkaProducer(**connection_options(self._kafka), acks="all")

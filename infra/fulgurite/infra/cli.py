@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fulgurite.infra import cli_data
+from fulgurite.infra import cli_data, cli_demo
 from fulgurite.infra.cli_common import DataOption, SetOption, data_folder, lazy_module, read_settings, register
 from fulgurite.schemas.settings import Settings
 
@@ -19,6 +19,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
 )
 cli_data.add_to(app)
+cli_demo.add_to(app)
 
 
 @register(app, "up", "fulgurite up --data .fulgurite")
@@ -114,17 +115,6 @@ def evaluate(
     module = lazy_module("fulgurite.streams.evaluate")
     kinds = samples or ["sampled", "greedy"]
     return int(module.main(settings, name=name, tasks=tasks, count=count, samples=kinds))
-
-
-@register(
-    app,
-    "demo",
-    "fulgurite demo --data .fulgurite",
-    context_settings={"allow_extra_args": True, "ignore_unknown_options": True},
-)
-def demo(context: typer.Context) -> int:
-    """Train the calculator agent online, from nothing, on this machine."""
-    return int(lazy_module("fulgurite.infra.demo").main(context.args))
 
 
 def main() -> None:

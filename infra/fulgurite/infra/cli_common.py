@@ -6,6 +6,7 @@ import functools
 import importlib
 import logging
 import os
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from types import ModuleType
@@ -18,7 +19,8 @@ from rich.markup import escape
 from fulgurite.schemas.errors import FulguriteError, SettingsError
 from fulgurite.schemas.settings import ENV_HOME, ENV_PREFIX, Settings, home, load_settings
 
-console = Console()
+# Not on a terminal nothing is cut to 80 columns: whoever pipes a table wants what is in it.
+console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200)
 errors = Console(stderr=True)
 
 F = TypeVar("F", bound=Callable[..., Any])

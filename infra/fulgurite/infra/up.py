@@ -21,7 +21,7 @@ from types import FrameType
 
 from rich.markup import escape
 
-from fulgurite.infra.cli_common import console, next_steps, say
+from fulgurite.infra.cli_common import next_steps, say
 from fulgurite.infra.processes import wait_until
 from fulgurite.infra.state import ChildState, ProcessRef, RunState, read_state, remove_state, write_state
 from fulgurite.infra.stores import hold_folder, start_stores
@@ -72,10 +72,7 @@ def start_background(data: Path) -> int:
     """Starts run_foreground in a session of its own and waits until it is ready; relays what it says."""
     state = read_state(data)
     if state is not None and state.ready:
-        console.print(
-            f"Already up (pid {state.owner.pid}): Kafka at {state.kafka}, ClickHouse at {state.clickhouse}.",
-            soft_wrap=True,
-        )
+        say(f"Already up (pid {state.owner.pid}): Kafka at {state.kafka}, ClickHouse at {state.clickhouse}.")
         _what_next(data)
         return 0
     hold_folder(data, "fulgurite up").close()  # told here and now if somebody else holds it
@@ -107,9 +104,7 @@ def start_background(data: Path) -> int:
         return 130
     relay()
     child.returncode = 0  # it goes on without us: not ours to wait for
-    console.print(
-        f"[green]Up[/] (pid {child.pid}): Kafka at {state.kafka}, ClickHouse at {state.clickhouse}.", soft_wrap=True
-    )
+    say(f"[green]Up[/] (pid {child.pid}): Kafka at {state.kafka}, ClickHouse at {state.clickhouse}.")
     _what_next(data)
     return 0
 

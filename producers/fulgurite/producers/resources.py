@@ -1,11 +1,12 @@
-"""Publishing a version of a resource by hand: what `fulgurite publish` does. The trainer has its own, transactional way.
+"""Publishing a version of a resource by hand: what `fulgurite publish` does. The trainer does it in a transaction.
 
-Promises: the number is one more than the newest on `resources`; publishing the same files again while they are the newest
-publishes nothing. Two publishers at once are the caller's mistake: followers converge to whichever record came last.
+Promises: the number is one more than the newest on `resources`; publishing the same files again while they are the
+newest publishes nothing. Two publishers at once are the caller's mistake: followers take whichever record came last.
 """
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -52,18 +53,23 @@ def _version_of(value: bytes | None, resource: str) -> ResourceVersion | None:
     return version if version.resource == resource else None
 
 
-async def publish_folder(settings: Settings, resource: str, folder: Path, run_id: str = "") -> ResourceVersion:
-    """Publishes the files in `folder` as the next version of `resource`; gives the version that is now the newest."""
+def _files(folder: Path) -> tuple[str, str]:
+    """URI and checksum of a folder's files."""
     if not folder.is_dir():
         raise SettingsError(f"{folder} is not a folder: give the folder of the model's files")
-    sha256 = folder_sha256(folder)
+    return folder.resolve().as_uri(), folder_sha256(folder)
+
+
+async def publish_folder(settings: Settings, resource: str, folder: Path, run_id: str = "") -> ResourceVersion:
+    """Publishes the files in `folder` as the next version of `resource`; gives the version that is now the newest."""
+    uri, sha256 = await asyncio.to_thread(_files, folder)
     newest = await newest_version(settings.kafka, resource)
     if newest and newest.sha256 == sha256:
         return newest
     version = ResourceVersion(
         resource=resource,
         version=newest.version + 1 if newest else 1,
-        uri=folder.resolve().as_uri(),
+        uri=uri,
         sha256=sha256,
         run_id=run_id,
     )

@@ -26,7 +26,7 @@ from typing import Any
 from fulgurite.producers.outbox import Outbox
 from fulgurite.schemas.coordinator import AttemptedRollout
 from fulgurite.schemas.event import MAX_TEXT_CHARS
-from fulgurite.schemas.ids import new_id, new_span_id, new_trace_id, now_ns
+from fulgurite.schemas.ids import attempt_trace_id, new_id, new_span_id, now_ns
 from fulgurite.schemas.rewards import FINAL_REWARD, Reward
 from fulgurite.schemas.rollouts import Mode
 from fulgurite.schemas.spans import OPERATION_AGENT, OPERATION_TOOL, Span, SpanKind
@@ -97,7 +97,7 @@ class RolloutContext:
         self.timeout_seconds = attempted.config.timeout_seconds
         self.base_url = f"{gateway_url.rstrip('/')}/rollout/{self.rollout_id}/attempt/{self.attempt_id}/v1"
         """OpenAI base URL; calls through it are recorded with tokens, logprobs and policy versions."""
-        self.trace_id = new_trace_id()
+        self.trace_id = attempt_trace_id(self.rollout_id, self.attempt_id)
         self._outbox = outbox
 
     @contextlib.contextmanager

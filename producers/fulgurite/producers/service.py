@@ -27,8 +27,9 @@ def configure_logging(name: str, level: int = logging.INFO) -> None:
     """Lines on stderr, with the service's name. Prompts, answers and secrets are never logged, by anyone."""
     logging.basicConfig(level=level, format=LOG_FORMAT.format(name=name), stream=sys.stderr, force=True)
     # aiokafka repeats one line per retry while a broker is away; our own services say what they wait for.
-    logging.getLogger("aiokafka").setLevel(logging.ERROR)
-    logging.getLogger("httpx").setLevel(logging.WARNING)
+    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+    for client in ("httpx", "httpx2"):  # a line per request; httpx2 is what the openai client uses
+        logging.getLogger(client).setLevel(logging.WARNING)
 
 
 def run_service(name: str, serve: Serve) -> int:

@@ -1,7 +1,7 @@
 """JSON Schemas (2020-12) of the events, one file a topic, for whoever writes them in another language.
 
-Promises: the same code gives the same bytes. A schema describes what is accepted, so fields with a default are optional and
-unknown fields are allowed. Topics whose values are not ours to define (dead_letters, otlp_spans) have none.
+Promises: the same code gives the same bytes. A schema describes what is accepted, so fields with a default are optional
+and unknown fields are allowed. Topics whose values are not ours to define (dead_letters, otlp_spans) have none.
 """
 
 from __future__ import annotations

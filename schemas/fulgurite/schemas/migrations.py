@@ -1,8 +1,9 @@
-"""The tables' migrations: the files of `tables/`, applied in the order of their names and recorded in `schema_migrations`.
+"""The tables' migrations: the files of `tables/`, applied in the order of their names and recorded in
+`schema_migrations`.
 
-Promises: applying them again changes nothing; a file that was changed after it was applied is refused before anything is
-done (write a new file instead); a crash in the middle, or two processes at once, leave a database that applying again
-completes, because every statement says IF NOT EXISTS (a test holds the files to it). Knows nothing of Kafka.
+Promises: applying them again changes nothing; a file that was changed after it was applied is refused before anything
+is done (write a new file instead); a crash in the middle, or two processes at once, leave a database that applying
+again completes, because every statement says IF NOT EXISTS (a test holds the files to it). Knows nothing of Kafka.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Evaluation: held-out tasks as rollouts of mode `val`, done by the same runners, gateway and policy as all others.
 
-Promises: each task once per kind of sampling, with ids that follow from run, name and index, so that an evaluation
-run twice (or again after a crash) does no rollout twice. It only asks and waits: what came of it is rows in ClickHouse, with
-`evaluation` and `sampling` in the metadata and, per call, the version that answered. Trainers skip mode `val`.
+Promises: each task once per kind of sampling, with ids that follow from run, name and index, so that an evaluation run
+twice (or again after a crash) does no rollout twice. It only asks and waits: what came of it is rows in ClickHouse,
+with `evaluation` and `sampling` in the metadata and, per call, the version that answered. Trainers skip mode `val`.
 """
 
 from __future__ import annotations

@@ -125,7 +125,11 @@ class Transactions:
         await patiently(f"start of {self._transactional_id}", self._start)
 
     async def committed(self, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata | None]:
-        """The group's offsets, None where it has none. Later commits rely on nobody else moving them."""
+        """The group's offsets, None where it has none. Later commits rely on nobody else moving them.
+
+        To be asked after start() and before a commit: offsets of a commit are readable only when the broker has written
+        its markers, an instant after the commit was acknowledged, and InitProducerId waits for just that.
+        """
         found = await self._read(partitions)
         self._stamps.update({tp: _stamp(at) for tp, at in found.items()})
         return {tp: None if at is None else OffsetAndMetadata(at.offset, _plain(at)) for tp, at in found.items()}

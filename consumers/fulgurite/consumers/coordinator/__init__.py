@@ -2,7 +2,8 @@
 
 Read service.py (the flow, how it starts), then engine.py (what a command promises), then state.py (the fold). Around
 them: commands.py (which events), work_queue.py (the order), leases.py (who was heard of), term.py (one coordinator at a
-time, dead letters), log.py (reading), views.py and api.py (HTTP).
+time, dead letters), log.py (reading), end_waits.py (who waits for whom),
+views.py and api.py (HTTP).
 """
 
 from __future__ import annotations

@@ -21,8 +21,9 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 
 from fulgurite.consumers.coordinator import views
-from fulgurite.consumers.coordinator.engine import Engine, Refused
+from fulgurite.consumers.coordinator.engine import Engine
 from fulgurite.consumers.coordinator.leases import Leases, Workers
+from fulgurite.consumers.coordinator.refused import Refused
 from fulgurite.consumers.coordinator.state import AttemptRecord, RolloutRecord
 from fulgurite.producers.publisher import Publisher
 from fulgurite.schemas.coordinator import (

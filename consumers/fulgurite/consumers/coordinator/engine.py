@@ -33,11 +33,13 @@ from contextlib import asynccontextmanager
 from typing import Any, TypeVar
 
 from fulgurite.consumers.coordinator import commands
+from fulgurite.consumers.coordinator.end_waits import EndWaits
+from fulgurite.consumers.coordinator.refused import Refused
 from fulgurite.consumers.coordinator.state import FINAL, AttemptRecord, Outcome, RolloutRecord, State
 from fulgurite.producers.publisher import Publisher
 from fulgurite.schemas.codec import encode, encode_key
 from fulgurite.schemas.coordinator import EnqueueRollout
-from fulgurite.schemas.errors import BufferFull, FulguriteError, RecordTooLarge, Undelivered
+from fulgurite.schemas.errors import BufferFull, RecordTooLarge, Undelivered
 from fulgurite.schemas.ids import MAX_ID_CHARS
 from fulgurite.schemas.rollouts import AttemptEnd, RolloutEvent, RolloutQueued
 from fulgurite.schemas.topics import ROLLOUTS
@@ -47,21 +49,13 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 COMMAND_SECONDS = 8.0
-"""Longest that a client waits for the log; then 503. The command itself goes on: its outcome is in the log."""
+"""Longest that a client waits for the log; then 503, before its own patience (10 s) ends.
+
+The command itself goes on: its outcome is in the log."""
 MAX_COMMANDS = 10_000
 """Commands under way at once, and workers waiting at once; more are refused with 503."""
-MAX_END_WAITS = 100_000
-"""Rollouts whose end is waited for at once."""
 
 Granted = tuple[RolloutRecord, AttemptRecord]
-
-
-class Refused(FulguriteError):
-    """A request that cannot be done. `status` is HTTP's; the message says what is wrong."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 class Waiter:
@@ -75,14 +69,6 @@ class Waiter:
         """Nobody listens any more."""
 
 
-class EndWait:
-    """Somebody who waits until some rollouts have ended."""
-
-    def __init__(self, rollout_ids: set[str]) -> None:
-        self.left = rollout_ids
-        self.over = asyncio.Event()
-
-
 class Engine:
     """`fold` is fed by the tail of the log; everything else is called by routes and by the clock."""
 
@@ -94,7 +80,7 @@ class Engine:
         self._busy: dict[str, asyncio.Future[None]] = {}
         self._readback: dict[str, asyncio.Future[Outcome]] = {}
         self._idle_workers: deque[Waiter] = deque()
-        self._end_waits: dict[str, set[EndWait]] = {}
+        self._end_waits = EndWaits()
         self._tasks: set[asyncio.Task[Any]] = set()
 
     # 3. The log comes back.
@@ -104,10 +90,7 @@ class Engine:
         if (waiting := self._readback.pop(event.event_id, None)) is not None and not waiting.done():
             waiting.set_result(outcome)
         if event.event == "finished":
-            for waiter in self._end_waits.pop(event.rollout_id, ()):
-                waiter.left.discard(event.rollout_id)
-                if not waiter.left:
-                    waiter.over.set()
+            self._end_waits.ended(event.rollout_id)
         return outcome
 
     def react(self) -> None:
@@ -168,24 +151,7 @@ class Engine:
 
     async def wait_for_end(self, rollout_ids: Iterable[str], timeout_seconds: float) -> None:
         """Returns when all of them have ended, or time is up. Ids nobody queued yet are waited for."""
-        wait = EndWait({each for each in rollout_ids if not self._has_ended(each)})
-        if not wait.left:
-            return
-        if len(self._end_waits) + len(wait.left) > MAX_END_WAITS:
-            raise Refused(503, f"{len(self._end_waits)} rollouts are waited for already; the bound is {MAX_END_WAITS}")
-        for rollout_id in wait.left:
-            self._end_waits.setdefault(rollout_id, set()).add(wait)
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                await wait.over.wait()
-        except TimeoutError:
-            return
-        finally:
-            for rollout_id in wait.left:
-                waits = self._end_waits[rollout_id]
-                waits.discard(wait)
-                if not waits:
-                    del self._end_waits[rollout_id]
+        await self._end_waits.wait({each for each in rollout_ids if not self._has_ended(each)}, timeout_seconds)
 
     def expire(self, rollout_id: str, attempt_id: str, status: AttemptEnd, error: str) -> None:
         """The clock's command: ends the attempt unless something else is happening to it."""
@@ -196,9 +162,7 @@ class Engine:
         """Everybody who waits gets what there is, at once."""
         while self._idle_workers:
             self._idle_workers.popleft().granted.set_result([])
-        for waits in self._end_waits.values():
-            for wait in waits:
-                wait.over.set()
+        self._end_waits.let_go()
 
     async def close(self) -> None:
         for task in self._tasks:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 
 from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient
@@ -59,6 +60,7 @@ class Batch:
     """Of every partition, after this batch."""
 
 
+@lru_cache(maxsize=1 << 16)  # murmur2 in Python takes longer than decoding, and a rollout's events come close together
 def partition_of(rollout_id: str, partitions: int) -> int:
     """Where Kafka's default partitioner puts this key."""
     return (murmur2(encode_key(rollout_id)) & 0x7FFFFFFF) % partitions

@@ -11,29 +11,29 @@
 
 The contract, for one partition. The code carries these numbers.
 
-    0  resume   Ask ClickHouse, which is the truth: where the log of inserts ends (L), and which offsets from L on are in
-                the tables. Read the intent lo..hi from Kafka. Wait until no insert of a predecessor runs. Read from L on,
-                skip what is there; what is missing of lo..hi is written as lo..hi again.
+    0  resume   Read the intent lo..hi from Kafka. Wait until no insert of a predecessor runs. Ask ClickHouse, which is
+                the truth, where the log of inserts ends (L) and which offsets from L on are in the tables. Read from
+                L on, skip what is there; what is missing of lo..hi is written as lo..hi again.
     1  intent   Commit offset lo with metadata hi: "about to insert lo..hi". Kafka refuses it from a consumer that is no
                 longer of the group, so a zombie does not get further.
     2  insert   One block, one synchronous insert, token topic-partition-lo-hi. Each table takes its part of the block
-                wholly or not at all. No answer, or an error: wait until the server is done with it, ask which offsets are
-                there, insert the others under the same token; again until it succeeds.
+                wholly or not at all. No answer, or an error: wait until the server is done with it, ask which offsets
+                are there, insert the others under the same token; again until it succeeds.
     3  log      ingest_log: lo..hi is in. At most a second later, for all partitions at once.
     4  commit   Offset hi + 1. A hint for lag monitors and step 0; usually said by the next intent.
 
 A crash after
     0           nothing was done.
     1           nothing is in the tables: lo..hi is inserted by whoever resumes.
-    2, begun    some tables have their part, others not: step 0 finds what is missing by offset, since every record belongs
-                into exactly one table (its own or dead_letters). If the predecessor's insert arrives only after it was
-                asked (it was frozen between 1 and 2), it carries the same token: each table refuses its part.
+    2, begun    some tables have their part, others not: step 0 finds what is missing by offset, since every record
+                belongs in exactly one table (its own or dead_letters). If the predecessor's insert arrives only
+                after they were asked (it was frozen between 1 and 2), it has the same token: each table refuses it.
     2           the rows are there and not in the log: step 0 finds them by offset and skips them.
     3           the commit is behind: L is not.
     4           nothing to do.
 
-Why the tables, and not the token alone: the server's memory of tokens is bounded and written apart from the rows. Why the
-token, and not the tables alone: it stops an insert that arrives after they were asked. Neither needs the other's luck.
+Why the tables, and not the token alone: the server's memory of tokens is bounded and written apart from the rows. Why
+the token, and not the tables alone: it stops an insert that arrives after they were asked.
 """
 
 from fulgurite.consumers.materialiser.service import main, serve

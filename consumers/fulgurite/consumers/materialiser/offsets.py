@@ -1,8 +1,8 @@
 """What the materialiser writes to and reads from its consumer group: intents and commits.
 
-An intent is a committed offset lo whose metadata is hi: "I am about to insert lo..hi". Promises: `intend` returns only when
-the group has taken it, and raises Lost when the partition is no longer ours; requests of many partitions that come together
-travel as one. Knows nothing of ClickHouse.
+An intent is a committed offset lo whose metadata is hi: "I am about to insert lo..hi". Promises: `intend` returns only
+when the group has taken it, and raises Lost when the partition is no longer ours; requests of many partitions that come
+together travel as one. Knows nothing of ClickHouse.
 """
 
 from __future__ import annotations
@@ -75,7 +75,8 @@ class Offsets:
                 logger.debug("commit left to the next one: %r", error)
 
     async def settle(self) -> None:
-        """Returns when no request is on its way: before partitions are given up, so that none overtakes a successor's."""
+        """Returns when no request is on its way: before partitions are given up, so that none overtakes a
+        successor's."""
         async with self._sending:
             pass
 

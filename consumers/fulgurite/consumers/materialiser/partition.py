@@ -1,7 +1,8 @@
 """One assigned partition: resumes where the tables end, then inserts its records in batches, one batch at a time.
 
-The steps of the contract (see the package) are in this file, by number: `_resume` is 0, `_write` is 1 and 2; 3 and 4 are
-left to the service, which does them for all partitions at once. Bounds: the batch and the buffer, in records and bytes.
+The steps of the contract (see the package) are in this file, by number: `_resume` is 0, `_write` is 1 and 2; 3 and 4
+are left to the service, which does them for all partitions at once. Bounds: the batch and the buffer, in records and
+bytes.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from dataclasses import dataclass
 from typing import Protocol, TypeVar
 
 from aiokafka import TopicPartition
+from aiokafka.errors import IllegalStateError, KafkaError
 
 from fulgurite.consumers.materialiser.offsets import Intent, Lost, Offsets
 from fulgurite.consumers.materialiser.store import LogEntry, Partition, Record, Rejected, Store, Unavailable
@@ -26,7 +28,7 @@ logger = logging.getLogger(__name__)
 T = TypeVar("T")
 
 BATCH_BYTES = 16 * 1024 * 1024
-"""Most bytes of one insert, unless its first record alone is larger. ClickHouse parses a block in one piece: three copies."""
+"""Most bytes of one insert, unless its first record alone is larger: ClickHouse parses a block in one piece."""
 LINGER_RATIO = 12
 """A partition waits this many times as long as its last insert took: an insert costs the server tens of milliseconds of
 CPU however few records it has, and on a busy machine many small ones would slow down what they observe."""
@@ -118,14 +120,15 @@ class PartitionWriter:
             self._parts.consumer.pause(self._tp)
 
     async def run(self) -> None:
-        """Until cancelled, or until the partition is Lost. Raises StartError when the topic is another one than before."""
+        """Until cancelled, or until the partition is Lost. Raises StartError when the topic is another one than
+        before."""
         try:
             await self._resume()
             while True:
                 batch = await self._next_batch()
                 await self._write(batch)
                 self._parts.finished(LogEntry(self.partition, batch.lo, batch.hi, len(batch.records)))
-        except Lost:
+        except (Lost, IllegalStateError):  # the latter from seek and resume, of a partition that was just revoked
             logger.info("%s: belongs to another consumer now", self.partition)
 
     async def _resume(self) -> None:
@@ -134,14 +137,13 @@ class PartitionWriter:
         logged = await self._patiently("resume", lambda: store.logged(self.partition))
         intent = await self._parts.offsets.intent(self._tp)
         present = await self._patiently("resume", lambda: self._present_when_quiet(logged))
-        begin = (await self._parts.consumer.beginning_offsets([self._tp]))[self._tp]
-        end = (await self._parts.consumer.end_offsets([self._tp]))[self._tp]
+        begin, end = await self._patiently("resume", self._ends)
         known = max(logged, max(present, default=-1) + 1)
         if known > end:
             raise StartError(
-                f"{self.partition} ends at offset {end}, but ClickHouse has its records up to {known - 1}: the topic was "
-                "deleted and created again, or this database belongs to another cluster. Use another kafka.topic_prefix "
-                "or clickhouse.database, or delete this topic's rows (and those of ingest_log) from the database"
+                f"{self.partition} ends at offset {end}, but ClickHouse has its records up to {known - 1}: the topic "
+                "was deleted and created again, or this database belongs to another cluster. Use another "
+                "kafka.topic_prefix or clickhouse.database, or delete this topic's rows, also those of ingest_log"
             )
         if begin > logged > 0:
             logger.error("%s: %d offsets expired before they were read", self.partition, begin - logged)
@@ -158,10 +160,16 @@ class PartitionWriter:
         self._unpause()
         await self._parts.checkpoint("resumed", self.partition)
 
+    async def _ends(self) -> tuple[int, int]:
+        """First offset that is there, and one more than the last that may be read."""
+        consumer = self._parts.consumer
+        begin, end = await consumer.beginning_offsets([self._tp]), await consumer.end_offsets([self._tp])
+        return begin[self._tp], end[self._tp]
+
     async def _present_when_quiet(self, lo: int) -> set[int]:
         """Offsets in the tables once no insert for this partition runs: what is not there then was not and will not be
         inserted, but by somebody who holds the token of the same intent."""
-        while await self._parts.store.inserting(self.partition):
+        while await self._parts.store.inserting(self.partition):  # noqa: ASYNC110 (the server has nothing to wait on)
             await asyncio.sleep(QUIET_SECONDS)
         return await self._parts.store.present(self.partition, lo)
 
@@ -277,7 +285,7 @@ class PartitionWriter:
         while True:
             try:
                 return await ask()
-            except Unavailable as error:
+            except (Unavailable, KafkaError) as error:
                 self._complain(what, error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, RETRY_SECONDS[1])

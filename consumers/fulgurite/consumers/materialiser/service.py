@@ -1,4 +1,5 @@
-"""Wires the materialiser: FastStream's consumer in front, a writer for every assigned partition, log and commits behind.
+"""Wires the materialiser: FastStream's consumer in front, a writer for every assigned partition, log and commits
+behind.
 
 The flow and the contract are in the package's docstring; steps 3 and 4 are here.
 """
@@ -34,6 +35,8 @@ CONCURRENT_INSERTS = 4
 """Over all partitions. More would only compete for ClickHouse's cores."""
 FLUSH_SECONDS = 1.0
 """How often steps 3 and 4 are done for what was inserted since."""
+STOP_SECONDS = 3.0
+"""Longest that the last flush may take when the service ends."""
 WAIT_SECONDS = 1.0
 """Between tries while a store is not there yet."""
 
@@ -44,7 +47,8 @@ def main(settings: Settings) -> int:
 
 
 async def serve(settings: Settings, stop: asyncio.Event, checkpoint: Checkpoint = no_checkpoint) -> None:
-    """Runs until `stop`. Waits for both stores, brings the tables up to date. `checkpoint` is for tests that crash it."""
+    """Runs until `stop`. Waits for both stores, brings the tables up to date. `checkpoint` is for tests that crash
+    it."""
     if not await _tables_ready(settings, stop):
         return
     name = f"{socket.gethostname()}-{os.getpid()}"
@@ -80,6 +84,7 @@ class Materialiser(ConsumerRebalanceListener):
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._broker, self._subscriber = subscribe(settings, self._group, list(self._topics), self, self.take)
         self._offsets: Offsets | None = None
+        self._assigned = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop`, or until a writer raises what no retry helps against."""
@@ -98,28 +103,37 @@ class Materialiser(ConsumerRebalanceListener):
             behind.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await behind
-            await self._flush()
+            await self._flush_within(STOP_SECONDS)
             await self._broker.stop()
 
     def take(self, records: Sequence[ConsumerRecord[bytes, bytes]]) -> None:
         """Hands records, in the order of each partition, to the writers. Never waits."""
-        start = 0
-        for at in range(1, len(records) + 1):
-            first = records[start]
-            if at == len(records) or (records[at].partition, records[at].topic) != (first.partition, first.topic):
-                writer = self._writers.get(TopicPartition(first.topic, first.partition))
-                if writer is not None:
-                    writer.append(records[start:at])
-                start = at
+        try:
+            start = 0
+            for at in range(1, len(records) + 1):
+                first = records[start]
+                if at == len(records) or (records[at].partition, records[at].topic) != (first.partition, first.topic):
+                    writer = self._writers.get(TopicPartition(first.topic, first.partition))
+                    if writer is not None:
+                        writer.append(records[start:at])
+                    start = at
+        except Exception as error:
+            # FastStream would log it and fetch on, past records nobody took.
+            self._fail(error)
+            raise
 
-    async def on_partitions_revoked(self, revoked: set[TopicPartition]) -> None:
+    async def on_partitions_revoked(  # pyright: ignore[reportIncompatibleMethodOverride]  (aiokafka awaits it)
+        self, revoked: set[TopicPartition]
+    ) -> None:
         """Before they go to somebody else: what runs is ended, what is done is said."""
         await self._end_writers(revoked)
         if self._offsets is not None:
             await self._offsets.settle()
-        await self._flush()
+        await self._flush_within(self._settings.materialiser.session_seconds / 2)
 
-    async def on_partitions_assigned(self, assigned: set[TopicPartition]) -> None:
+    async def on_partitions_assigned(  # pyright: ignore[reportIncompatibleMethodOverride]  (aiokafka awaits it)
+        self, assigned: set[TopicPartition]
+    ) -> None:
         consumer, offsets = self._connected()
         # Nothing is fetched until the writer knows where to begin.
         consumer.pause(*assigned)
@@ -145,6 +159,7 @@ class Materialiser(ConsumerRebalanceListener):
         assert consumer is not None
         if self._offsets is None:
             self._offsets = Offsets(consumer, self._admin, self._group)
+            self._assigned.set()
         return consumer, self._offsets
 
     async def _end_writers(self, partitions: set[TopicPartition]) -> None:
@@ -156,13 +171,17 @@ class Materialiser(ConsumerRebalanceListener):
         await asyncio.gather(*tasks, return_exceptions=True)
 
     def _watch(self, task: asyncio.Task[None]) -> None:
-        if not task.cancelled() and (error := task.exception()) is not None and not self._failed.done():
+        if not task.cancelled() and (error := task.exception()) is not None:
+            self._fail(error)
+
+    def _fail(self, error: BaseException) -> None:
+        if not self._failed.done():
             self._failed.set_exception(error)
 
     async def _behind(self) -> None:
         """What is done for all partitions at once: sending intents, and every second steps 3 and 4."""
-        while self._offsets is None:
-            await asyncio.sleep(0.01)
+        await self._assigned.wait()
+        assert self._offsets is not None
         sending = asyncio.create_task(self._offsets.run())
         try:
             while not sending.done():
@@ -171,6 +190,12 @@ class Materialiser(ConsumerRebalanceListener):
             sending.result()
         finally:
             sending.cancel()
+
+    async def _flush_within(self, seconds: float) -> None:
+        """Steps 3 and 4 are only hints for the next owner: not worth missing the rebalance or the end of a service."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._flush()
 
     async def _flush(self) -> None:
         async with self._flushing:

@@ -1,8 +1,8 @@
 """The materialiser's side of ClickHouse: insert a block, ask what is there, log what was inserted.
 
-Promises: an insert that returns is in its tables; `Rejected` means the server looked at these records and will never take
-all of them; any other error is `Unavailable`: the insert may or may not have happened, and trying again makes sense. Knows
-nothing of batches, groups or offsets' order.
+Promises: an insert that returns is in its tables; `Rejected` means the server looked at these records and will never
+take all of them; any other error is `Unavailable`: the insert may or may not have happened, and trying again makes
+sense. Knows nothing of batches, groups or offsets' order.
 """
 
 from __future__ import annotations
@@ -34,7 +34,8 @@ TABLES: dict[Topic, str] = {
     topics.WORKERS: "worker_heartbeats",
     topics.DEAD_LETTERS: "dead_letters",
 }
-"""Where a topic's records end, when they are not refused: the one table, beside dead_letters, to look for an offset in."""
+"""Where a topic's records end, when they are not refused: the one table, beside dead_letters, to look for an offset
+in."""
 
 # Errors about the data itself. Everything else (memory, disk, too many parts, a missing table, network) is retried:
 # taking a broken server for broken records would turn a whole topic into dead letters.

@@ -1,24 +1,29 @@
 """FastStream's part of the materialiser: connection, subscription and the fetch loop.
 
-Promises: `take` gets every record as aiokafka made it, in the order of its partition; nothing is ever acknowledged here. What
-of FastStream would hurt is kept away: its acknowledgements commit everything that was fetched (MANUAL, never called); its
-decoder parses every message as JSON, its parser every header as text (both replaced); it begins at the latest record
-(`earliest` here).
+Promises: `take` gets every record as aiokafka made it, in the order of its partition; nothing is ever acknowledged
+here. What of FastStream would hurt is kept away: its acknowledgements commit everything that was fetched (MANUAL, never
+called); its decoder parses every message as JSON, its parser every header as text (both replaced); it begins at the
+latest record (`earliest` here).
 """
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Sequence
 from typing import Any
 
 from aiokafka import ConsumerRebalanceListener, ConsumerRecord
 from faststream import AckPolicy
-from faststream.kafka import KafkaBroker, KafkaMessage
+from faststream.kafka import KafkaBroker
+from faststream.kafka.message import KafkaMessage
 from faststream.kafka.subscriber.usecase import BatchSubscriber
 from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLScram512
 
 from fulgurite.producers.kafka import connection_options
 from fulgurite.schemas.settings import KafkaSettings, Settings
+
+logger = logging.getLogger(__name__)
+logger.setLevel(logging.ERROR)  # FastStream says two lines a batch at INFO, and that topics are not created for it
 
 POLL_MS = 50
 """How long the fetch loop waits when nothing came; it then sleeps as long. Batches are made by the writers."""
@@ -40,7 +45,7 @@ def subscribe(
         consumer_only=True,
         allow_auto_create_topics=False,
         apply_types=False,
-        logger=None,
+        logger=logger,
         client_id="fulgurite-materialiser",
     )
     session_ms = int(settings.materialiser.session_seconds * 1000)

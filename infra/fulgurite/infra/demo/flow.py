@@ -39,9 +39,11 @@ from fulgurite.infra.stores import hold_folder, start_stores
 from fulgurite.infra.supervisor import Supervisor
 from fulgurite.infra.trace import rollout_tree
 from fulgurite.schemas.errors import StartError
-from fulgurite.schemas.settings import ClickHouseSettings, Settings
+from fulgurite.schemas.settings import ClickHouseSettings, KafkaSettings, Settings
 
 RESOURCE = "policy"
+PARTITIONS = 2
+"""Every partition costs inserts and transactions of its own; one machine needs no more to work in parallel."""
 SETTLE_SECONDS = 60.0
 """How long rows may take to arrive after the last rollout ended."""
 
@@ -83,7 +85,8 @@ class _Demo:
 
     def run(self) -> int:
         self._screen.phase("stores")
-        stores = start_stores(self._plan.data, Settings(), self._supervisor, lambda text: self._screen.say(f"  {text}"))
+        settings = Settings(kafka=KafkaSettings(partitions=PARTITIONS))
+        stores = start_stores(self._plan.data, settings, self._supervisor, lambda text: self._screen.say(f"  {text}"))
         self._screen.phase("warm start")
         self._warm_start()
         clickhouse = stores.settings.clickhouse
@@ -180,7 +183,7 @@ class _Demo:
         wanted = 2 * self._plan.sizes.eval_tasks
 
         def settled() -> bool:
-            return self._watcher.ended >= wanted and self._watcher.figures().lag.get("materialiser", 1) == 0
+            return self._watcher.ended >= wanted and self._watcher.rows_missing == 0
 
         self._wait_for(settled, SETTLE_SECONDS, "the last rows in ClickHouse")
 

@@ -47,7 +47,7 @@ def print_next(console: Console, data: Path, run_id: str) -> None:
         "\n[bold]What to try next[/]",
         f"  fulgurite up{flag}       # opens the stores again, with everything that happened",
         *(f'  fulgurite sql{flag} "{sql.format(run_id=run_id)}"' for sql in questions.TO_TRY),
-        f"  fulgurite topics{flag}   # what is on the log; fulgurite tail spans -n 3{flag} prints records",
+        f"  fulgurite topics list{flag}   # what is on the log; fulgurite tail spans -n 3{flag} prints records",
         f"  fulgurite down{flag}     # when you are done",
         "Your own agent: examples/calculator/agent.py shows where to put it.",
     ]

@@ -88,7 +88,7 @@ class Screen:
         self.phase("")
 
     def say(self, text: str) -> None:
-        self.console.print(text, highlight=False)
+        self.console.print(text, highlight=False, soft_wrap=True)
 
     def show(self, figures: Figures) -> None:
         """Draws the figures: at once on a terminal, at most every LOG_SECONDS in a log."""
@@ -96,9 +96,8 @@ class Screen:
             self._live.update(self._panel(figures), refresh=True)
         elif time.monotonic() - self._last_line >= LOG_SECONDS:
             self._last_line = time.monotonic()
-            self.console.print(
-                f"[{self.elapsed_seconds:4.0f} s] {self._phase}: {_line(figures)}", highlight=False, markup=False
-            )
+            line = f"[{self.elapsed_seconds:4.0f} s] {self._phase}: {_line(figures)}"
+            self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def left_seconds(self, figures: Figures) -> float | None:
         """Time left in this phase, from how far it has come; None before it has come anywhere."""

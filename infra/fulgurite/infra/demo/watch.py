@@ -22,6 +22,7 @@ from fulgurite.infra.lag import consumer_lag
 from fulgurite.infra.sql import connect
 from fulgurite.schemas.errors import FulguriteError
 from fulgurite.schemas.settings import Settings
+from fulgurite.schemas.topics import REWARDS, SPANS
 
 EVERY_SECONDS = 1.0
 LAG_EVERY_TICKS = 3
@@ -43,6 +44,8 @@ class Watcher:
         self._figures = Figures()
         self.ended = 0
         self.newest_is_served = False
+        self.rows_missing = 1
+        """Spans and rewards on the log that are not rows yet."""
         self._lock = threading.Lock()
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._watch, name="watcher", daemon=True)
@@ -78,10 +81,12 @@ class Watcher:
         except (KafkaError, FulguriteError, OSError, TimeoutError) as error:
             logger.info("Kafka does not answer: %s", error)
             return
-        prefix = self._settings.kafka.topic_prefix
-        lag = {group.removeprefix(prefix).partition(".")[0]: sum(topics.values()) for group, topics in found.items()}
+        names = self._settings.kafka
+        by_group = {group.removeprefix(names.topic_prefix).partition(".")[0]: topics for group, topics in found.items()}
+        written = by_group.get(self._settings.materialiser.group, {})
         with self._lock:
-            self._figures.lag = lag
+            self._figures.lag = {group: sum(topics.values()) for group, topics in by_group.items()}
+            self.rows_missing = sum(written.get(names.topic(topic), 1) for topic in (SPANS, REWARDS))
 
     def _ask(self, client: Client) -> None:
         run: dict[str, Any] = {"run_id": self._run_id, "mode": self.mode}

@@ -80,7 +80,7 @@ SELECT
         NOT hasAll(names, ['resource', 'version', 'uri', 'sha256']), concat(arrayFirst(n -> NOT has(names, n), ['resource', 'version', 'uri', 'sha256']), ': required and missing'),
         f.resource = '',
             'resource: must not be empty',
-        has(names, 'kind') AND f.kind NOT IN ('weights', 'lora', 'prompt_template', 'endpoint'),
+        NOT has(['', 'weights', 'lora', 'prompt_template', 'endpoint'], f.kind),
             'kind: must be one of weights, lora, prompt_template, endpoint',
         NOT match(f.sha256, '^[0-9a-f]{64}$'),
             'sha256: 64 hexadecimal digits are required',

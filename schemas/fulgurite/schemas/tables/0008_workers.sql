@@ -72,7 +72,7 @@ SELECT
         NOT hasAll(names, ['worker_id']), concat(arrayFirst(n -> NOT has(names, n), ['worker_id']), ': required and missing'),
         f.worker_id = '',
             'worker_id: must not be empty',
-        has(names, 'status') AND f.status NOT IN ('idle', 'busy', 'stopped'),
+        NOT has(['', 'idle', 'busy', 'stopped'], f.status),
             'status: must be one of idle, busy, stopped',
         '') AS _message,
     f.worker_id AS worker_id,

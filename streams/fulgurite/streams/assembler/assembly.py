@@ -31,7 +31,6 @@ import heapq
 import time
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass, field
 from itertools import islice
 
 from aiokafka.partitioner import murmur2
@@ -48,13 +47,8 @@ from fulgurite.schemas.rollouts import (
 )
 from fulgurite.schemas.trajectories import Trajectory
 from fulgurite.streams.assembler.join import Announcement, assemble
-from fulgurite.streams.assembler.offsets import (
-    MAX_REPLAY_EVENTS,
-    DataPartition,
-    Held,
-    Pending,
-    RolloutsPartition,
-)
+from fulgurite.streams.assembler.offsets import MAX_REPLAY_EVENTS, DataPartition, EndedRollouts, RolloutsPartition
+from fulgurite.streams.assembler.rollouts import Batch, Ended, Held, OpenRollout, Pending
 
 STAGE = "assembler"
 LATE = "late"
@@ -66,38 +60,6 @@ MAX_UNSENT_BYTES = 64 << 20
 """Dead letters that wait for their transaction; beyond it spans and rewards are not read on."""
 MAX_READ_AGAIN = 500
 """Records read again at once."""
-
-
-@dataclass(slots=True)
-class OpenRollout:
-    known: bool = False
-    running: bool = False
-    finishing: bool = False
-    announced: Announcement | None = None
-    hold: tuple[TopicPartition, int] | None = None
-    latest: tuple[TopicPartition, int] | None = None
-    spans: list[Held] = field(default_factory=list[Held])
-    rewards: list[Held] = field(default_factory=list[Held])
-    last: dict[TopicPartition, int] = field(default_factory=dict[TopicPartition, int])
-
-
-@dataclass(slots=True)
-class Ended:
-    attempt_id: str
-    tp: TopicPartition
-    offset: int
-    last: dict[TopicPartition, int] = field(default_factory=dict[TopicPartition, int])
-    """The newest record of it in each partition."""
-    pinned: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Batch:
-    """What one transaction writes."""
-
-    trajectories: list[Trajectory]
-    dead_letters: list[DeadLetter]
-    offsets: dict[TopicPartition, OffsetAndMetadata]
 
 
 class Assembly:
@@ -119,7 +81,7 @@ class Assembly:
         spans = list(spans)
         self.data = {part.tp: part for part in (*spans, *rewards)}
         self.open: dict[str, OpenRollout] = {}
-        self.ended: dict[str, Ended] = {}
+        self.ended = EndedRollouts(max_ended)
         self.counts: Counter[str] = Counter()
         self.held_bytes = 0
         self.holding = 0
@@ -129,7 +91,6 @@ class Assembly:
         self._span_partitions = {part.tp for part in spans}
         self._max_open = max_open_rollouts
         self._max_bytes = MAX_HELD_BYTES if max_held_bytes is None else max_held_bytes
-        self._max_ended = max_ended
         self._orphan_seconds = orphan_seconds
         self._clock = clock
         self._committed: dict[TopicPartition, OffsetAndMetadata] = {}
@@ -158,7 +119,7 @@ class Assembly:
         if rollout_id in self.ended:
             return None
         if isinstance(event, RolloutFinished) and offset < part.emit_from:
-            self._remember(rollout_id, Ended(event.attempt_id, tp, offset))
+            self.ended.add(rollout_id, Ended(event.attempt_id, tp, offset))
             self.open.pop(rollout_id, None)
             return None
         rollout = self.open.setdefault(rollout_id, OpenRollout())
@@ -233,7 +194,7 @@ class Assembly:
 
     def spilled(self, ready: Sequence[Pending]) -> list[Held]:
         """Records whose value must be read again before these can be taken."""
-        return [h for p in ready for h in self._held(self.open[p.event.rollout_id]) if h.value is None]
+        return [h for p in ready for h in self.open[p.event.rollout_id].held if h.value is None]
 
     def read_again(self, held: Held, value: bytes) -> None:
         """The value of a spilled record."""
@@ -277,6 +238,10 @@ class Assembly:
         self._committed = points
         return Batch(trajectories, dead_letters, offsets) if offsets else None
 
+    def commit_all(self) -> None:
+        """The next batch has the offsets of every partition, changed or not."""
+        self._committed = {}
+
     def is_known(self, rollout_id: str) -> bool:
         rollout = self.open.get(rollout_id)
         return rollout.known if rollout is not None else rollout_id in self.ended
@@ -303,16 +268,16 @@ class Assembly:
         joined = assemble(event, rollout.announced or Announcement(), spans, rewards)
         self.counts["trajectories"] += 1
         self.counts["invalid"] += joined.invalid
-        for held in self._held(rollout):
+        for held in rollout.held:
             self._done(held)
         ended = Ended(event.attempt_id, part.tp, pending.offset, rollout.last)
-        self._remember(event.rollout_id, ended)
-        self._pin(event.rollout_id, ended)
+        self.ended.add(event.rollout_id, ended)
+        self.ended.pin(part, event.rollout_id, ended)
         return joined.trajectory
 
     def _after_end(self, ended: Ended, held: Held, replayed: bool) -> None:
         ended.last[held.tp] = held.offset
-        self._pin(held.rollout_id, ended)
+        self.ended.pin(self.rollouts[ended.tp], held.rollout_id, ended)
         if replayed:
             return
         if held.attempt_id not in (ended.attempt_id, ""):
@@ -354,33 +319,11 @@ class Assembly:
             self.held_bytes -= len(held.value)
             held.value = None
 
-    @staticmethod
-    def _held(rollout: OpenRollout) -> list[Held]:
-        return rollout.spans + rollout.rewards
-
-    def _remember(self, rollout_id: str, ended: Ended) -> None:
-        self.ended[rollout_id] = ended
-        while len(self.ended) > self._max_ended:
-            oldest = next(iter(self.ended))
-            if self.ended[oldest].pinned:
-                break
-            del self.ended[oldest]
-
-    def _pin(self, rollout_id: str, ended: Ended) -> None:
-        if not ended.pinned:
-            ended.pinned = True
-            self.rollouts[ended.tp].pin(ended.offset, rollout_id)
-
     def _prune(self) -> None:
         """Lets go of pins and holds that no restart needs any more."""
         unknown_from = {tp: part.first_unknown(self.is_known) for tp, part in self.data.items()}
         for part in self.rollouts.values():
-            while part.pins:
-                ended = self.ended[part.pins[0][1]]
-                if any(offset >= unknown_from[tp] for tp, offset in ended.last.items()):
-                    break
-                ended.pinned = False
-                heapq.heappop(part.pins)
+            self.ended.prune(part, unknown_from)
             while part.holds and self._let_go(part, *part.holds[0]):
                 heapq.heappop(part.holds)
 

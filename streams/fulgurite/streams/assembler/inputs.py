@@ -30,7 +30,7 @@ from fulgurite.schemas import topics
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.settings import KafkaSettings
 from fulgurite.streams.assembler.join import EXPIRED
-from fulgurite.streams.assembler.offsets import Held
+from fulgurite.streams.assembler.rollouts import Held
 from fulgurite.streams.transactions import patiently
 
 logger = logging.getLogger(__name__)

@@ -27,14 +27,14 @@ from __future__ import annotations
 import heapq
 import json
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from pydantic import BaseModel, Field, ValidationError
 
-from fulgurite.schemas.rollouts import RolloutFinished
+from fulgurite.streams.assembler.rollouts import Ended, Held, Pending
 
 RECENT_EVENTS = 10_000
 """Lifecycle events read again at least: late records and repeated `finished` events of just before are recognised."""
@@ -57,31 +57,6 @@ class DataMarks(_Marks):
 
 class RolloutsMarks(_Marks):
     replay_from: int = Field(default=0, ge=0)
-
-
-@dataclass(slots=True)
-class Held:
-    """A span or reward that waits for the end of its rollout."""
-
-    tp: TopicPartition
-    offset: int
-    rollout_id: str
-    attempt_id: str
-    key: bytes | None
-    value: bytes | None
-    """None where memory was short: it is read again when it is needed."""
-    due: float
-    """When it has waited too long for its rollout to be announced."""
-    done: bool = False
-
-
-@dataclass(slots=True)
-class Pending:
-    """A `finished` whose trajectory has not been emitted, and the end offsets that must be passed first."""
-
-    event: RolloutFinished
-    offset: int
-    barrier: dict[TopicPartition, int] | None = None
 
 
 @dataclass(slots=True)
@@ -158,9 +133,6 @@ class RolloutsPartition:
     def hold(self, offset: int, rollout_id: str) -> None:
         heapq.heappush(self.holds, (offset, rollout_id))
 
-    def pin(self, offset: int, rollout_id: str) -> None:
-        heapq.heappush(self.pins, (offset, rollout_id))
-
     def commit_point(self) -> OffsetAndMetadata:
         """`holds` and `pins` must have been pruned."""
         emit_from = self.next_emission
@@ -169,6 +141,43 @@ class RolloutsPartition:
             if heap:
                 replay_from = min(replay_from, heap[0][0])
         return OffsetAndMetadata(emit_from, _format(RolloutsMarks(read_to=self.position, replay_from=replay_from)))
+
+
+class EndedRollouts:
+    """Tells late from unknown. The oldest are forgotten beyond `limit`, but none that a restart still needs."""
+
+    def __init__(self, limit: int) -> None:
+        self._limit = limit
+        self._ended: dict[str, Ended] = {}
+
+    def __contains__(self, rollout_id: str) -> bool:
+        return rollout_id in self._ended
+
+    def get(self, rollout_id: str) -> Ended | None:
+        return self._ended.get(rollout_id)
+
+    def add(self, rollout_id: str, ended: Ended) -> None:
+        self._ended[rollout_id] = ended
+        while len(self._ended) > self._limit:
+            oldest = next(iter(self._ended))
+            if self._ended[oldest].pinned:
+                break
+            del self._ended[oldest]
+
+    def pin(self, part: RolloutsPartition, rollout_id: str, ended: Ended) -> None:
+        """A restart must read its end again: a record of it may lie where unknown ones wait."""
+        if not ended.pinned:
+            ended.pinned = True
+            heapq.heappush(part.pins, (ended.offset, rollout_id))
+
+    def prune(self, part: RolloutsPartition, unknown_from: Mapping[TopicPartition, int]) -> None:
+        """Lets go of pins whose records lie before all that are unknown."""
+        while part.pins:
+            ended = self._ended[part.pins[0][1]]
+            if any(offset >= unknown_from[tp] for tp, offset in ended.last.items()):
+                break
+            ended.pinned = False
+            heapq.heappop(part.pins)
 
 
 def _format(marks: _Marks) -> str:

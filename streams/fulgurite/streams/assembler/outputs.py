@@ -10,7 +10,7 @@ from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import RecordTooLarge
 from fulgurite.schemas.settings import KafkaSettings
 from fulgurite.schemas.trajectories import Trajectory
-from fulgurite.streams.assembler.assembly import Batch
+from fulgurite.streams.assembler.rollouts import Batch
 from fulgurite.streams.transactions import Outgoing
 
 logger = logging.getLogger(__name__)

@@ -34,6 +34,9 @@ Exactly once. The numbers are in the code.
     Broker lost in between: Transactions (see there) finds out which of the two it was, and tries again if needed.
  8. The next batch. The state after 6 is the state after 7, because 7 only ends committed or with this process.
 
+What this rests on: the committed offsets. When they are lost (stopped for longer than the brokers'
+offsets.retention.minutes, a week by default) it starts from the beginning of the logs and emits again what they hold.
+
 What becomes a dead letter here (stage `assembler`) is only what the materialiser cannot see: `late` (its rollout's
 trajectory was emitted before it came; spans of superseded attempts are just not used) and `unknown_rollout` (nobody
 announced its rollout within orphan_seconds, and `rollouts` had been read to its end after that). Records that are not
@@ -62,8 +65,9 @@ from fulgurite.schemas.rollouts import ROLLOUT_EVENT
 from fulgurite.schemas.settings import Settings
 from fulgurite.streams.assembler.assembly import MAX_UNSENT_BYTES, Assembly
 from fulgurite.streams.assembler.inputs import POLL_MS, POLL_RECORDS, Inputs, Records
-from fulgurite.streams.assembler.offsets import DataPartition, Held, Pending, RolloutsPartition
 from fulgurite.streams.assembler.outputs import records
+from fulgurite.streams.assembler.restart import restore
+from fulgurite.streams.assembler.rollouts import Held, Pending
 from fulgurite.streams.transactions import Hook, Transactions, no_hook
 
 logger = logging.getLogger(__name__)
@@ -79,6 +83,8 @@ MAX_BATCH_READ_AGAIN = 8
 
 _IDLE_COMMIT_SECONDS = 1.0
 """How often offsets are committed when there is nothing else to say."""
+_REFRESH_SECONDS = 3_600.0
+"""How often unchanged offsets are committed, too: Kafka forgets an offset that nobody commits for a week."""
 _ORPHAN_CHECK_SECONDS = 1.0
 _REPORT_SECONDS = 10.0
 _STOP_SECONDS = 2.0
@@ -121,7 +127,9 @@ async def serve(settings: Settings, stop: asyncio.Event, hook: Hook = no_hook) -
 
 async def _run(settings: Settings, inputs: Inputs, transactions: Transactions, stop: asyncio.Event, hook: Hook) -> None:
     await inputs.start()
-    assembler = await Assembler.restore(settings, inputs, transactions, hook)
+    state = await restore(settings, inputs, transactions, hook)  # 1., 2.
+    assembler = Assembler(settings, inputs, transactions, state, hook)
+    await assembler.replay()  # 3.
     logger.info("ready: %d partitions, %d rollouts open", len(assembler.state.rollouts), len(assembler.state.open))
     tasks = [
         asyncio.ensure_future(assembler.read_events()),
@@ -157,44 +165,11 @@ class Assembler:
         """The last time at which `rollouts` was known to have been read to its end."""
         self._reported: Counter[str] = Counter()
 
-    @classmethod
-    async def restore(
-        cls, settings: Settings, inputs: Inputs, transactions: Transactions, hook: Hook = no_hook
-    ) -> Assembler:
-        """Steps 1 to 3, and the start of 4."""
-        rollouts, spans, rewards = await inputs.partitions()
-        await transactions.start()  # 1.
-        hook("fenced")
-        everything = [*rollouts, *spans, *rewards]
-        committed = await transactions.committed(everything)  # 2.
-        begins = await inputs.begin_offsets(everything)
-        ends = await inputs.end_offsets(everything)
-        for tp, at in committed.items():
-            if at is not None and begins[tp] > at.offset:
-                logger.error("%s-%d: %d records expired unread", tp.topic, tp.partition, begins[tp] - at.offset)
-        events = [RolloutsPartition.restored(tp, committed[tp], begins[tp]) for tp in rollouts]
-        span_parts, reward_parts = (
-            [DataPartition.restored(tp, committed[tp], begins[tp]) for tp in tps] for tps in (spans, rewards)
-        )
-        for part in (*events, *span_parts, *reward_parts):
-            # A log cut off behind its committed offset (a broker that lost its disk) must not be waited for.
-            part.read_to = min(part.read_to, ends[part.tp])
-        state = Assembly(
-            events,
-            span_parts,
-            reward_parts,
-            max_open_rollouts=settings.assembler.max_open_rollouts,
-            orphan_seconds=settings.assembler.orphan_seconds,
-        )
-        for client, parts in ((inputs.rollouts, events), (inputs.data, [*span_parts, *reward_parts])):
-            client.assign([part.tp for part in parts])
-            for part in parts:
-                client.seek(part.tp, part.position)
-        self = cls(settings, inputs, transactions, state, hook)
-        while any(part.replaying for part in events):  # 3.
+    async def replay(self) -> None:
+        """3., before anything else is read: a record read again is judged by what the events say."""
+        while any(part.replaying for part in self.state.rollouts.values()):
             await self._read_events_once()
-        hook("replayed")
-        return self
+        self._hook("replayed")
 
     async def read_events(self) -> None:
         """5., for lifecycle events."""
@@ -231,7 +206,7 @@ class Assembler:
     async def commit_batches(self, stop: asyncio.Event) -> None:
         """6. to 8., at most one transaction in commit_ms; ends after the one under way when `stop` is set."""
         pace = self._settings.assembler.commit_ms / 1000
-        last = reported = time.monotonic()
+        last = reported = refreshed = time.monotonic()
         while not stop.is_set():
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._changed.wait(), _IDLE_COMMIT_SECONDS)
@@ -243,6 +218,9 @@ class Assembler:
             worth_it = ready or self.state.unsent
             if not worth_it and time.monotonic() - last < _IDLE_COMMIT_SECONDS:
                 continue
+            if time.monotonic() - refreshed > _REFRESH_SECONDS:
+                refreshed = time.monotonic()
+                self.state.commit_all()
             await asyncio.sleep(max(0.0, last + pace - time.monotonic()))
             last = time.monotonic()
             await self._commit()

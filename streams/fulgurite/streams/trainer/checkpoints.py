@@ -1,6 +1,6 @@
 """Checkpoints: everything a run needs to go on from a version, in one folder that appears at once or not at all.
 
-    <output>/<run_id>/v000017/          written as .tmp-v000017-<pid>, fsynced, renamed
+    <output>/<run_id>/v000017/          written as .tmp-v000017-<random>, fsynced, renamed
         weights/                        Hugging Face folder: what servers load; its URI and sha256 are announced
         optimizer.pt                    the learner's own state (newest checkpoint only)
         state.json                      version, step, next offsets, groups asked for, ledger not yet published
@@ -14,6 +14,7 @@ learner writes its files through a callback.
 from __future__ import annotations
 
 import os
+import secrets
 import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -103,9 +104,8 @@ class Checkpoints:
     ) -> Checkpoint:
         """Raises StartError where the disk refuses; then nothing but a temporary folder is left."""
         final = self.folder(state.version)
-        temporary = self._root / f"{_TEMPORARY}{final.name}-{os.getpid()}"
+        temporary = self._root / f"{_TEMPORARY}{final.name}-{secrets.token_hex(4)}"
         try:
-            shutil.rmtree(temporary, ignore_errors=True)
             (temporary / WEIGHTS).mkdir(parents=True)
             save_weights(temporary / WEIGHTS)
             save_state(temporary / OPTIMIZER)
@@ -115,12 +115,13 @@ class Checkpoints:
                 for line in _member_lines(windows):
                     file.write(line.model_dump_json() + "\n")
             _fsync_tree(temporary)
-            if final.exists():
-                # Leftovers were removed at the start, so whoever wrote it runs now, and this process is the zombie.
-                raise Fenced(f"another process wrote {final}: it goes on with run {state.run_id}")
             temporary.rename(final)
             _fsync(self._root)
         except OSError as error:
+            if final.exists():
+                # Leftovers were removed at the start, so another process of this run wrote it since. A folder once
+                # there is never replaced: it may be committed. Whoever owns the run starts again and removes it if not.
+                raise Fenced(f"another process wrote {final}: it may own run {state.run_id} now") from error
             raise StartError(
                 f"cannot write the checkpoint {final}: {error}. Make room or set trainer.output elsewhere; nothing was "
                 "announced, the run goes on from the version before"

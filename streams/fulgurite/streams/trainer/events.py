@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
 from typing import Any
 
 from pydantic import BaseModel, ValidationError
@@ -39,7 +38,7 @@ def outgoing(settings: KafkaSettings, topic: Topic, key: str, event: BaseModel) 
     return Outgoing(settings.topic(topic), encode_key(key), encode(event, settings.max_record_bytes))
 
 
-def version_event(checkpoint: Checkpoint, model: str, metrics: Mapping[str, str]) -> ResourceVersion:
+def version_event(checkpoint: Checkpoint, model: str) -> ResourceVersion:
     state = checkpoint.state
     return ResourceVersion(
         event_id=f"{state.run_id}-v{state.version}",
@@ -51,7 +50,6 @@ def version_event(checkpoint: Checkpoint, model: str, metrics: Mapping[str, str]
         run_id=state.run_id,
         step=state.step,
         model=model,
-        metadata=dict(metrics),
     )
 
 

@@ -16,11 +16,11 @@ from aiokafka.errors import KafkaError
 
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.kafka import connection_options
-from fulgurite.producers.resources import newest_version
-from fulgurite.schemas.codec import decode_union
+from fulgurite.schemas.codec import decode, decode_union
 from fulgurite.schemas.errors import InvalidEvent
+from fulgurite.schemas.resources import ResourceVersion
 from fulgurite.schemas.settings import KafkaSettings
-from fulgurite.schemas.topics import TRAINING
+from fulgurite.schemas.topics import RESOURCES, TRAINING
 from fulgurite.schemas.training import TRAINING_EVENT, RunFinished, RunStarted, TrainingStep
 
 logger = logging.getLogger(__name__)
@@ -53,8 +53,7 @@ async def newest_number(settings: KafkaSettings, resource: str) -> int:
     backoff = Backoff(logger)
     while True:
         try:
-            newest = await newest_version(settings, resource)
-            return newest.version if newest else 0
+            return await _newest(settings, resource)
         except (KafkaError, TimeoutError) as error:
             await backoff.wait(f"reading the newest version of {resource}: {error!r}")
 
@@ -78,17 +77,31 @@ async def _scan(settings: KafkaSettings, run_id: str) -> CommittedRun | None:
     return found
 
 
+async def _newest(settings: KafkaSettings, resource: str) -> int:
+    newest = 0
+    async for value in _values(settings, settings.topic(RESOURCES), resource.encode()):
+        try:
+            newest = max(newest, decode(ResourceVersion, value).version)
+        except InvalidEvent:
+            continue  # as above
+    return newest
+
+
 async def _values(settings: KafkaSettings, topic: str, key: bytes) -> AsyncIterator[bytes | None]:
     """Values with this key, in the order of each partition, up to the end as it is now."""
+    # Not `seek_to_beginning`: the client's own search for a position, begun by `assign` (default: the end), may be
+    # answered after it and win; then the topic seems empty.
     consumer = AIOKafkaConsumer(
-        **connection_options(settings), isolation_level="read_committed", enable_auto_commit=False
+        **connection_options(settings),
+        isolation_level="read_committed",
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
     )
     try:
         await consumer.start()
         partitions = await partitions_of(settings, topic)
-        consumer.assign(partitions)
         ends = await consumer.end_offsets(partitions)
-        await consumer.seek_to_beginning(*partitions)
+        consumer.assign(partitions)
         while any([await consumer.position(tp) < ends[tp] for tp in partitions]):
             for records in (await consumer.getmany(timeout_ms=_POLL_MS)).values():
                 for record in records:

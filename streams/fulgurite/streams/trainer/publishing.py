@@ -28,8 +28,8 @@ class Publishing:
     ) -> None:
         """A version and all that belongs to it: its announcement, what it was made of, what to do next, its offsets."""
         state = checkpoint.state
-        model = str(self._plan.start_model.name) if self._plan.start_model else ""
-        announced = version_event(checkpoint, model, {})
+        model = self._plan.start_model.name if self._plan.start_model else ""
+        announced = version_event(checkpoint, model)
         records = [
             outgoing(self._kafka, RESOURCES, announced.resource, announced),
             outgoing(self._kafka, TRAINING, event.run_id, event),

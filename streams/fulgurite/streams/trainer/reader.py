@@ -57,7 +57,6 @@ class TrajectoryReader:
             try:
                 await consumer.start()
                 self.partitions = await partitions_of(self._settings, self._topic)
-                consumer.assign(self.partitions)
                 self._consumer = consumer
                 return
             except (KafkaError, TimeoutError) as error:
@@ -66,6 +65,8 @@ class TrajectoryReader:
 
     async def seek(self, offsets: Mapping[int, int]) -> None:
         """From these offsets; a partition without one (added since) from its beginning."""
+        # In one go: a partition assigned without a position makes the client look for one in the background.
+        self._client.assign(self.partitions)
         for tp in self.partitions:
             self._client.seek(tp, offsets.get(tp.partition, 0))
             self.offsets[tp.partition] = offsets.get(tp.partition, 0)

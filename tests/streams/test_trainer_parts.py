@@ -1,0 +1,302 @@
+"""Samples, batches, learner, checkpoints, plan, tasks: each by itself."""
+
+from __future__ import annotations
+
+import json
+import math
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import AutoModelForCausalLM
+
+from fulgurite.schemas.checksum import folder_sha256
+from fulgurite.schemas.errors import Fenced, LogprobMismatch, SettingsError, StartError
+from fulgurite.schemas.event import VersionSpan
+from fulgurite.schemas.settings import Settings, TrainerSettings
+from fulgurite.schemas.trajectories import TokenSequence, Trajectory
+from fulgurite.streams.evaluate import evaluation_rollouts
+from fulgurite.streams.trainer.batches import micro_batch, micro_batches
+from fulgurite.streams.trainer.checkpoints import Checkpoints, RunState, copy_companions
+from fulgurite.streams.trainer.learner import Learner, NonFinite
+from fulgurite.streams.trainer.plan import make_plan
+from fulgurite.streams.trainer.samples import ModelLimits, Sample, member_of, read_limits, training_set
+from fulgurite.streams.trainer.tasks import group_records, load_tasks
+from fulgurite.streams.trainer.windows import Member, Shape, Window, Windows
+from tests.streams.trainer_world import build_model, sample
+
+LIMITS = ModelLimits(vocab_size=16, max_positions=8)
+TASKS = "tests.streams.trainer_world:bandit"
+
+
+@pytest.fixture(scope="session")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model(tmp_path_factory.mktemp("parts") / "model", seed=1)
+
+
+def sequence(**changes: Any) -> TokenSequence:
+    fields: dict[str, Any] = {
+        "token_ids": [0, 1, 5, 6], "loss_mask": [0, 0, 1, 1], "logprobs": [0.0, 0.0, -1.0, -2.0],
+        "weight_versions": [VersionSpan(version=3, start=2, end=4)], "resource": "policy",
+    }  # fmt: skip
+    return TokenSequence.model_validate(fields | changes)
+
+
+def trajectory(*sequences: TokenSequence, **changes: Any) -> Trajectory:
+    fields: dict[str, Any] = {"rollout_id": "r-g0-r0", "status": "succeeded", "reward": 1.0}
+    return Trajectory.model_validate({**fields, "sequences": list(sequences), **changes})
+
+
+@pytest.mark.parametrize(
+    ("given", "reason"),
+    [
+        (trajectory(sequence()), ""),
+        (trajectory(sequence(), status="failed"), "failed"),
+        (trajectory(sequence(), partial="no_reward", reward=None), "no_reward"),
+        (trajectory(sequence(), partial="deadline"), "partial:deadline"),
+        (trajectory(sequence(), reward=None), "no_reward"),
+        (trajectory(), "no_calls"),
+        (trajectory(sequence(resource="another")), "no_calls"),
+        (trajectory(sequence(token_ids=[0, 1, 5, 16])), "bad_tokens"),
+        (trajectory(sequence(loss_mask=[1, 0, 1, 1])), "bad_tokens"),
+        (trajectory(sequence(weight_versions=[VersionSpan(version=3, start=2, end=3)])), "no_version"),
+        (
+            trajectory(sequence(token_ids=[0] * 9, loss_mask=[0] * 8 + [1], logprobs=[0.0] * 9)),
+            "bad_tokens",
+        ),
+    ],
+)
+def test_what_cannot_be_trained_on_says_why(given: Trajectory, reason: str) -> None:
+    member, fault = member_of(given, "policy", LIMITS)
+    assert member.reason == reason
+    assert bool(fault) == (reason == "bad_tokens")
+    assert bool(member.trajectory.sequences) == (reason == "")
+
+
+def test_the_oldest_token_of_all_sequences_decides_the_age() -> None:
+    older = sequence(weight_versions=[VersionSpan(version=4, start=2, end=3), VersionSpan(version=2, start=3, end=4)])
+    assert member_of(trajectory(sequence(), older), "policy", LIMITS)[0].min_version == 2
+
+
+def test_one_advantage_a_rollout_broadcast_to_its_sequences_and_silent_groups_dropped() -> None:
+    def member(group: int, index: int, reward: float, sequences: int) -> Member:
+        return Member(trajectory(*[sequence()] * sequences, rollout_id=f"r-g{group}-r{index}", reward=reward))
+
+    groups = [[member(0, 0, 1.0, 3), member(0, 1, 0.0, 1)], [member(1, 0, 0.5, 1), member(1, 1, 0.5, 1)]]
+    found = training_set(Window(3, groups, []), "policy")
+    assert found.rollout_ids == ["r-g0-r0", "r-g0-r1"]
+    assert [s.advantage for s in found.samples] == pytest.approx([math.sqrt(0.5)] * 3 + [-math.sqrt(0.5)], abs=1e-5)
+    assert [(d.rollout_id, d.reason) for d in found.dropped] == [(f"r-g1-r{i}", "zero_variance") for i in (0, 1)]
+    assert found.rewards == [1.0, 0.0, 0.5, 0.5]
+    assert found.samples[0].versions == [-1, -1, 3, 3]
+
+
+def samples_from(folder: Path, version: int = 3) -> list[Sample]:
+    """Sequences the model itself sampled, of unlike lengths; some tokens are 0, which is also what pads."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    found: list[Sample] = []
+    for seed in range(6):
+        prompt = [0] * (1 + seed % 3) + [seed]
+        tokens, logprobs = sample(model, prompt, seed)
+        mask = [0] * len(prompt) + [1] * (len(tokens) - len(prompt))
+        versions = [version if sampled else -1 for sampled in mask]
+        found.append(Sample(f"r{seed}", tokens, mask, logprobs, versions, 1.0 if seed % 2 else -1.0))
+    return found
+
+
+def test_micro_batches_hold_every_sequence_once_within_the_budget(model_folder: Path) -> None:
+    samples = samples_from(model_folder)
+    batches = list(micro_batches(samples, 14))
+    assert sorted(id for batch in batches for id in batch.rollout_ids) == [f"r{i}" for i in range(6)]
+    assert all(batch.token_ids.numel() <= 14 for batch in batches)
+    assert len(list(micro_batches(samples, 1))) == 6
+
+
+def test_padding_does_not_move_a_logprob_also_where_padding_was_sampled(model_folder: Path) -> None:
+    samples = samples_from(model_folder)
+    sampled_padding = replace(samples[0], token_ids=[*samples[0].token_ids[:-1], 0])
+    learner = Learner(model_folder, TrainerSettings())
+    together, _ = learner.logprobs(micro_batch([sampled_padding, *samples[1:]]))
+    alone = torch.cat([learner.logprobs(micro_batch([s]))[0] for s in [sampled_padding, *samples[1:]]])
+    assert len(together) == 6 * 3, "all sampled tokens count, the zeros too"
+    assert torch.allclose(together, alone, atol=1e-5)
+    assert torch.allclose(together[3:], micro_batch(samples).behaviour_logprobs[3:], atol=1e-5)
+
+
+def test_a_step_moves_towards_what_was_good_and_does_not_depend_on_micro_batches(model_folder: Path) -> None:
+    samples = samples_from(model_folder)
+    settings = TrainerSettings(learning_rate=1e-3, warmup_steps=0)
+    learner = Learner(model_folder, settings)
+    before, _ = learner.logprobs(micro_batch(samples))
+    result = learner.step(samples, 3)
+    after, _ = learner.logprobs(micro_batch(samples))
+    gain = (after - before) * micro_batch(samples).advantages
+    assert gain.sum() > 0
+    assert result.tokens == 18
+    assert result.metrics["rollout_corr/rollout_is_eff_sample_size"] == pytest.approx(1.0, abs=1e-4)
+    assert result.metrics["actor/lr"] == 1e-3
+
+    split = Learner(model_folder, settings.model_copy(update={"micro_batch_tokens": 7}))
+    again = split.step(samples, 3)
+    assert (again.loss, again.grad_norm) == pytest.approx((result.loss, result.grad_norm), abs=1e-5)
+
+
+def test_warm_up_is_linear(model_folder: Path) -> None:
+    learner = Learner(model_folder, TrainerSettings(learning_rate=1e-3, warmup_steps=4))
+    samples = [replace(s, versions=[0] * len(s.versions)) for s in samples_from(model_folder)]
+    rates = [learner.step(samples, 9).metrics["actor/lr"] for _ in range(5)]
+    assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
+
+
+def test_mismatch_is_an_error_for_this_version_and_a_correction_for_older_ones(model_folder: Path) -> None:
+    samples = samples_from(model_folder)
+    samples[2].behaviour_logprobs[-1] -= 0.01
+    with pytest.raises(LogprobMismatch, match=f"rollout r2, position {len(samples[2].token_ids) - 1}, "):
+        Learner(model_folder, TrainerSettings()).step(samples, 3)
+    assert Learner(model_folder, TrainerSettings()).step(samples, 4).tokens == 18
+
+
+def test_what_is_no_number_changes_nothing(model_folder: Path, tmp_path: Path) -> None:
+    samples = [replace(s, advantage=float("inf")) for s in samples_from(model_folder)]
+    learner = Learner(model_folder, TrainerSettings())
+    with pytest.raises(NonFinite, match="nothing was published"):
+        learner.step(samples, 3)
+    learner.save_weights(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == (model_folder / "model.safetensors").read_bytes()
+
+
+def test_a_learner_goes_on_from_its_files_bit_for_bit(model_folder: Path, tmp_path: Path) -> None:
+    def save(learner: Learner, name: str) -> bytes:
+        learner.save_weights(tmp_path / name)
+        return (tmp_path / name / "model.safetensors").read_bytes()
+
+    samples = samples_from(model_folder)
+    straight = Learner(model_folder, TrainerSettings())
+    straight.step(samples, 3)
+    straight.save_weights(tmp_path / "half")
+    straight.save_state(tmp_path / "state.pt")
+    resumed = Learner(tmp_path / "half", TrainerSettings(), tmp_path / "state.pt")
+    straight.step(samples, 9)
+    resumed.step(samples, 9)
+    assert save(straight, "a") == save(resumed, "b")
+
+
+def checkpoint(folder: Checkpoints, version: int, windows: Windows | None = None) -> Any:
+    state = RunState(run_id="r", resource="policy", version=version, step=version, offsets={0: 4, 1: 7}, asked=0)
+
+    def weights(to: Path) -> None:
+        (to / "w").write_text(str(version))
+
+    def optimizer(to: Path) -> None:
+        to.write_text("optimizer")
+
+    return folder.write(state, windows or Windows(shape()), weights, optimizer)
+
+
+def shape() -> Shape:
+    return Shape(run_id="r", group_size=3, groups_per_step=2, max_staleness=2, group_deadline_seconds=10)
+
+
+def test_a_checkpoint_gives_back_the_windows_as_they_were(tmp_path: Path) -> None:
+    windows = Windows(shape(), asked=9, settled_below=1, settled={3}, groups_dropped=2)
+    for group, index, reason in ((1, 0, ""), (1, 1, "failed"), (2, 2, "")):
+        given = trajectory(sequence(), rollout_id=f"r-g{group}-r{index}", group_id=f"r-g{group}")
+        windows.add(Member(given, reason, 3), 5)
+    windows.close([2])
+    folder = Checkpoints(tmp_path, "r")
+    written = checkpoint(folder, 7, windows)
+    loaded = folder.load(7)
+    assert loaded == written
+    assert loaded.state.offsets == {0: 4, 1: 7}
+    assert folder.windows(loaded, shape()) == windows
+    assert loaded.uri.startswith("file:///")
+    assert loaded.state.sha256 == folder_sha256(loaded.weights)
+
+
+def test_uncommitted_folders_go_old_ones_are_pruned_and_none_is_replaced(tmp_path: Path) -> None:
+    folder = Checkpoints(tmp_path, "r")
+    for version in (1, 2, 3, 4):
+        checkpoint(folder, version)
+    (tmp_path / "r" / ".tmp-v000009-x").mkdir()
+    with pytest.raises(Fenced, match="another process"):
+        checkpoint(folder, 4)
+    assert len(folder.discard_uncommitted(3)) == 3  # version 4 and two half-written ones
+    folder.prune(2)
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["v000002", "v000003"]
+    assert [(tmp_path / "r" / f"v00000{n}" / "optimizer.pt").exists() for n in (2, 3)] == [False, True]
+    with pytest.raises(StartError, match="version 4 is committed, but its checkpoint"):
+        folder.load(4)
+    (tmp_path / "r" / "v000003" / "weights" / "w").write_text("changed")
+    with pytest.raises(StartError, match="the files were changed"):
+        folder.load(3)
+
+
+def test_a_disk_that_refuses_is_a_clear_error(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StartError, match="cannot write the checkpoint"):
+        checkpoint(Checkpoints(tmp_path / "file", "r"), 1)
+
+
+def test_companions_are_copied_weights_are_not(model_folder: Path, tmp_path: Path) -> None:
+    copy_companions(model_folder, tmp_path)
+    assert "tokenizer.json" in {path.name for path in tmp_path.iterdir()}
+    assert not {"model.safetensors", "config.json"} & {path.name for path in tmp_path.iterdir()}
+
+
+def test_groups_are_asked_for_with_the_same_ids_every_time() -> None:
+    settings = TrainerSettings(agent="solver", sampling_parameters={"max_tokens": 9})
+    first = group_records(settings, shape(), load_tasks(TASKS), 4)
+    assert [q.rollout_id for q in first] == ["r-g4-r0", "r-g4-r1", "r-g4-r2"]
+    assert {(q.group_id, q.task_id, q.run_id, q.group_size, q.agent) for q in first} == {
+        ("r-g4", "task-4", "r", 3, "solver")
+    }
+    assert first[0].input == {"prompt": 1}
+    again = group_records(settings, shape(), load_tasks(TASKS), 4)
+    assert [q.event_id for q in first] == [q.event_id for q in again]
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ""}, "module:function"),
+        ({"tasks": "no.such.module:f"}, "cannot import no.such.module"),
+        ({"tasks": "json:nothing"}, "has no function nothing"),
+        ({"sampling_parameters": {"temperature": 0.7}}, "temperature = 0.7; it must be 1"),
+        ({"sampling_parameters": {"top_p": 0.9}}, "top_p"),
+        ({"run_id": "a/b"}, "run_id"),
+        ({"run_id": "x" * 65}, "run_id"),
+        ({"pacing_staleness": 5}, "max_staleness"),
+    ],
+)
+def test_settings_that_cannot_work_say_so_before_anything_is_loaded(changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(SettingsError, match=message):
+        make_plan(Settings(trainer=TrainerSettings.model_validate({"tasks": TASKS} | changes)))
+
+
+def test_a_folder_that_is_no_model_says_so(tmp_path: Path, model_folder: Path) -> None:
+    assert read_limits(model_folder) == ModelLimits(16, 32)
+    (tmp_path / "config.json").write_text(json.dumps([1]))
+    for folder in (tmp_path, tmp_path / "missing"):
+        with pytest.raises(SettingsError, match="is no model folder"):
+            read_limits(folder)
+
+
+def test_an_evaluation_asks_for_the_same_rollouts_every_time() -> None:
+    settings = Settings(trainer=TrainerSettings(run_id="r", sampling_parameters={"max_tokens": 9}))
+
+    def ask(**changes: Any) -> list[Any]:
+        fields: dict[str, Any] = {"name": "before", "tasks": TASKS, "count": 3, "samples": ["greedy", "sampled"]}
+        return evaluation_rollouts(settings, **fields | changes)
+
+    asked = ask()
+    assert [rollout.rollout_id for rollout in asked] == [
+        f"r-val-before-{kind}-{index}" for kind in ("sampled", "greedy") for index in range(3)
+    ]
+    assert asked == ask()
+    assert {(r.mode, r.group_id, r.metadata["evaluation"]) for r in asked} == {("val", "", "before")}
+    assert [r.config.sampling_parameters["temperature"] for r in asked] == [1.0] * 3 + [0.0] * 3
+    for changes in ({"name": "a b"}, {"count": 0}, {"samples": ["beam"]}, {"samples": []}):
+        with pytest.raises(SettingsError):
+            ask(**changes)
