@@ -28,7 +28,7 @@ def demo(
     groups_per_step: Annotated[int, typer.Option(help="Tasks per step.", min=1)] = 8,
     group_size: Annotated[int, typer.Option(help="Rollouts of one task.", min=2)] = 8,
     eval_tasks: Annotated[int, typer.Option(help="Held-out tasks before and after.", min=1)] = 512,
-    warm_start_steps: Annotated[int, typer.Option(help="Steps on demonstrations before.", min=1)] = 500,
+    warm_start_steps: Annotated[int, typer.Option(help="Steps on demonstrations before.", min=1)] = 350,
     concurrency: Annotated[int, typer.Option(help="Agents at once.", min=1)] = 24,
     seed: Annotated[int, typer.Option(help="Of warm start and trainer.")] = 1,
 ) -> int:

@@ -33,7 +33,7 @@ class Sizes:
     groups_per_step: int = 8
     group_size: int = 8
     eval_tasks: int = 512
-    warm_start_steps: int = 500
+    warm_start_steps: int = 350
     concurrency: int = 24
     seed: int = 1
 
