@@ -174,7 +174,9 @@ class MaterialiserSettings(Section):
     batch_records: Annotated[int, Field(ge=1, le=1_000_000)] = 20_000
     """Most records of one insert."""
     batch_wait_ms: Annotated[int, Field(ge=1, le=60_000)] = 200
-    """Longest that a record waits for company."""
+    """Least time that a batch waits for company."""
+    max_batch_wait_ms: Annotated[int, Field(ge=1, le=600_000)] = 600
+    """Most: under load a partition waits a dozen times as long as its last insert took, up to this."""
     insert_seconds: Seconds = 30.0
     """Longest one insert may take before it is tried again with the same token."""
     session_seconds: Seconds = 45.0
@@ -183,7 +185,7 @@ class MaterialiserSettings(Section):
 
 class AssemblerSettings(Section):
     max_open_rollouts: Annotated[int, Field(ge=1)] = 100_000
-    """Rollouts with spans but no end, kept at once; beyond it the oldest waits on the log (consumption pauses)."""
+    """Rollouts whose records are kept in memory at once; of others only coordinates are, and they are read again."""
     orphan_seconds: Seconds = 900.0
     """Spans and rewards of a rollout nobody announced become dead letters after this."""
     commit_ms: Annotated[int, Field(ge=1, le=60_000)] = 50

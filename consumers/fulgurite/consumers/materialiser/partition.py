@@ -32,8 +32,6 @@ BATCH_BYTES = 16 * 1024 * 1024
 LINGER_RATIO = 12
 """A partition waits this many times as long as its last insert took: an insert costs the server tens of milliseconds of
 CPU however few records it has, and on a busy machine many small ones would slow down what they observe."""
-MAX_LINGER_SECONDS = 0.6
-"""But not longer: what is produced can be asked for within about a second."""
 RETRY_SECONDS = (0.2, 5.0)
 """First and longest pause between tries."""
 REPLAY_WAIT_SECONDS = 10.0
@@ -263,7 +261,9 @@ class PartitionWriter:
                 await self._parts.store.insert(self.partition, records, token)
             except Rejected as error:
                 await self._bisect(records, error)
-            self._linger_seconds = min(LINGER_RATIO * (time.monotonic() - started), MAX_LINGER_SECONDS)
+            # But not longer than the setting: that bounds how late what is produced can be asked for.
+            longest_seconds = self._parts.settings.max_batch_wait_ms / 1000
+            self._linger_seconds = min(LINGER_RATIO * (time.monotonic() - started), longest_seconds)
 
     async def _bisect(self, records: Sequence[Record], error: Rejected) -> None:
         """Halves until the record that ClickHouse will not take stands alone; that one becomes a dead letter."""

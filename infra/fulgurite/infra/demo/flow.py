@@ -142,16 +142,18 @@ class _Demo:
         if done:
             self._screen.say("  done in an earlier run of the demo")
             return
-        samples = self._plan.sizes.eval_tasks
+        sizes = self._plan.sizes
         self._watcher.mode, self._watcher.prefix = "val", f"{self._demo.run_id}-val-{name}-"
-        options = ["--name", name, "--tasks", f"{EXAMPLE}.tasks:heldout_task", "--count", str(samples)]
 
         def figures() -> Figures:
             known = self._watcher.figures()
-            known.done, known.total, known.what = self._watcher.ended, 2 * samples, "held-out rollouts"
+            known.done, known.total, known.what = self._watcher.ended, sizes.held_out_rollouts, "held-out rollouts"
             return known
 
-        self._run_once(f"evaluate-{name}", [*self._plan.service_command("evaluate"), *options], figures)
+        for sampling, count in (("greedy", sizes.greedy_tasks), ("sampled", sizes.eval_tasks)):
+            options = ["--name", name, "--tasks", f"{EXAMPLE}.tasks:heldout_task", "--count", str(count)]
+            command = [*self._plan.service_command("evaluate"), *options, "--sampling", sampling]
+            self._run_once(f"evaluate-{name}-{sampling}", command, figures)
 
     def _train(self) -> None:
         self._watcher.mode, self._watcher.prefix = "train", f"{self._demo.run_id}-g"
@@ -180,7 +182,7 @@ class _Demo:
 
     def _settle(self) -> None:
         """Waits until every ended rollout is a row: the materialiser is asynchronous."""
-        wanted = 2 * self._plan.sizes.eval_tasks
+        wanted = self._plan.sizes.held_out_rollouts
 
         def settled() -> bool:
             return self._watcher.ended >= wanted and self._watcher.rows_missing == 0

@@ -29,13 +29,19 @@ SERVICES = ("coordinator", "materialiser", "assembler", "policy-server", "follow
 class Sizes:
     """How much of everything: chosen so that two cores need under five minutes."""
 
-    steps: int = 60
+    steps: int = 44
     groups_per_step: int = 8
     group_size: int = 8
     eval_tasks: int = 512
+    greedy_tasks: int = 256
     warm_start_steps: int = 350
     concurrency: int = 24
     seed: int = 1
+
+    @property
+    def held_out_rollouts(self) -> int:
+        """Of one evaluation."""
+        return self.eval_tasks + self.greedy_tasks
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +89,9 @@ class Plan:
             "gateway": {"port": self.ports["gateway"], "url": at["gateway"], "backend_url": at["policy_server"]},
             "policy_server": {"port": self.ports["policy_server"], "max_new_tokens": 48},
             "follower": {"servers": [at["policy_server"]]},
+            # Few large inserts and transactions instead of many small ones: two cores are for agents and trainer.
+            "materialiser": {"batch_wait_ms": 1_000, "max_batch_wait_ms": 2_500},
+            "assembler": {"commit_ms": 100},
             "runner": {"agent": f"{EXAMPLE}.agent:agent", "concurrency": self.sizes.concurrency},
             "trainer": {
                 "run_id": self.run_id,

@@ -1,4 +1,4 @@
-"""Watches a run: asks ClickHouse and Kafka every second, in a thread of its own, and keeps the newest Figures.
+"""Watches a run: asks ClickHouse and Kafka every two seconds, in a thread of its own, and keeps the newest Figures.
 
 Promises: a store that is away (the demo's user may kill it) only makes the figures old. Does not draw.
 """
@@ -6,7 +6,6 @@ Promises: a store that is away (the demo's user may kill it) only makes the figu
 from __future__ import annotations
 
 import asyncio
-import itertools
 import logging
 import threading
 from copy import copy
@@ -24,8 +23,7 @@ from fulgurite.schemas.errors import FulguriteError
 from fulgurite.schemas.settings import Settings
 from fulgurite.schemas.topics import REWARDS, SPANS
 
-EVERY_SECONDS = 1.0
-LAG_EVERY_TICKS = 3
+EVERY_SECONDS = 2.0
 _ASK_SECONDS = 10.0
 
 logger = logging.getLogger(__name__)
@@ -64,16 +62,15 @@ class Watcher:
 
     def _watch(self) -> None:
         with asyncio.Runner() as runner:
-            for tick in itertools.count():
-                if self._stop.wait(EVERY_SECONDS):
-                    return
+            while not self._stop.is_set():
                 try:
                     with connect(self._settings.clickhouse) as client:
-                        self._ask(client)
+                        while not self._stop.wait(EVERY_SECONDS):
+                            self._ask(client)
+                            self._ask_lag(runner)
                 except (ClickHouseError, OSError) as error:
                     logger.info("ClickHouse does not answer: %s", error)
-                if tick % LAG_EVERY_TICKS == 0:
-                    self._ask_lag(runner)
+                    self._stop.wait(EVERY_SECONDS)
 
     def _ask_lag(self, runner: asyncio.Runner) -> None:
         try:
