@@ -67,7 +67,7 @@ def test_the_agents_install_stays_light():
 
 def test_no_init_hides_the_namespace():
     """An __init__.py directly in any */fulgurite/ would hide the other packages."""
-    assert [p for p in ROOT.glob("*/fulgurite/__init__.py")] == []
+    assert list(ROOT.glob("*/fulgurite/__init__.py")) == []
 
 
 def test_every_package_is_typed():

@@ -24,15 +24,18 @@ from fulgurite.schemas.topics import RESOURCES
 async def newest_version(settings: KafkaSettings, resource: str) -> ResourceVersion | None:
     """The newest committed version of `resource` on the topic, None where there is none."""
     name = settings.topic(RESOURCES)
+    # Not seek_to_beginning: it may lose against the client's own search for a position, and the topic looks empty.
     consumer = AIOKafkaConsumer(
-        **connection_options(settings), isolation_level="read_committed", enable_auto_commit=False
+        **connection_options(settings),
+        isolation_level="read_committed",
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
     )
     await consumer.start()
     try:
         partitions = [TopicPartition(name, p) for p in sorted(consumer.partitions_for_topic(name) or {0})]
         consumer.assign(partitions)
         ends = await consumer.end_offsets(partitions)
-        await consumer.seek_to_beginning(*partitions)
         newest: ResourceVersion | None = None
         while any([await consumer.position(p) < ends[p] for p in partitions]):
             for records in (await consumer.getmany(timeout_ms=200)).values():

@@ -82,8 +82,11 @@ class RolloutLog:
         # A second client reads uncommitted: its end offsets are the real ends, also behind an open transaction.
         self._ends = await self._connect(isolation_level="read_uncommitted")
         self._tail = await self._connect(isolation_level="read_committed")
+        starts = await self._tail.beginning_offsets(self._partitions)
+        # Explicit seeks, at once: seek_to_beginning may lose against the client's own search for a position.
         self._tail.assign(self._partitions)
-        await self._tail.seek_to_beginning(*self._partitions)
+        for partition, offset in starts.items():
+            self._tail.seek(partition, offset)
 
     async def close(self) -> None:
         for client in (self._tail, self._ends):

@@ -1,0 +1,160 @@
+"""The demo as a user runs it, small: interrupted by kill -9, continued, every service killed, all accounts settled."""
+
+from __future__ import annotations
+
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import psutil
+import pytest
+
+from fulgurite.infra.clickhouse import EmbeddedClickHouse
+from fulgurite.infra.demo import questions, state
+from fulgurite.infra.sql import connect
+
+pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(420)]
+
+ROOT = Path(__file__).resolve().parents[2]
+SMALL = {
+    "--steps": 4,
+    "--groups-per-step": 3,
+    "--group-size": 4,
+    "--eval-tasks": 12,
+    "--greedy-tasks": 4,
+    "--warm-start-steps": 60,
+    "--concurrency": 8,
+}
+ROLLOUTS = 4 * 3 * 4
+KILLED = ("coordinator", "gateway", "assembler", "follower", "policy-server", "runner", "materialiser", "train")
+FINISHED = (0, 1)
+"""1 says that the reward did not rise enough, which four steps cannot promise."""
+
+
+@contextmanager
+def demo(data: Path, log: Path) -> Generator[subprocess.Popen[bytes]]:
+    options = [str(part) for option in SMALL.items() for part in option]
+    command = [sys.executable, "-m", "fulgurite.infra", "demo", "--data", str(data), *options]
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("FULGURITE_")}
+    with log.open("ab") as output:
+        process = subprocess.Popen(command, cwd=ROOT, stdout=output, stderr=subprocess.STDOUT, env=environment)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        process.wait(60)
+
+
+def processes_on(data: Path) -> list[psutil.Process]:
+    """Everything that works in or for this folder."""
+    found: list[psutil.Process] = []
+    for process in psutil.process_iter():
+        try:
+            place = process.cwd() + " " + process.environ().get("FULGURITE_HOME", "") + " ".join(process.cmdline())
+            if str(data) in place and process.status() != psutil.STATUS_ZOMBIE:
+                found.append(process)
+        except (psutil.Error, OSError):
+            continue
+    return found
+
+
+def until(what: str, log: Path, pattern: str, process: subprocess.Popen[bytes], timeout_seconds: float = 240) -> None:
+    deadline = time.monotonic() + timeout_seconds
+    while not re.search(pattern, log.read_text(errors="replace")):
+        assert process.poll() is None, f"ended before {what}:\n{log.read_text(errors='replace')[-4000:]}"
+        assert time.monotonic() < deadline, f"no {what}:\n{log.read_text(errors='replace')[-4000:]}"
+        time.sleep(0.2)
+
+
+def service(data: Path, name: str) -> psutil.Process | None:
+    for process in processes_on(data):
+        try:
+            if process.cmdline()[-1:] == [name]:
+                return process
+        except psutil.Error:
+            continue
+    return None
+
+
+def accounts(data: Path) -> dict[tuple[str, str], int]:
+    """(outcome, reason) -> rollouts, and a check that no record became two rows."""
+    run = state.load(data)
+    assert run is not None
+    server = EmbeddedClickHouse(data / "clickhouse")
+    server.start()
+    try:
+        with connect(server.settings("fulgurite")) as client:
+            rows = client.query(questions.ACCOUNTS, {"run_id": run.run_id}).result_rows
+            doubled = client.query("SELECT sum(duplicates) FROM reconciliation").result_rows
+            assert doubled[0][0] == 0
+            return {(str(outcome), str(reason)): int(count) for outcome, reason, count in rows}
+    finally:
+        server.stop()
+
+
+def assert_settled(found: dict[tuple[str, str], int]) -> None:
+    """Every rollout trained on once, evaluated, or dropped with its reason."""
+    by_outcome: dict[str, int] = {}
+    for (outcome, reason), count in found.items():
+        by_outcome[outcome] = by_outcome.get(outcome, 0) + count
+        assert outcome != "dropped" or reason
+    assert set(by_outcome) <= {"trained", "dropped", "evaluated"}, found
+    assert by_outcome["evaluated"] == 2 * (12 + 4)
+    assert by_outcome.get("trained", 0) + by_outcome.get("dropped", 0) >= ROLLOUTS
+
+
+def test_killed_and_run_again_it_goes_on_and_leaves_nothing_behind(tmp_path: Path):
+    data, log = tmp_path / "data", tmp_path / "log"
+    with demo(data, log) as process:
+        until("a step", log, r"GRPO steps [1-9]|✓ training", process)
+        process.kill()
+        process.wait()
+    deadline = time.monotonic() + 10
+    while processes_on(data) and time.monotonic() < deadline:
+        time.sleep(0.1)
+    assert processes_on(data) == []
+    with demo(data, log) as process:
+        assert process.wait(300) in FINISHED, log.read_text(errors="replace")[-4000:]
+    text = log.read_text(errors="replace")
+    assert "it goes on where it stood" in text
+    assert "Reward by policy version" in text
+    assert "Held-out sampled reward" in text
+    assert processes_on(data) == []
+    assert_settled(accounts(data))
+
+
+def test_every_service_killed_in_turn_the_run_goes_on(tmp_path: Path):
+    data, log = tmp_path / "data", tmp_path / "log"
+    killed: list[str] = []
+    with demo(data, log) as process:
+        until("training", log, r"✓ evaluation before", process)
+        for name in (*KILLED, "kafka", "clickhouse"):
+            if process.poll() is not None:
+                break
+            victim = store(data, name) if name in ("kafka", "clickhouse") else service(data, name)
+            if victim is not None:
+                victim.kill()
+                killed.append(name)
+            time.sleep(1.0)
+        assert process.wait(360) in FINISHED, log.read_text(errors="replace")[-6000:]
+    assert len(killed) >= 5, killed
+    assert processes_on(data) == []
+    assert_settled(accounts(data))
+
+
+def store(data: Path, name: str) -> psutil.Process | None:
+    marks = {"kafka": "kafka.Kafka", "clickhouse": "clickhouse_child"}
+    for process in processes_on(data):
+        try:
+            if marks[name] in " ".join(process.cmdline()):
+                return process
+        except psutil.Error:
+            continue
+    return None
