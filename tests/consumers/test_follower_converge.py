@@ -106,15 +106,56 @@ async def test_a_server_is_brought_to_the_newest_version(
     assert event.seconds.keys() == {"verify", "pause", "load", "resume", "total"}
 
 
-async def test_a_converged_server_is_left_alone_and_reported_once(
+async def test_a_fresh_follower_loads_what_the_label_says_once_and_then_leaves_the_server_alone(
     server: FakePolicyServer, session: aiohttp.ClientSession, tmp_path: Path
 ):
-    server.label, server.weights = "3", 30
+    server.label, server.weights = "3", 666  # the number fits, the weights are from before the log was wiped
     follower = Follower(server, session, make_version(tmp_path, 3))
     for _ in range(3):
         await follower.loop.step()
-    assert "/pause" not in server.log
+    assert serves(server, 3)
+    assert server.log.count("/pause") == 1
     assert follower.outcome == [(3, True)]
+
+
+async def test_a_number_announced_again_with_other_files_is_loaded_again(
+    server: FakePolicyServer, session: aiohttp.ClientSession, tmp_path: Path
+):
+    first = make_version(tmp_path / "one", 3)
+    follower = Follower(server, session, first)
+    await follower.loop.step()
+    make_version(tmp_path / "other", 3)
+    files = tmp_path / "other" / "v3"
+    (files / "weights.txt").write_text("31")
+    other = first.model_copy(update={"uri": files.as_uri(), "sha256": folder_sha256(files)})
+    follower.versions.add(other)
+    for _ in range(2):
+        await follower.loop.step()
+    assert (server.label, server.weights, server.paused) == ("3", 31, False)
+    assert server.log.count("/collective_rpc") == 2
+    assert follower.outcome == [(3, True)] * 2
+
+
+async def test_the_same_content_announced_from_another_place_is_not_loaded_again(
+    server: FakePolicyServer, session: aiohttp.ClientSession, tmp_path: Path
+):
+    follower = Follower(server, session, make_version(tmp_path / "one", 3))
+    await follower.loop.step()
+    follower.versions.add(make_version(tmp_path / "copy", 3))
+    await follower.loop.step()
+    assert server.log.count("/collective_rpc") == 1
+
+
+async def test_a_server_that_refuses_a_number_announced_again_keeps_the_first(
+    server: FakePolicyServer, session: aiohttp.ClientSession, tmp_path: Path
+):
+    follower = Follower(server, session, make_version(tmp_path / "one", 3))
+    await follower.loop.step()
+    follower.versions.add(make_version(tmp_path / "other", 3, sha256="0" * 64))
+    for _ in range(2):
+        await follower.loop.step()
+    assert serves(server, 3)
+    assert follower.outcome == [(3, True), (3, False)]
 
 
 async def test_versions_in_between_are_skipped(
@@ -219,13 +260,13 @@ async def test_a_server_that_keeps_failing_to_load_a_version_is_taken_at_its_wor
     follower = Follower(server, session, make_version(tmp_path, 3))
     async with follower.running():
         await until(lambda: serves(server, 3))
-        server.faults["/collective_rpc"] = lambda: Response("out of memory", status_code=500)
+        failures = iter([Response("out of memory", status_code=500) for _ in range(LOAD_TRIES)])
+        server.faults["/collective_rpc"] = lambda: next(failures, None)
         follower.versions.add(make_version(tmp_path, 4))
-        await until(lambda: (4, False) in follower.outcome)
-        assert server.log.count("/collective_rpc") == 1 + LOAD_TRIES
         # What the failed load left behind is unknown, so the version before is loaded again.
-        server.faults.clear()
-        await until(lambda: serves(server, 3))
+        await until(lambda: follower.outcome == [(3, True), (4, False), (3, True)])
+        assert serves(server, 3)
+        assert server.log.count("/collective_rpc") == 1 + LOAD_TRIES + 1
 
 
 @pytest.mark.parametrize(

@@ -9,8 +9,11 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import pytest
 from aiokafka import TopicPartition
+from aiokafka.structs import OffsetAndMetadata
 
+from fulgurite.consumers.materialiser import partition as partition_module
 from fulgurite.consumers.materialiser.offsets import Intent, Offsets
 from fulgurite.consumers.materialiser.partition import PartitionWriter, Parts
 from fulgurite.consumers.materialiser.store import LogEntry, Partition, Record, Rejected, Store, Unavailable
@@ -80,6 +83,7 @@ class FakeOffsets:
 class FakeConsumer:
     at: int = -1
     paused: bool = True
+    read_to: int = 0
 
     def pause(self, *partitions: TopicPartition) -> None:
         self.paused = True
@@ -96,6 +100,9 @@ class FakeConsumer:
     async def end_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
         return {TP: 1_000}
 
+    async def position(self, partition: TopicPartition) -> int:
+        return self.read_to
+
 
 class Rig:
     def __init__(self, store: FakeStore, intent: Intent | None = None, buffer_bytes: int = 1 << 20) -> None:
@@ -111,10 +118,10 @@ class Rig:
         )
         self.writer = PartitionWriter(SPANS, parts, buffer_bytes)
 
-    async def feed(self, records: Sequence[FakeRecord], batches: int = 1) -> None:
+    async def feed(self, records: Sequence[FakeRecord], batches: int = 1, seconds: float = 10) -> None:
         task = asyncio.create_task(self.writer.run())
         try:
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(seconds):
                 while self.consumer.at < 0:
                     await asyncio.sleep(0.001)
                 self.writer.append(cast(Any, [r for r in records if r.offset >= self.consumer.at]))
@@ -148,6 +155,66 @@ async def test_an_interrupted_range_keeps_its_boundaries() -> None:
     assert rig.consumer.at == 4
     assert sorted(rig.store.rows) == list(range(10))
     assert rig.store.tokens == ["spans-0-4-7", "spans-0-8-9"]
+
+
+class Deduplicating(FakeStore):
+    """As ClickHouse: a block under a token it knows is silently not inserted."""
+
+    async def insert(self, partition: Partition, records: Sequence[Record], token: str) -> None:
+        known = token in self.tokens
+        await super().insert(partition, [] if known else records, token)
+
+
+async def test_an_interrupted_range_is_read_whole_though_the_buffer_is_full_and_after_a_second_kill() -> None:
+    store, records = Deduplicating(), [FakeRecord(n, b"x" * 1_000) for n in range(12)]
+    killed = Rig(store, intent=Intent(0, 9), buffer_bytes=5_000)
+    with pytest.raises(TimeoutError):
+        await killed.feed(records[:5], seconds=0.2)
+    assert not killed.consumer.paused, "a full buffer must not keep the rest of the range away"
+    assert not killed.finished, "half a range must not be logged"
+    assert not store.rows, "half a range must not use up the token"
+
+    again = Rig(store, intent=Intent(0, 9), buffer_bytes=5_000)
+    await again.feed(records, batches=2)
+    assert [(entry.lo, entry.hi, entry.records) for entry in again.finished] == [(0, 9, 10), (10, 11, 2)]
+    assert store.rows == list(range(12))
+    assert store.tokens == ["spans-0-0-9", "spans-0-10-11"]
+
+
+async def test_the_end_of_an_interrupted_range_is_given_up_only_when_it_was_passed(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(partition_module, "REPLAY_WAIT_SECONDS", 0.02)
+    slow = Rig(FakeStore(), intent=Intent(0, 9))
+    slow.consumer.read_to = 7
+    with pytest.raises(TimeoutError):
+        await slow.feed([FakeRecord(n) for n in range(7)], seconds=0.2)
+    assert not slow.store.tokens
+
+    compacted = Rig(FakeStore(), intent=Intent(0, 9))
+    compacted.consumer.read_to = 10
+    await compacted.feed([FakeRecord(n) for n in range(7)])
+    assert compacted.store.tokens == ["spans-0-0-9"]
+    assert compacted.finished[0].hi == 9
+
+
+@dataclass
+class LoadingAdmin:
+    """A broker that has just started: its first answers are empty."""
+
+    empty_answers: int
+
+    async def list_consumer_group_offsets(
+        self, group_id: str, group_coordinator_id: int | None = None, partitions: list[TopicPartition] | None = None
+    ) -> dict[TopicPartition, OffsetAndMetadata]:
+        self.empty_answers -= 1
+        return {} if self.empty_answers >= 0 else {TP: OffsetAndMetadata(4, "9")}
+
+
+async def test_the_intent_is_asked_for_until_the_groups_coordinator_has_loaded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fulgurite.consumers.materialiser.offsets.RETRY_SECONDS", 0.001)
+    offsets = Offsets(cast(Any, None), cast(Any, LoadingAdmin(2)), "group")
+    assert await offsets.intent(TP) == Intent(4, 9)
 
 
 async def test_offsets_that_are_in_the_tables_are_skipped() -> None:

@@ -25,7 +25,7 @@ POINTS = [
 
 def test_every_question_is_one_that_the_tables_answer(clickhouse_settings: ClickHouseSettings, tmp_path: Path):
     apply_migrations(clickhouse_settings)
-    parameters = {"run_id": "r", "mode": "train", "prefix": "r-g", "resource": "policy"}
+    parameters = {"run_id": "r", "mode": "train", "prefix": "r-g", "resource": "policy", "since_ns": 0}
     with connect(clickhouse_settings) as client:
         for name in (name for name in dir(questions) if name.isupper() and name != "TO_TRY"):
             client.query(getattr(questions, name), parameters)
@@ -46,8 +46,8 @@ def test_curve_counts_train_and_sampled_held_out_rollouts(clickhouse_settings: C
                 f"('queued', '{rollout_id}', 'r', '{mode}', {{'sampling': '{sampling}'}}, {offset})"
             )
             client.command(
-                "INSERT INTO trajectories (rollout_id, run_id, mode, reward, min_version, _offset) VALUES "
-                f"('{rollout_id}', 'r', '{mode}', {reward}, 7, {offset})"
+                "INSERT INTO trajectories (rollout_id, run_id, mode, reward, min_version, metadata, _offset) VALUES "
+                f"('{rollout_id}', 'r', '{mode}', {reward}, 7, {{'sampling': '{sampling}'}}, {offset})"
             )
         curve = questions.curve(client, "r")
     assert {(p.mode, p.version, p.rollouts, p.reward_mean) for p in curve} == {("train", 7, 2, 0.5), ("val", 7, 1, 1.0)}

@@ -41,13 +41,15 @@ async def _read(settings: KafkaSettings, count: int) -> list[bytes | None]:
     """At least `count` values. A commit is acknowledged before its markers are written: after a crash the broker
     writes them a moment after its start."""
     consumer: AIOKafkaConsumer = AIOKafkaConsumer(
-        bootstrap_servers=settings.bootstrap_servers, isolation_level="read_committed", enable_auto_commit=False
+        bootstrap_servers=settings.bootstrap_servers,
+        isolation_level="read_committed",
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
     )
     await consumer.start()
     try:
         part = TopicPartition(settings.topic(RESOURCES), 0)
         consumer.assign([part])
-        await consumer.seek_to_beginning(part)
         found: list[bytes | None] = []
         async with asyncio.timeout(30):
             while len(found) < count:

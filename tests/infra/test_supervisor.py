@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -83,6 +85,50 @@ def test_what_a_restart_would_not_mend_is_fatal(supervisor: Supervisor, code: in
     assert supervisor.wait("wrong", 20) == code
     assert one(supervisor, "wrong").state == "failed"
     assert one(supervisor, "wrong").restarts == 0
+
+
+def test_a_fenced_service_waits_long_before_it_tries_again(supervisor: Supervisor, events: Events) -> None:
+    supervisor.start("fenced", python("import sys; sys.exit(5)"))
+    assert wait_until(lambda: one(supervisor, "fenced").state == "waiting", 20)
+    assert wait_until(lambda: any("another process took over" in what for _, what in events.seen), 20)
+    (what,) = [what for _, what in events.seen if "starts again in" in what]
+    assert float(what.split("starts again in ")[1].split(" s")[0]) >= 10
+
+
+class FullDisk:
+    """A store whose first restarts find no space."""
+
+    def __init__(self, log: Path) -> None:
+        self.pid, self.log = 1, log
+        self.starts = 0
+        self._code: int | None = 1
+
+    def start(self) -> None:
+        self.starts += 1
+        if self.starts < 3:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        self._code = None
+
+    def stop(self) -> None:
+        self._code = 0
+
+    def wait(self, timeout_seconds: float) -> int | None:
+        if self._code is None:
+            time.sleep(timeout_seconds)
+        return self._code
+
+
+def test_no_space_ends_neither_the_watch_nor_the_restarts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fulgurite.infra.supervisor.FIRST_BACKOFF_SECONDS", 0.05)
+
+    def listener(name: str, what: str) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    supervisor, store = Supervisor(tmp_path, listener), FullDisk(tmp_path / "log")
+    supervisor.watch("store", store)
+    assert wait_until(lambda: one(supervisor, "store").restarts == 1, 20)
+    assert store.starts == 3
+    supervisor.stop_all()
 
 
 def test_all_are_stopped_the_last_first(tmp_path: Path, events: Events) -> None:

@@ -13,16 +13,19 @@ import pytest
 from aiokafka.structs import RecordMetadata
 
 from fulgurite.producers import outbox as outbox_module
+from fulgurite.producers import rollout as rollout_module
 from fulgurite.producers.agents import AgentCalls, load_agent, reward_of
 from fulgurite.producers.outbox import Outbox
 from fulgurite.producers.publisher import Acknowledgement, Publisher
 from fulgurite.producers.rewards import emit_reward, emit_reward_async
 from fulgurite.producers.rollout import RolloutContext
+from fulgurite.schemas.codec import decode
 from fulgurite.schemas.coordinator import Attempt, AttemptedRollout
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import BufferFull, FulguriteError, SettingsError, Undelivered
 from fulgurite.schemas.rewards import Reward
 from fulgurite.schemas.settings import KafkaSettings
+from fulgurite.schemas.spans import Span
 from fulgurite.schemas.topics import REWARDS, SPANS, Topic
 
 
@@ -135,6 +138,40 @@ async def test_a_span_takes_what_json_cannot_hold_and_records_the_error() -> Non
     assert "/x" in text
 
 
+async def test_what_utf8_or_json_cannot_hold_is_cleaned_and_never_raises() -> None:
+    class Mute:
+        def __repr__(self) -> str:
+            raise RuntimeError("no")
+
+    publisher = FakePublisher()
+    rollout = a_rollout(an_outbox(publisher))
+    circle: list[Any] = []
+    circle.append(circle)
+    odd: dict[str, Any] = {"half \ud83d": "a\ud83d", "é": float("nan"), "inf": [float("inf")], "mute": Mute()}
+    with rollout.span("n\ud83d", input="in\ud83d", attributes=odd, state={"s\ud83d": circle}) as span:
+        span.output = {(1, 2): "a tuple is no key"}
+        span.error = "bad \ud83d"
+    rollout.reward(1.0, name="style \ud83d", metadata={"why\ud83d": "so\ud83d"})
+    await asyncio.sleep(0.01)
+    event, reward = decode(Span, publisher.records[0][1]), decode(Reward, publisher.records[1][1])
+    assert (event.name, event.input, event.status_message) == ("n?", "in?", "bad ?")
+    assert event.output == "{(1, 2): 'a tuple is no key'}"
+    assert event.attributes == {"half ?": "a?", "é": "NaN", "inf": ["Infinity"], "mute": "<Mute>"}
+    assert event.state == {"s?": "[[...]]"}
+    assert (reward.name, reward.metadata) == ("style ?", {"why?": "so?"})
+
+
+async def test_the_rewards_of_an_attempt_are_bounded_but_for_the_final_one(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(rollout_module, "MAX_REWARDS", 2)
+    rollout = a_rollout(an_outbox(FakePublisher()))
+    rollout.reward(1.0)
+    rollout.reward(2.0)
+    with pytest.raises(FulguriteError, match="gave 2 rewards, the bound of one attempt"):
+        rollout.reward(3.0)
+    rollout.allow_final_reward()
+    rollout.reward(3.0)
+
+
 async def test_the_environment_leads_other_processes_to_the_rollout(
     monkeypatch: pytest.MonkeyPatch, kafka_settings: KafkaSettings
 ) -> None:
@@ -170,9 +207,16 @@ def test_agents_are_checked_when_they_are_loaded(tmp_path: Path, monkeypatch: py
             load_agent(spec)
 
 
+class Pair:
+    """As an array of two numbers."""
+
+    def __float__(self) -> float:
+        raise TypeError("only arrays of length 1 can be converted")
+
+
 def test_rewards_returned_are_numbers_or_nothing() -> None:
     assert (reward_of(None), reward_of(True), reward_of(2)) == (None, 1.0, 2.0)
-    for wrong in ("1", {}, float("inf")):
+    for wrong in ("1", {}, float("inf"), 10**400, Pair()):
         with pytest.raises(ValueError, match="expected a finite number or None"):
             reward_of(wrong)
 

@@ -121,6 +121,10 @@ async def test_what_is_too_large_or_wrong_becomes_a_dead_letter_and_the_others_g
     tracer.start_span("fine").end()
     tracer.start_span("huge", attributes={"text": "x" * 10_000}).end()
     tracer.start_span("wrong", attributes={"gen_ai.usage.input_tokens": "many"}).end()
+    tracer.start_span("no json", attributes={"prompt_token_ids": "not json"}).end()
+    tracer.start_span("no list", attributes={"fulgurite.logprobs": 5}).end()
+    tracer.start_span("half", attributes={"text": "a\ud83d", "agentlightning.rollout_id": "r\ud83d"}).end()
+    tracer.start_span("half too", attributes={"text": "a\ud83d"}).end()
     tracer.start_span("also fine").end()
     small = Settings(kafka=kafka_settings.model_copy(update={"max_record_bytes": 4_096}))
     exporter = KafkaSpanExporter(small)
@@ -131,9 +135,14 @@ async def test_what_is_too_large_or_wrong_becomes_a_dead_letter_and_the_others_g
     headers = [dict(record.headers) for record in await read_topic(kafka_settings, DEAD_LETTERS)]
     assert [(one[HEADER_STAGE], one[HEADER_REASON]) for one in headers] == [
         (b"exporter", b"too_large"),
-        (b"exporter", b"bad_field"),
+        *[(b"exporter", b"bad_field")] * 5,
     ]
-    assert b"input_tokens" in headers[1][HEADER_MESSAGE]
+    for message, part in zip(
+        [one[HEADER_MESSAGE] for one in headers[1:]],
+        [b"input_tokens", b"prompt_token_ids", b"logprobs", b"rollout_id", b"surrogates"],
+        strict=True,
+    ):
+        assert part in message
 
 
 def test_without_a_broker_export_fails_and_says_so(

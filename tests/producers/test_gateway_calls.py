@@ -77,6 +77,12 @@ def test_ids_may_come_as_headers_and_may_be_absent():
     assert len(without.trace_id) == 32
 
 
+@pytest.mark.parametrize(("said", "count"), [("0", 0), ("2", 2), ("", 0), ("-1", 0), ("two", 0), ("9" * 30, 0)])
+def test_the_count_of_a_clients_retries_is_taken_where_it_is_one(said: str, count: int):
+    assert parse(headers={"x-stainless-retry-count": said}).retry_count == count
+    assert parse().retry_count == 0
+
+
 def test_the_trace_is_the_callers_or_the_attempts():
     assert parse().trace_id == attempt_trace_id("r1", "a1")
     own = parse(headers={"traceparent": f"00-{'ab' * 16}-{'cd' * 8}-01"})

@@ -138,6 +138,32 @@ async def test_the_agent_gets_only_what_it_asked_for():
     assert full["choices"][0]["logprobs"]["content"][2]["logprob"] == -0.375
 
 
+async def test_what_shapes_the_sampled_distribution_is_recorded():
+    publisher = FakePublisher()
+    asked = {"temperature": 0.7, "top_p": 0.9, "presence_penalty": 0.1, "frequency_penalty": 0.2}
+    extra = {"top_k": 5, "min_p": 0.05, "repetition_penalty": 1.1}
+    async with FakePolicyServer(label="1") as backend, gateway(publisher, backend.url) as url:
+        await ask(url, **asked, extra_body=extra)
+        await ask(url)
+    given, plain = (span.attributes for span in publisher.spans)
+    assert {name: given[f"gen_ai.request.{name}"] for name in asked | extra} == asked | extra
+    assert not [name for name in plain if name.startswith("gen_ai.request.")]
+
+
+async def test_a_clients_retry_after_a_lost_acknowledgement_is_recorded_as_one():
+    publisher = FakePublisher(acknowledges=False)
+    async with (
+        FakePolicyServer(label="1") as backend,
+        gateway(publisher, backend.url, publish_seconds=1.0) as url,
+        client(url).with_options(max_retries=1) as agent,
+    ):
+        asking = asyncio.create_task(agent.chat.completions.create(model="policy", messages=MESSAGES))
+        await until(lambda: len(publisher.waiting) == 2)
+        publisher.acknowledge()
+        await asking
+    assert [span.attributes.get("fulgurite.retry_count") for span in publisher.spans] == [None, 1]
+
+
 async def test_a_choice_is_a_span():
     publisher = FakePublisher()
     async with FakePolicyServer(label="1") as backend, gateway(publisher, backend.url) as url:

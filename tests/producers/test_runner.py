@@ -110,6 +110,13 @@ async def test_everything_is_acknowledged_before_the_end_is_reported(kafka_setti
     assert seen == {"r1-1": (201, 1)}
 
 
+class Wild:
+    """Looks like a number, and is none."""
+
+    def __float__(self) -> float:
+        raise RuntimeError("no number \ud83d")
+
+
 async def test_failures_end_the_attempt_and_never_the_runner(kafka_settings: KafkaSettings) -> None:
     async def agent(task: Any, rollout: RolloutContext) -> Any:
         match task:
@@ -121,6 +128,12 @@ async def test_failures_end_the_attempt_and_never_the_runner(kafka_settings: Kaf
                 return float("nan")
             case "text":
                 return "done"
+            case "huge":
+                return 10**400
+            case "wild":
+                return Wild()
+            case "half":
+                raise ValueError("cut \ud83d")
             case "sleep":
                 with rollout.span("long"):
                     await asyncio.sleep(60)
@@ -131,8 +144,14 @@ async def test_failures_end_the_attempt_and_never_the_runner(kafka_settings: Kaf
     expected = {
         "raise": ("failed", "ValueError: no such tool"),
         "exit": ("failed", "AgentExit: the agent exited with 3"),
-        "nan": ("failed", "the agent returned nan; expected a finite number or None"),
-        "text": ("failed", "the agent returned a str; expected a finite number or None"),
+        "nan": ("failed", "ValueError: the agent returned nan; expected a finite number or None"),
+        "text": ("failed", "ValueError: the agent returned a str; expected a finite number or None"),
+        "huge": (
+            "failed",
+            "ValueError: the agent returned a int: int too large to convert to float; expected a finite number or None",
+        ),
+        "wild": ("failed", "RuntimeError: no number ?"),
+        "half": ("failed", "ValueError: cut ?"),
         "sleep": ("timeout", "no end within 0.3 s"),
         "fine": ("succeeded", ""),
     }

@@ -50,6 +50,27 @@ def test_lists_and_tables_come_as_json(tmp_path: Path) -> None:
         ("FULGURITE_NOSUCH__X", "4", r"no such setting"),
         ("FULGURITE_CLICKHOUSE__URL", "localhost:8123", r"FULGURITE_CLICKHOUSE__URL"),
         ("FULGURITE_CLICKHOUSE__DATABASE", "x; DROP", r"FULGURITE_CLICKHOUSE__DATABASE"),
+        ("FULGURITE_CLICKHOUSE__URL", "http://h:99999", r"FULGURITE_CLICKHOUSE__URL = .*a port from 1 to 65535"),
+        ("FULGURITE_CLICKHOUSE__URL", "http://u:hunter2@h:99999", r"'http://\*\*\*@h:99999'"),
+        (
+            "FULGURITE_KAFKA__BOOTSTRAP_SERVERS",
+            "localhost:abc",
+            r"BOOTSTRAP_SERVERS = 'localhost:abc': must be host:port",
+        ),
+        ("FULGURITE_KAFKA__BOOTSTRAP_SERVERS", "a:9092,b:70000", r"ports from 1 to 65535"),
+        ("FULGURITE_KAFKA__BOOTSTRAP_SERVERS", "a:9092,", r"must be host:port"),
+        (
+            "FULGURITE_KAFKA__SECURITY_PROTOCOL",
+            "SASL_SSL",
+            r"kafka\.sasl_username, not set in .*security_protocol is SASL",
+        ),
+        (
+            "FULGURITE_KAFKA__SECURITY_PROTOCOL",
+            "SASL_SSL",
+            r"kafka\.sasl_password, not set in .*security_protocol is SASL",
+        ),
+        ("FULGURITE_KAFKA__SSL_CAFILE", "/no/such.pem", r"SSL_CAFILE = '/no/such.pem': .*PEM .*No such file"),
+        ("FULGURITE_KAFKA__SSL_CAFILE", __file__, r"SSL_CAFILE = .*certificates in PEM form"),
         ("FULGURITE_FOLLOWER__SERVERS", "http://a", r"FULGURITE_FOLLOWER__SERVERS: must be JSON"),
     ],
 )
@@ -81,6 +102,28 @@ def test_passwords_are_not_shown(tmp_path: Path) -> None:
     settings = load_settings(env(tmp_path, FULGURITE_CLICKHOUSE__PASSWORD="hunter2"))
     assert "hunter2" not in repr(settings)
     assert settings.clickhouse.password.get_secret_value() == "hunter2"
+
+
+@pytest.mark.parametrize("wrong", ["[clickhouse]\npassword = 12345\n", 'clickhouse = "12345"\n'])
+def test_passwords_are_not_shown_when_they_are_wrong(tmp_path: Path, wrong: str) -> None:
+    (tmp_path / "fulgurite.toml").write_text(wrong)
+    with pytest.raises(SettingsError, match=r"clickhouse.* in .*fulgurite\.toml: ") as caught:
+        load_settings(env(tmp_path))
+    assert "12345" not in str(caught.value)
+
+
+def test_good_addresses_and_logins_pass(tmp_path: Path) -> None:
+    settings = load_settings(
+        env(
+            tmp_path,
+            FULGURITE_KAFKA__BOOTSTRAP_SERVERS="kafka-1:9092, 10.0.0.1:9092,[::1]:9092",
+            FULGURITE_KAFKA__SECURITY_PROTOCOL="SASL_PLAINTEXT",
+            FULGURITE_KAFKA__SASL_USERNAME="u",
+            FULGURITE_KAFKA__SASL_PASSWORD="p",
+            FULGURITE_CLICKHOUSE__URL="https://[::1]:8443",
+        )
+    )
+    assert settings.kafka.sasl_username == "u"
 
 
 def test_every_setting_says_what_it_means() -> None:

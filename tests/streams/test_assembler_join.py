@@ -141,6 +141,81 @@ def test_too_long_calls_are_left_out(monkeypatch: pytest.MonkeyPatch) -> None:
     assert trajectory.sequences[0].token_ids == [1, 2, 3, 4]
 
 
+def with_attributes(call: Span, **attributes: object) -> Span:
+    return call.model_copy(update={"attributes": {name.replace("__", "."): v for name, v in attributes.items()}})
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "neutral"),
+    [
+        ("temperature", 1, True),
+        ("temperature", "1.0", True),
+        ("temperature", 0.7, False),
+        ("temperature", "hot", False),
+        ("top_p", 1.0, True),
+        ("top_p", 0.9, False),
+        ("top_k", -1, True),
+        ("top_k", 0, True),
+        ("top_k", None, True),
+        ("top_k", 1, False),
+        ("min_p", 0.0, True),
+        ("min_p", 0.1, False),
+        ("presence_penalty", 0.5, False),
+        ("frequency_penalty", -0.5, False),
+        ("repetition_penalty", 1.0, True),
+        ("repetition_penalty", 0, False),
+    ],
+)
+def test_calls_not_sampled_from_the_policy_as_it_is_are_not_trained_on(name: str, value: object, neutral: bool) -> None:
+    plain = llm_call("r", 1, [1], [2])
+    call = with_attributes(llm_call("r", 2, [7], [8]), **{f"gen_ai.request.{name}": value})
+    trajectory = joined([plain, call])
+    assert trajectory.partial == ("" if neutral else "sampling")
+    assert [sequence.token_ids for sequence in trajectory.sequences] == [[1, 2]] + [[7, 8]] * neutral
+    assert joined([call]).partial == ("" if neutral else "sampling"), "calls there were"
+
+
+def test_evaluations_may_sample_as_they_like() -> None:
+    call = value(with_attributes(llm_call("r", 1, [1], [2]), gen_ai__request__temperature=0))
+    for mode in ("val", "test"):
+        event = finished("r").model_copy(update={"mode": mode})
+        trajectory = assemble(event, NOBODY, [call], [value(reward("r", 1.0))]).trajectory
+        assert (trajectory.partial, trajectory.calls) == ("", 1)
+
+
+def retry(call: Span, count: int) -> Span:
+    return with_attributes(call, fulgurite__retry_count=count)
+
+
+def test_a_call_that_the_client_gave_up_and_asked_again_is_not_used() -> None:
+    calls = [
+        llm_call("r", 1, [1], [2]),
+        retry(llm_call("r", 2, [1], [3]), 1),
+        retry(llm_call("r", 3, [1], [4]), 2),
+        llm_call("r", 4, [1, 4, 5], [6]),
+    ]
+    trajectory = joined(calls)
+    assert (trajectory.calls, trajectory.partial) == (2, "")
+    assert [sequence.token_ids for sequence in trajectory.sequences] == [[1, 4, 5, 6]]
+
+
+def test_calls_that_only_look_like_retries_are_used() -> None:
+    same_prompt_again = [llm_call("r", 1, [1], [2]), llm_call("r", 2, [1], [3])]
+    first_was_never_recorded = [llm_call("r", 1, [1], [2]), retry(llm_call("r", 2, [1, 2, 3], [4]), 1)]
+    of_another_agent = [
+        llm_call("r", 1, [1], [2]).model_copy(update={"agent": "a"}),
+        retry(llm_call("r", 2, [1], [3]).model_copy(update={"agent": "b"}), 1),
+    ]
+    for calls in (same_prompt_again, first_was_never_recorded, of_another_agent):
+        assert joined(calls).calls == 2
+
+
+def test_all_choices_of_a_call_are_given_up_together_and_all_of_its_retry_stay() -> None:
+    given_up = [llm_call("r", number, [1], [number]).model_copy(update={"start_ns": 500}) for number in (1, 2, 3)]
+    again = [retry(llm_call("r", n, [1], [n]).model_copy(update={"start_ns": 900}), 1) for n in (4, 5, 6)]
+    assert [sequence.token_ids for sequence in joined(given_up + again).sequences] == [[1, 4], [1, 5], [1, 6]]
+
+
 Turn = tuple[bool, list[int], list[int]]
 TURNS = st.lists(
     st.tuples(

@@ -20,7 +20,7 @@ from fulgurite.schemas.trajectories import TokenSequence, Trajectory
 from fulgurite.streams.evaluate import evaluation_rollouts
 from fulgurite.streams.trainer.batches import micro_batch, micro_batches
 from fulgurite.streams.trainer.checkpoints import Checkpoints, RunState, copy_companions
-from fulgurite.streams.trainer.learner import Learner, NonFinite
+from fulgurite.streams.trainer.learner import UNCHECKED_STEPS, Learner, NonFinite
 from fulgurite.streams.trainer.plan import make_plan
 from fulgurite.streams.trainer.samples import ModelLimits, Sample, member_of, read_limits, training_set
 from fulgurite.streams.trainer.tasks import group_records, load_tasks
@@ -158,6 +158,56 @@ def test_mismatch_is_an_error_for_this_version_and_a_correction_for_older_ones(m
     assert Learner(model_folder, TrainerSettings()).step(samples, 4).tokens == 18
 
 
+def stale(samples: list[Sample], shift: float) -> list[Sample]:
+    """As if an older policy had sampled them, with every log p lower by `shift`."""
+    return [replace(s, behaviour_logprobs=[logprob - shift for logprob in s.behaviour_logprobs]) for s in samples]
+
+
+def test_the_clip_decides_about_stale_tokens(model_folder: Path) -> None:
+    samples = stale(samples_from(model_folder), math.log(1.25))  # every ratio is 1.25
+
+    def norm(**changes: Any) -> float:
+        settings = TrainerSettings.model_validate({"max_grad_norm": 1e9, **changes})
+        result = Learner(model_folder, settings).step(samples, 4)
+        clipped.append(result.metrics["actor/pg_clipfrac"])
+        return result.grad_norm
+
+    clipped: list[float] = []
+    wide, narrow = norm(), norm(clip_high=0.1)
+    assert clipped == [0.0, 0.5], "half of the tokens have a positive advantage"
+    assert narrow < 0.99 * wide
+    truncated = norm(correction="truncate"), norm(correction="truncate", clip_high=0.1)
+    assert truncated[0] == truncated[1] == pytest.approx(wide, rel=1e-4), "within clip and cap both are the same"
+    assert norm(correction="truncate", importance_cap=1.0) == pytest.approx(wide / 1.25, rel=1e-4)
+
+
+def test_on_policy_both_corrections_are_the_same(model_folder: Path) -> None:
+    samples = samples_from(model_folder)
+    norms = [
+        Learner(model_folder, TrainerSettings(correction=correction)).step(samples, 3).grad_norm
+        for correction in ("clip", "truncate")
+    ]
+    assert norms[0] == pytest.approx(norms[1], rel=1e-4)
+
+
+def test_same_version_tokens_are_measured_apart_and_missed_when_there_are_none(
+    model_folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    fresh = samples_from(model_folder)
+    old = [replace(s, versions=[min(v, 2) for v in s.versions]) for s in stale(fresh, 0.5)]
+    learner = Learner(model_folder, TrainerSettings(learning_rate=1e-9))
+    metrics = learner.step([*fresh[:3], *old[3:]], 3).metrics
+    assert metrics["sampling/same_version_tokens"] == 9
+    assert metrics["sampling/same_version_logp_difference/max"] < 1e-4
+    assert metrics["sampling/sampling_logp_difference/max"] == pytest.approx(0.5, abs=1e-3)
+    for _ in range(UNCHECKED_STEPS):
+        assert "were not compared" not in caplog.text
+        metrics = learner.step(old, 3).metrics
+    assert metrics["sampling/same_version_tokens"] == 0
+    assert "sampling/same_version_logp_difference/max" not in metrics
+    assert f"{UNCHECKED_STEPS} steps without a token" in caplog.text
+
+
 def test_what_is_no_number_changes_nothing(model_folder: Path, tmp_path: Path) -> None:
     samples = [replace(s, advantage=float("inf")) for s in samples_from(model_folder)]
     learner = Learner(model_folder, TrainerSettings())
@@ -183,8 +233,9 @@ def test_a_learner_goes_on_from_its_files_bit_for_bit(model_folder: Path, tmp_pa
     assert save(straight, "a") == save(resumed, "b")
 
 
-def checkpoint(folder: Checkpoints, version: int, windows: Windows | None = None) -> Any:
-    state = RunState(run_id="r", resource="policy", version=version, step=version, offsets={0: 4, 1: 7}, asked=0)
+def checkpoint(folder: Checkpoints, version: int, windows: Windows | None = None, step: int | None = None) -> Any:
+    step = version if step is None else step
+    state = RunState(run_id="r", resource="policy", version=version, step=step, offsets={0: 4, 1: 7}, asked=0)
 
     def weights(to: Path) -> None:
         (to / "w").write_text(str(version))
@@ -196,7 +247,9 @@ def checkpoint(folder: Checkpoints, version: int, windows: Windows | None = None
 
 
 def shape() -> Shape:
-    return Shape(run_id="r", group_size=3, groups_per_step=2, max_staleness=2, group_deadline_seconds=10)
+    return Shape(
+        run_id="r", group_size=3, groups_per_step=2, groups_ahead=4, max_staleness=2, group_deadline_seconds=10
+    )
 
 
 def test_a_checkpoint_gives_back_the_windows_as_they_were(tmp_path: Path) -> None:
@@ -210,7 +263,11 @@ def test_a_checkpoint_gives_back_the_windows_as_they_were(tmp_path: Path) -> Non
     loaded = folder.load(7)
     assert loaded == written
     assert loaded.state.offsets == {0: 4, 1: 7}
-    assert folder.windows(loaded, shape()) == windows
+    restored = folder.windows(loaded, shape(), now_ns=99)
+    assert {group.arrived_ns for group in restored.groups.values()} == {99}, "time that nobody ran does not count"
+    for group in restored.groups.values():
+        group.arrived_ns = 5
+    assert restored == windows
     assert loaded.uri.startswith("file:///")
     assert loaded.state.sha256 == folder_sha256(loaded.weights)
 
@@ -231,6 +288,30 @@ def test_uncommitted_folders_go_old_ones_are_pruned_and_none_is_replaced(tmp_pat
     (tmp_path / "r" / "v000003" / "weights" / "w").write_text("changed")
     with pytest.raises(StartError, match="the files were changed"):
         folder.load(3)
+
+
+def test_of_a_run_the_log_does_not_know_only_the_first_checkpoint_is_a_leftover(tmp_path: Path) -> None:
+    folder = Checkpoints(tmp_path, "r")
+    checkpoint(folder, 4, step=0)
+    (tmp_path / "r" / ".tmp-v000004-x").mkdir()
+    assert len(folder.discard_uncommitted(None)) == 2
+    checkpoint(folder, 4, step=0)
+    checkpoint(folder, 5, step=1)
+    with pytest.raises(StartError, match=r"v000005 is a checkpoint of run r \(step 1\), .* kafka.topic_prefix"):
+        folder.discard_uncommitted(None)
+    (tmp_path / "r" / "v000004" / "state.json").unlink()
+    with pytest.raises(StartError, match=r"v000004 .*step unknown"):
+        folder.discard_uncommitted(None)
+    assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["v000004", "v000005"]
+
+
+def test_folders_further_ahead_of_the_log_than_a_crash_leaves_are_kept(tmp_path: Path) -> None:
+    folder = Checkpoints(tmp_path, "r")
+    for version in (1, 2, 3):
+        checkpoint(folder, version)
+    with pytest.raises(StartError, match=r"v000003 .*only up to version 1"):
+        folder.discard_uncommitted(1)
+    assert len(list((tmp_path / "r").iterdir())) == 3
 
 
 def test_a_disk_that_refuses_is_a_clear_error(tmp_path: Path) -> None:
@@ -260,6 +341,7 @@ def test_groups_are_asked_for_with_the_same_ids_every_time() -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"run_id": ""}, "trainer.run_id is empty: .* same name goes on"),
         ({"tasks": ""}, "module:function"),
         ({"tasks": "no.such.module:f"}, "cannot import no.such.module"),
         ({"tasks": "json:nothing"}, "has no function nothing"),
@@ -272,7 +354,7 @@ def test_groups_are_asked_for_with_the_same_ids_every_time() -> None:
 )
 def test_settings_that_cannot_work_say_so_before_anything_is_loaded(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
-        make_plan(Settings(trainer=TrainerSettings.model_validate({"tasks": TASKS} | changes)))
+        make_plan(Settings(trainer=TrainerSettings.model_validate({"run_id": "r", "tasks": TASKS} | changes)))
 
 
 def test_a_folder_that_is_no_model_says_so(tmp_path: Path, model_folder: Path) -> None:

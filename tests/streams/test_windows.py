@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from fulgurite.schemas.trajectories import Trajectory
 from fulgurite.streams.trainer.windows import Member, Shape, Windows
 
-SHAPE = Shape(run_id="r", group_size=3, groups_per_step=2, max_staleness=2, group_deadline_seconds=10.0)
+SHAPE = Shape(run_id="r", group_size=3, groups_per_step=2, groups_ahead=4, max_staleness=2, group_deadline_seconds=10.0)
 SECOND = 1_000_000_000
 
 
@@ -112,8 +112,22 @@ def test_duplicates_and_strangers() -> None:
         stranger = Trajectory(rollout_id=rollout_id, run_id="r", group_id=group_id, status="succeeded")
         w.add(Member(stranger), 0)
     assert dropped(w) == {"x": "not_asked", "r-g0-r3": "not_asked", "r-g0-rx": "not_asked", "r-g99999-r0": "not_asked"}
-    w.add(member(5, 0), 0)  # asked for by an earlier life that this one has no record of
-    assert w.asked == 6
+
+
+def test_a_group_not_asked_for_as_far_as_we_know_is_taken_in_but_never_moves_pacing() -> None:
+    w = windows(asked=4)
+    add_group(w, 7)  # the furthest that an earlier life can have asked for
+    w.add(member(8, 0), 0)
+    assert dropped(w) == {"r-g8-r0": "not_asked"}
+    assert w.asked == 4, "groups 4 to 6 would never be asked for"
+    add_group(w, 0)
+    window = w.take(5)
+    assert window
+    assert [group[0].trajectory.group_id for group in window.groups] == ["r-g0", "r-g7"]
+    w.add(member(6, 0), 0)
+    assert {d.rollout_id: d.reason for d in w.end()} == {
+        f"r-g{group}-r{index}": "run_ended" for group in (1, 2, 3) for index in range(3)
+    } | {"r-g6-r0": "run_ended"}
 
 
 def test_the_end_names_everything_that_is_left_once() -> None:

@@ -92,20 +92,21 @@ _service(
     "train",
     "fulgurite.streams.trainer",
     "Trains the policy online on trajectories and publishes its versions.",
-    "fulgurite train --set trainer.model=./model --set trainer.tasks=examples.calculator.tasks:train_task",
+    "fulgurite train --set trainer.run_id=first --set trainer.model=./model "
+    "--set trainer.tasks=examples.calculator.tasks:train_task",
 )
 
 
 @register(
     app,
     "evaluate",
-    "fulgurite evaluate --tasks examples.calculator.tasks:eval_task --count 512 --name before",
+    "fulgurite evaluate --tasks examples.calculator.tasks:heldout_task --count 512 --name before",
     rich_help_panel="Services",
 )
 def evaluate(
     tasks: Annotated[str, typer.Option(help="Held-out tasks, as module:function.")],
+    name: Annotated[str, typer.Option(help="Of this evaluation; a name used before only goes on where it stood.")],
     count: Annotated[int, typer.Option(help="How many of them.", min=1)] = 512,
-    name: Annotated[str, typer.Option(help="Name of this evaluation; the same name goes on where it stood.")] = "eval",
     samples: Annotated[list[str] | None, typer.Option("--sampling", help="sampled, greedy, or both.")] = None,
     data: DataOption = None,
     sets: SetOption = None,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import importlib
 import logging
@@ -16,7 +17,7 @@ import typer
 from rich.console import Console
 from rich.markup import escape
 
-from fulgurite.schemas.errors import FulguriteError, SettingsError
+from fulgurite.schemas.errors import FulguriteError, SettingsError, StartError
 from fulgurite.schemas.settings import ENV_HOME, ENV_PREFIX, Settings, home, load_settings
 
 # Not on a terminal nothing is cut to 80 columns: whoever pipes a table wants what is in it.
@@ -54,14 +55,19 @@ def register(app: typer.Typer, name: str, example: str, **options: Any) -> Calla
             try:
                 code = function(*args, **kwargs)
             except FulguriteError as error:
-                errors.print(f"[red]{type(error).__name__}[/]: {escape(str(error))}", soft_wrap=True)
+                _complain(f"[red]{type(error).__name__}[/]: {escape(str(error))}")
                 raise typer.Exit(error.exit_code) from None
             except ModuleNotFoundError as error:
-                errors.print(f"[red]{escape(_missing(error))}[/]", soft_wrap=True)
+                _complain(f"[red]{escape(_missing(error))}[/]")
                 raise typer.Exit(1) from None
             except BrokenPipeError:  # `fulgurite … | head`
                 os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
                 raise typer.Exit(0) from None
+            except (ConnectionError, TimeoutError):
+                raise  # a peer that nobody waited for is a bug: its traceback is wanted
+            except OSError as error:  # this machine: a full disk, a folder that is not ours, a taken address
+                _complain(f"[red]{type(error).__name__}[/]: fulgurite {escape(name)}: {escape(_what_and_where(error))}")
+                raise typer.Exit(StartError.exit_code) from None
             if code:
                 raise typer.Exit(code)
 
@@ -79,7 +85,7 @@ def read_settings(data: Path | None, sets: list[str] | None) -> Settings:
         name, separator, value = text.partition("=")
         section, dot, field = name.strip().partition(".")
         if not separator or not dot or not section or not field:
-            raise SettingsError(f"--set {text}: must be SECTION.NAME=VALUE, for example --set kafka.partitions=8")
+            raise SettingsError(f"--set {name}: must be SECTION.NAME=VALUE, for example --set kafka.partitions=8")
         os.environ[f"{ENV_PREFIX}{section.upper()}__{field.upper()}"] = value
     return load_settings()
 
@@ -103,6 +109,18 @@ def next_steps(*lines: str) -> None:
     say("[dim]Next:[/]")
     for line in lines:
         say(f"  {escape(line)}")
+
+
+def _complain(text: str) -> None:
+    """One line to stderr; where that is a file on a full disk, the exit code alone must tell."""
+    with contextlib.suppress(OSError):
+        errors.print(text, soft_wrap=True)
+
+
+def _what_and_where(error: OSError) -> str:
+    what = error.strerror or str(error)
+    # A write to a full disk does not say which file it was.
+    return f"{what}: {error.filename}" if error.filename else f"{what} (data folder {home().absolute()})"
 
 
 def _missing(error: ModuleNotFoundError) -> str:

@@ -24,11 +24,11 @@ def add_to(app: typer.Typer) -> None:
 
 def demo(
     data: DataOption = None,
-    steps: Annotated[int, typer.Option(help="GRPO steps, each makes a version.", min=1)] = 44,
+    steps: Annotated[int, typer.Option(help="GRPO steps, each makes a version.", min=1)] = 36,
     groups_per_step: Annotated[int, typer.Option(help="Tasks per step.", min=1)] = 8,
     group_size: Annotated[int, typer.Option(help="Rollouts of one task.", min=2)] = 8,
     eval_tasks: Annotated[int, typer.Option(help="Held-out tasks before and after.", min=1)] = 512,
-    greedy_tasks: Annotated[int, typer.Option(help="How many of them also greedily.", min=1)] = 256,
+    greedy_tasks: Annotated[int, typer.Option(help="How many of them also greedily.", min=1)] = 128,
     warm_start_steps: Annotated[int, typer.Option(help="Steps on demonstrations before.", min=1)] = 350,
     concurrency: Annotated[int, typer.Option(help="Agents at once.", min=1)] = 24,
     seed: Annotated[int, typer.Option(help="Of warm start and trainer.")] = 1,

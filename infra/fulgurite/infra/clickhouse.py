@@ -153,7 +153,7 @@ class EmbeddedClickHouse:
         conf = self.folder / "conf"
         conf.mkdir(mode=0o700, exist_ok=True)
         (self.folder / "data").mkdir(mode=0o700, exist_ok=True)
-        (conf / "config.xml").write_text(config_xml(port, self.log, self._max_memory_bytes))
+        (conf / "config.xml").write_text(config_xml(port, self.log, self._max_memory_bytes), "utf-8")
         write_private(conf / "users.xml", users_xml(self._password, self._max_memory_bytes * 3 // 4))
         write_private(conf / "own_access", f"http://127.0.0.1:{port}\n{USER}\n{self._password}\n")
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 from pathlib import Path
+from xml.sax.saxutils import escape
 
 USER = "app"
 _MIB = 1024 * 1024
@@ -18,7 +19,7 @@ def config_xml(port: int, log: Path, max_memory_bytes: int) -> str:
     <users_config>users.xml</users_config>
     <log-level>information</log-level>
     <logger>
-        <log>{log}</log>
+        <log>{escape(str(log))}</log>
         <size>16M</size>
         <count>2</count>
     </logger>

@@ -12,6 +12,7 @@ works; the broker never outlives this process. Does not survive a power failure 
 
 from __future__ import annotations
 
+import os
 import shutil
 import time
 import uuid
@@ -148,7 +149,10 @@ class EmbeddedKafka:
             f"{jars}/*",
             *arguments,
         ]
-        return start_process("Kafka", command, self.folder / "console.log", cwd=self.folder, keep_open=keep_open)
+        # In another locale Java cannot open a folder whose name has letters beyond ASCII.
+        env = os.environ | {"LC_ALL": "C.UTF-8"}
+        console = self.folder / "console.log"
+        return start_process("Kafka", command, console, env=env, cwd=self.folder, keep_open=keep_open)
 
     def _wait_until_usable(self, deadline: float, timeout_seconds: float) -> None:
         assert self._process is not None

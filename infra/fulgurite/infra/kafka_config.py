@@ -5,13 +5,19 @@ from __future__ import annotations
 from pathlib import Path
 
 from fulgurite.schemas.codec import MAX_RECORD_BYTES
+from fulgurite.schemas.errors import StartError
 
 BATCH_OVERHEAD_BYTES = 64 * 1024
 """A record batch's header, key and headers, beside the largest value."""
 
 
 def server_properties(broker_port: int, controller_port: int, log_folder: Path) -> str:
-    """server.properties of the node."""
+    """server.properties of the node. Raises StartError: a data folder that Kafka cannot be told."""
+    if "," in str(log_folder):
+        raise StartError(
+            f"Kafka cannot use the data folder {log_folder.parent}: it takes a comma for the end of a folder's name; "
+            "choose another with --data or FULGURITE_HOME"
+        )
     properties = {
         "process.roles": "broker,controller",
         "node.id": 1,
@@ -77,5 +83,7 @@ rootLogger.appenderRef.file.ref=file
 
 
 def _escaped(path: Path) -> str:
-    """A path in a .properties file."""
-    return str(path).replace("\\", "\\\\")
+    """A path in a .properties file, which Java reads as Latin-1 with \\uXXXX (UTF-16) for everything else."""
+    units = str(path).encode("utf-16-be", errors="surrogatepass")
+    codes = [int.from_bytes(units[at : at + 2], "big") for at in range(0, len(units), 2)]
+    return "".join(chr(code) if 0x20 <= code < 0x7F and code != 0x5C else f"\\u{code:04x}" for code in codes)

@@ -64,8 +64,8 @@ async def _probe(bootstrap_servers: str) -> None:
     producer = AIOKafkaProducer(
         bootstrap_servers=bootstrap_servers, transactional_id="fulgurite-probe", acks="all", linger_ms=0
     )
-    await producer.start()
     try:
+        await producer.start()
         async with producer.transaction():
             sent = await producer.send_and_wait(PROBE_TOPIC, group.encode())
     finally:
@@ -78,8 +78,8 @@ async def _probe(bootstrap_servers: str) -> None:
         enable_auto_commit=False,
         isolation_level="read_committed",
     )
-    await consumer.start()
     try:
+        await consumer.start()
         while (await consumer.getone()).offset < sent.offset:
             pass
     finally:
@@ -88,8 +88,8 @@ async def _probe(bootstrap_servers: str) -> None:
 
 async def _create_topic(bootstrap_servers: str) -> None:
     admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap_servers)
-    await admin.start()
     try:
+        await admin.start()
         topic = NewTopic(PROBE_TOPIC, 1, 1, topic_configs={"retention.ms": "3600000", "segment.bytes": "1048576"})
         await admin.create_topics([topic])
     finally:

@@ -7,10 +7,13 @@ reboot is never taken for ours. Holds no secrets.
 from __future__ import annotations
 
 import os
+import threading
 from pathlib import Path
 
 import psutil
 from pydantic import BaseModel, ValidationError
+
+from fulgurite.schemas.errors import StartError
 
 _BOOT_ID = Path("/proc/sys/kernel/random/boot_id")
 
@@ -51,11 +54,19 @@ class RunState(BaseModel):
 
 
 def write_state(data: Path, state: RunState) -> None:
+    """Complete or not at all, whichever threads write. Raises StartError: the disk is full, the folder is not ours."""
     path = _state_path(data)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(state.model_dump_json(indent=1))
-    temporary.replace(path)
+    temporary = path.with_name(f"state.{threading.get_native_id()}.tmp")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            temporary.write_text(state.model_dump_json(indent=1))
+            temporary.replace(path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+    except OSError as error:
+        raise StartError(f"cannot write {path}: {error.strerror}") from error
 
 
 def read_state(data: Path) -> RunState | None:
@@ -68,7 +79,10 @@ def read_state(data: Path) -> RunState | None:
 
 
 def remove_state(data: Path) -> None:
-    _state_path(data).unlink(missing_ok=True)
+    path = _state_path(data)
+    for left_over in path.parent.glob("state.*.tmp"):  # of a writer that was killed
+        left_over.unlink(missing_ok=True)
+    path.unlink(missing_ok=True)
 
 
 def _state_path(data: Path) -> Path:

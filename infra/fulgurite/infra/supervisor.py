@@ -4,7 +4,7 @@
                 │  ▲ ──exit 2 or 4──────► failed    (a wrong setting or probabilities that disagree: the same again)
       anything  │  │
       else      ▼  │ backoff 0.5 s .. 10 s, reset after 30 s of running
-              waiting
+              waiting     (after exit 5, Fenced, 15 s at least: started again at once, two would fence each other)
 
 One thread a service waits for its process; processes.py sees to it that none outlives this one. Knows commands and
 components that can be started again (the embedded stores), not what they do.
@@ -25,7 +25,7 @@ from typing import Literal, Protocol
 
 from fulgurite.infra.memory import tree_rss_bytes
 from fulgurite.infra.processes import ChildProcess, start_process
-from fulgurite.schemas.errors import FulguriteError, LogprobMismatch, SettingsError
+from fulgurite.schemas.errors import Fenced, FulguriteError, LogprobMismatch, SettingsError
 
 logger = logging.getLogger(__name__)
 
@@ -34,6 +34,9 @@ MAX_BACKOFF_SECONDS = 10.0
 STABLE_SECONDS = 30.0
 """A service that ran this long starts again without delay's growth."""
 
+FENCED_BACKOFF_SECONDS = 15.0
+"""Another process took over. It may be gone by then, so it is tried again; but the owner gets time to work."""
+
 FATAL_EXIT_CODES = frozenset({SettingsError.exit_code, LogprobMismatch.exit_code})
 STOP_SECONDS = 10.0
 _SAMPLE_SECONDS = 1.0
@@ -41,7 +44,7 @@ _POLL_SECONDS = 0.2
 
 State = Literal["running", "waiting", "done", "failed", "stopped"]
 Event = Callable[[str, str], None]
-"""Told (service, what happened) for every start, end and restart; called from the services' threads."""
+"""Told (service, what happened) of every start, end and restart, by the services' threads. What it raises is logged."""
 
 
 class Component(Protocol):
@@ -178,7 +181,7 @@ class _Service:
         self.stopping = threading.Event()
         self.thread = threading.Thread(target=self._run, name=f"supervise-{name}", daemon=True)
         self._component = component
-        self._on_event = on_event
+        self._event = on_event
         self._changing = threading.Lock()  # a stop waits for a start under way
         self._state: State = "running"
         self._restarts = 0
@@ -191,7 +194,7 @@ class _Service:
         return self._state in ("running", "waiting")
 
     def begin(self) -> None:
-        self._on_event(self.name, f"started (pid {self._component.pid})")
+        self._tell(f"started (pid {self._component.pid})")
         self.thread.start()
 
     def status(self) -> ServiceStatus:
@@ -221,7 +224,7 @@ class _Service:
         if was_active:
             self._exit_code = self._component.wait(0.0)
             self._state = "stopped"
-            self._on_event(self.name, "stopped")
+            self._tell("stopped")
 
     def _run(self) -> None:
         backoff = FIRST_BACKOFF_SECONDS
@@ -233,26 +236,29 @@ class _Service:
                 return
             if time.monotonic() - self._started_at > STABLE_SECONDS:
                 backoff = FIRST_BACKOFF_SECONDS
-            if self._ended(code, backoff):
+            delay = max(backoff, FENCED_BACKOFF_SECONDS) if code == Fenced.exit_code else backoff
+            if self._ended(code, delay):
                 return
-            while not self.stopping.wait(backoff):
-                backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
+            while not self.stopping.wait(delay):
+                delay = backoff = min(2 * backoff, MAX_BACKOFF_SECONDS)
                 if self._start_again():
                     break
 
-    def _ended(self, code: int, backoff: float) -> bool:
+    def _ended(self, code: int, delay: float) -> bool:
         """Whether that was its last end."""
         self._exit_code = code
         if code == 0:
             self._state = "done"
-            self._on_event(self.name, "done")
+            self._tell("done")
         elif code in FATAL_EXIT_CODES:
             self._state = "failed"
-            self._on_event(self.name, f"failed with exit code {code}, which a restart would not mend: {self._where()}")
+            self._tell(f"failed with exit code {code}, which a restart would not mend: {self._where()}")
         else:
             self._state = "waiting"
             how = f"exit code {code}" if code > 0 else f"killed by signal {-code}"
-            self._on_event(self.name, f"ended ({how}); starts again in {backoff:.1f} s: {self._where()}")
+            if code == Fenced.exit_code:
+                how += ": another process took over"
+            self._tell(f"ended ({how}); starts again in {delay:.1f} s: {self._where()}")
         return not self.active
 
     def _start_again(self) -> bool:
@@ -261,16 +267,23 @@ class _Service:
                 return False
             try:
                 self._component.start()
-            except FulguriteError as error:
+            except (FulguriteError, OSError) as error:  # a full disk, too, may have room later
                 self._error = str(error)
-                self._on_event(self.name, f"could not start: {error}")
+                self._tell(f"could not start: {error}")
                 return False
             self._restarts += 1
             self._error = ""
             self._started_at = time.monotonic()
             self._state = "running"
-        self._on_event(self.name, f"started again (pid {self._component.pid}, restart {self._restarts})")
+        self._tell(f"started again (pid {self._component.pid}, restart {self._restarts})")
         return True
+
+    def _tell(self, what: str) -> None:
+        """Whoever listens may fail (a full disk, a closed terminal): the service is kept running all the same."""
+        try:
+            self._event(self.name, what)
+        except Exception as error:
+            logger.warning("%s %s; this could not be reported: %r", self.name, what, error)
 
     def _abort_start(self) -> None:
         """A store may take a minute to become usable: nobody waits for that only to stop it."""

@@ -38,14 +38,18 @@ def run_foreground(data: Path, settings: Settings) -> int:
     configure_logging("up")
     lock = hold_folder(data, "fulgurite up")
     state = RunState(owner=ProcessRef.current())
+    writing = threading.Lock()
 
     def changed(name: str, what: str) -> None:
-        _say(f"{name} {what}")
-        state.children = [
-            ChildState(name=service.name, pid=service.pid, restarts=service.restarts, log=service.log)
-            for service in supervisor.status()
-        ]
-        write_state(data, state)
+        with writing:  # both stores' threads come here; the last to write has seen the other's change
+            state.children = [
+                ChildState(name=service.name, pid=service.pid, restarts=service.restarts, log=service.log)
+                for service in supervisor.status()
+            ]
+            try:
+                write_state(data, state)
+            finally:
+                _say(f"{name} {what}")
 
     supervisor = Supervisor(data / "logs", changed)
     stop = _Stop()

@@ -81,12 +81,19 @@ def as_agent(function: Any, name: str, where: str = "agent") -> Agent:
 
 
 def reward_of(returned: Any) -> float | None:
-    """The reward an agent returned. Raises ValueError for what is neither a finite number nor None."""
+    """The reward an agent returned. Raises ValueError for what is neither a finite number nor None.
+
+    An object of the agent's own may raise anything else when it is converted.
+    """
     if returned is None:
         return None
     if not isinstance(returned, SupportsFloat):
         raise ValueError(f"the agent returned a {type(returned).__name__}; expected a finite number or None")
-    value = float(returned)
+    try:
+        value = float(returned)
+    except (TypeError, OverflowError) as error:  # an array of several numbers; an integer beyond all floats
+        kind = type(returned).__name__
+        raise ValueError(f"the agent returned a {kind}: {error}; expected a finite number or None") from error
     if not math.isfinite(value):
         raise ValueError(f"the agent returned {value}; expected a finite number or None")
     return value

@@ -88,6 +88,7 @@ class AttemptRun:
             with rollout.active(as_text(rollout.task)[:ROOT_TEXT_CHARS]) as root:
                 end = await self._run_agent(rollout)  # 2.
                 outbox.allow(2)
+                rollout.allow_final_reward()
                 if end.reward is not None:  # 3.
                     rollout.reward(end.reward, reward_id=_reward_id(self.attempt_id), source=rollout.agent)
                     root.output = f"{end.reward:g}"
@@ -118,8 +119,8 @@ class AttemptRun:
             return End("failed", describe(error))
         try:
             return End("succeeded", reward=reward_of(work.result()))
-        except ValueError as error:
-            return End("failed", str(error))
+        except Exception as error:  # what an agent returns may be an object of its own, whose methods raise anything
+            return End("failed", describe(error))
 
     async def _deliver(self, outbox: Outbox, end: End) -> End:
         """Step 4: waits for every acknowledgement, for ever, unless the attempt is no longer ours."""

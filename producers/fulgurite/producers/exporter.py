@@ -25,6 +25,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.trace import StatusCode
 from pydantic import ValidationError
 
+from fulgurite.producers.rollout import as_text, clean, describe
 from fulgurite.producers.sync_publisher import Delivery, Send, SyncPublisher
 from fulgurite.schemas.codec import encode, encode_key
 from fulgurite.schemas.dead_letters import DeadLetter
@@ -117,6 +118,8 @@ class KafkaSpanExporter(SpanExporter):
             dead = self._dead_letter(span, "bad_field", f"{where}: {first['msg']}")
         except RecordTooLarge as error:
             dead = self._dead_letter(span, error.reason, str(error))
+        except Exception as error:  # attributes are anybody's: one span must not take the batch with it
+            dead = self._dead_letter(span, "bad_field", describe(error))
         else:
             return lambda publisher: publisher.publish_bytes(SPANS, key, value)
         logger.warning("span %r becomes a dead letter: %s", span.name, dead.message)
@@ -130,9 +133,9 @@ class KafkaSpanExporter(SpanExporter):
             offset=-1,
             stage=STAGE,
             reason=reason,
-            message=message,
-            key=str(rollout_id).encode() if rollout_id else None,
-            value=span.to_json(indent=None).encode(),
+            message=clean(message),
+            key=as_text(rollout_id).encode() or None,
+            value=_as_bytes(span),
         )
 
 
@@ -194,7 +197,7 @@ def _first(attributes: Mapping[str, Any], names: Sequence[str]) -> Any:
 def _as_field(name: str, value: Any) -> Any:
     """An attribute's value (scalars and sequences of them) as the field wants it."""
     if name in _LISTS:
-        return json.loads(value) if isinstance(value, str) else list(value)
+        return _as_list(value)
     if name in _NUMBERS:
         return value
     if isinstance(value, str):
@@ -203,6 +206,24 @@ def _as_field(name: str, value: Any) -> Any:
         items = cast("Sequence[Any]", value)
         return str(items[0]) if len(items) == 1 else json.dumps(list(items))
     return str(value)
+
+
+def _as_list(value: Any) -> Any:
+    """A list, or JSON of one; anything else as it is, for validation to say what is wrong with which field."""
+    if not isinstance(value, str):
+        return list(cast("Sequence[Any]", value)) if isinstance(value, Sequence) else value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        return value
+
+
+def _as_bytes(span: ReadableSpan) -> bytes:
+    """The span as OpenTelemetry writes it; where it cannot, its name and attributes as we do. Never raises."""
+    try:
+        return span.to_json(indent=None).encode()
+    except (TypeError, ValueError, RecursionError):
+        return as_text({"name": span.name, "attributes": dict(span.attributes or {})}).encode()
 
 
 def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,13 +18,14 @@ from __future__ import annotations
 
 import contextlib
 import json
-from collections.abc import Generator
+from collections.abc import Generator, Mapping
 from contextvars import ContextVar
 from dataclasses import dataclass, field
 from typing import Any
 
 from fulgurite.producers.outbox import Outbox
 from fulgurite.schemas.coordinator import AttemptedRollout
+from fulgurite.schemas.errors import FulguriteError
 from fulgurite.schemas.event import MAX_TEXT_CHARS
 from fulgurite.schemas.ids import attempt_trace_id, new_id, new_span_id, now_ns
 from fulgurite.schemas.rewards import FINAL_REWARD, Reward
@@ -42,6 +43,9 @@ MAX_ERROR_CHARS = 4_096
 
 MAX_NAME_CHARS = 512
 """Of a span's name; the bound of the field."""
+
+MAX_REWARDS = 10_000
+"""Of one attempt: far more than one per step, few enough for whoever collects them until the rollout ends."""
 
 _current_rollout: ContextVar[RolloutContext | None] = ContextVar("fulgurite_rollout", default=None)
 _current_span: ContextVar[ActiveSpan | None] = ContextVar("fulgurite_span", default=None)
@@ -99,6 +103,7 @@ class RolloutContext:
         """OpenAI base URL; calls through it are recorded with tokens, logprobs and policy versions."""
         self.trace_id = attempt_trace_id(self.rollout_id, self.attempt_id)
         self._outbox = outbox
+        self._rewards_left = MAX_REWARDS
 
     @contextlib.contextmanager
     def span(
@@ -161,21 +166,31 @@ class RolloutContext:
     ) -> Reward:
         """Gives a reward: to the rollout (name `reward`; the last one counts), or to one span. Returns the event.
 
-        The same reward_id given twice counts once.
+        The same reward_id given twice counts once. Raises FulguriteError beyond MAX_REWARDS.
         """
+        if self._rewards_left <= 0:
+            raise FulguriteError(
+                f"attempt {self.attempt_id} gave {MAX_REWARDS} rewards, the bound of one attempt: "
+                "sum them up, or put the parts of one into its dimensions"
+            )
         reward = Reward(
             reward_id=reward_id or new_id(),
             rollout_id=self.rollout_id,
             attempt_id=self.attempt_id,
             span_id=span_id,
-            name=name,
+            name=clean(name),
             value=value,
-            dimensions=dimensions or {},
-            source=source or self.agent or SERVICE,
-            metadata=metadata or {},
+            dimensions={as_text(part): number for part, number in (dimensions or {}).items()},
+            source=clean(source or self.agent or SERVICE),
+            metadata=as_json(metadata or {}),
         )
         self._outbox.put(REWARDS, self.rollout_id, reward)
+        self._rewards_left -= 1
         return reward
+
+    def allow_final_reward(self) -> None:
+        """For the runner: the reward that the agent returned is never refused, however many it gave before."""
+        self._rewards_left += 1
 
     async def flush(self) -> None:
         """Waits until everything emitted so far is acknowledged. The runner does it at the end anyway."""
@@ -224,16 +239,16 @@ class RolloutContext:
             trace_id=active.trace_id,
             span_id=active.span_id,
             parent_span_id=active.parent_span_id,
-            name=active.name[:MAX_NAME_CHARS],
+            name=clean(active.name[:MAX_NAME_CHARS]),
             kind=active.kind,
             status="error" if active.error else "ok",
-            status_message=active.error[:MAX_ERROR_CHARS],
+            status_message=clean(active.error[:MAX_ERROR_CHARS]),
             start_ns=active.start_ns,
             # The wall clock may be set back; a span never ends before it began.
             end_ns=max(now_ns(), active.start_ns),
             service=SERVICE,
             agent=self.agent,
-            operation=active.operation,
+            operation=clean(active.operation),
             input=as_text(active.input),
             output=as_text(active.output),
             attributes=as_json(active.attributes),
@@ -242,21 +257,53 @@ class RolloutContext:
 
 
 def describe(error: BaseException) -> str:
-    """An error in one line, for status messages and events."""
-    text = str(error)
-    return f"{type(error).__name__}: {text}"[:MAX_ERROR_CHARS] if text else type(error).__name__
+    """An error in one line, for status messages and events. Never raises."""
+    try:
+        text = str(error)
+    except Exception:  # an exception of the agent's own, that cannot even say what is wrong
+        text = ""
+    name = type(error).__name__
+    return clean(f"{name}: {text}"[:MAX_ERROR_CHARS] if text else name)
 
 
 def as_text(value: Any) -> str:
-    """Text as it is; anything else as JSON, what JSON cannot hold by its repr. Cut at the bound of a span's field."""
+    """Text as it is; anything else as JSON, what JSON cannot hold by its repr. Cut at the bound of a span's field.
+
+    Never raises.
+    """
     if value is None:
         return ""
-    text = value if isinstance(value, str) else json.dumps(value, ensure_ascii=False, default=repr)
-    return text[:MAX_TEXT_CHARS]
+    if isinstance(value, str):
+        return clean(value[:MAX_TEXT_CHARS])
+    try:
+        text = json.dumps(value, ensure_ascii=False, default=_repr)
+    except _NO_JSON:
+        text = _repr(value)
+    return clean(text[:MAX_TEXT_CHARS])
 
 
-def as_json(values: dict[str, Any]) -> dict[str, Any]:
-    """The same values, as far as JSON can hold them; the others by their repr."""
-    if all(isinstance(value, str | int | float | bool | None) for value in values.values()):
-        return values
-    return json.loads(json.dumps(values, default=repr))
+def as_json(values: Mapping[str, Any]) -> dict[str, Any]:
+    """The same values, as far as JSON can hold them; the others by their repr. Never raises.
+
+    NaN and infinities stay: events write them as strings.
+    """
+    try:
+        return json.loads(clean(json.dumps(values, ensure_ascii=False, default=_repr)))
+    except _NO_JSON:
+        return {as_text(name): as_text(value) for name, value in values.items()}
+
+
+def clean(text: str) -> str:
+    """The text as UTF-8 can hold it: half a surrogate pair, which a cut string may end with, becomes `?`."""
+    return text if text.isascii() else text.encode("utf-8", "replace").decode()
+
+
+_NO_JSON = (TypeError, ValueError, RecursionError)
+"""What json says of keys that are no text, of circles, of integers too long to print, of values too deep."""
+
+
+def _repr(value: Any) -> str:
+    try:
+        return repr(value)
+    except Exception:
+        return f"<{type(value).__name__}>"

@@ -1,4 +1,8 @@
-"""Bytes <-> events. The only place that knows that values are JSON and keys are UTF-8."""
+"""Bytes <-> events. The only place that knows that values are JSON and keys are UTF-8.
+
+Strict, as the tables' views are: "1.5" or true is no number. What one reader trained on and another one refused would
+make two truths of one record.
+"""
 
 from __future__ import annotations
 
@@ -44,7 +48,7 @@ def _validate(adapter: TypeAdapter[T], name: str, data: bytes | None) -> T:
     if not data:
         raise InvalidEvent("empty", f"{name}: the record has no value")
     try:
-        return adapter.validate_json(data)
+        return adapter.validate_json(data, strict=True)
     except ValidationError as error:
         first = error.errors(include_url=False, include_context=False)[0]
         where = ".".join(str(part) for part in first["loc"]) or "the record"

@@ -12,12 +12,14 @@ A wrong or unknown setting raises SettingsError naming it and where it came from
 from __future__ import annotations
 
 import os
+import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 
 from fulgurite.schemas.codec import MAX_RECORD_BYTES
 from fulgurite.schemas.errors import SettingsError
@@ -32,6 +34,9 @@ DEFAULT_HOME = ".fulgurite"
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Port = Annotated[int, Field(ge=0, le=65_535)]
 Url = Annotated[str, Field(pattern=r"^https?://[^\s/]+.*$")]
+
+_SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+):(?P<port>[0-9]{1,5})")
+_USER_IN_URL = re.compile(r"//[^/\s]*@")
 
 
 class Section(BaseModel):
@@ -55,12 +60,42 @@ class KafkaSettings(Section):
     """How to talk to the brokers."""
     sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "PLAIN"
     """Used when security_protocol says SASL."""
-    sasl_username: str | None = None
+    sasl_username: Annotated[str | None, Field(validate_default=True)] = None
     """User for SASL."""
-    sasl_password: SecretStr | None = None
+    sasl_password: Annotated[SecretStr | None, Field(validate_default=True)] = None
     """Password for SASL."""
     ssl_cafile: Path | None = None
     """Certificate authority to trust; the system's when empty."""
+
+    @field_validator("bootstrap_servers")
+    @classmethod
+    def _servers_have_ports(cls, servers: str) -> str:
+        for server in servers.split(","):
+            found = _SERVER.fullmatch(server.strip())
+            if found is None or not 1 <= int(found["port"]) <= 65_535:
+                raise ValueError("must be host:port[,host:port...] with ports from 1 to 65535")
+        return servers
+
+    @field_validator("sasl_username", "sasl_password")
+    @classmethod
+    def _sasl_has_both(cls, value: str | SecretStr | None, info: ValidationInfo) -> str | SecretStr | None:
+        protocol = str(info.data.get("security_protocol", ""))
+        if protocol.startswith("SASL") and not (value.get_secret_value() if isinstance(value, SecretStr) else value):
+            raise ValueError(f"must be set when kafka.security_protocol is {protocol}")
+        return value
+
+    @field_validator("ssl_cafile")
+    @classmethod
+    def _authority_is_readable(cls, path: Path | None) -> Path | None:
+        if path is not None:
+            import ssl
+
+            try:
+                ssl.create_default_context(cafile=path)
+            except OSError as error:
+                why = error.strerror or str(error)
+                raise ValueError(f"must be a readable file of certificates in PEM form ({why})") from None
+        return path
 
     def topic(self, topic: Topic) -> str:
         """The topic's full name on the broker."""
@@ -76,6 +111,18 @@ class ClickHouseSettings(Section):
     """Its password."""
     database: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")] = "fulgurite"
     """One database is one namespace, as one topic prefix is."""
+
+    @field_validator("url")
+    @classmethod
+    def _url_has_a_port_that_exists(cls, url: str) -> str:
+        try:
+            parts = urlsplit(url)
+            usable = parts.hostname is not None and parts.port != 0
+        except ValueError:
+            usable = False
+        if not usable:
+            raise ValueError("must be http://host:port or https://host:port with a port from 1 to 65535")
+        return url
 
 
 class ProducerSettings(Section):
@@ -194,7 +241,7 @@ class AssemblerSettings(Section):
 
 class TrainerSettings(Section):
     run_id: str = ""
-    """Name of the run; a restart with the same name goes on where it stood. Made from the time when empty."""
+    """Name of the run; a restart with the same name goes on where it stood. Required."""
     resource: str = "policy"
     """Which policy it makes versions of."""
     model: Path | None = None
@@ -233,8 +280,11 @@ class TrainerSettings(Section):
     """PPO clip below: ratio >= 1 - clip_low."""
     clip_high: Annotated[float, Field(gt=0)] = 0.28
     """PPO clip above: ratio <= 1 + clip_high (DAPO's clip-higher)."""
+    correction: Literal["clip", "truncate"] = "clip"
+    """For stale tokens. clip: PPO's clip on the ratio of current to behaviour policy; truncate: that ratio as a capped
+    weight, no clip."""
     importance_cap: Annotated[float, Field(gt=0)] = 2.0
-    """Cap of the importance weight of current against behaviour policy, per token."""
+    """Cap of that weight, per token; for `truncate` only."""
     max_logprob_difference: Annotated[float, Field(gt=0)] = 1e-3
     """Largest |difference| between trainer and sampler for tokens of the same version; beyond it the run stops."""
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 16_384
@@ -345,11 +395,27 @@ def _explain(error: ValidationError, path: Path, from_env: Mapping[tuple[str, ..
     for item in error.errors(include_url=False):
         where = tuple(str(part) for part in item["loc"])
         source = from_env.get(where[:2], f"{'.'.join(where)} in {path}")
+        message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
             lines.append(f"{source}: no such setting; known ones: {', '.join(_known(where))}")
+        elif item["input"] is None:  # neither TOML nor the environment can say None
+            lines.append(f"{'.'.join(where)}, not set in the environment or in {path}: {message}")
+        elif _may_be_secret(where):
+            lines.append(f"{source}: {message}")
         else:
-            lines.append(f"{source} = {item['input']!r}: {item['msg']}")
+            # An address may have a password in it.
+            lines.append(f"{source} = {_USER_IN_URL.sub('//***@', repr(item['input']))}: {message}")
     return "wrong settings:\n  " + "\n  ".join(lines)
+
+
+def _may_be_secret(where: tuple[str, ...]) -> bool:
+    """Whether the value must not be shown: a password, or a whole section, which may have one in it."""
+    if len(where) < 2:
+        return True
+    section = Settings.model_fields.get(where[0])
+    model = section.annotation if section else None
+    field = model.model_fields.get(where[1]) if isinstance(model, type) and issubclass(model, BaseModel) else None
+    return field is None or "SecretStr" in str(field.annotation)
 
 
 def _known(where: tuple[str, ...]) -> list[str]:

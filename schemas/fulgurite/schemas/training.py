@@ -21,7 +21,7 @@ class TrainingEventBase(Event):
 
 
 class DroppedRollout(BaseModel):
-    """A rollout that will not be trained on, and why: stale, zero_variance, failed, no_reward, late, run_ended, …"""
+    """A rollout that will not be trained on, and why: stale, zero_variance, no_reward, deadline, run_ended, …"""
 
     rollout_id: Id
     reason: Name

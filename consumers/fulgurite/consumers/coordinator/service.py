@@ -26,7 +26,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import socket
 import time
 
 import uvicorn
@@ -38,8 +37,10 @@ from fulgurite.consumers.coordinator.log import Batch, Entry, Offsets, RolloutLo
 from fulgurite.consumers.coordinator.state import State
 from fulgurite.consumers.coordinator.term import TERM_SECONDS, Term
 from fulgurite.producers.publisher import Publisher
+from fulgurite.producers.service import bind
+from fulgurite.schemas.codec import encode_key
 from fulgurite.schemas.dead_letters import DeadLetter
-from fulgurite.schemas.errors import StartError, Undelivered
+from fulgurite.schemas.errors import RecordTooLarge, Undelivered
 from fulgurite.schemas.ids import now_ns
 from fulgurite.schemas.settings import Settings
 from fulgurite.schemas.topics import ROLLOUTS
@@ -51,7 +52,6 @@ MAX_DEAD_LETTERS = 1_000
 STALL_SECONDS = 2.0
 """A clock that late means that the process stood still and heard nobody: leases are made longer by as much."""
 _CLOSE_SECONDS = 3.0
-_BACKLOG = 1_024
 
 
 class Coordinator:
@@ -117,12 +117,12 @@ class Coordinator:
     async def _replay(self) -> None:
         started = time.monotonic()
         self._phase = "replaying the log"
-        self._already_handled = await self._term.handled()
+        self._already_handled = await self._term.handled(range(self._log.partitions))
         ends = await self._log.end_offsets()
         while not await self._log.reached(ends) and len(self._letters) < MAX_DEAD_LETTERS:  # 2
             await self._take(await self._log.read())
         await self._term.claim()  # 3
-        self._already_handled = await self._term.handled()
+        self._already_handled = await self._term.handled(range(self._log.partitions))
         self._letters = [letter for letter in self._letters if not self._is_handled(letter.partition, letter.offset)]
         self._handled = await self._log.next_offsets()
         ends = await self._log.end_offsets()
@@ -163,7 +163,7 @@ class Coordinator:
         now = asyncio.get_running_loop().time()
         for entry in batch.entries:
             if entry.misrouted:
-                await self._forward(entry)
+                letters += await self._forward(entry)
             elif self._engine.fold(entry.event) == "unknown":
                 message = f"{entry.event.event} of rollout {entry.event.rollout_id}, which nobody queued"
                 letters.append(entry.dead_letter(self._log.topic, "unknown_rollout", message))
@@ -173,10 +173,16 @@ class Coordinator:
         self._letters += [letter for letter in letters if not self._is_handled(letter.partition, letter.offset)]
         self._handled = batch.next_offsets
 
-    async def _forward(self, entry: Entry) -> None:
-        """To the partition where the rollout's other events are; only there does it count."""
+    async def _forward(self, entry: Entry) -> list[DeadLetter]:
+        """Its own bytes, to the partition where the rollout's other events are; only there does it count. Gives a dead
+        letter when it does not fit through."""
         if not self._is_handled(entry.partition, entry.offset):
-            await (await self._publisher.publish(ROLLOUTS, entry.event.rollout_id, entry.event))
+            key = encode_key(entry.event.rollout_id)
+            try:
+                await (await self._publisher.publish_bytes(ROLLOUTS, key, entry.value))
+            except RecordTooLarge as error:
+                return [entry.dead_letter(self._log.topic, error.reason, f"in the wrong partition, and {error}")]
+        return []
 
     def _is_handled(self, partition: int, offset: int) -> bool:
         return offset < self._already_handled.get(partition, 0)
@@ -221,7 +227,7 @@ class Coordinator:
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Runs the coordinator until `stop`. Raises StartError for a taken port, Fenced when another one takes over."""
-    with _bind(settings.coordinator.host, settings.coordinator.port) as listener:  # 1
+    with bind("coordinator", settings.coordinator.host, settings.coordinator.port) as listener:  # 1
         coordinator = Coordinator(settings)
         config = uvicorn.Config(
             coordinator.app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2
@@ -246,20 +252,3 @@ async def _end(running: asyncio.Task[None]) -> None:
     running.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await running
-
-
-def _bind(host: str, port: int) -> socket.socket:
-    try:
-        family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        listener = socket.socket(family, kind, protocol)
-        try:
-            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            listener.bind(address)
-            listener.listen(_BACKLOG)
-        except OSError:
-            listener.close()
-            raise
-    except OSError as error:
-        raise StartError(f"the coordinator cannot listen on {host}:{port}: {error} (set coordinator.port)") from error
-    logger.info("listening on %s:%d", *listener.getsockname()[:2])
-    return listener

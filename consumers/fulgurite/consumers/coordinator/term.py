@@ -25,8 +25,9 @@ from typing import TypeVar
 from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError, ProducerFenced
-from aiokafka.structs import OffsetAndMetadata, TopicPartition
+from aiokafka.structs import OffsetAndMetadata, RecordMetadata, TopicPartition
 
+from fulgurite.consumers.committed import committed
 from fulgurite.consumers.coordinator.log import Offsets
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.kafka import connection_options
@@ -87,20 +88,19 @@ class Term:
                 self._producer = producer
                 return
 
-    async def handled(self) -> Offsets:
-        """The offsets of the last commit; a partition is missing when there was none."""
+    async def handled(self, partitions: Iterable[int]) -> Offsets:
+        """The offsets of the last commit for these partitions; one is missing when it has none."""
+        wanted = [TopicPartition(self._topic, partition) for partition in partitions]
         backoff = Backoff(logger)
         while True:
             admin = AIOKafkaAdminClient(**connection_options(self._kafka))
             try:
                 await admin.start()
-                found = await admin.list_consumer_group_offsets(self.group)
+                found = await committed(admin, self.group, wanted)
             except (KafkaError, OSError) as error:
                 await backoff.wait(f"cannot read the offsets of group {self.group}: {error!r}")
             else:
-                return {
-                    tp.partition: at.offset for tp, at in found.items() if tp.topic == self._topic and at.offset >= 0
-                }
+                return {tp.partition: at.offset for tp, at in found.items()}
             finally:
                 await admin.close()
 
@@ -118,9 +118,11 @@ class Term:
         try:
             # No abort on the way out: with the broker away it would wait for ever; the next claim aborts.
             await self._producer.begin_transaction()
+            sent: list[asyncio.Future[RecordMetadata]] = []
             for letter in letters:  # 1
                 headers, value = self._fit(letter)
-                await self._producer.send(self._dead_letters, key=letter.key, value=value, headers=headers)
+                sent.append(await self._producer.send(self._dead_letters, value, letter.key, headers=headers))
+            await asyncio.gather(*sent)  # a letter that was refused must not be counted as handled
             await self._producer.send_offsets_to_transaction(offsets, self.group)  # 2
             await self._producer.commit_transaction()  # 3
         except ProducerFenced as error:

@@ -6,24 +6,29 @@
                                                                                                    8 report ◄───────┘
     consumes: resources; produces: training; waits for: the server; unblocked by: it always resumes, also on error
 
-The contract, and what a crash of this process after each step leaves for the next start, which begins with the same
-comparison and so finds out by itself:
+Same means: the server's label is the wanted number, and this process itself loaded that number and checksum into it. A
+label alone says nothing of the files: the same number may have been announced again with others (a wiped log, a second
+publisher). So a fresh follower loads the newest version once (25 to 100 ms paused) even where the label fits already.
+
+The contract, and what a crash of this process after each step leaves for the next start, which remembers no load, so
+begins with 1 again and finds out by itself:
 1. Verify the files' checksum. Crash: nothing has happened.
 2. POST /pause?mode=keep: requests under way freeze, the caches are cleared. Crash: the server stays paused until the
-   next start finds it so; it goes on with 1, or resumes the server if there is nothing to load.
+   next start, which goes on with 1, or resumes the server if there is nothing to load.
 3. Label the weights "loading", if they have a version: until 5 nobody can take them for one. Crash: paused without a
    version, so the newest one is loaded.
 4. POST /collective_rpc reload_weights. Crash: as after 3, loaded again.
-5. Label them with the version. Crash: paused with the right version, so it is only resumed.
-6. POST /resume, in `finally`, tried again until it works or the server is gone. Crash: nothing is left to do but 8.
+5. Label them with the version, and remember number and checksum. Crash: paused with the right version; loaded again.
+6. POST /resume, in `finally`, tried again until it works or the server is gone. Crash: as 5, but not paused.
 7. Ask which version is served. Not the wanted one: begin again.
-8. Publish VersionApplied and wait for the acknowledgement. Crash before that: the next start finds the version served
-   and publishes it; so at least once for every change, and a duplicate says the same.
+8. Publish VersionApplied and wait for the acknowledgement. Crash before or after: the next start loads the version
+   again and publishes it; so at least once for every change, and a duplicate says the same.
 
 An unusable version (files not as announced, refused by the server) is refused loudly, reported with ok=False and not
 tried again while this process lives; what the server has goes on, and if it has nothing, the newest usable version is
-loaded. Everything that may pass is tried for ever. A server that restarts, with whatever weights and label, is noticed
-within follower.check_seconds. One follower a server: two would resume each other's pauses.
+loaded. Everything that may pass is tried for ever. A server that restarts is noticed within follower.check_seconds by
+its label; one that came back with the label it had before would not be (servers start without a number, or with none
+of ours). One follower a server: two would resume each other's pauses.
 """
 
 from __future__ import annotations
@@ -36,7 +41,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from fulgurite.consumers.follower.server import PolicyServer, Refused, State, Unreachable
-from fulgurite.consumers.follower.versions import Identity, Verifier, Versions, identity
+from fulgurite.consumers.follower.versions import Content, Identity, Verifier, Versions, content, identity
 from fulgurite.schemas.errors import ChecksumMismatch
 from fulgurite.schemas.resources import ResourceVersion
 from fulgurite.schemas.training import VersionApplied
@@ -74,6 +79,8 @@ class Convergence:
         self._refused: set[Identity] = set()
         self._failures: dict[Identity, int] = {}
         self._reported: Identity | None = None
+        self._loaded: Content | None = None
+        """What this process loaded and labelled last, None while it cannot know."""
         self._changed = versions.subscribe()
         self._logged_at = -LOG_EVERY_SECONDS
 
@@ -96,12 +103,15 @@ class Convergence:
     async def step(self) -> None:
         """One comparison and what follows from it. Raises Unreachable, or Refused by a route other than the load."""
         state = await self._server.state()
+        if self._loaded and state.version != self._loaded[0]:
+            self._loaded = None  # restarted, or somebody else was here
         wanted = self._versions.wanted(self._refused)
-        if wanted is None or state.version == wanted.version or self._keeps_newer(wanted, state):
+        served = wanted is not None and self._loaded == content(wanted)
+        if wanted is None or served or self._keeps_newer(wanted, state):
             if state.paused:
                 logger.warning("%s was left paused; resuming it", self._server.url)
                 await self._server.resume()
-            if wanted and state.version == wanted.version and self._reported != identity(wanted):
+            if wanted and served and self._reported != identity(wanted):
                 logger.info("%s serves %s version %d", self._server.url, wanted.resource, wanted.version)
                 await self._applied(wanted, {})
             return
@@ -145,12 +155,14 @@ class Convergence:
     async def _load(self, wanted: ResourceVersion, folder: str, state: State) -> None:
         if state.version is not None:  # else the label names no version, or there are no weights to label
             await self._server.set_label(LABEL_LOADING)  # 3
+        loaded, self._loaded = self._loaded, None
         try:
             await self._server.reload_weights(folder)  # 4
         except Refused as error:
             # Refused means untouched: the weights are what they were.
             if state.version is not None:
                 await self._server.set_label(str(state.version))
+            self._loaded = loaded
             raise _Unusable(f"the server refused it: {error}") from None
         except Unreachable as error:
             key = identity(wanted)
@@ -159,6 +171,7 @@ class Convergence:
                 raise _Unusable(f"the server failed to load it {LOAD_TRIES} times: {error}") from None
             raise
         await self._server.set_label(str(wanted.version))  # 5
+        self._loaded = content(wanted)
 
     async def _resume(self) -> None:
         """Step 6. Shielded: a stop of this process waits for it."""

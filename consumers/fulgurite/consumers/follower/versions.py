@@ -18,11 +18,17 @@ MAX_KEPT: Final = 8
 """Candidates to fall back to when the newest are unusable; trainers keep about as many versions' files."""
 
 Identity = tuple[int, str, str]
+Content = tuple[int, str]
 
 
 def identity(version: ResourceVersion) -> Identity:
     """What makes two records the same version: number, place and content."""
     return version.version, version.uri, version.sha256
+
+
+def content(version: ResourceVersion) -> Content:
+    """What a server that loaded it has: number and checksum; where the files lay does not matter to it."""
+    return version.version, version.sha256
 
 
 class Versions:

@@ -13,7 +13,7 @@ The contract, for one partition. The code carries these numbers.
 
     0  resume   Read the intent lo..hi from Kafka. Wait until no insert of a predecessor runs. Ask ClickHouse, which is
                 the truth, where the log of inserts ends (L) and which offsets from L on are in the tables. Read from
-                L on, skip what is there; what is missing of lo..hi is written as lo..hi again.
+                L on, skip what is there; what is missing of lo..hi is written as lo..hi again, all of it at once.
     1  intent   Commit offset lo with metadata hi: "about to insert lo..hi". Kafka refuses it from a consumer that is no
                 longer of the group, so a zombie does not get further.
     2  insert   One block, one synchronous insert, token topic-partition-lo-hi. Each table takes its part of the block
@@ -31,6 +31,12 @@ A crash after
     2           the rows are there and not in the log: step 0 finds them by offset and skips them.
     3           the commit is behind: L is not.
     4           nothing to do.
+
+Why the interrupted range is written whole, or not yet. Its token may be used for all that is missing of lo..hi, once; a
+part of it under this token would make each table refuse the rest, and a part under another token would come twice if a
+zombie's insert of lo..hi still arrives. So neither a full buffer nor a slow broker cuts it short: it was one batch once
+and fits into memory, and it is waited for until every offset up to hi was read, or the consumer's position has passed
+hi and nothing came any more, which means that those offsets do not exist (compaction). Only then does 3 say hi.
 
 Why the tables, and not the token alone: the server's memory of tokens is bounded and written apart from the rows. Why
 the token, and not the tables alone: it stops an insert that arrives after they were asked.

@@ -16,6 +16,8 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from aiokafka.structs import OffsetAndMetadata
 
+from fulgurite.consumers.committed import committed
+
 logger = logging.getLogger(__name__)
 
 RETRY_SECONDS = 0.5
@@ -48,15 +50,15 @@ class Offsets:
         """What was last intended for the partition; None where everything before the committed offset is done."""
         while True:
             try:
-                found = await self._admin.list_consumer_group_offsets(self._group, partitions=[partition])
+                found = await committed(self._admin, self._group, [partition])
                 break
             except KafkaError as error:
                 logger.warning("cannot read the group's offsets, trying again: %r", error)
                 await asyncio.sleep(RETRY_SECONDS)
-        committed = found.get(partition)
-        if committed is None or committed.offset < 0 or not committed.metadata.isdecimal():
+        at = found.get(partition)
+        if at is None or not at.metadata.isdecimal():
             return None
-        return Intent(committed.offset, int(committed.metadata))
+        return Intent(at.offset, int(at.metadata))
 
     async def intend(self, partition: TopicPartition, intent: Intent) -> None:
         """Returns when the group knows the intent. Raises Lost."""

@@ -2,7 +2,7 @@
 
 The steps of the contract (see the package) are in this file, by number: `_resume` is 0, `_write` is 1 and 2; 3 and 4
 are left to the service, which does them for all partitions at once. Bounds: the batch and the buffer, in records and
-bytes.
+bytes; an interrupted range is read to its end beyond them, since it was one batch once.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CPU however few records it has, and on a busy machine many small ones would slow
 RETRY_SECONDS = (0.2, 5.0)
 """First and longest pause between tries."""
 REPLAY_WAIT_SECONDS = 10.0
-"""How long the end of an interrupted range is waited for; compaction may have removed its last record."""
+"""So long without a record, and the end of an interrupted range is looked for: compaction may have removed it."""
 QUIET_SECONDS = 0.1
 """How often the server is asked whether an insert still runs."""
 
@@ -55,6 +55,7 @@ class Consumer(Protocol):
     def seek(self, partition: TopicPartition, offset: int) -> None: ...
     async def beginning_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]: ...
     async def end_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]: ...
+    async def position(self, partition: TopicPartition) -> int: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +114,7 @@ class PartitionWriter:
                     self._bytes += _size(record)
         self._arrived.set()
         full = len(self._buffer) >= 2 * self._parts.settings.batch_records or self._bytes >= self._buffer_bytes
-        if full and not self._paused:
+        if full and not self._paused and not self._inside_replay():
             self._paused = True
             self._parts.consumer.pause(self._tp)
 
@@ -185,18 +186,33 @@ class PartitionWriter:
         return self._cut(settings.batch_records)
 
     async def _replayed(self, intent: Intent) -> Batch:
-        """The interrupted range once more, with its own boundaries and therefore its own token."""
+        """The interrupted range once more, whole: with its own boundaries and therefore its own token."""
         if self._buffer[0].offset < intent.lo:
             # Only after ClickHouse went back to an older copy of itself: records below the intent are gone from it.
             below = sum(1 for record in self._buffer if record.offset < intent.lo)
             return self._cut(min(below, self._parts.settings.batch_records))
-        deadline = time.monotonic() + REPLAY_WAIT_SECONDS
-        while self._next <= intent.hi and not self._paused:
-            if not await self._more(deadline):
+        if self._paused and self._inside_replay():
+            self._unpause()
+        passed = False
+        while self._next <= intent.hi:
+            if await self._more(time.monotonic() + REPLAY_WAIT_SECONDS):
+                continue
+            if passed:  # and nothing has come since: the offsets up to hi do not exist any more
                 break
+            passed = await self._parts.consumer.position(self._tp) > intent.hi
+            if not passed:
+                lacking = (self.partition, self._next, intent.hi)
+                logger.warning("%s: waiting for offsets %d..%d of an interrupted insert", *lacking)
         self._replay = None
         records = self._take(sum(1 for record in self._buffer if record.offset <= intent.hi))
         return Batch(intent.lo, intent.hi, records, doubtful=True)
+
+    def _inside_replay(self) -> bool:
+        """Whether what is missing of the interrupted range is all that is fetched now."""
+        intent = self._replay
+        if intent is None or self._next > intent.hi:
+            return False
+        return not self._buffer or self._buffer[0].offset >= intent.lo
 
     async def _more(self, deadline: float) -> bool:
         """Waits for further records until the deadline; False when it passed."""

@@ -1,14 +1,15 @@
 """The demo: the whole circle on one machine, from nothing to a better policy. Read it to see how parts are wired.
 
     1 stores            Kafka and ClickHouse as child processes; topics, tables
-    2 warm start        a tiny random Llama learns the format from sloppy demonstrations   -> data/warm-start
-    3 services          each one `fulgurite <service>`, a process of its own, talking over Kafka and HTTP only:
+    2 services          each one `fulgurite <service>`, a process of its own, talking over Kafka and HTTP only:
                           coordinator ► runner ► agent ─OpenAI API─► gateway ► policy server ◄ follower
                           materialiser ► ClickHouse        assembler ► trajectories
-    4 evaluation before held-out tasks, sampled and greedy, as rollouts of mode val
-    5 training          `fulgurite train`: windows ► GRPO ► versions, until its steps are done
-    6 evaluation after  the same tasks
-    7 report            everything in it is asked from ClickHouse
+    3 warm start        a tiny random Llama learns the format from sloppy demonstrations   -> data/warm-start
+    4 first version     `fulgurite publish`: the follower brings it to the policy server
+    5 evaluation before held-out tasks, sampled and greedy, as rollouts of mode val
+    6 training          `fulgurite train`: windows ► GRPO ► versions, until its steps are done
+    7 evaluation after  the same tasks
+    8 report            everything in it is asked from ClickHouse
 
 Promises: Ctrl-C or SIGTERM at any moment, and kill -9 of this process, leave no process behind; a service that dies is
 started again; a second run in the same folder goes on where the first stood, or says that it begins a new run. Knows
@@ -29,7 +30,7 @@ from types import FrameType
 from typing import NoReturn
 
 from fulgurite.infra.demo import questions, state
-from fulgurite.infra.demo.plan import EXAMPLE, SERVICES, Plan, Sizes, make_plan
+from fulgurite.infra.demo.plan import EXAMPLE, SERVICES, Plan, Sizes, check_folder, make_plan
 from fulgurite.infra.demo.report import MIN_RISE, print_next, report
 from fulgurite.infra.demo.screen import Figures, Screen
 from fulgurite.infra.demo.state import DemoState
@@ -39,7 +40,14 @@ from fulgurite.infra.stores import hold_folder, start_stores
 from fulgurite.infra.supervisor import Supervisor
 from fulgurite.infra.trace import rollout_tree
 from fulgurite.schemas.errors import StartError
-from fulgurite.schemas.settings import ClickHouseSettings, KafkaSettings, Settings
+from fulgurite.schemas.settings import (
+    CONFIG_NAME,
+    ENV_HOME,
+    ClickHouseSettings,
+    KafkaSettings,
+    Settings,
+    load_settings,
+)
 
 RESOURCE = "policy"
 PARTITIONS = 2
@@ -55,7 +63,9 @@ _TICK_SECONDS = 0.5
 
 def main(data: Path, sizes: Sizes) -> int:
     """Runs the demo; 0 when the reward rose as promised, 1 when it did not, 130 when it was interrupted."""
-    logging.basicConfig(filename=_log_file(data), level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
+    check_folder(data)
+    log = data / "logs" / "demo.log"
+    logging.basicConfig(filename=log, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     signal.signal(signal.SIGTERM, _interrupt)
     screen = Screen()
@@ -85,14 +95,17 @@ class _Demo:
 
     def run(self) -> int:
         self._screen.phase("stores")
-        settings = Settings(kafka=KafkaSettings(partitions=PARTITIONS))
+        settings = _store_settings(self._plan.data)
         stores = start_stores(self._plan.data, settings, self._supervisor, lambda text: self._screen.say(f"  {text}"))
-        self._screen.phase("warm start")
+        self._screen.phase("services")
+        for service in SERVICES:
+            self._supervisor.start(service, self._plan.service_command(service), self._environment)
+        self._screen.phase("warm start")  # while the services come up
         self._warm_start()
         clickhouse = stores.settings.clickhouse
         with Watcher(stores.settings, self._demo.run_id, RESOURCE) as self._watcher:
-            self._screen.phase("services")
-            self._start_services()
+            self._screen.phase("first version")
+            self._publish_warm_start()
             self._screen.phase("evaluation before")
             self._evaluate("before", self._demo.evaluated_before)
             self._remember(evaluated_before=True)
@@ -100,6 +113,7 @@ class _Demo:
             self._train()
             self._remember(trained=True)
             self._screen.phase("evaluation after")
+            self._wait_for(lambda: self._watcher.newest_is_served, SERVED_SECONDS, "the last version to be served")
             self._evaluate("after", self._demo.evaluated_after)
             self._screen.phase("report")
             self._settle()
@@ -130,9 +144,7 @@ class _Demo:
                     continue  # a line cut in the middle
         return Figures(what="starting")
 
-    def _start_services(self) -> None:
-        for service in SERVICES:
-            self._supervisor.start(service, self._plan.service_command(service), self._environment)
+    def _publish_warm_start(self) -> None:
         if not self._demo.published:
             self._run_once("publish", [*self._plan.service_command("publish"), str(self._plan.warm_start)], Figures)
             self._remember(published=True)
@@ -255,13 +267,11 @@ def _service_event(screen: Screen, name: str, what: str) -> None:
         screen.say(f"  [yellow]{name} {what}[/]")
 
 
-def _log_file(data: Path) -> Path:
-    folder = data / "logs"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise StartError(f"cannot write in {data}: {error.strerror}; choose another folder with --data") from None
-    return folder / "demo.log"
+def _store_settings(data: Path) -> Settings:
+    """A folder that holds topics keeps their number of partitions; a fresh one gets PARTITIONS."""
+    if (data / CONFIG_NAME).is_file():
+        return load_settings({ENV_HOME: str(data)})
+    return Settings(kafka=KafkaSettings(partitions=PARTITIONS))
 
 
 def _interrupt(number: int, frame: FrameType | None) -> NoReturn:

@@ -29,11 +29,11 @@ SERVICES = ("coordinator", "materialiser", "assembler", "policy-server", "follow
 class Sizes:
     """How much of everything: chosen so that two cores need under five minutes."""
 
-    steps: int = 44
+    steps: int = 36
     groups_per_step: int = 8
     group_size: int = 8
     eval_tasks: int = 512
-    greedy_tasks: int = 256
+    greedy_tasks: int = 128
     warm_start_steps: int = 350
     concurrency: int = 24
     seed: int = 1
@@ -108,17 +108,23 @@ class Plan:
 
 
 def make_plan(data: Path, sizes: Sizes, run_id: str) -> Plan:
-    """Raises StartError where the examples are missing or the disk is nearly full."""
-    root = find_examples()
-    data.mkdir(parents=True, exist_ok=True)
-    free = shutil.disk_usage(data).free
-    if free < MIN_FREE_BYTES:
-        raise StartError(
-            f"{data.absolute()} has {free / 1024**3:.1f} GiB free; the demo needs {MIN_FREE_BYTES >> 30} GiB"
-        )
+    """Raises StartError where the examples are missing."""
     names = ("coordinator", "gateway", "policy_server")
     ports = remembered_ports(data / "service-ports.json", names, None, "the demo's services")
-    return Plan(data.absolute(), root, sizes, run_id, ports)
+    return Plan(data.absolute(), find_examples(), sizes, run_id, ports)
+
+
+def check_folder(data: Path) -> None:
+    """Before anything is written: raises StartError where the folder cannot be written or the disk is nearly full."""
+    try:
+        (data / "logs").mkdir(parents=True, exist_ok=True)
+        (data / "logs" / "demo.log").open("a").close()
+        free = shutil.disk_usage(data).free
+    except OSError as error:
+        raise StartError(f"cannot write in {data}: {error.strerror}; choose another folder with --data") from None
+    if free < MIN_FREE_BYTES:
+        needed = MIN_FREE_BYTES >> 30
+        raise StartError(f"{data} has {free / 1024**3:.1f} GiB free; the demo needs {needed} GiB")
 
 
 def find_examples() -> Path:

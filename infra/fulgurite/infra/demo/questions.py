@@ -18,11 +18,10 @@ FROM steps WHERE run_id = {run_id:String} ORDER BY step
 """
 
 RATES = """
-SELECT
-    countIf(event = 'finished' AND time_ns > now_ns - 10 * 1000000000) / 10 AS rollouts_per_second,
-    countIf(event = 'finished') AS finished,
-    toUnixTimestamp64Nano(now64(9)) AS now_ns
-FROM rollout_events WHERE run_id = {run_id:String} AND mode = {mode:String}
+WITH max(time_ns) AS newest_ns
+SELECT if(toUnixTimestamp64Nano(now64(9)) - newest_ns > 8000000000, 0,
+          arrayCount(t -> t > newest_ns - 10000000000, groupArray(time_ns)) / 10) AS rollouts_per_second
+FROM rollout_events WHERE run_id = {run_id:String} AND mode = {mode:String} AND event = 'finished'
 """
 
 TOOL_USE = """
@@ -38,34 +37,33 @@ DEAD_LETTERS = "SELECT count() FROM dead_letters"
 
 SERVED = """
 SELECT
-    (SELECT argMax(version, time_ns) FROM versions_applied WHERE resource = {resource:String} AND ok) AS served,
+    (SELECT argMax(version, time_ns) FROM versions_applied
+     WHERE resource = {resource:String} AND ok AND time_ns >= {since_ns:Int64}) AS served,
     (SELECT max(version) FROM resources WHERE resource = {resource:String}) AS newest
 """
 
 CURVE = """
-SELECT
-    t.min_version AS version, t.mode AS mode, avg(t.reward) AS reward_mean,
-    stddevSamp(t.reward) / sqrt(count()) AS reward_sem, count() AS rollouts, avg(s.used_tool) AS tool_use
-FROM trajectories AS t
+SELECT r.version AS version, r.mode AS mode, r.mean AS reward_mean, r.standard_error AS reward_sem, r.n AS rollouts,
+       u.tool_use AS tool_use
+FROM reward_by_version AS r
 LEFT JOIN (
-    SELECT rollout_id, attempt_id, max(operation = 'execute_tool') AS used_tool FROM spans GROUP BY ALL
-) AS s ON s.rollout_id = t.rollout_id AND s.attempt_id = t.attempt_id
-INNER JOIN (
-    SELECT rollout_id, metadata['sampling'] AS sampling FROM rollout_events WHERE event = 'queued' LIMIT 1 BY rollout_id
-) AS r ON r.rollout_id = t.rollout_id
-WHERE t.run_id = {run_id:String} AND t.reward IS NOT NULL AND t.min_version IS NOT NULL AND r.sampling != 'greedy'
-GROUP BY version, mode ORDER BY version, mode
+    SELECT t.min_version AS version, t.mode AS mode, t.metadata['sampling'] AS sampling, avg(s.used_tool) AS tool_use
+    FROM trajectories AS t
+    INNER JOIN (
+        SELECT rollout_id, attempt_id, max(operation = 'execute_tool') AS used_tool FROM spans GROUP BY ALL
+    ) AS s ON s.rollout_id = t.rollout_id AND s.attempt_id = t.attempt_id
+    WHERE t.run_id = {run_id:String} GROUP BY ALL
+) AS u ON u.version = r.version AND u.mode = r.mode AND u.sampling = r.sampling
+WHERE r.run_id = {run_id:String} AND r.sampling != 'greedy'
+ORDER BY version, mode
 """
 
 EVALUATIONS = """
 SELECT
-    r.metadata['evaluation'] AS evaluation, r.metadata['sampling'] AS sampling, count() AS rollouts,
+    t.metadata['evaluation'] AS evaluation, t.metadata['sampling'] AS sampling, count() AS rollouts,
     avg(ifNull(t.reward, 0)) AS reward_mean, stddevSamp(ifNull(t.reward, 0)) / sqrt(count()) AS reward_sem,
-    avg(s.used_tool) AS tool_use, min(t.min_version) AS version
+    avg(s.used_tool) AS tool_use, min(t.min_version) AS min_version, max(t.max_version) AS max_version
 FROM trajectories AS t
-INNER JOIN (
-    SELECT rollout_id, metadata FROM rollout_events WHERE event = 'queued' LIMIT 1 BY rollout_id
-) AS r ON r.rollout_id = t.rollout_id
 LEFT JOIN (
     SELECT rollout_id, attempt_id, max(operation = 'execute_tool') AS used_tool FROM spans GROUP BY ALL
 ) AS s ON s.rollout_id = t.rollout_id AND s.attempt_id = t.attempt_id
@@ -73,12 +71,29 @@ WHERE t.run_id = {run_id:String} AND t.mode = 'val'
 GROUP BY evaluation, sampling ORDER BY evaluation DESC, sampling DESC
 """
 
+RISE = """
+SELECT avg(later.reward - earlier.reward), stddevSamp(later.reward - earlier.reward) / sqrt(count()), count()
+FROM (
+    SELECT task_id, ifNull(reward, 0) AS reward FROM trajectories WHERE run_id = {run_id:String} AND mode = 'val'
+    AND metadata['evaluation'] = 'before' AND metadata['sampling'] = 'sampled'
+) AS earlier
+INNER JOIN (
+    SELECT task_id, ifNull(reward, 0) AS reward FROM trajectories WHERE run_id = {run_id:String} AND mode = 'val'
+    AND metadata['evaluation'] = 'after' AND metadata['sampling'] = 'sampled'
+) AS later USING task_id
+"""
+
 ACCOUNTS = """
 SELECT outcome, reason, count() AS rollouts FROM (
     SELECT
         r.rollout_id,
         multiIf(
-            r.mode != 'train', 'evaluated', l.times_trained > 1, 'TRAINED TWICE', l.outcome != '', l.outcome, 'open'
+            r.status NOT IN ('succeeded', 'failed', 'cancelled'), 'open',
+            r.mode != 'train', 'evaluated',
+            l.times_trained > 1, 'TRAINED TWICE',
+            l.times_named > 1, 'NAMED TWICE',
+            l.outcome != '', l.outcome,
+            'in no step'
         ) AS outcome,
         if(outcome = 'evaluated' AND r.status != 'succeeded', r.status, l.reason) AS reason
     FROM rollouts AS r LEFT JOIN ledger AS l ON l.rollout_id = r.rollout_id AND l.run_id = r.run_id
@@ -116,7 +131,8 @@ class Evaluation:
     reward_mean: float
     reward_sem: float
     tool_use: float
-    version: int
+    versions: str
+    """That answered: one, or from-to when a newer one came in the middle."""
 
 
 def curve(client: Client, run_id: str) -> list[CurvePoint]:
@@ -131,9 +147,19 @@ def curve(client: Client, run_id: str) -> list[CurvePoint]:
 def evaluations(client: Client, run_id: str) -> list[Evaluation]:
     rows = client.query(EVALUATIONS, {"run_id": run_id}).result_rows
     return [
-        Evaluation(name, sampling, int(n), float(mean), _number(sem), _number(tool_use), int(version or 0))
-        for name, sampling, n, mean, sem, tool_use, version in rows
+        Evaluation(name, sampling, int(n), float(mean), _number(sem), _number(tool_use), _versions(low, high))
+        for name, sampling, n, mean, sem, tool_use, low, high in rows
     ]
+
+
+def rise(client: Client, run_id: str) -> tuple[float, float, int] | None:
+    """Held-out sampled reward after minus before, task by task: mean, its standard error, tasks."""
+    mean, error, tasks = client.query(RISE, {"run_id": run_id}).result_rows[0]
+    return (float(mean), _number(error), int(tasks)) if tasks else None
+
+
+def _versions(low: int | None, high: int | None) -> str:
+    return "" if low is None or high is None else str(low) if low == high else f"{low}-{high}"
 
 
 def _number(value: float | None) -> float:

@@ -33,7 +33,7 @@ def report(console: Console, client: Client, run_id: str, data: Path, show_rollo
         write_png(points, png)
         console.print(f"The same with standard errors: {png}", highlight=False)
     console.print(_evaluation_table(evaluations))
-    rise = _print_rise(console, evaluations)
+    rise = _print_rise(console, client, run_id, evaluations)
     console.print(_accounts_table(client, run_id))
     if show_rollout:
         console.print(f"\n[bold]One rollout[/] (fulgurite trace {show_rollout} --data {data})", highlight=False)
@@ -86,7 +86,7 @@ def _evaluation_table(evaluations: Sequence[Evaluation]) -> Table:
     for item in evaluations:
         table.add_row(
             item.name,
-            str(item.version),
+            item.versions,
             item.sampling,
             str(item.rollouts),
             f"{item.reward_mean:.3f}",
@@ -96,19 +96,22 @@ def _evaluation_table(evaluations: Sequence[Evaluation]) -> Table:
     return table
 
 
-def _print_rise(console: Console, evaluations: Sequence[Evaluation]) -> float | None:
-    """The rise and its standard error: two independent samples' variances add."""
-    sampled = {item.name: item for item in evaluations if item.sampling == "sampled"}
-    before, after = sampled.get("before"), sampled.get("after")
-    if before is None or after is None:
+def _print_rise(console: Console, client: Client, run_id: str, evaluations: Sequence[Evaluation]) -> float | None:
+    """The same tasks before and after: the standard error is that of the differences."""
+    found = questions.rise(client, run_id)
+    if found is None:
         return None
-    rise = after.reward_mean - before.reward_mean
-    error = math.hypot(before.reward_sem, after.reward_sem)
+    rise, error, tasks = found
+    before, after = (
+        next(item.reward_mean for item in evaluations if (item.name, item.sampling) == (name, "sampled"))
+        for name in ("before", "after")
+    )
     colour = "green" if rise >= MIN_RISE else "yellow"
     console.print(
-        f"[{colour}]Held-out sampled reward: {before.reward_mean:.3f} → {after.reward_mean:.3f}, "
-        f"a rise of {rise:+.3f} ± {error:.3f} on {after.rollouts} tasks it was never trained on.[/]",
+        f"[{colour}]Held-out sampled reward: {before:.3f} → {after:.3f}, a rise of {rise:+.3f} ± {error:.3f} "
+        f"(paired, {tasks} tasks it was never trained on).[/]",
         highlight=False,
+        soft_wrap=True,
     )
     return rise
 

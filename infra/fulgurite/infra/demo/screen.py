@@ -16,7 +16,16 @@ from rich.progress_bar import ProgressBar
 from rich.table import Table
 from rich.text import Text
 
-PHASES = ("stores", "warm start", "services", "evaluation before", "training", "evaluation after", "report")
+PHASES = (
+    "stores",
+    "services",
+    "warm start",
+    "first version",
+    "evaluation before",
+    "training",
+    "evaluation after",
+    "report",
+)
 LOG_SECONDS = 5.0
 _BARS = "▁▂▃▄▅▆▇█"
 _CURVE_POINTS = 60
@@ -54,6 +63,8 @@ class Screen:
         self._phase = ""
         self._started = self._phase_started = time.monotonic()
         self._last_line = 0.0
+        self._done_before: int | None = None
+        """What an earlier life of the demo had done of this phase."""
         self._live: Live | None = None
         self._took: dict[str, float] = {}
 
@@ -80,7 +91,7 @@ class Screen:
         if self._phase:
             self._took[self._phase] = now - self._phase_started
             self.console.print(f"[green]✓[/] {self._phase} [dim]({self._took[self._phase]:.0f} s)[/]")
-        self._phase, self._phase_started, self._last_line = name, now, 0.0
+        self._phase, self._phase_started, self._last_line, self._done_before = name, now, 0.0, None
         if note:
             self.say(note)
 
@@ -96,14 +107,19 @@ class Screen:
             self._live.update(self._panel(figures), refresh=True)
         elif time.monotonic() - self._last_line >= LOG_SECONDS:
             self._last_line = time.monotonic()
-            line = f"[{self.elapsed_seconds:4.0f} s] {self._phase}: {_line(figures)}"
+            left = self.left_seconds(figures)
+            rest = "" if left is None else f" · about {left:.0f} s left"
+            line = f"[{self.elapsed_seconds:4.0f} s] {self._phase}: {_line(figures)}{rest}"
             self.console.print(line, highlight=False, markup=False, soft_wrap=True)
 
     def left_seconds(self, figures: Figures) -> float | None:
         """Time left in this phase, from how far it has come; None before it has come anywhere."""
-        if figures.done <= 0 or figures.total <= 0:
+        if self._done_before is None or figures.done < self._done_before:
+            self._done_before = figures.done
+        done = figures.done - self._done_before
+        if done <= 0 or figures.total <= 0:
             return None
-        return (time.monotonic() - self._phase_started) * (figures.total - figures.done) / figures.done
+        return (time.monotonic() - self._phase_started) * (figures.total - figures.done) / done
 
     def _panel(self, figures: Figures) -> RenderableType:
         left = self.left_seconds(figures)

@@ -20,6 +20,7 @@ from fulgurite.infra.demo.screen import Figures
 from fulgurite.infra.lag import consumer_lag
 from fulgurite.infra.sql import connect
 from fulgurite.schemas.errors import FulguriteError
+from fulgurite.schemas.ids import now_ns
 from fulgurite.schemas.settings import Settings
 from fulgurite.schemas.topics import REWARDS, SPANS
 
@@ -36,6 +37,8 @@ class Watcher:
         self._settings = settings
         self._run_id = run_id
         self._resource = resource
+        self._since_ns = now_ns()
+        """Servers started with us: what was applied before says nothing about them."""
         self.mode = "val"
         self.prefix = ""
         """Counts the ended rollouts whose id begins with it."""
@@ -79,7 +82,11 @@ class Watcher:
             logger.info("Kafka does not answer: %s", error)
             return
         names = self._settings.kafka
-        by_group = {group.removeprefix(names.topic_prefix).partition(".")[0]: topics for group, topics in found.items()}
+        wanted = {name: name for name in ("coordinator", "assembler", self._settings.materialiser.group)}
+        if self.mode == "train":
+            wanted |= {f"trainer.{self._run_id}": "trainer"}
+        ours = {group.removeprefix(names.topic_prefix): topics for group, topics in found.items()}
+        by_group = {shown: ours[group] for group, shown in wanted.items() if group in ours}
         written = by_group.get(self._settings.materialiser.group, {})
         with self._lock:
             self._figures.lag = {group: sum(topics.values()) for group, topics in by_group.items()}
@@ -91,7 +98,7 @@ class Watcher:
         rates = client.query(questions.RATES, run).result_rows
         tool_use = client.query(questions.TOOL_USE, run).result_rows
         dead = client.query(questions.DEAD_LETTERS, {}).result_rows
-        served = client.query(questions.SERVED, {"resource": self._resource}).result_rows
+        served = client.query(questions.SERVED, {"resource": self._resource, "since_ns": self._since_ns}).result_rows
         ended = client.query(questions.ENDED, {"run_id": self._run_id, "prefix": self.prefix}).result_rows
         with self._lock:
             figures = self._figures

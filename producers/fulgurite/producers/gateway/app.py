@@ -11,7 +11,8 @@ The contract, and what a crash of this process after each step leaves:
 3. Make the span: exactly what the backend says it sampled. Failed calls make one too. Crash: as 2.
 4. Publish it and wait for the broker's acknowledgement, at most gateway.publish_seconds, then 503. Crash, or 503: the
    span may be on the log although the agent never saw the answer. If the agent asks again, the log has both calls, with
-   span ids of their own: that is what happened.
+   span ids of their own: that is what happened. OpenAI's clients count their retries; the count is recorded, and the
+   assembler leaves the call out that was given up. From a client that does not count, both calls look wanted.
 5. Answer, without what the agent did not ask for. So every answer an agent has is on the log, before it has it.
 
 An agent that hangs up during 2 ends the generation, and the span says so. Prompts, answers and keys are never logged.

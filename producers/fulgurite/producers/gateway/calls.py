@@ -21,6 +21,8 @@ HEADER_ROLLOUT = "x-rollout-id"
 HEADER_ATTEMPT = "x-attempt-id"
 HEADER_AGENT = "x-agent"
 HEADER_TRACEPARENT = "traceparent"
+HEADER_RETRY = "x-stainless-retry-count"
+"""Sent by OpenAI's clients: 0 at first, then how often they have asked the same again."""
 
 MAX_CHOICES: Final = 128
 """Of one call (`n`), as OpenAI bounds it."""
@@ -28,6 +30,7 @@ MAX_CHOICES: Final = 128
 MAX_AGENT_CHARS: Final = 512
 
 _ID = re.compile(r"[A-Za-z0-9][A-Za-z0-9._:@=+-]*")
+_RETRY = re.compile(r"[0-9]{1,6}")
 _TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-f]{16})-[0-9a-f]{2}(-.*)?")
 
 
@@ -45,6 +48,8 @@ class Call:
     span_ids: tuple[str, ...]
     """One a choice."""
     agent: str
+    retry_count: int
+    """How often the agent's client had asked this before, as far as it says so."""
     authorization: str
     """Handed on to the backend as it came; never logged, never recorded."""
     start_ns: int
@@ -105,6 +110,7 @@ def parse_call(path_ids: Mapping[str, str], headers: Mapping[str, str], body: by
         parent_span_id=parent_span_id,
         span_ids=tuple(new_span_id() for _ in range(count)),
         agent=headers.get(HEADER_AGENT, "")[:MAX_AGENT_CHARS],
+        retry_count=_retry_count(headers),
         authorization=headers.get("authorization", ""),
         start_ns=start_ns,
         body=request,
@@ -165,6 +171,12 @@ def _choices(request: dict[str, Any]) -> int:
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_CHOICES:
         raise ApiError(400, "invalid_n", f"n must be a whole number from 1 to {MAX_CHOICES}", param="n")
     return count
+
+
+def _retry_count(headers: Mapping[str, str]) -> int:
+    """0 for a client that does not count."""
+    said = headers.get(HEADER_RETRY, "")
+    return int(said) if _RETRY.fullmatch(said) else 0
 
 
 def _trace(headers: Mapping[str, str], rollout_id: str, attempt_id: str) -> tuple[str, str]:

@@ -30,20 +30,26 @@ REQUEST_ATTRIBUTES: Final = {
     "temperature": "gen_ai.request.temperature",
     "top_p": "gen_ai.request.top_p",
     "top_k": "gen_ai.request.top_k",
+    "min_p": "gen_ai.request.min_p",
     "max_tokens": "gen_ai.request.max_tokens",
     "max_completion_tokens": "gen_ai.request.max_tokens",
     "frequency_penalty": "gen_ai.request.frequency_penalty",
     "presence_penalty": "gen_ai.request.presence_penalty",
+    "repetition_penalty": "gen_ai.request.repetition_penalty",
     "stop": "gen_ai.request.stop_sequences",
     "n": "gen_ai.request.choice.count",
 }
-"""Field of the request -> OpenTelemetry's name."""
+"""Field of the request -> OpenTelemetry's name; min_p and repetition_penalty, which it does not know, in its manner.
+
+Logprobs are the policy's only where those that shape the distribution are neutral: the assembler reads them here."""
 
 ATTRIBUTE_TOOLS: Final = "gen_ai.tool.definitions"
 ATTRIBUTE_ERROR: Final = "error.type"
 ATTRIBUTE_BACKEND_STATUS: Final = "http.response.status_code"
 ATTRIBUTE_BACKEND_SECONDS: Final = "fulgurite.backend_seconds"
 ATTRIBUTE_TRIES: Final = "fulgurite.backend_tries"
+ATTRIBUTE_RETRY: Final = "fulgurite.retry_count"
+"""Above 0, how often the agent's client had asked this before; the assembler leaves out the calls it gave up."""
 ATTRIBUTE_CHOICE: Final = "fulgurite.choice"
 ATTRIBUTE_VERSION_LABELS: Final = "fulgurite.weight_version_labels"
 """Labels that could not be recorded as the version: not numbers, or different before and after the call."""
@@ -201,6 +207,8 @@ def _name(call: Call) -> str:
 
 def _request_attributes(call: Call) -> dict[str, Any]:
     found = {name: call.body[key] for key, name in REQUEST_ATTRIBUTES.items() if call.body.get(key) is not None}
+    if call.retry_count:
+        found[ATTRIBUTE_RETRY] = call.retry_count
     if call.body.get("tools"):
         found[ATTRIBUTE_TOOLS] = _json(call.body["tools"])
     return found

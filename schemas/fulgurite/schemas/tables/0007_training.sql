@@ -271,7 +271,9 @@ SELECT
     argMin(at_version_in, (1 - trained, _offset)) AS version_in,
     argMin(at_version_out, (1 - trained, _offset)) AS version_out,
     -- More than 1 would be a rollout that had a gradient twice: it must never be.
-    uniqExactIf(at_step, trained = 1) AS times_trained
+    uniqExactIf(at_step, trained = 1) AS times_trained,
+    -- How often a record of the run named it, as trained or as dropped: 1, or the trainer contradicts itself.
+    count() AS times_named
 FROM
 (
     SELECT

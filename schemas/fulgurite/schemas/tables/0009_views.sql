@@ -2,7 +2,8 @@
 --
 -- llm_calls           spans with sampled tokens: one row for every LLM call, with tokens, logprobs, versions
 -- rollout_rewards     one row for every rollout: mode, run, status, its reward, versions, LLM calls, tool calls
--- reward_by_version   (run_id, mode, version) -> n, mean, standard error; version: oldest that sampled one of its tokens
+-- reward_by_version   (run_id, mode, sampling, version) -> n, mean, standard error; version: the oldest that sampled
+--                     one of its tokens; sampling: what metadata['sampling'] says (evaluations: sampled or greedy)
 -- rollout_versions    one row for every rollout that was assembled: reward, versions, how many tokens; the base of the above
 -- why_dropped         (run_id, reason) -> how many rollouts were not trained on
 -- unknown_rewards     rewards of rollouts nobody announced
@@ -85,6 +86,7 @@ SELECT
     rollout_id,
     any(t.run_id) AS run_id,
     any(t.mode) AS mode,
+    any(t.metadata['sampling']) AS sampling,
     any(t.group_id) AS group_id,
     any(t.agent) AS agent,
     any(t.status) AS status,
@@ -104,15 +106,25 @@ CREATE VIEW IF NOT EXISTS reward_by_version AS
 SELECT
     run_id,
     mode,
-    min_version AS version,
-    count() AS n,
-    avg(reward) AS mean,
-    -- Of the mean; not a number where n is 1.
-    stddevSamp(reward) / sqrt(n) AS standard_error
-FROM rollout_versions
-WHERE reward IS NOT NULL AND min_version IS NOT NULL
-GROUP BY run_id, mode, version
-ORDER BY run_id, mode, version;
+    sampling,
+    version,
+    sum(rewards) AS n,
+    sum(total) / n AS mean,
+    -- Of the mean. The rollouts of a group share a task, so groups, not rollouts, are the independent samples
+    -- (ratio estimator over clusters). Not a number where there is one.
+    sqrt(arraySum(g -> pow(g.1 - g.2 * mean, 2), groupArray((total, rewards))) * count() / (count() - 1)) / n
+        AS standard_error
+FROM
+(
+    SELECT
+        run_id, mode, sampling, assumeNotNull(min_version) AS version,
+        sum(assumeNotNull(reward)) AS total, count() AS rewards
+    FROM rollout_versions
+    WHERE reward IS NOT NULL AND min_version IS NOT NULL
+    GROUP BY run_id, mode, sampling, version, if(group_id = '', rollout_id, group_id)
+)
+GROUP BY run_id, mode, sampling, version
+ORDER BY run_id, mode, sampling, version;
 
 CREATE VIEW IF NOT EXISTS why_dropped AS
 SELECT run_id, reason, count() AS rollouts

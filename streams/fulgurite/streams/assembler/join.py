@@ -11,6 +11,7 @@ Does not know Kafka, offsets, or when a rollout is complete.
 
 `partial` is a comma-separated list of:
     no_calls         it succeeded without an LLM call that carries sampled tokens
+    sampling         in mode train, a call was not sampled from the policy as it is (NEUTRAL_SAMPLING); it is left out
     no_reward        it succeeded, and no reward named `reward` came for it
     missing_logprobs a call has sampled tokens but not their logprobs; it is left out
     missing_prompt   a call has sampled tokens but not its prompt's; it is left out
@@ -20,12 +21,19 @@ Does not know Kafka, offsets, or when a rollout is complete.
     too_long         a call exceeds the longest sequence there may be; it is left out
     too_large        the trajectory exceeds kafka.max_record_bytes; it is sent without its sequences
 Failed and cancelled rollouts have no sequences; their spans are not even read (`calls` is 0), their rewards are kept.
+
+Retries. Where the gateway dies, or gives 503, after a call was recorded, the agent's client asks again and the agent
+sees only the second answer. A call whose agent's next call has a higher `fulgurite.retry_count` and exactly the same
+prompt is not used. Limits: clients that do not count (only OpenAI's do) have both calls used; so does an agent whose
+own parallel calls came in between; after the last retry failed, the call before it is used though nobody saw it; and of
+a prompt asked twice on purpose, the first call is left out where the second was a retry.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Final
 
 from fulgurite.schemas.codec import decode
 from fulgurite.schemas.errors import InvalidEvent
@@ -38,6 +46,23 @@ from fulgurite.schemas.trajectories import TokenSequence, Trajectory, Trajectory
 
 EXPIRED = b""
 """Stands for a record that Kafka had deleted before it could be joined."""
+
+NEUTRAL_SAMPLING: Final[dict[str, frozenset[float]]] = {
+    "gen_ai.request.temperature": frozenset({1}),
+    "gen_ai.request.top_p": frozenset({1}),
+    "gen_ai.request.top_k": frozenset({0, -1}),
+    "gen_ai.request.min_p": frozenset({0}),
+    "gen_ai.request.presence_penalty": frozenset({0}),
+    "gen_ai.request.frequency_penalty": frozenset({0}),
+    "gen_ai.request.repetition_penalty": frozenset({1}),
+}
+"""Values under which the distribution that was sampled from is the policy's, whose logprobs are recorded: with any
+other, importance ratios would compare the new policy with one that nobody sampled from. Not given counts as neutral, as
+it is by OpenAI's API; a server with other defaults (vLLM takes a model's generation_config.json) must have them off.
+"""
+
+RETRY_COUNT: Final = "fulgurite.retry_count"
+"""Recorded by the gateway."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -65,12 +90,12 @@ def assemble(
     calls: list[Span] = []
     if finished.status == "succeeded":
         found, invalid = read_spans(spans, partial)
-        calls = select_calls(found, finished.attempt_id, finished.attempts, partial)
+        calls = select_calls(found, finished, partial)
     kept, invalid_rewards = read_rewards(rewards, finished.attempt_id, partial)
     final = [reward.value for reward in kept if reward.name == FINAL_REWARD]
     sequences = merge_calls(calls)
     if finished.status == "succeeded":
-        partial += ["no_calls"] * (not calls) + ["no_reward"] * (not final)
+        partial += ["no_calls"] * (not calls and "sampling" not in partial) + ["no_reward"] * (not final)
     versions = [part.version for sequence in sequences for part in sequence.weight_versions]
     trajectory = Trajectory(
         rollout_id=finished.rollout_id,
@@ -116,13 +141,13 @@ def read_spans(values: Sequence[bytes], partial: list[str]) -> tuple[list[Span],
     return list(spans.values()), invalid
 
 
-def select_calls(spans: Sequence[Span], attempt_id: str, attempts: int, partial: list[str]) -> list[Span]:
-    """The trainable LLM calls of the attempt in their order. Adds to `partial` what is left out."""
+def select_calls(spans: Sequence[Span], finished: RolloutFinished, partial: list[str]) -> list[Span]:
+    """The trainable LLM calls of the last attempt in their order. Adds to `partial` what is left out."""
     calls: list[Span] = []
     for span in spans:
-        if not span.response_token_ids or span.attempt_id not in (attempt_id, ""):
+        if not span.response_token_ids or span.attempt_id not in (finished.attempt_id, ""):
             continue
-        if not span.attempt_id and attempts > 1:
+        if not span.attempt_id and finished.attempts > 1:
             partial.append("unattributed")
         elif not span.is_llm_call:
             partial.append("missing_logprobs")
@@ -130,12 +155,55 @@ def select_calls(spans: Sequence[Span], attempt_id: str, attempts: int, partial:
             partial.append("missing_prompt")
         elif len(span.prompt_token_ids) + len(span.response_token_ids) > MAX_TOKENS:
             partial.append("too_long")
+        elif finished.mode == "train" and not sampled_neutrally(span):
+            partial.append("sampling")
         else:
             calls.append(span)
     # span_id only breaks ties, so that the arrival of spans does not matter.
     if all(span.sequence_id > 0 for span in calls):
-        return sorted(calls, key=lambda span: (span.sequence_id, span.start_ns, span.span_id))
-    return sorted(calls, key=lambda span: (span.start_ns, span.end_ns, span.span_id))
+        calls.sort(key=lambda span: (span.sequence_id, span.start_ns, span.span_id))
+    else:
+        calls.sort(key=lambda span: (span.start_ns, span.end_ns, span.span_id))
+    return without_superseded(calls)
+
+
+def sampled_neutrally(call: Span) -> bool:
+    """Whether nothing recorded of the request made the sampled distribution another than the policy's."""
+    for name, neutral in NEUTRAL_SAMPLING.items():
+        value = call.attributes.get(name)
+        if value is not None and _number(value) not in neutral:
+            return False
+    return True
+
+
+def without_superseded(calls: Sequence[Span]) -> list[Span]:
+    """Ordered calls without those that the agent's client gave up and asked again; see Retries above."""
+    kept: list[Span] = []
+    following: dict[tuple[str, str], tuple[Span, bool]] = {}
+    for call in reversed(calls):
+        superseded = False
+        if found := following.get((call.resource, call.agent)):
+            after, after_superseded = found
+            # The choices of one call (`n`) share its start and go together.
+            again = _retry_count(after) > _retry_count(call) or (after_superseded and after.start_ns == call.start_ns)
+            superseded = again and after.prompt_token_ids == call.prompt_token_ids
+        following[call.resource, call.agent] = call, superseded
+        if not superseded:
+            kept.append(call)
+    kept.reverse()
+    return kept
+
+
+def _retry_count(call: Span) -> float:
+    return _number(call.attributes.get(RETRY_COUNT, 0)) or 0
+
+
+def _number(value: object) -> float | None:
+    """An attribute as a number, also where a tracer wrote it as text; None where it is none."""
+    try:
+        return float(value) if isinstance(value, int | float | str) else None
+    except (ValueError, OverflowError):
+        return None
 
 
 def merge_calls(calls: Sequence[Span]) -> list[TokenSequence]:

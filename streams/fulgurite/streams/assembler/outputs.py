@@ -30,15 +30,27 @@ def _trajectory(trajectory: Trajectory, settings: KafkaSettings) -> Outgoing:
     try:
         value = encode(trajectory, settings.max_record_bytes)
     except RecordTooLarge as error:
-        logger.error("rollout %s: sent without its sequences: %s", trajectory.rollout_id, error)
-        partial = ",".join(filter(None, (trajectory.partial, error.reason)))
-        value = encode(trajectory.model_copy(update={"partial": partial, "sequences": []}), settings.max_record_bytes)
+        value = _cut(trajectory, error, settings.max_record_bytes)
     return Outgoing(settings.topic(topics.TRAJECTORIES), key, value)
+
+
+def _cut(trajectory: Trajectory, error: RecordTooLarge, bound: int) -> bytes:
+    """Without what does not fit; what remains in the end, among it `reward`, has bounds of its own far below. Never
+    left out altogether: its group waits for it."""
+    partial = ",".join(filter(None, (trajectory.partial, error.reason)))
+    short = trajectory.model_copy(update={"partial": partial, "sequences": []})
+    try:
+        value = encode(short, bound)
+    except RecordTooLarge:
+        logger.error("rollout %s: sent without sequences, rewards and metadata: %s", trajectory.rollout_id, error)
+        return encode(short.model_copy(update={"rewards": [], "metadata": {}}), bound)
+    logger.error("rollout %s: sent without its sequences: %s", trajectory.rollout_id, error)
+    return value
 
 
 def _dead_letter(letter: DeadLetter, settings: KafkaSettings) -> Outgoing:
     value, headers = letter.value, letter.headers()
-    if len(value or b"") > settings.max_record_bytes - HEADER_BYTES:
+    if len(value or b"") > settings.max_record_bytes - HEADER_BYTES - len(letter.key or b""):
         logger.error(
             "dead letter without its value, which fills a record: %s-%d@%d",
             letter.topic,

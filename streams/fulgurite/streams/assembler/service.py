@@ -189,7 +189,7 @@ class Assembler:
             for tp, batch in found.items():
                 for record in batch:
                     try:
-                        identity = _IDENTITY.validate_json(record.value or b"")
+                        identity = _IDENTITY.validate_json(record.value or b"", strict=True)
                     except ValidationError:
                         self.state.counts["invalid"] += 1
                         continue

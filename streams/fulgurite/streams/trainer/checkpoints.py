@@ -6,9 +6,10 @@
         state.json                      version, step, next offsets, groups asked for, ledger not yet published
         groups.jsonl                    open groups: one line a member, with its trajectory
 
-A folder that exists was completely written. Whether its version is *committed* the log alone knows: a newer folder than
-the last committed version is a leftover of a crash and is removed before it can be mistaken for one. Torch-free: the
-learner writes its files through a callback.
+A folder that exists was completely written. Whether its version is *committed* the log alone knows: a folder one newer
+than the last committed version is a leftover of a crash and is removed before it can be mistaken for one. Anything more
+was committed once, on a log that this one is not: it is never removed. Torch-free: the learner writes its files through
+a callback.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 from pydantic import BaseModel, Field
 
@@ -39,7 +40,6 @@ _TEMPORARY = ".tmp-"
 
 class OpenGroup(BaseModel):
     index: int
-    arrived_ns: int
     closed: bool
 
 
@@ -144,13 +144,16 @@ class Checkpoints:
             )
         return Checkpoint(folder, state)
 
-    def windows(self, checkpoint: Checkpoint, shape: Shape) -> Windows:
-        """The open groups of a checkpoint, as they were."""
+    def windows(self, checkpoint: Checkpoint, shape: Shape, now_ns: int) -> Windows:
+        """The open groups of a checkpoint, as they were; their deadlines count from `now_ns`.
+
+        While the trainer was down nobody may have worked on them, so that time must not count against the missing ones.
+        """
         state = checkpoint.state
         windows = Windows(
             shape,
             asked=state.asked,
-            groups={g.index: Group(g.index, g.arrived_ns, {}, g.closed) for g in state.open},
+            groups={g.index: Group(g.index, now_ns, {}, g.closed) for g in state.open},
             settled_below=state.settled_below,
             settled=set(state.settled),
             missing=set(state.missing),
@@ -165,12 +168,29 @@ class Checkpoints:
         return windows
 
     def discard_uncommitted(self, committed: int | None) -> list[Path]:
-        """Removes what a crash left: half-written folders, and versions newer than the last committed one."""
-        gone = list(self._root.glob(f"{_TEMPORARY}*"))
-        gone += [folder for version, folder in self._versions() if committed is None or version > committed]
+        """Removes what a crash left: half-written folders, and the one version whose transaction did not commit.
+
+        `committed` is the last version the log knows of this run, None where it does not know the run: then the
+        leftover is that of the first transaction, which makes step 0. Raises StartError, and removes nothing, where
+        there is more than a crash can leave: these versions were committed, and the log that says so is missing.
+        """
+        newer = [(version, folder) for version, folder in self._versions() if committed is None or version > committed]
+        for version, folder in newer:
+            if committed is None and (step := _step(folder)) != 0:
+                self._refuse(folder, f"step {'unknown' if step is None else step}", "does not know this run")
+            if committed is not None and version > committed + 1:
+                self._refuse(folder, f"version {version}", f"knows this run only up to version {committed}")
+        gone = [*self._root.glob(f"{_TEMPORARY}*"), *(folder for _, folder in newer)]
         for folder in gone:
             shutil.rmtree(folder)
         return gone
+
+    def _refuse(self, folder: Path, found: str, what_the_log_knows: str) -> NoReturn:
+        raise StartError(
+            f"{folder} is a checkpoint of run {self._root.name} ({found}), but the log {what_the_log_knows}: the run "
+            "was trained against another broker or topic_prefix, or its topics were wiped. Nothing was removed. Check "
+            f"kafka.bootstrap_servers and kafka.topic_prefix; or set another trainer.run_id; or move {self._root} away"
+        )
 
     def prune(self, keep: int) -> None:
         """Keeps the newest `keep` versions' weights, and the learner's state of the newest only."""
@@ -192,6 +212,14 @@ def copy_companions(model: Path, weights: Path) -> None:
             shutil.copyfile(path, weights / path.name)
 
 
+def _step(folder: Path) -> int | None:
+    """None where it cannot be told."""
+    try:
+        return RunState.model_validate_json((folder / STATE).read_text()).step
+    except (OSError, ValueError):
+        return None
+
+
 def _of(windows: Windows) -> dict[str, Any]:
     """The part of the state that the windows hold."""
     return {
@@ -201,7 +229,7 @@ def _of(windows: Windows) -> dict[str, Any]:
         "settled": sorted(windows.settled),
         "missing": sorted(windows.missing),
         "dropped": list(windows.dropped),
-        "open": [OpenGroup(index=g.index, arrived_ns=g.arrived_ns, closed=g.closed) for g in windows.groups.values()],
+        "open": [OpenGroup(index=g.index, closed=g.closed) for g in windows.groups.values()],
     }
 
 

@@ -38,10 +38,14 @@ def outgoing(settings: KafkaSettings, topic: Topic, key: str, event: BaseModel) 
     return Outgoing(settings.topic(topic), encode_key(key), encode(event, settings.max_record_bytes))
 
 
+def version_event_id(run_id: str, version: int) -> str:
+    return f"{run_id}-v{version}"
+
+
 def version_event(checkpoint: Checkpoint, model: str) -> ResourceVersion:
     state = checkpoint.state
     return ResourceVersion(
-        event_id=f"{state.run_id}-v{state.version}",
+        event_id=version_event_id(state.run_id, state.version),
         resource=state.resource,
         version=state.version,
         kind="weights",

@@ -27,6 +27,12 @@ from fulgurite.streams.trainer.samples import Sample
 logger = logging.getLogger(__name__)
 
 
+SAME_VERSION_TOKENS = "sampling/same_version_tokens"
+
+UNCHECKED_STEPS = 20
+"""So many steps in a row without one token of the current version are worth a warning: nothing was compared."""
+
+
 class NonFinite(FulguriteError):
     """Loss or gradient is not a number: nothing was changed, the run stops with the evidence in the message."""
 
@@ -46,6 +52,7 @@ class _Seen:
     logprobs: Tensor
     behaviour: Tensor
     entropy: Tensor
+    same_version: Tensor
     weights: Tensor
     clipped: Tensor
     capped: Tensor
@@ -71,6 +78,7 @@ class Learner:
             weight_decay=settings.weight_decay,
         )
         self._updates = 0
+        self._unchecked = 0
         if state is not None:
             saved = torch.load(state, map_location=self._device, weights_only=True)
             self._optimizer.load_state_dict(saved["optimizer"])
@@ -112,7 +120,9 @@ class Learner:
         self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         self._updates += 1
-        return StepResult(loss, norm, token_count, _metrics(seen) | {"actor/lr": learning_rate})
+        metrics = _metrics(seen) | {"actor/lr": learning_rate}
+        self._watch_comparison(metrics[SAME_VERSION_TOKENS])
+        return StepResult(loss, norm, token_count, metrics)
 
     def logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
         """[N] log p of each sampled token under the current policy, and the entropy of where it came from."""
@@ -125,7 +135,7 @@ class Learner:
         self._check_same_version(batch, current, version_in)
         terms = policy_loss(
             logprobs,
-            current,  # one update a window: the proximal policy is the current one
+            batch.behaviour_logprobs if self._settings.correction == "clip" else current,  # see losses.py
             batch.behaviour_logprobs,
             batch.advantages,
             token_count=token_count,
@@ -134,7 +144,15 @@ class Learner:
             importance_cap=self._settings.importance_cap,
         )
         terms.loss.backward()
-        seen = _Seen(current, batch.behaviour_logprobs, entropy, terms.importance_weights, terms.clipped, terms.capped)
+        seen = _Seen(
+            current,
+            batch.behaviour_logprobs,
+            entropy,
+            batch.versions == version_in,
+            terms.importance_weights * terms.ratios,
+            terms.clipped,
+            terms.capped,
+        )
         return terms.loss.item(), seen
 
     def _check_same_version(self, batch: MicroBatch, current: Tensor, version_in: int) -> None:
@@ -156,6 +174,16 @@ class Learner:
             "not as announced"
         )
 
+    def _watch_comparison(self, same_version_tokens: float) -> None:
+        """The comparison above sees only tokens of the version under training; says so when there are never any."""
+        self._unchecked = 0 if same_version_tokens else self._unchecked + 1
+        if self._unchecked and self._unchecked % UNCHECKED_STEPS == 0:
+            logger.warning(
+                "%d steps without a token sampled by the version under training: trainer and sampler were not compared "
+                "(trainer.max_logprob_difference); trainer.pacing_staleness = 0 would make every token one",
+                self._unchecked,
+            )
+
     def _learning_rate(self) -> float:
         """Linear warm-up, then constant."""
         warmup = self._settings.warmup_steps
@@ -169,6 +197,7 @@ def _metrics(seen: list[_Seen]) -> dict[str, float]:
     weights = torch.cat([part.weights for part in seen])
     kl, k3 = behaviour_kl(current, behaviour)
     difference = (current - behaviour).abs()
+    same = difference[torch.cat([part.same_version for part in seen])]
     return {
         "actor/entropy": torch.cat([part.entropy for part in seen]).mean().item(),
         "actor/pg_clipfrac": torch.cat([part.clipped for part in seen]).float().mean().item(),
@@ -180,4 +209,6 @@ def _metrics(seen: list[_Seen]) -> dict[str, float]:
         "rollout_corr/rollout_is_capped_fraction": torch.cat([part.capped for part in seen]).float().mean().item(),
         "sampling/sampling_logp_difference/mean": difference.mean().item(),
         "sampling/sampling_logp_difference/max": difference.max().item(),
+        SAME_VERSION_TOKENS: float(same.numel()),
+        **({"sampling/same_version_logp_difference/max": same.max().item()} if same.numel() else {}),
     }

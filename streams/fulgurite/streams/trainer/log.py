@@ -1,13 +1,13 @@
-"""What the log says about a run: the only judge of which version is committed. Read once, at the start.
+"""What the log says about a run: the only judge of which version is committed.
 
-Promises: reads with read_committed up to the end as it was when asked, after the caller has fenced any predecessor; so
-what it gives is final. Waits for Kafka for as long as it takes.
+Promises: `committed_run` reads with read_committed up to the end as it was when asked, after the caller has fenced any
+predecessor; so what it gives is final. It waits for Kafka for as long as it takes.
 """
 
 from __future__ import annotations
 
 import logging
-from collections.abc import AsyncIterator
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -16,11 +16,10 @@ from aiokafka.errors import KafkaError
 
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.kafka import connection_options
-from fulgurite.schemas.codec import decode, decode_union
+from fulgurite.schemas.codec import decode_union
 from fulgurite.schemas.errors import InvalidEvent
-from fulgurite.schemas.resources import ResourceVersion
 from fulgurite.schemas.settings import KafkaSettings
-from fulgurite.schemas.topics import RESOURCES, TRAINING
+from fulgurite.schemas.topics import TRAINING
 from fulgurite.schemas.training import TRAINING_EVENT, RunFinished, RunStarted, TrainingStep
 
 logger = logging.getLogger(__name__)
@@ -48,19 +47,10 @@ async def committed_run(settings: KafkaSettings, run_id: str) -> CommittedRun | 
             await backoff.wait(f"reading {settings.topic(TRAINING)}: {error!r}")
 
 
-async def newest_number(settings: KafkaSettings, resource: str) -> int:
-    """The newest version's number on `resources`, 0 where there is none."""
-    backoff = Backoff(logger)
-    while True:
-        try:
-            return await _newest(settings, resource)
-        except (KafkaError, TimeoutError) as error:
-            await backoff.wait(f"reading the newest version of {resource}: {error!r}")
-
-
 async def _scan(settings: KafkaSettings, run_id: str) -> CommittedRun | None:
     found: CommittedRun | None = None
-    async for value in _values(settings, settings.topic(TRAINING), run_id.encode()):
+    values, _ = await records_since(settings, settings.topic(TRAINING), run_id.encode(), {})
+    for value in values:
         try:
             event = decode_union(TRAINING_EVENT, "TrainingEvent", value)
         except InvalidEvent:
@@ -77,18 +67,13 @@ async def _scan(settings: KafkaSettings, run_id: str) -> CommittedRun | None:
     return found
 
 
-async def _newest(settings: KafkaSettings, resource: str) -> int:
-    newest = 0
-    async for value in _values(settings, settings.topic(RESOURCES), resource.encode()):
-        try:
-            newest = max(newest, decode(ResourceVersion, value).version)
-        except InvalidEvent:
-            continue  # as above
-    return newest
+async def records_since(
+    settings: KafkaSettings, topic: str, key: bytes, since: Mapping[TopicPartition, int]
+) -> tuple[list[bytes | None], dict[TopicPartition, int]]:
+    """Committed values with this key, in the order of each partition, up to the end as it is now; and where that is.
 
-
-async def _values(settings: KafkaSettings, topic: str, key: bytes) -> AsyncIterator[bytes | None]:
-    """Values with this key, in the order of each partition, up to the end as it is now."""
+    From `since`, or from the beginning where it is empty. Kafka's errors are the caller's.
+    """
     # Not `seek_to_beginning`: the client's own search for a position, begun by `assign` (default: the end), may be
     # answered after it and win; then the topic seems empty.
     consumer = AIOKafkaConsumer(
@@ -97,16 +82,20 @@ async def _values(settings: KafkaSettings, topic: str, key: bytes) -> AsyncItera
         enable_auto_commit=False,
         auto_offset_reset="earliest",
     )
+    found: list[bytes | None] = []
     try:
         await consumer.start()
-        partitions = await partitions_of(settings, topic)
+        partitions = list(since) or await partitions_of(settings, topic)
         ends = await consumer.end_offsets(partitions)
+        if all(since.get(tp) == ends[tp] for tp in partitions):
+            return found, ends  # nothing new, the usual case: no fetch
         consumer.assign(partitions)
+        for tp in since:
+            consumer.seek(tp, since[tp])
         while any([await consumer.position(tp) < ends[tp] for tp in partitions]):
             for records in (await consumer.getmany(timeout_ms=_POLL_MS)).values():
-                for record in records:
-                    if record.key == key:
-                        yield record.value
+                found += [record.value for record in records if record.key == key]
+        return found, {tp: await consumer.position(tp) for tp in partitions}
     finally:
         await consumer.stop()
 

@@ -7,8 +7,11 @@
 - Decoupled PPO (AReaL, arXiv:2505.24298): the clip is against the proximal policy (the one at the start of the step),
   the weight corrects from the behaviour policy that sampled the token. TIS (fengyao.notion.site/off-policy-rl): the
   weight is capped. Clip-higher and the mean over all tokens of the window: DAPO (arXiv:2503.14476).
-- With one optimizer step a window the proximal policy *is* the current one: u is 1 and the clip holds nothing back yet;
-  the cap does. Then `proximal_logprobs` are the detached current ones.
+- With one optimizer step a window the callers' choice of the proximal policy is one of two (`trainer.correction`):
+  `clip`: the behaviour policy. w is 1, u = pi_theta / pi_behaviour: PPO's and GRPO's ratio against the recorded
+  logprobs. The clip acts on stale tokens; at staleness 0 u is 1 and the gradient is that of REINFORCE.
+  `truncate`: the current policy. u is 1 and the clip never acts; the capped weight is all that corrects.
+- As in PPO a ratio far above 1 is not held where A < 0; `trainer.max_grad_norm` bounds what it can do.
 - N is the number of sampled tokens of the whole window, not of a micro-batch: callers pass it as `token_count` and add
   up.
 """
@@ -30,6 +33,8 @@ class LossTerms:
     """[] this micro-batch's share of the window's mean."""
     importance_weights: Tensor
     """[N] w, detached."""
+    ratios: Tensor
+    """[N] u, detached."""
     clipped: Tensor
     """[N] bool: the clip took the gradient away."""
     capped: Tensor
@@ -66,7 +71,7 @@ def policy_loss(
     free = ratio * advantages
     held = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
     loss = -(weights * torch.minimum(free, held)).sum() / token_count
-    return LossTerms(loss, weights, (held < free).detach(), weights_raw > importance_cap)
+    return LossTerms(loss, weights, ratio.detach(), (held < free).detach(), weights_raw > importance_cap)
 
 
 def effective_sample_fraction(weights: Tensor) -> float:

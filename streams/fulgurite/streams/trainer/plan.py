@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-import time
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -46,7 +45,13 @@ class Plan:
 def make_plan(settings: Settings) -> Plan:
     """Raises SettingsError for what cannot work."""
     trainer = settings.trainer
-    run_id = trainer.run_id or time.strftime("run-%Y%m%d-%H%M%S", time.gmtime())
+    run_id = trainer.run_id
+    if not run_id:
+        # A name made up here would be another one after every restart: a run from the start model each time.
+        raise SettingsError(
+            "trainer.run_id is empty: name the run, trainer.run_id = NAME; a restart with the same name goes on where "
+            "it stood"
+        )
     if len(run_id) > MAX_RUN_ID_CHARS or not re.fullmatch(r"[A-Za-z0-9][A-Za-z0-9._-]*", run_id):
         raise SettingsError(
             f"trainer.run_id = {run_id!r}: at most {MAX_RUN_ID_CHARS} letters, digits, dots, dashes and underscores"
@@ -62,6 +67,7 @@ def make_plan(settings: Settings) -> Plan:
         run_id=run_id,
         group_size=trainer.group_size,
         groups_per_step=trainer.groups_per_step,
+        groups_ahead=(trainer.pacing_staleness + 1) * trainer.groups_per_step,
         max_staleness=trainer.max_staleness,
         group_deadline_seconds=trainer.group_deadline_seconds,
     )

@@ -5,6 +5,9 @@ What a crash left, and what is done about it (numbers as in `service.py`):
 - between 3 and 5: a checkpoint newer than the last committed version. Nobody was told of it; it is removed, then as
   above.
 - after 5: the newest checkpoint is the committed one.
+
+A log that does not know the run, or is more than one version behind the folder, is not what a crash leaves (another
+broker or prefix, wiped topics): then nothing is removed, and the start is refused.
 """
 
 from __future__ import annotations
@@ -16,9 +19,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.ids import now_ns
 from fulgurite.streams.trainer.checkpoints import OPTIMIZER, Checkpoints
 from fulgurite.streams.trainer.events import Marker
-from fulgurite.streams.trainer.log import committed_run, newest_number
+from fulgurite.streams.trainer.log import committed_run
+from fulgurite.streams.trainer.ownership import Ownership
 from fulgurite.streams.trainer.plan import Plan
 from fulgurite.streams.trainer.reader import TrajectoryReader
 from fulgurite.streams.trainer.windows import Windows
@@ -47,13 +52,17 @@ class Run:
 
 
 async def recover(
-    plan: Plan, transactions: Transactions, reader: TrajectoryReader, checkpoints: Checkpoints
+    plan: Plan,
+    transactions: Transactions,
+    reader: TrajectoryReader,
+    checkpoints: Checkpoints,
+    ownership: Ownership,
 ) -> Run | None:
     """None for a run that is over. Both clients have been started: a predecessor is fenced, so the log is final."""
     before = await transactions.committed(reader.partitions)
     committed = await committed_run(plan.settings.kafka, plan.run_id)
     if committed is None:
-        return await _begin(plan, reader, checkpoints)
+        return await _begin(plan, reader, checkpoints, ownership)
     if committed.finished:
         logger.info(
             "run %s is over: %d steps, version %d; nothing to do (set trainer.run_id to a new name for a new run)",
@@ -64,10 +73,11 @@ async def recover(
         raise SettingsError(
             f"trainer.resource = {plan.trainer.resource!r}, but run {plan.run_id} trains {committed.resource!r}"
         )
+    await ownership.check()
     for folder in checkpoints.discard_uncommitted(committed.version):
         logger.info("removed %s: written, but never committed", folder)
     checkpoint = checkpoints.load(committed.version)
-    windows = checkpoints.windows(checkpoint, plan.shape)
+    windows = checkpoints.windows(checkpoint, plan.shape, now_ns())
     markers = [Marker.parse(at.metadata) for at in before.values() if at is not None]
     windows.asked = max([windows.asked, *(marker.asked for marker in markers if marker)])
     learner = await _load(plan, checkpoint.weights, checkpoint.folder / OPTIMIZER)
@@ -84,12 +94,12 @@ async def recover(
     )
 
 
-async def _begin(plan: Plan, reader: TrajectoryReader, checkpoints: Checkpoints) -> Run:
+async def _begin(plan: Plan, reader: TrajectoryReader, checkpoints: Checkpoints, ownership: Ownership) -> Run:
     if plan.start_model is None:
         raise SettingsError("trainer.model is empty: name the folder of the model to start from (Hugging Face format)")
     checkpoints.discard_uncommitted(None)
     learner = await _load(plan, plan.start_model, None)
-    newest = await newest_number(plan.settings.kafka, plan.trainer.resource)
+    newest = await ownership.take_over()
     await reader.seek_to_end()
     logger.info("run %s begins with %s as version %d", plan.run_id, plan.start_model, newest + 1)
     return Run(

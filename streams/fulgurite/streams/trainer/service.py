@@ -26,7 +26,8 @@ What a crash leaves, between
 - 5 and 6: old files, removed after the next step.
 
 So what a version was made of is read again exactly, and given the same windows it becomes the same bits. A zombie is
-fenced: the transactional id names the run, and its checkpoint cannot replace a committed one.
+fenced: the transactional id names the run, and its checkpoint cannot replace a committed one. Another writer of the
+same resource ends the run before step 3 (`ownership.py`).
 
 Between versions a group dropped as a whole may be replaced: a transaction of `queued` and the marker, offsets
 unchanged. The first transaction of a run publishes the starting weights, `run_started` and the first groups; the last
@@ -52,6 +53,7 @@ from fulgurite.streams.trainer.checkpoints import Checkpoint, Checkpoints, RunSt
 from fulgurite.streams.trainer.ending import cancel_outstanding
 from fulgurite.streams.trainer.events import Marker, outgoing, started_event
 from fulgurite.streams.trainer.intake import Intake
+from fulgurite.streams.trainer.ownership import Ownership
 from fulgurite.streams.trainer.pacing import groups_allowed
 from fulgurite.streams.trainer.plan import Plan, make_plan
 from fulgurite.streams.trainer.progress import Progress, waiting_for
@@ -109,10 +111,11 @@ async def _train(plan: Plan) -> None:
     try:
         await transactions.start()
         await reader.start()
-        run = await recover(plan, transactions, reader, checkpoints)
+        ownership = Ownership(kafka, plan.trainer.resource, plan.run_id)
+        run = await recover(plan, transactions, reader, checkpoints, ownership)
         if run is None:
             return
-        trainer = Trainer(plan, run, Publishing(plan, transactions), reader, checkpoints)
+        trainer = Trainer(plan, run, Publishing(plan, transactions), reader, checkpoints, ownership)
         await trainer.train()
     finally:
         await reader.close()
@@ -123,13 +126,20 @@ class Trainer:
     """One run, from where `run` stands to its end. Each numbered step of the contract is a method."""
 
     def __init__(
-        self, plan: Plan, run: Run, publishing: Publishing, reader: TrajectoryReader, checkpoints: Checkpoints
+        self,
+        plan: Plan,
+        run: Run,
+        publishing: Publishing,
+        reader: TrajectoryReader,
+        checkpoints: Checkpoints,
+        ownership: Ownership,
     ) -> None:
         self._plan = plan
         self._run = run
         self._publishing = publishing
         self._reader = reader
         self._checkpoints = checkpoints
+        self._ownership = ownership
         limits = read_limits(run.companions)
         self._intake = Intake(plan.settings.kafka, plan.run_id, plan.trainer.resource, limits, run.windows)
         self._progress = Progress(plan.trainer.steps, run.step)
@@ -147,7 +157,7 @@ class Trainer:
         self._progress.begin()
         window = await self.fill()  # 1
         self._progress.filled()
-        training, result = await self.optimize(window)  # 2
+        training, result = await self._optimize_and_check(window)  # 2
         self._progress.optimized()
         groups = self._ask(steps_done=run.step + 1)
         checkpoint = await self.write_checkpoint(run.version + 1, run.step + 1)  # 3
@@ -188,6 +198,17 @@ class Trainer:
             return training, None
         result = await asyncio.to_thread(self._run.learner.step, training.samples, window.version_in)
         return training, result
+
+    async def _optimize_and_check(self, window: Window) -> tuple[TrainingSet, StepResult | None]:
+        """2, and meanwhile the look for another writer: a round trip or two that cost the step no time."""
+        checking = asyncio.create_task(self._ownership.check())
+        try:
+            optimized = await self.optimize(window)
+            await checking
+            return optimized
+        finally:
+            checking.cancel()
+            await asyncio.gather(checking, return_exceptions=True)
 
     async def write_checkpoint(self, version: int, step: int) -> Checkpoint:
         """3. Complete on disk, or not there."""

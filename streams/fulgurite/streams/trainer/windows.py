@@ -27,11 +27,6 @@ from fulgurite.schemas.trajectories import Trajectory
 MIN_SURVIVORS = 2
 """Below it there is no baseline to compare with."""
 
-MAX_GROUPS_UNKNOWN = 10_000
-"""How far a group's number may lie above what this process knows it asked for: an earlier life may have asked for a few
-more than the offsets' metadata still tells (Kafka forgets it after a week of silence); a forged number must not
-count."""
-
 
 @dataclass(frozen=True, slots=True)
 class Shape:
@@ -40,6 +35,8 @@ class Shape:
     run_id: str
     group_size: int
     groups_per_step: int
+    groups_ahead: int
+    """Most groups that pacing has on their way at once."""
     max_staleness: int
     group_deadline_seconds: float
 
@@ -109,7 +106,6 @@ class Windows:
         if index is None:
             self._drop(trajectory.rollout_id, "not_asked")
             return
-        self.asked = max(self.asked, index + 1)
         if trajectory.rollout_id in self.missing:
             self.missing.discard(trajectory.rollout_id)
             self.late += 1
@@ -177,13 +173,15 @@ class Windows:
 
     def end(self) -> list[DroppedRollout]:
         """Drops everything that is left, because the run is over; gives all that no step's record named."""
-        for index in range(self.settled_below, self.asked):
+        for index in sorted({*range(self.settled_below, self.asked), *self.groups}):
             if self.is_settled(index):
                 continue
             group = self.groups.get(index)
+            # Who is missing from a closed group is dropped already, from a group not asked for was never asked.
+            waits = index < self.asked and not (group and group.closed)
             for rollout_id in self.shape.rollout_ids(index):
                 member = group.members.get(rollout_id) if group else None
-                if member or not (group and group.closed):  # who is missing from a closed group is dropped already
+                if member or waits:
                     self._drop(rollout_id, (member.reason if member else "") or "run_ended")
             self._mark_settled(index)
         dropped, self.dropped = self.dropped, []
@@ -193,12 +191,18 @@ class Windows:
         return index < self.settled_below or index in self.settled
 
     def _index(self, trajectory: Trajectory) -> int | None:
-        """The group's number, None for a rollout of somebody else's making that carries this run's name."""
+        """The group's number, None for a rollout of somebody else's making that carries this run's name.
+
+        An earlier life may have asked for a few groups more than this one knows of (Kafka forgets the marker beside the
+        offsets after a week of silence), never for more than pacing has on their way. They are taken in, but do not
+        move `asked`: anybody can give a rollout such a name, and the groups below it would never be asked for. Asking
+        again for one that is here already is harmless, its ids are the same.
+        """
         prefix = f"{self.shape.run_id}-g"
         if not trajectory.group_id.startswith(prefix):
             return None
         digits = trajectory.group_id.removeprefix(prefix)
-        if not re.fullmatch(r"0|[1-9][0-9]{0,14}", digits) or int(digits) >= self.asked + MAX_GROUPS_UNKNOWN:
+        if not re.fullmatch(r"0|[1-9][0-9]{0,14}", digits) or int(digits) >= self.asked + self.shape.groups_ahead:
             return None
         member = trajectory.rollout_id.removeprefix(f"{trajectory.group_id}-r")
         if not re.fullmatch(r"0|[1-9][0-9]{0,5}", member) or int(member) >= self.shape.group_size:

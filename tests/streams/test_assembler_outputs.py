@@ -1,0 +1,45 @@
+"""What a batch looks like on Kafka: nothing is too large to be sent in some form."""
+
+from __future__ import annotations
+
+import pytest
+
+from fulgurite.schemas.codec import decode
+from fulgurite.schemas.dead_letters import DeadLetter
+from fulgurite.schemas.settings import KafkaSettings
+from fulgurite.schemas.trajectories import Trajectory, TrajectoryReward
+from fulgurite.streams.assembler.outputs import HEADER_BYTES, records
+from fulgurite.streams.assembler.rollouts import Batch
+
+BOUND = 32_768
+
+
+@pytest.mark.parametrize(
+    ("rewards", "metadata"),
+    [(1_000, {}), (1, {f"note-{n}": "x" * 1_000 for n in range(40)})],
+)
+def test_a_trajectory_whose_rewards_alone_are_too_large_is_sent_without_them(
+    rewards: int, metadata: dict[str, str]
+) -> None:
+    trajectory = Trajectory(
+        rollout_id="r1",
+        group_id="g1",
+        status="succeeded",
+        partial="deadline",
+        rewards=[TrajectoryReward(reward_id=f"reward-{n}", name="reward", value=n) for n in range(rewards)],
+        reward=7.0,
+        metadata=dict(metadata),
+    )
+    [sent] = records(Batch([trajectory], [], {}), KafkaSettings(max_record_bytes=BOUND))
+    found = decode(Trajectory, sent.value)
+    assert (found.partial, found.reward, found.rewards, found.metadata) == ("deadline,too_large", 7.0, [], {})
+    assert sent.key == b"g1"
+
+
+@pytest.mark.parametrize(("spare", "kept"), [(0, True), (-1, False)])
+def test_a_dead_letters_key_counts(spare: int, kept: bool) -> None:
+    key = b"k" * 1_000
+    value = b"v" * (BOUND - HEADER_BYTES - len(key) - spare)
+    letter = DeadLetter("spans", 0, 1, "assembler", "not_json", "why", key, value)
+    [sent] = records(Batch([], [letter], {}), KafkaSettings(max_record_bytes=BOUND))
+    assert sent.value == (value if kept else b"")
