@@ -254,7 +254,7 @@ def _say_what_happens(plan: Plan, screen: Screen) -> None:
         f"  downloads   nothing, or once Kafka's jars (about 110 MB from Maven Central, kept in your cache folder)\n"
         f"  writes      {plan.data} (about 500 MB; remove the folder to begin afresh)\n"
         f"  starts      Kafka, ClickHouse, {', '.join(SERVICES)}, a trainer; on loopback only\n"
-        f"  takes       about 5 minutes on 2 cores, up to 8 GiB of memory\n"
+        f"  takes       about 5 minutes on 2 cores, about 4 GiB of memory\n"
         f"  trains      {sizes.steps} steps of {sizes.groups_per_step} groups of {sizes.group_size} rollouts "
         f"({rollouts} rollouts), evaluates on {sizes.eval_tasks} held-out tasks before and after\n"
         f"  stop        Ctrl-C at any time; the same command goes on from there",

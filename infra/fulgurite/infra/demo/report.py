@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+import shutil
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -31,24 +33,34 @@ def report(console: Console, client: Client, run_id: str, data: Path, show_rollo
         console.print(Text.from_ansi(terminal_plot(points, width=min(100, console.width))))
         png = data / f"reward-{run_id}.png"
         write_png(points, png)
-        console.print(f"The same with standard errors: {png}", highlight=False)
+        console.print(f"The same with standard errors: {png}", highlight=False, soft_wrap=True)
     console.print(_evaluation_table(evaluations))
     rise = _print_rise(console, client, run_id, evaluations)
     console.print(_accounts_table(client, run_id))
     if show_rollout:
-        console.print(f"\n[bold]One rollout[/] (fulgurite trace {show_rollout} --data {data})", highlight=False)
+        trace = f"{command_name()} trace {show_rollout} --data {data}"
+        console.print(f"\n[bold]One rollout[/] ({trace})", highlight=False, soft_wrap=True)
     return rise
+
+
+def command_name() -> str:
+    """How to type the command here: make's environment is not on the PATH unless somebody activated it."""
+    if shutil.which("fulgurite"):
+        return "fulgurite"
+    script = Path(sys.executable).with_name("fulgurite")
+    return str(script.relative_to(Path.cwd())) if script.is_relative_to(Path.cwd()) else str(script)
 
 
 def print_next(console: Console, data: Path, run_id: str) -> None:
     """Three questions in SQL, the topics, the stores."""
     flag = "" if data == Path(".fulgurite").absolute() else f" --data {data}"
+    fulgurite = command_name()
     lines = [
         "\n[bold]What to try next[/]",
-        f"  fulgurite up{flag}       # opens the stores again, with everything that happened",
-        *(f'  fulgurite sql{flag} "{sql.format(run_id=run_id)}"' for sql in questions.TO_TRY),
-        f"  fulgurite topics list{flag}   # what is on the log; fulgurite tail spans -n 3{flag} prints records",
-        f"  fulgurite down{flag}     # when you are done",
+        f"  {fulgurite} up{flag}       # opens the stores again, with everything that happened",
+        *(f'  {fulgurite} sql{flag} "{sql.format(run_id=run_id)}"' for sql in questions.TO_TRY),
+        f"  {fulgurite} topics list{flag}   # what is on the log; {fulgurite} tail spans -n 3{flag} prints records",
+        f"  {fulgurite} down{flag}     # when you are done",
         "Your own agent: examples/calculator/agent.py shows where to put it.",
     ]
     for line in lines:
