@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -19,7 +20,7 @@ from fulgurite.infra.clickhouse import EmbeddedClickHouse
 from fulgurite.infra.demo import questions, state
 from fulgurite.infra.sql import connect
 
-pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(420)]
+pytestmark = [pytest.mark.slow, pytest.mark.chaos, pytest.mark.timeout(600)]
 
 ROOT = Path(__file__).resolve().parents[2]
 SMALL = {
@@ -28,13 +29,23 @@ SMALL = {
     "--group-size": 4,
     "--eval-tasks": 12,
     "--greedy-tasks": 4,
-    "--warm-start-steps": 120,
+    "--warm-start-steps": 240,
     "--concurrency": 8,
 }
 ROLLOUTS = 6 * 3 * 4
 KILLED = ("train", "coordinator", "gateway", "assembler", "follower", "policy-server", "runner", "materialiser")
 FINISHED = (0, 1)
 """1 says that the reward did not rise enough, which four steps cannot promise."""
+
+
+@pytest.fixture(scope="module")
+def warm_start(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A policy that is right now and then: without any reward there is nothing to train on."""
+    folder = tmp_path_factory.mktemp("warm") / "warm-start"
+    options = ["--output", str(folder), "--steps", str(SMALL["--warm-start-steps"]), "--seed", "1"]
+    command = [sys.executable, "-m", "examples.calculator.warm_start", *options]
+    subprocess.run(command, cwd=ROOT, check=True, timeout=400, capture_output=True)
+    return folder
 
 
 @contextmanager
@@ -112,8 +123,9 @@ def assert_settled(found: dict[tuple[str, str], int]) -> None:
     assert by_outcome["trained"] + by_outcome.get("dropped", 0) >= ROLLOUTS
 
 
-def test_killed_and_run_again_it_goes_on_and_leaves_nothing_behind(tmp_path: Path):
+def test_killed_and_run_again_it_goes_on_and_leaves_nothing_behind(tmp_path: Path, warm_start: Path):
     data, log = tmp_path / "data", tmp_path / "log"
+    shutil.copytree(warm_start, data / "warm-start")
     with demo(data, log) as process:
         until("a step", log, r"GRPO steps [1-9]|✓ training", process)
         process.kill()
@@ -132,8 +144,9 @@ def test_killed_and_run_again_it_goes_on_and_leaves_nothing_behind(tmp_path: Pat
     assert_settled(accounts(data))
 
 
-def test_every_service_killed_in_turn_the_run_goes_on(tmp_path: Path):
+def test_every_service_killed_in_turn_the_run_goes_on(tmp_path: Path, warm_start: Path):
     data, log = tmp_path / "data", tmp_path / "log"
+    shutil.copytree(warm_start, data / "warm-start")
     killed: list[str] = []
     with demo(data, log) as process:
         until("training", log, r"✓ evaluation before", process)
