@@ -35,7 +35,7 @@ def show_status(data: Path, settings: Settings) -> int:
     for problem in filter(None, (kafka_problem, clickhouse_problem)):
         say(f"[red]{escape(problem)}[/]")
     if kafka_problem or clickhouse_problem:
-        next_steps("fulgurite up" if state is None else f"look at the logs in {data}")
+        next_steps(f"fulgurite up --data {data}" if state is None else f"look at the logs in {data}")
         return 1
     return 0
 

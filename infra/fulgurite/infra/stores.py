@@ -7,6 +7,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -21,8 +22,12 @@ from fulgurite.infra.settings_file import write_settings_file
 from fulgurite.infra.sql import clickhouse_errors
 from fulgurite.infra.supervisor import Supervisor
 from fulgurite.infra.topics import create_topics
+from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.migrations import apply_migrations
 from fulgurite.schemas.settings import Settings
+
+MIN_FREE_BYTES = 256 * 1024 * 1024
+"""Their logs, tables and libraries take about 100 MiB before the first record."""
 
 Report = Callable[[str], None]
 """Told each step, in a sentence."""
@@ -48,6 +53,7 @@ def start_stores(data: Path, settings: Settings, supervisor: Supervisor, report:
 
     The caller holds the folder. Whatever was started is the supervisor's to stop, also when this raises.
     """
+    _check_room(data)
     kafka_jars()  # may download: before anything runs
     kafka, clickhouse = EmbeddedKafka(data / "kafka"), EmbeddedClickHouse(data / "clickhouse")
     with ThreadPoolExecutor(2, thread_name_prefix="start-store") as pool:
@@ -71,6 +77,16 @@ def start_stores(data: Path, settings: Settings, supervisor: Supervisor, report:
     report(f"applied {len(applied)} migrations" if applied else "all tables exist")
     path = write_settings_file(data, found.kafka, found.clickhouse)
     return Stores(kafka, clickhouse, found, path)
+
+
+def _check_room(data: Path) -> None:
+    """A disk that fills while they create their files leaves half of them; nothing is begun on one that will."""
+    free = shutil.disk_usage(data).free
+    if free < MIN_FREE_BYTES:
+        raise StartError(
+            f"{data} has {free >> 20} MiB free and the stores need {MIN_FREE_BYTES >> 20}: free some space or choose "
+            "another folder with --data"
+        )
 
 
 def _start(supervisor: Supervisor, name: str, store: EmbeddedKafka | EmbeddedClickHouse) -> None:

@@ -97,6 +97,8 @@ async def recover(
 async def _begin(plan: Plan, reader: TrajectoryReader, checkpoints: Checkpoints, ownership: Ownership) -> Run:
     if plan.start_model is None:
         raise SettingsError("trainer.model is empty: name the folder of the model to start from (Hugging Face format)")
+    if not await asyncio.to_thread((plan.start_model / "config.json").is_file):
+        raise SettingsError(f"trainer.model = {plan.start_model}: no model there (a folder with config.json is needed)")
     checkpoints.discard_uncommitted(None)
     learner = await _load(plan, plan.start_model, None)
     newest = await ownership.take_over()
