@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import os
 import stat
@@ -86,8 +87,10 @@ def test_topics_and_tail(connected: Cli, kafka_settings: KafkaSettings) -> None:
         async with AIOKafkaProducer(bootstrap_servers=kafka_settings.bootstrap_servers, acks="all") as producer:
             topic = kafka_settings.topic(REWARDS)
             for number in range(5):
+                await asyncio.sleep(0.005)
                 reward = Reward(rollout_id=f"rollout-{number}", value=number)
                 await producer.send_and_wait(topic, encode(reward), key=reward.rollout_id.encode())
+            await asyncio.sleep(0.005)  # the newest are found by their timestamps, in milliseconds
             await producer.send_and_wait(topic, b"not JSON", key=b"bad")
 
     run_in_thread(send())

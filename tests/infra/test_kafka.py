@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import psutil
@@ -24,27 +26,36 @@ from fulgurite.schemas.settings import KafkaSettings
 from fulgurite.schemas.topics import RESOURCES
 
 
-async def _send(settings: KafkaSettings, values: list[bytes]) -> None:
-    producer = AIOKafkaProducer(bootstrap_servers=settings.bootstrap_servers, acks="all", enable_idempotence=True)
+async def _send(settings: KafkaSettings, values: list[bytes], then: Callable[[], None] = lambda: None) -> None:
+    """In one transaction; `then` happens at the instant when its commit is acknowledged."""
+    producer = AIOKafkaProducer(
+        bootstrap_servers=settings.bootstrap_servers, acks="all", enable_idempotence=True, transactional_id="test"
+    )
     await producer.start()
     try:
-        for value in values:
-            await producer.send_and_wait(settings.topic(RESOURCES), value, key=value)
+        async with producer.transaction():
+            for value in values:
+                await producer.send_and_wait(settings.topic(RESOURCES), value, key=value)
+        then()
     finally:
-        await producer.stop()
+        with contextlib.suppress(TimeoutError):
+            await asyncio.wait_for(producer.stop(), 5)
 
 
 async def _read(settings: KafkaSettings, count: int) -> list[bytes | None]:
     """At least `count` values."""
     consumer: AIOKafkaConsumer = AIOKafkaConsumer(
-        bootstrap_servers=settings.bootstrap_servers, enable_auto_commit=False, auto_offset_reset="earliest"
+        bootstrap_servers=settings.bootstrap_servers,
+        isolation_level="read_committed",
+        enable_auto_commit=False,
+        auto_offset_reset="earliest",
     )
     await consumer.start()
     try:
         part = TopicPartition(settings.topic(RESOURCES), 0)
         consumer.assign([part])
         found: list[bytes | None] = []
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(30):
             while len(found) < count:
                 for records in (await consumer.getmany(part, timeout_ms=500)).values():
                     found += [record.value for record in records]
@@ -61,8 +72,8 @@ def test_what_was_acknowledged_survives_kill_and_restart_on_the_same_port(tmp_pa
         first = kafka.bootstrap_servers
         settings = KafkaSettings(bootstrap_servers=first)
         assert len(run_in_thread(create_topics(settings))) == 9
-        run_in_thread(_send(settings, [b"one", b"two"]))
-        kafka.kill()
+        # A commit is acknowledged before its markers are written: the next start must write them.
+        run_in_thread(_send(settings, [b"one", b"two"], kafka.kill))
         assert not kafka.running
         assert not is_usable(first)
         kafka.start()

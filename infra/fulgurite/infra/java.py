@@ -15,8 +15,10 @@ from pathlib import Path
 from fulgurite.infra.folder_lock import FolderLock
 from fulgurite.schemas.errors import StartError
 
-KAFKA_VERSION = "4.3.1"
-"""4.4.0 cannot be installed: one of its jars is missing on Maven Central."""
+KAFKA_VERSION = "4.2.1"
+"""Not 4.3: while a partition has no leader, as in a broker's start after a crash, its transaction coordinator takes the
+partition for deleted and forgets the markers of a committed transaction (KAFKA-20734): read_committed readers stand
+still for ever. 4.4.0 cannot be installed: one of its jars is missing on Maven Central."""
 
 _LOG4J_VERSION = "2.25.4"
 _ENDPOINT = (

@@ -46,7 +46,7 @@ from aiokafka.errors import (
 )
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
-from fulgurite.producers.kafka import connection_options
+from fulgurite.producers.kafka import connection_options, take_failure
 from fulgurite.schemas.dead_letters import Headers
 from fulgurite.schemas.errors import Fenced
 from fulgurite.schemas.ids import new_id
@@ -163,6 +163,7 @@ class Transactions:
         producer, self._producer = self._producer, None
         admin, self._admin = self._admin, None
         if producer is not None:
+            take_failure(producer)
             await _bounded(producer.stop())
             await _bounded(producer.client.close())
         if admin is not None:

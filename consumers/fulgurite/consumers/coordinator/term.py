@@ -30,7 +30,7 @@ from aiokafka.structs import OffsetAndMetadata, RecordMetadata, TopicPartition
 from fulgurite.consumers.committed import committed
 from fulgurite.consumers.coordinator.log import Offsets
 from fulgurite.producers.backoff import Backoff
-from fulgurite.producers.kafka import connection_options
+from fulgurite.producers.kafka import connection_options, take_failure
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import Fenced
 from fulgurite.schemas.settings import KafkaSettings
@@ -140,6 +140,7 @@ class Term:
 
     async def close(self, timeout_seconds: float = 2.0) -> None:
         if self._producer is not None:
+            take_failure(self._producer)
             try:
                 async with asyncio.timeout(timeout_seconds):
                     await self._producer.stop()

@@ -68,6 +68,7 @@ def main(data: Path, sizes: Sizes) -> int:
     logging.basicConfig(filename=log, level=logging.INFO, format="%(asctime)s %(name)s: %(message)s")
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
     signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)  # also where a shell's background job inherited it as ignored
     screen = Screen()
     with contextlib.closing(hold_folder(data, "fulgurite demo")):
         demo = _this_run(data, sizes, screen)
@@ -153,7 +154,8 @@ class _Demo:
         if not self._demo.published:
             self._run_once("publish", [*self._plan.service_command("publish"), str(self._plan.warm_start)], Figures)
             self._remember(published=True)
-        self._wait_for(lambda: self._watcher.newest_is_served, SERVED_SECONDS, "the newest version to be served")
+        if not self._demo.evaluated_before:  # else there may be a trainer's transaction open, which only a trainer ends
+            self._wait_for(lambda: self._watcher.newest_is_served, SERVED_SECONDS, "the first version to be served")
 
     def _evaluate(self, name: str, done: bool) -> None:
         if done:
