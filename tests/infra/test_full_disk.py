@@ -23,6 +23,7 @@ from fulgurite.infra.kafka import EmbeddedKafka
 from fulgurite.infra.kafka_config import server_properties
 from fulgurite.infra.state import ProcessRef, RunState, read_state, remove_state, write_state
 from fulgurite.schemas.errors import StartError
+from fulgurite.schemas.settings import KafkaSettings
 
 
 def _no_space(*_: object) -> int:
@@ -87,11 +88,11 @@ def test_clickhouse_paths_are_escaped() -> None:
 def test_kafka_starts_in_a_folder_beyond_ascii(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("LC_ALL", "C")
     with EmbeddedKafka(tmp_path / "donn\u00e9es \u4e2d:=") as kafka:
-        assert kafka_probe.is_usable(kafka.bootstrap_servers)
+        assert kafka_probe.is_usable(kafka.settings())
 
 
 def test_a_probe_of_a_broker_that_goes_away_leaves_no_client_open(monkeypatch: pytest.MonkeyPatch) -> None:
-    async def created(_: str) -> None:
+    async def created(_: KafkaSettings) -> None:
         pass
 
     monkeypatch.setattr(kafka_probe, "_create_topic", created)
@@ -105,6 +106,6 @@ def test_a_probe_of_a_broker_that_goes_away_leaves_no_client_open(monkeypatch: p
         thread = threading.Thread(target=hang_up)
         port = server.getsockname()[1]
         thread.start()
-        assert not kafka_probe.is_usable(f"127.0.0.1:{port}")
+        assert not kafka_probe.is_usable(KafkaSettings(bootstrap_servers=f"127.0.0.1:{port}"))
         thread.join(20)
     gc.collect()  # an unclosed client warns here, and warnings are errors

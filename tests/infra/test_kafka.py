@@ -75,7 +75,7 @@ def test_what_was_acknowledged_survives_kill_and_restart_on_the_same_port(tmp_pa
         # A commit is acknowledged before its markers are written: the next start must write them.
         run_in_thread(_send(settings, [b"one", b"two"], kafka.kill))
         assert not kafka.running
-        assert not is_usable(first)
+        assert not is_usable(settings)
         kafka.start()
         assert kafka.bootstrap_servers == first
         assert run_in_thread(_read(settings, 2)) == [b"one", b"two"]
@@ -150,4 +150,4 @@ def test_a_refused_download_is_a_clear_error_and_leaves_nothing(
 
 
 def test_a_probe_of_nothing_is_false() -> None:
-    assert not is_usable("127.0.0.1:1")
+    assert not is_usable(KafkaSettings(bootstrap_servers="127.0.0.1:1"))

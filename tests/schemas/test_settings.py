@@ -79,6 +79,69 @@ def test_a_wrong_setting_is_named(tmp_path: Path, name: str, value: str, words: 
         load_settings(env(tmp_path, **{name: value}))
 
 
+@pytest.mark.parametrize(
+    ("values", "words"),
+    [
+        ({"SASL_PASSWORD": "p"}, r"SASL_PASSWORD: has no effect when kafka\.security_protocol is PLAINTEXT"),
+        ({"SECURITY_PROTOCOL": "SSL", "SASL_USERNAME": "u"}, r"SASL_USERNAME = 'u': has no effect .* SSL: set the"),
+        ({"SECURITY_PROTOCOL": "SASL_SSL", "SASL_USERNAME": "u"}, r"kafka\.sasl_password, not set in .*SASL_SSL"),
+        ({"SECURITY_PROTOCOL": "SSL", "SSL_KEYFILE": __file__}, r"SSL_KEYFILE = .*belong together: set both or none"),
+        ({"SECURITY_PROTOCOL": "SSL", "SSL_CERTFILE": __file__}, r"kafka\.ssl_keyfile, not set .*belong together"),
+        ({"SECURITY_PROTOCOL": "SSL", "SSL_CERTFILE": "/no/such"}, r"must be a readable file \(No such file"),
+        ({"SECURITY_PROTOCOL": "SSL", "SSL_KEY_PASSWORD": "p"}, r"SSL_KEY_PASSWORD: has no effect without"),
+        (
+            {"SECURITY_PROTOCOL": "SSL", "SSL_CERTFILE": __file__, "SSL_KEYFILE": __file__},
+            r"kafka\.ssl_key_password, .*cannot be used together",
+        ),
+        ({"SSL_KEY_PASSWORD": "p"}, r"SSL_KEY_PASSWORD: has no effect when .* PLAINTEXT"),
+        ({"OAUTH_URL": "http://h/t"}, r"OAUTH_URL = .*has no effect when .* PLAINTEXT"),
+        (
+            {"SECURITY_PROTOCOL": "SASL_SSL", "SASL_MECHANISM": "OAUTHBEARER"},
+            r"kafka\.oauth_url, not set .*must be set for OAUTHBEARER, unless kafka\.oauth_token_file is",
+        ),
+        (
+            {"SECURITY_PROTOCOL": "SASL_SSL", "SASL_MECHANISM": "OAUTHBEARER", "OAUTH_URL": "http://h/t"},
+            r"kafka\.oauth_client_secret, not set .*must be set for OAUTHBEARER",
+        ),
+        (
+            {
+                "SECURITY_PROTOCOL": "SASL_SSL",
+                "SASL_MECHANISM": "OAUTHBEARER",
+                "OAUTH_TOKEN_FILE": __file__,
+                "OAUTH_URL": "http://h/t",
+            },
+            r"OAUTH_URL = .*has no effect beside kafka\.oauth_token_file",
+        ),
+        (
+            {
+                "SECURITY_PROTOCOL": "SASL_SSL",
+                "SASL_MECHANISM": "OAUTHBEARER",
+                "OAUTH_TOKEN_FILE": __file__,
+                "SASL_USERNAME": "u",
+            },
+            r"SASL_USERNAME = 'u': has no effect when .* SASL_SSL with OAUTHBEARER",
+        ),
+    ],
+)
+def test_contradictions_in_security_are_named(tmp_path: Path, values: dict[str, str], words: str) -> None:
+    named = {f"FULGURITE_KAFKA__{name}": value for name, value in values.items()}
+    with pytest.raises(SettingsError, match=words):
+        load_settings(env(tmp_path, **named))
+
+
+def test_a_token_file_is_enough(tmp_path: Path) -> None:
+    (tmp_path / "token").write_text("t")
+    settings = load_settings(
+        env(
+            tmp_path,
+            FULGURITE_KAFKA__SECURITY_PROTOCOL="SASL_PLAINTEXT",
+            FULGURITE_KAFKA__SASL_MECHANISM="OAUTHBEARER",
+            FULGURITE_KAFKA__OAUTH_TOKEN_FILE=str(tmp_path / "token"),
+        )
+    )
+    assert settings.kafka.sasl_password is None
+
+
 def test_a_wrong_file_is_named(tmp_path: Path) -> None:
     path = tmp_path / "fulgurite.toml"
     path.write_text("[kafka]\npartitions = 'many'\n")

@@ -2,7 +2,7 @@
 
     data folder/lock          one owner at a time
                 ports.json    the port of the last start, used again
-                password      of the user `app`, made once, readable by its owner only
+                password      of the user `app`, made once, readable by its owner only; reader_password: of `reader`
                 conf/         what the engine is told (written at every start)
                 data/         its tables
                 engine.log    what it says, beside console.log for what precedes its logging
@@ -16,18 +16,17 @@ from __future__ import annotations
 
 import base64
 import http.client
-import secrets
 import sys
 import time
 from pathlib import Path
 
 from pydantic import SecretStr
 
-from fulgurite.infra.clickhouse_config import USER, config_xml, users_xml
+from fulgurite.infra.clickhouse_config import READER, USER, config_xml, users_xml
 from fulgurite.infra.folder_lock import FolderLock
 from fulgurite.infra.ports import remembered_ports
 from fulgurite.infra.processes import ChildProcess, start_process, tail
-from fulgurite.infra.settings_file import write_private
+from fulgurite.infra.settings_file import stored_password, write_private
 from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.settings import ClickHouseSettings
 
@@ -38,9 +37,17 @@ class EmbeddedClickHouse:
     """One engine on one folder. start() and stop() may be called in turn, any number of times."""
 
     def __init__(
-        self, folder: Path, *, port: int | None = None, max_memory_mb: int = 2048, lock_wait_seconds: float = 10.0
+        self,
+        folder: Path,
+        *,
+        port: int | None = None,
+        max_memory_mb: int = 2048,
+        lock_wait_seconds: float = 10.0,
+        readable_database: str = "fulgurite",
     ) -> None:
         """`port` fixes the HTTP port (StartError when it is taken); None remembers or finds a free one.
+
+        `readable_database` is what the user `reader` may read.
 
         The engine of a killed owner keeps the folder's lock for the instant it takes to die: `lock_wait_seconds`.
         """
@@ -48,10 +55,12 @@ class EmbeddedClickHouse:
         self.folder = folder.absolute()
         self.log = self.folder / "engine.log"
         self.user = USER
+        self._readable_database = readable_database
         self._wanted_port = port
         self._max_memory_bytes = max_memory_mb * _MIB
         self._port = 0
         self._password = ""
+        self._reader_password = SecretStr("")
         self._process: ChildProcess | None = None
         self._lock: FolderLock | None = None
 
@@ -78,6 +87,12 @@ class EmbeddedClickHouse:
         """How clients reach it."""
         return ClickHouseSettings(url=self.url, user=self.user, password=self.password, database=database)
 
+    def reader_settings(self) -> ClickHouseSettings:
+        """How dashboards reach it: the user may read one database and nothing else."""
+        return ClickHouseSettings(
+            url=self.url, user=READER, password=self._reader_password, database=self._readable_database
+        )
+
     def start(self, timeout_seconds: float = 60.0) -> EmbeddedClickHouse:
         """Returns when queries work. Raises StartError: why, with the last lines of the engine's log."""
         if self.running:
@@ -88,7 +103,8 @@ class EmbeddedClickHouse:
             # After a crash its clients wait at the old port: that port or none.
             wanted = self._wanted_port or self._port or None
             port = remembered_ports(self.folder / "ports.json", ("http",), wanted, "ClickHouse")["http"]
-            self._password = self._read_password()
+            self._password = stored_password(self.folder / "password").get_secret_value()
+            self._reader_password = stored_password(self.folder / "reader_password")
             self._configure(port)
             self._process = start_process(
                 "ClickHouse",
@@ -143,18 +159,19 @@ class EmbeddedClickHouse:
     def __exit__(self, *_: object) -> None:
         self.stop()
 
-    def _read_password(self) -> str:
-        path = self.folder / "password"
-        if not path.exists():
-            write_private(path, secrets.token_urlsafe(24))
-        return path.read_text().strip()
-
     def _configure(self, port: int) -> None:
+        self.folder.chmod(0o700)  # the engine's log has queries, and these may have data in them
         conf = self.folder / "conf"
         conf.mkdir(mode=0o700, exist_ok=True)
         (self.folder / "data").mkdir(mode=0o700, exist_ok=True)
         (conf / "config.xml").write_text(config_xml(port, self.log, self._max_memory_bytes), "utf-8")
-        write_private(conf / "users.xml", users_xml(self._password, self._max_memory_bytes * 3 // 4))
+        users = users_xml(
+            self._password,
+            self._reader_password.get_secret_value(),
+            self._readable_database,
+            self._max_memory_bytes * 3 // 4,
+        )
+        write_private(conf / "users.xml", users)
         write_private(conf / "own_access", f"http://127.0.0.1:{port}\n{USER}\n{self._password}\n")
 
     def _wait_until_usable(self, timeout_seconds: float) -> None:

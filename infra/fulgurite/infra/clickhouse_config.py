@@ -1,4 +1,4 @@
-"""What the embedded ClickHouse is told: loopback only, bounded memory, one user with a password."""
+"""What the embedded ClickHouse is told: loopback only, bounded memory, two users, both with passwords."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from xml.sax.saxutils import escape
 
 USER = "app"
+READER = "reader"
 _MIB = 1024 * 1024
 
 
@@ -34,9 +35,13 @@ def config_xml(port: int, log: Path, max_memory_bytes: int) -> str:
 """
 
 
-def users_xml(password: str, max_query_memory_bytes: int) -> str:
-    """users.xml. The engine's own session insists on `default` without a password: that user may do next to nothing."""
+def users_xml(password: str, reader_password: str, readable_database: str, max_query_memory_bytes: int) -> str:
+    """users.xml. The engine's own session insists on `default` without a password: that user may do next to nothing.
+
+    READER is for dashboards: it may read one database and change settings of its queries, nothing else.
+    """
     digest = hashlib.sha256(password.encode()).hexdigest()
+    reader_digest = hashlib.sha256(reader_password.encode()).hexdigest()
     loopback = "<networks><ip>127.0.0.1</ip><ip>::1</ip></networks>"
     return f"""\
 <clickhouse>
@@ -44,6 +49,10 @@ def users_xml(password: str, max_query_memory_bytes: int) -> str:
         <default>
             <max_memory_usage>{max_query_memory_bytes}</max_memory_usage>
         </default>
+        <readonly>
+            <readonly>2</readonly>
+            <max_memory_usage>{max_query_memory_bytes}</max_memory_usage>
+        </readonly>
     </profiles>
     <quotas><default/></quotas>
     <users>
@@ -60,6 +69,15 @@ def users_xml(password: str, max_query_memory_bytes: int) -> str:
             <profile>default</profile>
             <quota>default</quota>
         </{USER}>
+        <{READER}>
+            <password_sha256_hex>{reader_digest}</password_sha256_hex>
+            {loopback}
+            <profile>readonly</profile>
+            <quota>default</quota>
+            <grants>
+                <query>GRANT SHOW, SELECT ON {readable_database}.*</query>
+            </grants>
+        </{READER}>
     </users>
 </clickhouse>
 """

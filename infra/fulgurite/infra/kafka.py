@@ -7,7 +7,7 @@
 
 Promises: after start() a group can be joined and a transaction committed, not only that a port answers; kill -9 of
 the broker or of this process loses nothing acknowledged (the kernel has it) and the next start on the same folder
-works; the broker never outlives this process. Does not survive a power failure without loss: one node, no fsync.
+works; the broker never outlives this process. Survives a power failure without loss only with `fsync`: it is one node.
 """
 
 from __future__ import annotations
@@ -22,9 +22,12 @@ from fulgurite.infra.folder_lock import FolderLock
 from fulgurite.infra.java import java_program, kafka_jars
 from fulgurite.infra.kafka_config import log4j2_config, server_properties
 from fulgurite.infra.kafka_probe import is_usable
+from fulgurite.infra.kafka_security import BrokerSecurity
 from fulgurite.infra.ports import remembered_ports
 from fulgurite.infra.processes import ChildProcess, start_process, tail
+from fulgurite.infra.settings_file import write_private
 from fulgurite.schemas.errors import StartError
+from fulgurite.schemas.settings import KafkaSettings
 
 _MAIN = "kafka.Kafka"
 _STORAGE_TOOL = "kafka.tools.StorageTool"
@@ -34,13 +37,25 @@ class EmbeddedKafka:
     """One broker on one folder. start() and stop() may be called in turn, any number of times."""
 
     def __init__(
-        self, folder: Path, *, port: int | None = None, heap_mb: int = 512, lock_wait_seconds: float = 10.0
+        self,
+        folder: Path,
+        *,
+        port: int | None = None,
+        heap_mb: int = 512,
+        lock_wait_seconds: float = 10.0,
+        security: BrokerSecurity | None = None,
+        fsync: bool = False,
     ) -> None:
         """`port` fixes the listener's port (StartError when it is taken); None remembers or finds a free one.
+
+        Without `security` whoever is on this machine may connect: for tests; `fulgurite up` gives one. With `fsync` a
+        record is on disk before it is acknowledged.
 
         The broker of a killed owner keeps the folder's lock for the instant it takes to die: `lock_wait_seconds`.
         """
         self._lock_wait_seconds = lock_wait_seconds
+        self._security = security
+        self._fsync = fsync
         self.folder = folder.absolute()
         self.log = self.folder / "broker.log"
         self._wanted_port = port
@@ -55,6 +70,12 @@ class EmbeddedKafka:
         if not self._port:
             raise StartError("the embedded Kafka has not been started")
         return f"127.0.0.1:{self._port}"
+
+    def settings(self, settings: KafkaSettings | None = None) -> KafkaSettings:
+        """How clients reach it; topics and the like as in `settings`."""
+        security = self._security.client_settings() if self._security is not None else {}
+        known = {"bootstrap_servers": self.bootstrap_servers, **security}
+        return (settings or KafkaSettings()).model_copy(update=known)
 
     @property
     def pid(self) -> int | None:
@@ -117,8 +138,13 @@ class EmbeddedKafka:
         for left_over in (self.folder / "tmp").iterdir():  # native libraries that a killed broker had unpacked
             left_over.unlink(missing_ok=True)
         (self.folder / "log4j2.properties").write_text(log4j2_config(self.log))
-        properties = server_properties(ports["broker"], ports["controller"], self.folder / "log")
-        (self.folder / "server.properties").write_text(properties)
+        properties = server_properties(
+            ports["broker"], ports["controller"], self.folder / "log", self._security, self._fsync
+        )
+        write_private(self.folder / "server.properties", properties)  # it may hold a password
+        if self._security is not None:
+            self.folder.chmod(0o700)  # records lie here as they came: the password would be no use
+            self._security.write_client_files(self.folder)
 
     def _format(self, java: Path, jars: Path) -> None:
         """Formats the data folder once. Into a folder beside it, renamed when complete: a crash leaves none or all."""
@@ -127,8 +153,9 @@ class EmbeddedKafka:
         fresh = self.folder / "log.new"
         shutil.rmtree(fresh, ignore_errors=True)
         (self.folder / "format.properties").write_text(server_properties(1, 2, fresh))
-        cluster_id = _random_uuid()
-        process = self._java(java, jars, [_STORAGE_TOOL, "format", "-t", cluster_id, "-c", "format.properties"])
+        users = self._security.format_arguments() if self._security is not None else []
+        command = [_STORAGE_TOOL, "format", "-t", _random_uuid(), "-c", "format.properties", *users]
+        process = self._java(java, jars, command)
         if process.wait(60.0) != 0:
             process.kill()
             raise StartError(f"Kafka could not format {fresh}:\n{self._last_words()}")
@@ -156,7 +183,7 @@ class EmbeddedKafka:
 
     def _wait_until_usable(self, deadline: float, timeout_seconds: float) -> None:
         assert self._process is not None
-        while not is_usable(self.bootstrap_servers):
+        while not is_usable(self.settings()):
             if self._process.wait(0.1) is not None:
                 code = self._process.returncode
                 raise StartError(f"Kafka ended while it started (exit code {code}):\n{self._last_words()}")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from fulgurite.infra.kafka_security import BrokerSecurity
 from fulgurite.schemas.codec import MAX_RECORD_BYTES
 from fulgurite.schemas.errors import StartError
 
@@ -11,8 +12,19 @@ BATCH_OVERHEAD_BYTES = 64 * 1024
 """A record batch's header, key and headers, beside the largest value."""
 
 
-def server_properties(broker_port: int, controller_port: int, log_folder: Path) -> str:
-    """server.properties of the node. Raises StartError: a data folder that Kafka cannot be told."""
+def server_properties(
+    broker_port: int,
+    controller_port: int,
+    log_folder: Path,
+    security: BrokerSecurity | None = None,
+    fsync: bool = False,
+) -> str:
+    """server.properties of the node; without `security` whoever is on this machine may connect.
+
+    With `fsync` nothing is acknowledged, in the internal topics neither, that a power failure could take.
+
+    Raises StartError: a data folder that Kafka cannot be told.
+    """
     if "," in str(log_folder):
         raise StartError(
             f"Kafka cannot use the data folder {log_folder.parent}: it takes a comma for the end of a folder's name; "
@@ -58,6 +70,10 @@ def server_properties(broker_port: int, controller_port: int, log_folder: Path) 
         "log.segment.bytes": 256 * 1024 * 1024,
         "log.index.size.max.bytes": 1024 * 1024,
     }
+    if fsync:
+        properties["log.flush.interval.messages"] = 1
+    if security is not None:
+        properties |= security.properties()
     return "".join(f"{name}={value}\n" for name, value in properties.items())
 
 

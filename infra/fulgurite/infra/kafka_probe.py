@@ -18,22 +18,25 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaError
 
+from fulgurite.producers.kafka import connection_options
+from fulgurite.schemas.settings import KafkaSettings
+
 PROBE_TOPIC = "__fulgurite_probe"
 _PROBE_SECONDS = 15.0
 
 T = TypeVar("T")
 
 
-def is_usable(bootstrap_servers: str) -> bool:
-    """One try; False where it did not work (yet)."""
-    host, _, port = bootstrap_servers.rpartition(":")
+def is_usable(settings: KafkaSettings) -> bool:
+    """One try at one broker; False where it did not work (yet)."""
+    host, _, port = settings.bootstrap_servers.rpartition(":")
     try:
         socket.create_connection((host, int(port)), timeout=1.0).close()
     except OSError:
         return False
     with _quiet_clients():
         try:
-            run_in_thread(asyncio.wait_for(_probe(bootstrap_servers), _PROBE_SECONDS))
+            run_in_thread(asyncio.wait_for(_probe(settings), _PROBE_SECONDS))
         except (KafkaError, TimeoutError, OSError):
             return False
     return True
@@ -58,11 +61,11 @@ def run_in_thread(work: Coroutine[Any, Any, T]) -> T:
     return results[0]
 
 
-async def _probe(bootstrap_servers: str) -> None:
-    await _create_topic(bootstrap_servers)
+async def _probe(settings: KafkaSettings) -> None:
+    await _create_topic(settings)
     group = f"probe-{uuid.uuid4().hex}"
     producer = AIOKafkaProducer(
-        bootstrap_servers=bootstrap_servers, transactional_id="fulgurite-probe", acks="all", linger_ms=0
+        **connection_options(settings), transactional_id="fulgurite-probe", acks="all", linger_ms=0
     )
     try:
         await producer.start()
@@ -72,7 +75,7 @@ async def _probe(bootstrap_servers: str) -> None:
         await producer.stop()
     consumer = AIOKafkaConsumer(
         PROBE_TOPIC,
-        bootstrap_servers=bootstrap_servers,
+        **connection_options(settings),
         group_id=group,
         auto_offset_reset="earliest",
         enable_auto_commit=False,
@@ -86,8 +89,8 @@ async def _probe(bootstrap_servers: str) -> None:
         await consumer.stop()
 
 
-async def _create_topic(bootstrap_servers: str) -> None:
-    admin = AIOKafkaAdminClient(bootstrap_servers=bootstrap_servers)
+async def _create_topic(settings: KafkaSettings) -> None:
+    admin = AIOKafkaAdminClient(**connection_options(settings))
     try:
         await admin.start()
         topic = NewTopic(PROBE_TOPIC, 1, 1, topic_configs={"retention.ms": "3600000", "segment.bytes": "1048576"})

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import json
 import os
+import secrets
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from pydantic import SecretStr
+
 from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.kafka_settings import SECURITY_FIELDS
 from fulgurite.schemas.settings import CONFIG_NAME, ClickHouseSettings, KafkaSettings
 
 _HEADER = """\
 # Written by Fulgurite when its stores start: addresses may change then. Other settings in this file are kept
-# (comments are not). Environment variables FULGURITE_<SECTION>__<NAME> win over it. Holds a password: keep it private.
+# (comments are not). Environment variables FULGURITE_<SECTION>__<NAME> win over it. Holds passwords: keep it private.
 """
 
 
@@ -22,10 +26,12 @@ def write_settings_file(data: Path, kafka: KafkaSettings, clickhouse: ClickHouse
     """Puts the stores' addresses into the file, whatever else stands there. Raises SettingsError for a broken file."""
     path = data / CONFIG_NAME
     tree = _read(path)
-    tree["kafka"] = tree.get("kafka", {}) | {
+    kept = {name: value for name, value in tree.get("kafka", {}).items() if name not in SECURITY_FIELDS}
+    tree["kafka"] = kept | {
         "bootstrap_servers": kafka.bootstrap_servers,
         "topic_prefix": kafka.topic_prefix,
         "partitions": kafka.partitions,
+        **_security(kafka),
     }
     tree["clickhouse"] = tree.get("clickhouse", {}) | {
         "url": clickhouse.url,
@@ -35,6 +41,26 @@ def write_settings_file(data: Path, kafka: KafkaSettings, clickhouse: ClickHouse
     }
     write_private(path, _HEADER + "".join(_section(name, fields) for name, fields in tree.items()))
     return path
+
+
+def stored_password(path: Path) -> SecretStr:
+    """The password in this file; made at the first time, readable by its owner only."""
+    if not path.exists():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_private(path, secrets.token_urlsafe(24))
+    return SecretStr(path.read_text().strip())
+
+
+def _security(kafka: KafkaSettings) -> dict[str, Any]:
+    """What is said of security; a protocol alone says all where there is nothing more."""
+    values = {name: getattr(kafka, name) for name in SECURITY_FIELDS}
+    if not kafka.security_protocol.startswith("SASL"):
+        del values["sasl_mechanism"]
+    return {
+        name: value.get_secret_value() if isinstance(value, SecretStr) else value
+        for name, value in values.items()
+        if value is not None
+    }
 
 
 def write_private(path: Path, text: str) -> None:

@@ -1,6 +1,6 @@
 """Both embedded stores on one data folder, supervised, with topics and tables: what `up` and the demo start from.
 
-<data>/kafka, <data>/clickhouse    their data
+<data>/kafka, <data>/clickhouse    their data, and the passwords without which nobody connects
        fulgurite.toml              how every command finds them
        run/lock                    one owner of the folder at a time
 """
@@ -18,7 +18,8 @@ from fulgurite.infra.folder_lock import FolderLock
 from fulgurite.infra.java import kafka_jars
 from fulgurite.infra.kafka import EmbeddedKafka
 from fulgurite.infra.kafka_probe import run_in_thread
-from fulgurite.infra.settings_file import write_settings_file
+from fulgurite.infra.kafka_security import BrokerSecurity
+from fulgurite.infra.settings_file import stored_password, write_settings_file
 from fulgurite.infra.sql import clickhouse_errors
 from fulgurite.infra.supervisor import Supervisor
 from fulgurite.infra.topics import create_topics
@@ -55,7 +56,9 @@ def start_stores(data: Path, settings: Settings, supervisor: Supervisor, report:
     """
     _check_room(data)
     kafka_jars()  # may download: before anything runs
-    kafka, clickhouse = EmbeddedKafka(data / "kafka"), EmbeddedClickHouse(data / "clickhouse")
+    security = BrokerSecurity(stored_password(data / "kafka" / "password"))
+    kafka = EmbeddedKafka(data / "kafka", security=security, fsync=settings.kafka.fsync)
+    clickhouse = EmbeddedClickHouse(data / "clickhouse", readable_database=settings.clickhouse.database)
     with ThreadPoolExecutor(2, thread_name_prefix="start-store") as pool:
         starts = {
             "kafka": pool.submit(_start, supervisor, "kafka", kafka),
@@ -64,9 +67,10 @@ def start_stores(data: Path, settings: Settings, supervisor: Supervisor, report:
     for start in starts.values():
         start.result()
     report(f"Kafka answers at {kafka.bootstrap_servers}, ClickHouse at {clickhouse.url}")
+    report(f"other Kafka clients log in by {kafka.folder / 'client.properties'} (Java) or kcat.conf beside it")
     found = settings.model_copy(
         update={
-            "kafka": settings.kafka.model_copy(update={"bootstrap_servers": kafka.bootstrap_servers}),
+            "kafka": kafka.settings(settings.kafka),
             "clickhouse": clickhouse.settings(settings.clickhouse.database),
         }
     )

@@ -16,6 +16,7 @@ from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 from aiokafka.errors import KafkaConnectionError, NoError, TopicAlreadyExistsError, for_code
 
 from fulgurite.infra.kafka_config import BATCH_OVERHEAD_BYTES
+from fulgurite.producers.credentials import connection_problem
 from fulgurite.producers.kafka import connection_options
 from fulgurite.schemas.errors import SettingsError, StartError
 from fulgurite.schemas.settings import KafkaSettings
@@ -167,12 +168,15 @@ async def _until_visible(settings: KafkaSettings, admin: AIOKafkaAdminClient) ->
 
 
 async def connected_admin(settings: KafkaSettings) -> AIOKafkaAdminClient:
-    """To be closed by the caller. Raises StartError when no broker answers."""
+    """To be closed by the caller. Raises StartError when no broker answers, SettingsError when they refuse us."""
     admin = AIOKafkaAdminClient(**connection_options(settings), request_timeout_ms=_REQUEST_MS)
     try:
         await admin.start()
     except KafkaConnectionError as error:
         await admin.close()
+        problem = await connection_problem(settings)
+        if problem is not None and problem.refused:
+            raise SettingsError(problem.text) from error
         raise StartError(
             f"no Kafka broker answers at {settings.bootstrap_servers} (kafka.bootstrap_servers, "
             f"{settings.security_protocol}); `fulgurite up` starts one"

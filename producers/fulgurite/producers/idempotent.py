@@ -13,6 +13,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
 
 from fulgurite.producers.backoff import Backoff
+from fulgurite.producers.credentials import connection_problem, ensure_accepted
 from fulgurite.producers.kafka import connection_options
 from fulgurite.schemas.settings import KafkaSettings, ProducerSettings
 
@@ -30,9 +31,14 @@ REQUEST_TIMEOUT_MS = 30_000
 _ABANDON_SECONDS = 2.0
 
 
-async def connect(kafka: KafkaSettings, settings: ProducerSettings) -> AIOKafkaProducer:
-    """A producer that has its producer id. Waits until a broker answers, for ever."""
+async def connect(kafka: KafkaSettings, settings: ProducerSettings, *, first: bool = False) -> AIOKafkaProducer:
+    """A producer that has its producer id. Waits until a broker answers, for ever.
+
+    The `first` time raises SettingsError when the brokers refuse us; later that may pass (see credentials.py).
+    """
     backoff = Backoff(logger)
+    if first and kafka.sasl_mechanism == "OAUTHBEARER":
+        await ensure_accepted(kafka)  # a refused token is seen by nobody else
     while True:
         producer = AIOKafkaProducer(
             **connection_options(kafka),
@@ -48,7 +54,11 @@ async def connect(kafka: KafkaSettings, settings: ProducerSettings) -> AIOKafkaP
             await producer.start()
         except (KafkaError, OSError) as error:
             await producer.stop()
-            await backoff.wait(f"Kafka at {kafka.bootstrap_servers} does not answer: {error!r}")
+            if first:
+                await ensure_accepted(kafka)
+            problem = await connection_problem(kafka)
+            text = problem.text if problem else f"Kafka at {kafka.bootstrap_servers} is not ready: {error!r}"
+            await backoff.wait(text)
         except BaseException:
             await abandon(producer)
             raise

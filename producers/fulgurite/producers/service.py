@@ -15,6 +15,7 @@ import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
+from fulgurite.producers.credentials import log_only_refusals
 from fulgurite.schemas.errors import FulguriteError, StartError
 
 logger = logging.getLogger(__name__)
@@ -31,7 +32,7 @@ def configure_logging(name: str, level: int = logging.INFO) -> None:
     """Lines on stderr, with the service's name. Prompts, answers and secrets are never logged, by anyone."""
     logging.basicConfig(level=level, format=LOG_FORMAT.format(name=name), stream=sys.stderr, force=True)
     # aiokafka repeats one line per retry while a broker is away; our own services say what they wait for.
-    logging.getLogger("aiokafka").setLevel(logging.CRITICAL)
+    log_only_refusals()
     for client in ("httpx", "httpx2"):  # a line per request; httpx2 is what the openai client uses
         logging.getLogger(client).setLevel(logging.WARNING)
 

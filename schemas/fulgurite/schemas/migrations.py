@@ -58,7 +58,7 @@ def connection_options(settings: ClickHouseSettings) -> dict[str, Any]:
     """Keyword arguments for clickhouse_connect's clients, without the database."""
     url = urlparse(settings.url)
     secure = url.scheme == "https"
-    return {
+    options: dict[str, Any] = {
         "host": url.hostname,
         "port": url.port or (8443 if secure else 8123),
         "secure": secure,
@@ -67,6 +67,18 @@ def connection_options(settings: ClickHouseSettings) -> dict[str, Any]:
         # One session per client would refuse two queries at once; nothing here needs temporary tables.
         "autogenerate_session_id": False,
     }
+    if secure:
+        options["verify"] = settings.ssl_verify
+        given = {
+            "ca_cert": settings.ssl_cafile,
+            "client_cert": settings.ssl_certfile,
+            "client_cert_key": settings.ssl_keyfile,
+        }
+        options |= {name: str(path) for name, path in given.items() if path is not None}
+        if settings.ssl_certfile is not None:
+            # Without a password the certificate itself is who we are; with one it only opens the door.
+            options["tls_mode"] = "strict" if settings.password.get_secret_value() else "mutual"
+    return options
 
 
 def apply_migrations(settings: ClickHouseSettings) -> list[str]:

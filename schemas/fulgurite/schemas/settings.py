@@ -19,11 +19,14 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, ConfigDict, Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 
-from fulgurite.schemas.codec import MAX_RECORD_BYTES
 from fulgurite.schemas.errors import SettingsError
-from fulgurite.schemas.topics import Topic
+from fulgurite.schemas.kafka_settings import KafkaSettings as KafkaSettings
+from fulgurite.schemas.redaction import RedactionSettings
+from fulgurite.schemas.retention import RetentionSettings
+from fulgurite.schemas.sections import Port, Seconds, Url
+from fulgurite.schemas.sections import Section as Section
 
 ENV_PREFIX = "FULGURITE_"
 ENV_CONFIG = "FULGURITE_CONFIG"
@@ -31,75 +34,7 @@ ENV_HOME = "FULGURITE_HOME"
 CONFIG_NAME = "fulgurite.toml"
 DEFAULT_HOME = ".fulgurite"
 
-Seconds = Annotated[float, Field(gt=0, le=86_400)]
-Port = Annotated[int, Field(ge=0, le=65_535)]
-Url = Annotated[str, Field(pattern=r"^https?://[^\s/]+.*$")]
-
-_SERVER = re.compile(r"(\[[0-9A-Fa-f:.]+\]|[^\s:/@\[\]]+):(?P<port>[0-9]{1,5})")
 _USER_IN_URL = re.compile(r"//[^/\s]*@")
-
-
-class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
-
-
-class KafkaSettings(Section):
-    bootstrap_servers: str = "127.0.0.1:9092"
-    """Comma-separated host:port of the brokers."""
-    topic_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$", max_length=64)] = "fulgurite."
-    """Put before every topic's name: one prefix is one namespace."""
-    partitions: Annotated[int, Field(ge=1, le=10_000)] = 4
-    """Partitions of rollouts, spans, rewards and trajectories. Fixed once the topics exist."""
-    replication_factor: Annotated[int, Field(ge=1, le=16)] = 1
-    """Copies of every partition; 3 in production."""
-    min_insync_replicas: Annotated[int, Field(ge=1, le=16)] = 1
-    """Copies that must have a record before it is acknowledged; 2 in production."""
-    max_record_bytes: Annotated[int, Field(ge=1_024, le=1 << 30)] = MAX_RECORD_BYTES
-    """Largest record a producer sends and a topic takes."""
-    security_protocol: Literal["PLAINTEXT", "SSL", "SASL_PLAINTEXT", "SASL_SSL"] = "PLAINTEXT"
-    """How to talk to the brokers."""
-    sasl_mechanism: Literal["PLAIN", "SCRAM-SHA-256", "SCRAM-SHA-512"] = "PLAIN"
-    """Used when security_protocol says SASL."""
-    sasl_username: Annotated[str | None, Field(validate_default=True)] = None
-    """User for SASL."""
-    sasl_password: Annotated[SecretStr | None, Field(validate_default=True)] = None
-    """Password for SASL."""
-    ssl_cafile: Path | None = None
-    """Certificate authority to trust; the system's when empty."""
-
-    @field_validator("bootstrap_servers")
-    @classmethod
-    def _servers_have_ports(cls, servers: str) -> str:
-        for server in servers.split(","):
-            found = _SERVER.fullmatch(server.strip())
-            if found is None or not 1 <= int(found["port"]) <= 65_535:
-                raise ValueError("must be host:port[,host:port...] with ports from 1 to 65535")
-        return servers
-
-    @field_validator("sasl_username", "sasl_password")
-    @classmethod
-    def _sasl_has_both(cls, value: str | SecretStr | None, info: ValidationInfo) -> str | SecretStr | None:
-        protocol = str(info.data.get("security_protocol", ""))
-        if protocol.startswith("SASL") and not (value.get_secret_value() if isinstance(value, SecretStr) else value):
-            raise ValueError(f"must be set when kafka.security_protocol is {protocol}")
-        return value
-
-    @field_validator("ssl_cafile")
-    @classmethod
-    def _authority_is_readable(cls, path: Path | None) -> Path | None:
-        if path is not None:
-            import ssl
-
-            try:
-                ssl.create_default_context(cafile=path)
-            except OSError as error:
-                why = error.strerror or str(error)
-                raise ValueError(f"must be a readable file of certificates in PEM form ({why})") from None
-        return path
-
-    def topic(self, topic: Topic) -> str:
-        """The topic's full name on the broker."""
-        return f"{self.topic_prefix}{topic.name}" if topic.prefixed else topic.name
 
 
 class ClickHouseSettings(Section):
@@ -111,6 +46,17 @@ class ClickHouseSettings(Section):
     """Its password."""
     database: Annotated[str, Field(pattern=r"^[A-Za-z_][A-Za-z0-9_]{0,63}$")] = "fulgurite"
     """One database is one namespace, as one topic prefix is."""
+    fsync: bool = False
+    """Whether an insert is on disk before it counts, so that a power failure takes nothing; kill -9 never does. Costs
+    half of the small inserts' speed."""
+    ssl_cafile: Path | None = None
+    """For https: certificate authority to trust; the usual ones when empty."""
+    ssl_certfile: Path | None = None
+    """For https: our own certificate (PEM), for servers that ask for one."""
+    ssl_keyfile: Annotated[Path | None, Field(validate_default=True)] = None
+    """The private key of ssl_certfile (PEM, without a password)."""
+    ssl_verify: bool = True
+    """For https: whether the server's certificate must be trusted. Without it anyone between can read and write."""
 
     @field_validator("url")
     @classmethod
@@ -123,6 +69,25 @@ class ClickHouseSettings(Section):
         if not usable:
             raise ValueError("must be http://host:port or https://host:port with a port from 1 to 65535")
         return url
+
+    @field_validator("ssl_cafile", "ssl_certfile", "ssl_keyfile")
+    @classmethod
+    def _files_are_used(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        if path is not None:
+            try:
+                path.read_bytes()
+            except OSError as error:
+                raise ValueError(f"must be a readable file ({error.strerror})") from None
+            if not str(info.data.get("url", "https:")).startswith("https:"):
+                raise ValueError("has no effect: clickhouse.url is not https://")
+        return path
+
+    @field_validator("ssl_keyfile")
+    @classmethod
+    def _certificate_has_a_key(cls, path: Path | None, info: ValidationInfo) -> Path | None:
+        if "ssl_certfile" in info.data and (path is None) != (info.data["ssl_certfile"] is None):
+            raise ValueError("clickhouse.ssl_certfile and clickhouse.ssl_keyfile belong together: set both or none")
+        return path
 
 
 class ProducerSettings(Section):
@@ -218,16 +183,22 @@ class RunnerSettings(Section):
 class MaterialiserSettings(Section):
     group: str = "materialiser"
     """Consumer group, after the topic prefix."""
-    batch_records: Annotated[int, Field(ge=1, le=1_000_000)] = 20_000
+    batch_records: Annotated[int, Field(ge=1, le=1_000_000)] = 50_000
     """Most records of one insert."""
     batch_wait_ms: Annotated[int, Field(ge=1, le=60_000)] = 200
     """Least time that a batch waits for company."""
-    max_batch_wait_ms: Annotated[int, Field(ge=1, le=600_000)] = 600
+    max_batch_wait_ms: Annotated[int, Field(ge=1, le=600_000)] = 350
     """Most: under load a partition waits a dozen times as long as its last insert took, up to this."""
     insert_seconds: Seconds = 30.0
     """Longest one insert may take before it is tried again with the same token."""
     session_seconds: Seconds = 45.0
     """Kafka session timeout; exceeds insert_seconds, so that a zombie's insert is over before its partitions move."""
+    host: str = "127.0.0.1"
+    """Where /metrics, /ready and /health listen."""
+    port: Annotated[int, Field(ge=0, lt=65_536)] = 0
+    """0: nowhere."""
+    ready_lag_seconds: Seconds = 30.0
+    """A record that waits longer makes the service not ready: it does not keep up."""
 
 
 class AssemblerSettings(Section):
@@ -307,6 +278,8 @@ class Settings(Section):
     kafka: KafkaSettings = Field(default_factory=KafkaSettings)
     clickhouse: ClickHouseSettings = Field(default_factory=ClickHouseSettings)
     producer: ProducerSettings = Field(default_factory=ProducerSettings)
+    retention: RetentionSettings = Field(default_factory=RetentionSettings)
+    redaction: RedactionSettings = Field(default_factory=RedactionSettings)
     coordinator: CoordinatorSettings = Field(default_factory=CoordinatorSettings)
     gateway: GatewaySettings = Field(default_factory=GatewaySettings)
     policy_server: PolicyServerSettings = Field(default_factory=PolicyServerSettings)
@@ -351,6 +324,8 @@ def to_environment(values: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     found: dict[str, str] = {}
     for section, fields in values.items():
         for name, value in fields.items():
+            if value is None:
+                continue  # the environment has no word for it: the default stands
             text = value if isinstance(value, str) else str(value) if isinstance(value, Path) else json.dumps(value)
             found[f"{ENV_PREFIX}{section.upper()}__{name.upper()}"] = text
     return found

@@ -13,7 +13,6 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-import ssl
 from typing import Final
 
 import aiohttp
@@ -21,13 +20,12 @@ from aiokafka import ConsumerRecord
 from aiokafka.errors import KafkaError
 from faststream import AckPolicy, StreamMessage
 from faststream.kafka import KafkaBroker
-from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLScram512
 
 from fulgurite.consumers.follower.converge import Convergence
 from fulgurite.consumers.follower.server import PolicyServer
 from fulgurite.consumers.follower.versions import Verifier, Versions
+from fulgurite.consumers.security import broker_options
 from fulgurite.producers.backoff import Backoff
-from fulgurite.producers.kafka import connection_options
 from fulgurite.producers.publisher import Publisher
 from fulgurite.schemas.codec import decode
 from fulgurite.schemas.dead_letters import DeadLetter
@@ -167,7 +165,7 @@ def kafka_broker(settings: KafkaSettings, follower: Follower) -> KafkaBroker:
     """FastStream's broker with the one subscriber."""
     broker = KafkaBroker(
         settings.bootstrap_servers,
-        security=_security(settings),
+        **broker_options(settings),
         consumer_only=True,
         allow_auto_create_topics=False,
         apply_types=False,
@@ -195,19 +193,3 @@ async def _parse(record: Record) -> StreamMessage[Record]:
 
 async def _decode(message: StreamMessage[Record]) -> Record:
     return message.raw_message
-
-
-def _security(settings: KafkaSettings) -> BaseSecurity:
-    """FastStream's form of what connection_options says."""
-    options = connection_options(settings)
-    secure = settings.security_protocol in ("SSL", "SASL_SSL")
-    context: ssl.SSLContext | None = options.get("ssl_context")
-    if not settings.security_protocol.startswith("SASL"):
-        return BaseSecurity(ssl_context=context, use_ssl=secure)
-    kinds = {"PLAIN": SASLPlaintext, "SCRAM-SHA-256": SASLScram256, "SCRAM-SHA-512": SASLScram512}
-    return kinds[settings.sasl_mechanism](
-        username=options["sasl_plain_username"] or "",
-        password=options["sasl_plain_password"] or "",
-        ssl_context=context,
-        use_ssl=secure,
-    )

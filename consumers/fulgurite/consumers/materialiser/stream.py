@@ -17,16 +17,18 @@ from faststream import AckPolicy
 from faststream.kafka import KafkaBroker
 from faststream.kafka.message import KafkaMessage
 from faststream.kafka.subscriber.usecase import BatchSubscriber
-from faststream.security import BaseSecurity, SASLPlaintext, SASLScram256, SASLScram512
 
-from fulgurite.producers.kafka import connection_options
-from fulgurite.schemas.settings import KafkaSettings, Settings
+from fulgurite.consumers.security import broker_options
+from fulgurite.schemas.settings import Settings
 
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.ERROR)  # FastStream says two lines a batch at INFO, and that topics are not created for it
 
 POLL_MS = 50
 """How long the fetch loop waits when nothing came; it then sleeps as long. Batches are made by the writers."""
+
+FETCH_BYTES = 8 * 1024 * 1024
+"""Of one partition at a time; also the largest record, or it would never come."""
 
 Records = Sequence[ConsumerRecord[bytes, bytes]]
 
@@ -41,7 +43,7 @@ def subscribe(
     """A broker to start and stop, and its subscriber, whose `consumer` exists from the start on."""
     broker = KafkaBroker(
         settings.kafka.bootstrap_servers,
-        security=_security(settings.kafka),
+        **broker_options(settings.kafka),
         consumer_only=True,
         allow_auto_create_topics=False,
         apply_types=False,
@@ -57,6 +59,7 @@ def subscribe(
         batch_timeout_ms=POLL_MS,
         auto_offset_reset="earliest",
         isolation_level="read_committed",
+        max_partition_fetch_bytes=FETCH_BYTES,
         session_timeout_ms=session_ms,
         heartbeat_interval_ms=max(1, min(3_000, session_ms // 3)),
         listener=listener,
@@ -89,13 +92,3 @@ class _NeverUsed:
 
     def seek(self, partition: Any, offset: Any = None) -> None:
         raise AssertionError("the materialiser seeks by itself")
-
-
-def _security(kafka: KafkaSettings) -> BaseSecurity:
-    """FastStream's own way to say what connection_options says."""
-    tls = connection_options(kafka).get("ssl_context")
-    if not kafka.security_protocol.startswith("SASL"):
-        return BaseSecurity(ssl_context=tls, use_ssl=tls is not None)
-    kinds = {"PLAIN": SASLPlaintext, "SCRAM-SHA-256": SASLScram256, "SCRAM-SHA-512": SASLScram512}
-    password = kafka.sasl_password.get_secret_value() if kafka.sasl_password else ""
-    return kinds[kafka.sasl_mechanism](kafka.sasl_username or "", password, ssl_context=tls, use_ssl=tls is not None)
