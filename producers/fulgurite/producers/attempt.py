@@ -77,7 +77,8 @@ class AttemptRun:
 
     async def run(self) -> End:
         kafka = self._means.settings.kafka
-        outbox = Outbox(self._means.publisher, kafka.topic, kafka.max_record_bytes)
+        publisher = self._means.publisher
+        outbox = Outbox(publisher, kafka.topic, kafka.max_record_bytes, publisher.redactor)
         rollout = RolloutContext(
             self.attempted,
             gateway_url=self._means.settings.gateway.url,

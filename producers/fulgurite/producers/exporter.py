@@ -25,6 +25,7 @@ from opentelemetry.sdk.trace.export import SpanExporter, SpanExportResult
 from opentelemetry.trace import StatusCode
 from pydantic import ValidationError
 
+from fulgurite.producers.redaction import Redactor, redactor
 from fulgurite.producers.rollout import as_text, clean, describe
 from fulgurite.producers.sync_publisher import Delivery, Send, SyncPublisher
 from fulgurite.schemas.codec import encode, encode_key
@@ -74,7 +75,8 @@ class KafkaSpanExporter(SpanExporter):
     """Give it a publisher to share one; without, it makes its own from the settings and closes it."""
 
     def __init__(self, settings: Settings, publisher: SyncPublisher | None = None) -> None:
-        self._publisher = publisher or SyncPublisher(settings.kafka, settings.producer)
+        self._publisher = publisher or SyncPublisher(settings.kafka, settings.producer, settings.redaction)
+        self._redactor = redactor(settings.redaction)
         self._owned = publisher is None
         self._stopped = False
 
@@ -111,6 +113,8 @@ class KafkaSpanExporter(SpanExporter):
     def _send(self, span: ReadableSpan) -> Send:
         try:
             event = to_span(span)
+            if self._redactor is not None:
+                event = self._redactor.event(event)
             key, value = encode_key(event.rollout_id), encode(event, self._publisher.max_record_bytes)
         except ValidationError as error:
             first = error.errors(include_url=False, include_context=False)[0]
@@ -127,7 +131,7 @@ class KafkaSpanExporter(SpanExporter):
 
     def _dead_letter(self, span: ReadableSpan, reason: str, message: str) -> DeadLetter:
         rollout_id = _first(_merged(span), COLUMNS["rollout_id"])
-        return DeadLetter(
+        dead = DeadLetter(
             topic=self._publisher.topic(SPANS),
             partition=-1,
             offset=-1,
@@ -135,8 +139,9 @@ class KafkaSpanExporter(SpanExporter):
             reason=reason,
             message=clean(message),
             key=as_text(rollout_id).encode() or None,
-            value=_as_bytes(span),
+            value=_as_bytes(span) if self._redactor is None else _attributes_as_bytes(span, self._redactor),
         )
+        return dead if self._redactor is None else self._redactor.dead_letter(dead)
 
 
 def to_span(span: ReadableSpan) -> Span:
@@ -224,6 +229,12 @@ def _as_bytes(span: ReadableSpan) -> bytes:
         return span.to_json(indent=None).encode()
     except (TypeError, ValueError, RecursionError):
         return as_text({"name": span.name, "attributes": dict(span.attributes or {})}).encode()
+
+
+def _attributes_as_bytes(span: ReadableSpan, redactor: Redactor) -> bytes:
+    """With rules: what they can be applied to, and nothing else. Never raises."""
+    attributes = {as_text(name): as_text(value) for name, value in (span.attributes or {}).items()}
+    return as_text({"name": span.name, "attributes": redactor.attributes(attributes)}).encode()
 
 
 def _plain(attributes: Mapping[str, Any]) -> dict[str, Any]:

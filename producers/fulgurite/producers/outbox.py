@@ -22,6 +22,7 @@ from pydantic import BaseModel
 
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.publisher import Acknowledgement, Publisher
+from fulgurite.producers.redaction import Redactor
 from fulgurite.schemas.codec import encode, encode_key
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import BufferFull, FulguriteError, RecordTooLarge, Undelivered
@@ -47,8 +48,15 @@ _Send = Callable[[], Coroutine[Any, Any, Acknowledgement]]
 class Outbox:
     """Of one attempt. Made in the event loop that the publisher lives in."""
 
-    def __init__(self, publisher: Publisher, topic_name: Callable[[Topic], str], max_record_bytes: int) -> None:
+    def __init__(
+        self,
+        publisher: Publisher,
+        topic_name: Callable[[Topic], str],
+        max_record_bytes: int,
+        redactor: Redactor | None = None,
+    ) -> None:
         self._publisher = publisher
+        self._redactor = redactor
         self._topic_name = topic_name
         self._max_record_bytes = max_record_bytes
         self._loop = asyncio.get_running_loop()
@@ -65,6 +73,8 @@ class Outbox:
 
     def put(self, topic: Topic, key: str, event: BaseModel) -> None:
         """Accepts the event. Raises BufferFull when too much waits for the broker."""
+        if self._redactor is not None:
+            event = self._redactor.event(event)
         try:
             value = encode(event, self._max_record_bytes)
         except RecordTooLarge as error:

@@ -12,6 +12,7 @@ What it promises:
   the next `flush` or `close`, which raise Undelivered; nothing is dropped silently and nothing is sent again under a
   new sequence number behind the caller's back (that could store it twice, or after its successors).
 - An event over the bound kafka.max_record_bytes is refused (RecordTooLarge) before it is sent.
+- Given rules of `redaction`, spans, rewards and dead letters leave this process redacted; bytes leave it as they are.
 
 A batch the broker refuses leaves a gap in the partition's sequence numbers, after which the broker refuses everything
 else from that producer id; aiokafka does not recover from it. So after a failure the producer inside is replaced, once
@@ -35,9 +36,11 @@ from pydantic import BaseModel
 
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.idempotent import abandon, connect
+from fulgurite.producers.redaction import redactor
 from fulgurite.schemas.codec import encode, encode_key
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import BufferFull, FulguriteError, RecordTooLarge, Undelivered
+from fulgurite.schemas.redaction import RedactionSettings
 from fulgurite.schemas.rewards import Reward
 from fulgurite.schemas.rollouts import RolloutEvent
 from fulgurite.schemas.settings import KafkaSettings, ProducerSettings
@@ -55,8 +58,15 @@ Headers = Sequence[tuple[str, bytes]]
 class Publisher:
     """Use as `async with Publisher(settings.kafka, settings.producer) as publisher`, from one event loop."""
 
-    def __init__(self, kafka: KafkaSettings, producer: ProducerSettings | None = None) -> None:
+    def __init__(
+        self,
+        kafka: KafkaSettings,
+        producer: ProducerSettings | None = None,
+        redaction: RedactionSettings | None = None,
+    ) -> None:
         self._kafka = kafka
+        self.redactor = redactor(redaction) if redaction is not None else None
+        """For those who encode by themselves; None without rules."""
         self._settings = producer or ProducerSettings()
         self._producer: AIOKafkaProducer | None = None
         self._room = asyncio.Semaphore(self._settings.buffer_records)
@@ -79,8 +89,8 @@ class Publisher:
         return len(self._waiting)
 
     async def start(self) -> None:
-        """Waits until a broker answers, for ever."""
-        self._producer = await connect(self._kafka, self._settings)
+        """Waits until a broker answers, for ever. Raises SettingsError when the brokers refuse our credentials."""
+        self._producer = await connect(self._kafka, self._settings, first=True)
 
     async def __aenter__(self) -> Self:
         await self.start()
@@ -93,6 +103,8 @@ class Publisher:
 
     async def publish(self, topic: Topic, key: str, event: BaseModel) -> Acknowledgement:
         """The event, as JSON. Raises RecordTooLarge, and BufferFull when there was no room in time."""
+        if self.redactor is not None:
+            event = self.redactor.event(event)
         value = encode(event, self._kafka.max_record_bytes)
         return await self.publish_bytes(topic, encode_key(key), value)
 
@@ -107,6 +119,8 @@ class Publisher:
 
     async def publish_dead_letter(self, dead: DeadLetter) -> Acknowledgement:
         """The original bytes with the reason in headers. What would not fit into a record is cut, and says so."""
+        if self.redactor is not None:
+            dead = self.redactor.dead_letter(dead)
         headers = dead.headers()
         bound = self._kafka.max_record_bytes - len(dead.key or b"") - _headers_bytes(headers)
         value = dead.value

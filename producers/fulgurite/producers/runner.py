@@ -205,7 +205,7 @@ class Runner:
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """The service: waits for Kafka and the coordinator, then works until `stop`."""
     agent = load_agent(settings.runner.agent)
-    publisher = Publisher(settings.kafka, settings.producer)
+    publisher = Publisher(settings.kafka, settings.producer, settings.redaction)
     try:
         async with CoordinatorClient(settings.coordinator.url) as client:
             for peer_is_there in (publisher.start, client.wait_until_healthy):

@@ -31,9 +31,11 @@ from aiokafka.structs import RecordMetadata
 from pydantic import BaseModel
 
 from fulgurite.producers.publisher import Acknowledgement, Headers, Publisher
+from fulgurite.producers.redaction import redactor
 from fulgurite.schemas.codec import encode, encode_key
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import BufferFull, FulguriteError, Undelivered
+from fulgurite.schemas.redaction import RedactionSettings
 from fulgurite.schemas.rewards import Reward
 from fulgurite.schemas.settings import KafkaSettings, ProducerSettings
 from fulgurite.schemas.spans import Span
@@ -53,9 +55,15 @@ T = TypeVar("T")
 class SyncPublisher:
     """May be used by many threads at once, not from within an event loop that must not block (see `Publisher`)."""
 
-    def __init__(self, kafka: KafkaSettings, producer: ProducerSettings | None = None) -> None:
+    def __init__(
+        self,
+        kafka: KafkaSettings,
+        producer: ProducerSettings | None = None,
+        redaction: RedactionSettings | None = None,
+    ) -> None:
         self._kafka = kafka
         self._settings = producer or ProducerSettings()
+        self._redactor = redactor(redaction) if redaction is not None else None
         self._reset()
         _alive.add(self)
         _flush_at_exit()
@@ -97,6 +105,8 @@ class SyncPublisher:
 
     def publish(self, topic: Topic, key: str, event: BaseModel) -> Delivery:
         """The event, as JSON. Raises RecordTooLarge, and BufferFull when there was no room in time."""
+        if self._redactor is not None:
+            event = self._redactor.event(event)
         return self.publish_bytes(topic, encode_key(key), encode(event, self._kafka.max_record_bytes))
 
     def publish_span(self, span: Span) -> Delivery:
@@ -106,6 +116,8 @@ class SyncPublisher:
         return self.publish(REWARDS, reward.rollout_id, reward)
 
     def publish_dead_letter(self, dead: DeadLetter) -> Delivery:
+        if self._redactor is not None:
+            dead = self._redactor.dead_letter(dead)
         return self.publish_all([lambda publisher: publisher.publish_dead_letter(dead)])[0]
 
     def publish_bytes(self, topic: Topic, key: bytes | None, value: bytes | None, headers: Headers = ()) -> Delivery:

@@ -37,7 +37,7 @@ from fulgurite.schemas.settings import KafkaSettings, Settings
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Waits for a broker, then serves until `stop`. Requests under way get 5 s to finish, their spans are flushed."""
-    publisher = Publisher(settings.kafka, settings.producer)
+    publisher = Publisher(settings.kafka, settings.producer, settings.redaction)
     if not await _started(publisher, stop):
         return
     try:

@@ -1,0 +1,74 @@
+"""Brings the views that fill the tables to the rules of `redaction`: what foreign producers sent is redacted there.
+
+1. Read which rules the view has: its comment holds their fingerprint (none: no rules).
+2. Other rules: the comment says that they are changing, so that a crash from here on repeats the steps.
+3. The view's query becomes that of its migration with the columns redacted (ALTER … MODIFY QUERY: inserts before it go
+   the old way, inserts after it the new way, none neither).
+4. The comment becomes the fingerprint.
+
+Promises: after `apply_redaction` everything inserted is stored by these rules; without rules the views are as their
+migrations made them. Rows stored before stay as they are. Rules belong to the database: of two processes with
+different rules the one that started last wins.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import re
+from collections.abc import Mapping
+from typing import TYPE_CHECKING
+
+from fulgurite.schemas.migrations import migrations
+from fulgurite.schemas.redaction import RedactionSettings
+from fulgurite.schemas.redaction_sql import DEAD_LETTER_COLUMNS, REWARD_COLUMNS, SPAN_COLUMNS, Kind, redacted_select
+
+if TYPE_CHECKING:
+    from clickhouse_connect.driver import Client
+
+logger = logging.getLogger(__name__)
+
+VIEWS: Mapping[str, Mapping[str, Kind]] = {
+    "spans_mv": SPAN_COLUMNS,
+    "rewards_mv": REWARD_COLUMNS,
+    "spans_dead_mv": DEAD_LETTER_COLUMNS,
+    "rewards_dead_mv": DEAD_LETTER_COLUMNS,
+    "dead_letters_mv": DEAD_LETTER_COLUMNS,
+}
+"""The views that write into tables what producers sent, and which of their columns hold texts."""
+
+_VIEW = re.compile(r"CREATE MATERIALIZED VIEW IF NOT EXISTS (?P<name>\w+)\s+TO \w+ AS\s+(?P<select>.*)", re.DOTALL)
+_COMMENT = "redaction "
+
+
+def apply_redaction(client: Client, rules: RedactionSettings) -> list[str]:
+    """Gives the names of the views that were changed. `client` uses our database, with migrations applied."""
+    rows = client.query(
+        "SELECT name, comment FROM system.tables WHERE database = currentDatabase() AND engine = 'MaterializedView'"
+    ).result_rows
+    comments = {str(name): str(comment) for name, comment in rows}
+    selects = view_selects()
+    changed: list[str] = []
+    for view, columns in VIEWS.items():
+        select = selects[view]
+        query = redacted_select(rules, select, columns)
+        wanted = "" if query == select else _COMMENT + hashlib.sha256(query.encode()).hexdigest()[:16]
+        if comments.get(view, wanted) == wanted:  # 1.
+            continue
+        client.command(f"ALTER TABLE {view} MODIFY COMMENT '{_COMMENT}changing'")  # 2.
+        client.command(f"ALTER TABLE {view} MODIFY QUERY {query}")  # 3.
+        client.command(f"ALTER TABLE {view} MODIFY COMMENT '{wanted}'")  # 4.
+        changed.append(view)
+    if changed:
+        logger.info("redaction rules changed: %s", ", ".join(changed))
+    return changed
+
+
+def view_selects() -> dict[str, str]:
+    """Every materialized view's SELECT as the migrations made it last."""
+    found: dict[str, str] = {}
+    for migration in migrations():
+        for statement in migration.statements:
+            if match := _VIEW.fullmatch(statement):
+                found[match["name"]] = match["select"]
+    return found

@@ -1,0 +1,190 @@
+"""The rules of `redaction`, applied to spans, rewards and dead letters before they reach Kafka.
+
+    redact = redactor(settings.redaction)      None without rules: nothing is called then
+    span = redact.event(span)                  the same object when nothing in it matched
+
+Pure: knows neither Kafka nor settings' sources. Touches texts and attributes only; ids, tokens, logprobs, versions,
+times and numbers stay what training needs. Does to a span what `schemas.redaction_sql` does to it in ClickHouse: a
+value that is no text counts as its JSON, and becomes a text where a rule changes it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from typing import Any, TypeVar
+
+from pydantic import BaseModel
+from pydantic_core import to_json
+
+from fulgurite.schemas.dead_letters import DeadLetter
+from fulgurite.schemas.redaction import HASH_DIGITS, HASH_PREFIX, MASK, KeyRule, RedactionSettings, is_protected
+from fulgurite.schemas.rewards import Reward
+from fulgurite.schemas.spans import Span, SpanEvent, SpanLink
+
+MAX_NAMES = 4_096
+"""Attribute names whose rule is remembered. Programs have hundreds; whoever makes names of ids costs no memory."""
+
+_HASHED = re.compile(rf"{HASH_PREFIX}[0-9a-f]{{{HASH_DIGITS}}}")
+
+E = TypeVar("E", bound=BaseModel)
+Change = Callable[[str], str]
+
+
+def redactor(rules: RedactionSettings) -> Redactor | None:
+    return None if rules.empty else Redactor(rules)
+
+
+class Redactor:
+    """The rules, compiled. May be used by several threads."""
+
+    def __init__(self, rules: RedactionSettings) -> None:
+        self._rules = rules
+        self._keys = [(rule.pattern.compiled().search, rule) for rule in rules.keys]
+        self._values = [(rule.part, rule.pattern.compiled().sub, rule.mark) for rule in rules.values]
+        self._by_name: dict[str, Change | None] = {}
+
+    def event(self, event: E) -> E:
+        """A span or a reward without what the rules take out; any other event as it is."""
+        if isinstance(event, Span):
+            return self._copied(event, self._span_changes(event))
+        if isinstance(event, Reward):
+            return self._copied(event, {"metadata": self.attributes(event.metadata)})
+        return event
+
+    def dead_letter(self, dead: DeadLetter) -> DeadLetter:
+        """What value rules match is taken out of the bytes; the rest is kept to be looked at. Not text: kept."""
+        if dead.value is None or not self._values:
+            return dead
+        try:
+            text = dead.value.decode()
+        except UnicodeDecodeError:
+            return dead
+        found = self.parts(text)
+        return dead if found == text else replace(dead, value=found.encode())
+
+    def text(self, text: str) -> str:
+        """Parts taken out, then cut to max_text_chars."""
+        return cut(self.parts(text), self._rules.max_text_chars)
+
+    def parts(self, text: str) -> str:
+        """What value rules match is replaced, nothing else."""
+        if text:
+            for part, substitute, mark in self._values:
+                if part in text:
+                    text = substitute(mark, text)
+        return text
+
+    def attributes(self, attributes: Mapping[str, Any]) -> Mapping[str, Any]:
+        """Without what is dropped; the same object when no rule changed anything."""
+        found: dict[str, Any] = {}
+        changed = False
+        for name, value in attributes.items():
+            try:
+                change = self._by_name[name]
+            except KeyError:
+                change = self._remember(name)
+            if change is None:
+                changed = True
+                continue
+            found[name] = new = _changed(value, change)
+            changed = changed or new is not value
+        return found if changed else attributes
+
+    def _span_changes(self, span: Span) -> dict[str, Any]:
+        changes: dict[str, Any] = {
+            "name": self.parts(span.name),
+            "endpoint": self.parts(span.endpoint),
+            "status_message": self.text(span.status_message),
+            "input": self.text(span.input),
+            "output": self.text(span.output),
+            "attributes": self.attributes(span.attributes),
+            "resource_attributes": self.attributes(span.resource_attributes),
+            "state": self.attributes(span.state),
+        }
+        if span.events:
+            changes["events"] = [self._event(event) for event in span.events]
+        if span.links:
+            changes["links"] = [self._link(link) for link in span.links]
+        return changes
+
+    def _event(self, event: SpanEvent) -> SpanEvent:
+        name, attributes = self.parts(event.name), self.attributes(event.attributes)
+        if name == event.name and attributes is event.attributes:
+            return event
+        return event.model_copy(update={"name": name, "attributes": attributes})
+
+    def _link(self, link: SpanLink) -> SpanLink:
+        attributes = self.attributes(link.attributes)
+        return link if attributes is link.attributes else link.model_copy(update={"attributes": attributes})
+
+    def _copied(self, event: E, changes: Mapping[str, Any]) -> E:
+        """The event with what really changed; fields that this version does not know count as attributes."""
+        changes = {name: value for name, value in changes.items() if value != getattr(event, name)}
+        unknown = event.model_extra or {}
+        kept = self.attributes(unknown) if unknown else unknown
+        if not changes and kept is unknown:
+            return event
+        copy = event.model_copy(update=changes)
+        if kept is not unknown:
+            copy.__pydantic_extra__ = dict(kept)
+        return copy
+
+    def _remember(self, name: str) -> Change | None:
+        change = self._change_of(name)
+        if len(self._by_name) < MAX_NAMES:
+            self._by_name[name] = change
+        return change
+
+    def _change_of(self, name: str) -> Change | None:
+        """What becomes of this attribute's value; None: dropped."""
+        if is_protected(name):
+            return _kept
+        rule = next((rule for search, rule in self._keys if search(name)), None)
+        if rule is not None and rule.action == "drop":
+            return None
+        if rule is not None and rule.action == "mask":
+            return _masked
+        if rule is not None and rule.action == "hash":
+            return self._hashed
+        chars = _least(rule, self._rules.max_value_chars)
+        return (lambda text: cut(self.parts(text), chars)) if self._values or chars else _kept
+
+    def _hashed(self, text: str) -> str:
+        if _HASHED.fullmatch(text):
+            return text
+        salted = self._rules.hash_salt.get_secret_value() + text
+        return HASH_PREFIX + hashlib.sha256(salted.encode("utf-8", "surrogatepass")).hexdigest()[:HASH_DIGITS]
+
+
+def cut(text: str, chars: int) -> str:
+    """At most `chars` characters (0: any number), the mark of the cut included: cutting again changes nothing."""
+    if not chars or len(text) <= chars:
+        return text
+    mark = f"… ({len(text)} characters)"
+    return text[: chars - len(mark)] + mark
+
+
+def _changed(value: Any, change: Change) -> Any:
+    """The same object when the rule left its text alone."""
+    if change is _kept:
+        return value
+    text = value if isinstance(value, str) else to_json(value, inf_nan_mode="strings").decode()
+    new = change(text)
+    return value if new == text else new
+
+
+def _kept(text: str) -> str:
+    return text
+
+
+def _masked(text: str) -> str:
+    return MASK
+
+
+def _least(rule: KeyRule | None, most: int) -> int:
+    """The smaller bound, where 0 is none."""
+    chars = rule.chars if rule is not None else 0
+    return min(chars, most) if chars and most else chars or most

@@ -1,0 +1,158 @@
+"""The rules of `redaction` as ClickHouse expressions: what `producers.redaction` does to a span, in SQL.
+
+    text_sql(rules, "input")                 an expression for a String column
+    attributes_sql(rules, "attributes")      for a Map(String, String), or one with LowCardinality keys
+    redacted_select(rules, select, columns)  a view's SELECT with the named columns redacted
+
+Expressions, not SQL functions: ClickHouse puts the body of a function into a view when the view is created, so a view
+would not follow a function that is replaced (tried on 26.9); and functions belong to a server, rules to a database.
+Without rules every function returns what it was given, which costs nothing. A test holds both sides to the same
+results.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Literal
+
+from fulgurite.schemas.redaction import (
+    HASH_DIGITS,
+    HASH_PREFIX,
+    HASHED,
+    MASK,
+    PROTECTED_NAMES,
+    PROTECTED_PREFIXES,
+    KeyRule,
+    RedactionSettings,
+)
+
+Kind = Literal["text", "original", "attributes", "events", "links"]
+"""What a column holds. `original`: bytes kept to be looked at, of which only parts are taken out, nothing cut."""
+
+_Of = Callable[[KeyRule], str]
+
+SPAN_COLUMNS: Mapping[str, Kind] = {
+    "name": "original",
+    "status_message": "text",
+    "endpoint": "original",
+    "input": "text",
+    "output": "text",
+    "attributes": "attributes",
+    "resource_attributes": "attributes",
+    "state": "attributes",
+    "extra": "attributes",
+    "events": "events",
+    "links": "links",
+}
+REWARD_COLUMNS: Mapping[str, Kind] = {"metadata": "attributes", "extra": "attributes"}
+DEAD_LETTER_COLUMNS: Mapping[str, Kind] = {"value": "original"}
+
+
+def redacted_select(rules: RedactionSettings, select: str, columns: Mapping[str, Kind]) -> str:
+    """`select`, which gives `columns` among others, with these redacted."""
+    changed = {name: column_sql(rules, kind, name) for name, kind in columns.items()}
+    replaced = [f"{sql} AS {name}" for name, sql in changed.items() if sql != name]
+    if not replaced:
+        return select
+    listed = ",\n    ".join(replaced)
+    return f"SELECT * REPLACE (\n    {listed}\n)\nFROM (\n{select}\n)"
+
+
+def column_sql(rules: RedactionSettings, kind: Kind, expression: str) -> str:
+    """The redacted form of one column."""
+    if kind == "text":
+        return text_sql(rules, expression)
+    if kind == "original":
+        return parts_sql(rules, expression)
+    if kind == "attributes":
+        return attributes_sql(rules, expression)
+    attributes = attributes_sql(rules, "e.3")
+    first = parts_sql(rules, "e.1") if kind == "events" else "e.1"
+    if (first, attributes) == ("e.1", "e.3"):
+        return expression
+    names = ("name", "time_ns") if kind == "events" else ("trace_id", "span_id")
+    kinds = ("String", "Int64") if kind == "events" else ("String", "String")
+    row = f"Tuple({names[0]} {kinds[0]}, {names[1]} {kinds[1]}, attributes Map(String, String))"
+    return f"CAST(arrayMap(e -> ({first}, e.2, {attributes}), {expression}), 'Array({row})')"
+
+
+def text_sql(rules: RedactionSettings, expression: str) -> str:
+    """Parts taken out, then cut to max_text_chars."""
+    parts = parts_sql(rules, expression)
+    if not rules.max_text_chars:
+        return parts
+    # Through an array, so that the replacing is written once: an insert analyses the view anew.
+    return f"arrayMap(t -> {_cut('t', str(rules.max_text_chars))}, [{parts}])[1]"
+
+
+def parts_sql(rules: RedactionSettings, expression: str) -> str:
+    """What value rules match is replaced, nothing else."""
+    for rule in rules.values:
+        expression = f"replaceRegexpAll({expression}, {_string(rule.pattern.re2)}, {_string(rule.mark)})"
+    return expression
+
+
+def attributes_sql(rules: RedactionSettings, expression: str) -> str:
+    """A map without what is dropped, with what remains masked, hashed, replaced in parts, or cut."""
+    if any(rule.action == "drop" for rule in rules.keys):
+        kept = _by_rule(rules, lambda rule: "0" if rule.action == "drop" else "1", "1", "1")
+        expression = f"mapFilter((k, v) -> {kept}, {expression})"
+    parts = parts_sql(rules, "v")
+    actions = {"drop": "v", "mask": _string(MASK), "hash": _hash(rules, "v"), "cut": parts}
+    changed = _by_rule(rules, lambda rule: actions[rule.action], "v", parts)
+    if changed != "v":
+        expression = f"mapApply((k, v) -> (k, {changed}), {expression})"
+    most = rules.max_value_chars
+    bound = _by_rule(rules, lambda rule: str(_least(rule.chars, most)), "0", str(most))
+    if bound != "0":
+        expression = f"mapApply((k, v) -> (k, {_cut('v', bound)}), {expression})"
+    return expression
+
+
+def _by_rule(rules: RedactionSettings, of: _Of, protected: str, otherwise: str) -> str:
+    """The value of the first rule that matches the name `k`."""
+    values = [of(rule) for rule in rules.keys]
+    if all(value == otherwise for value in (protected, *values)):
+        return otherwise
+    branches = [f"{_is_protected()}, {protected}"]
+    branches += [f"{_matches(rule)}, {value}" for rule, value in zip(rules.keys, values, strict=True)]
+    return f"multiIf({', '.join(branches)}, {otherwise})"
+
+
+def _matches(rule: KeyRule) -> str:
+    """Whether the rule is for the name `k`: most globs need no expression, which is several times as quick."""
+    start = rule.name.removesuffix("*")
+    if rule.name and not any(wild in start for wild in "*?"):
+        return f"k = {_string(start)}" if start == rule.name else f"startsWith(k, {_string(start)})"
+    return f"match(k, {_string(rule.pattern.re2)})"
+
+
+def _least(chars: int, most: int) -> int:
+    """The smaller bound, where 0 is none."""
+    return min(chars, most) if chars and most else chars or most
+
+
+def _is_protected() -> str:
+    prefixes = [f"startsWith(k, {_string(prefix)})" for prefix in PROTECTED_PREFIXES]
+    names = [f"k = {_string(name)}" for name in PROTECTED_NAMES]
+    return f"({' OR '.join(prefixes + names)})"
+
+
+def _cut(expression: str, bound: str) -> str:
+    """`bound` may be 0: none. Bytes are compared first: they are never fewer than characters, and known."""
+    characters = f"lengthUTF8({expression})"
+    mark = f"concat('… (', toString({characters}), ' characters)')"
+    cut = f"concat(leftUTF8({expression}, toInt64({bound}) - toInt64(lengthUTF8({mark}))), {mark})"
+    is_longer = f"length({expression}) > {bound} AND {characters} > {bound}"
+    return f"if({'' if bound.isdigit() else f'{bound} > 0 AND '}{is_longer}, {cut}, {expression})"
+
+
+def _hash(rules: RedactionSettings, expression: str) -> str:
+    salted = f"concat({_string(rules.hash_salt.get_secret_value())}, {expression})"
+    hashed = f"concat('{HASH_PREFIX}', lower(substring(hex(SHA256({salted})), 1, {HASH_DIGITS})))"
+    return f"if(match({expression}, {_string(HASHED)}), {expression}, {hashed})"
+
+
+def _string(text: str) -> str:
+    """A ClickHouse literal."""
+    return "'" + text.replace("\\", "\\\\").replace("'", "\\'") + "'"
