@@ -147,6 +147,26 @@ async def test_an_insert_that_filled_only_one_table(quick: Settings) -> None:
     assert_exactly_once(quick, 100)
 
 
+async def test_an_insert_of_lines_that_filled_only_one_table(quick: Settings) -> None:
+    """Good and bad lines of one record belong in two tables; the crash left one of them without its part."""
+    client = AIOKafkaProducer(bootstrap_servers=quick.kafka.bootstrap_servers, acks="all")
+    await client.start()
+    try:
+        for record in range(10):
+            lines = b"\n".join(span(number) for number in range(10 * record, 10 * record + 10))
+            await client.send_and_wait(quick.kafka.topic(topics.SPANS), lines, partition=0)
+    finally:
+        await client.stop()
+    with process(quick, die_after="inserted") as child:
+        assert await wait_for(child) == -signal.SIGKILL
+    assert ask(quick, "SELECT uniqExact(_offset), count() FROM dead_letters") == [(10, 10)]
+    ask(quick, "TRUNCATE TABLE dead_letters")
+    with process(quick):
+        await until_rows(quick, "dead_letters", 10)
+        await asyncio.sleep(1)
+    assert_exactly_once(quick, 100)
+
+
 async def test_an_insert_of_a_zombie_that_arrives_late(quick: Settings) -> None:
     """Frozen between intent and insert; its successor writes the range under the same token; then its insert
     arrives."""

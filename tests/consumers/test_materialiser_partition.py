@@ -5,7 +5,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
@@ -14,14 +14,15 @@ from aiokafka import TopicPartition
 from aiokafka.structs import OffsetAndMetadata
 
 from fulgurite.consumers.materialiser import partition as partition_module
+from fulgurite.consumers.materialiser.blocks import OWN_TABLE, Partition, Record
 from fulgurite.consumers.materialiser.offsets import Intent, Offsets
 from fulgurite.consumers.materialiser.partition import PartitionWriter, Parts
-from fulgurite.consumers.materialiser.store import LogEntry, Partition, Record, Rejected, Store, Unavailable
+from fulgurite.consumers.materialiser.store import LogEntry, Rejected, Store, Unavailable
 from fulgurite.schemas import topics
 from fulgurite.schemas.settings import MaterialiserSettings
 
-SPANS = Partition(topics.SPANS, "spans", 0)
-TP = TopicPartition("spans", 0)
+TOPIC = Partition(topics.ROLLOUTS, "rollouts", 0)
+TP = TopicPartition("rollouts", 0)
 
 
 @dataclass
@@ -44,7 +45,9 @@ class FakeStore:
     failures: int = 0
     inserted_before_failing: int = 0
 
-    async def insert(self, partition: Partition, records: Sequence[Record], token: str) -> None:
+    async def insert(
+        self, partition: Partition, records: Sequence[Record], token: str, present: Mapping[int, int] | None = None
+    ) -> None:
         self.tokens.append(token)
         if any(record.value == b"poison" for record in records):
             raise Rejected("code 407")
@@ -60,8 +63,8 @@ class FakeStore:
     async def logged(self, partition: Partition) -> int:
         return self.log_end
 
-    async def present(self, partition: Partition, lo: int) -> set[int]:
-        return {offset for offset in self.rows + self.dead if offset >= lo}
+    async def present(self, partition: Partition, lo: int) -> dict[int, int]:
+        return {offset: OWN_TABLE for offset in self.rows + self.dead if offset >= lo}
 
     async def inserting(self, partition: Partition) -> bool:
         return False
@@ -116,7 +119,7 @@ class Rig:
             inserts=asyncio.Semaphore(1),
             finished=self.finished.append,
         )
-        self.writer = PartitionWriter(SPANS, parts, buffer_bytes)
+        self.writer = PartitionWriter(TOPIC, parts, buffer_bytes)
 
     async def feed(self, records: Sequence[FakeRecord], batches: int = 1, seconds: float = 10) -> None:
         task = asyncio.create_task(self.writer.run())
@@ -145,7 +148,7 @@ async def test_after_doubt_only_what_is_missing_is_inserted_under_the_same_token
     rig = Rig(FakeStore(failures=1, inserted_before_failing=4))
     await rig.feed([FakeRecord(n) for n in range(10)])
     assert sorted(rig.store.rows) == list(range(10))
-    assert rig.store.tokens == ["spans-0-0-9"] * 2
+    assert rig.store.tokens == ["rollouts-0-0-9"] * 2
     assert rig.offsets.said == [Intent(0, 9)] * 2
 
 
@@ -154,15 +157,17 @@ async def test_an_interrupted_range_keeps_its_boundaries() -> None:
     await rig.feed([FakeRecord(n) for n in range(10)], batches=2)
     assert rig.consumer.at == 4
     assert sorted(rig.store.rows) == list(range(10))
-    assert rig.store.tokens == ["spans-0-4-7", "spans-0-8-9"]
+    assert rig.store.tokens == ["rollouts-0-4-7", "rollouts-0-8-9"]
 
 
 class Deduplicating(FakeStore):
     """As ClickHouse: a block under a token it knows is silently not inserted."""
 
-    async def insert(self, partition: Partition, records: Sequence[Record], token: str) -> None:
+    async def insert(
+        self, partition: Partition, records: Sequence[Record], token: str, present: Mapping[int, int] | None = None
+    ) -> None:
         known = token in self.tokens
-        await super().insert(partition, [] if known else records, token)
+        await super().insert(partition, [] if known else records, token, present)
 
 
 async def test_an_interrupted_range_is_read_whole_though_the_buffer_is_full_and_after_a_second_kill() -> None:
@@ -178,7 +183,7 @@ async def test_an_interrupted_range_is_read_whole_though_the_buffer_is_full_and_
     await again.feed(records, batches=2)
     assert [(entry.lo, entry.hi, entry.records) for entry in again.finished] == [(0, 9, 10), (10, 11, 2)]
     assert store.rows == list(range(12))
-    assert store.tokens == ["spans-0-0-9", "spans-0-10-11"]
+    assert store.tokens == ["rollouts-0-0-9", "rollouts-0-10-11"]
 
 
 async def test_the_end_of_an_interrupted_range_is_given_up_only_when_it_was_passed(
@@ -194,7 +199,7 @@ async def test_the_end_of_an_interrupted_range_is_given_up_only_when_it_was_pass
     compacted = Rig(FakeStore(), intent=Intent(0, 9))
     compacted.consumer.read_to = 10
     await compacted.feed([FakeRecord(n) for n in range(7)])
-    assert compacted.store.tokens == ["spans-0-0-9"]
+    assert compacted.store.tokens == ["rollouts-0-0-9"]
     assert compacted.finished[0].hi == 9
 
 

@@ -244,9 +244,13 @@ POISON: list[tuple[bytes | None, str, str]] = [
     (_span(span_id=...), "bad_field", "span_id: required"),
     (_span(span_id=""), "bad_field", "span_id: must not be empty"),
     (_span(name=5), "bad_field", "name: wrong type"),
-    (_span(start_ns="1"), "bad_field", "start_ns: wrong type"),
+    (_span(start_ns="1x"), "bad_field", "start_ns: required, an integer"),
     (_span(start_ns=1.5), "bad_field", "start_ns: wrong type"),
-    (_span(start_ns=-1), "bad_field", "start_ns: wrong type"),
+    (_span(sequence_id="one"), "bad_field", "sequence_id, input_tokens, output_tokens: must be integers"),
+    (_span(rollout_id=7), "bad_field", "rollout_id: wrong type"),
+    (_span(input={"a": 1}), "bad_field", "input: wrong type"),
+    (_span(agent=True), "bad_field", "agent: wrong type"),
+    (_span(start_ns=-1), "bad_field", "start_ns: must not be negative"),
     (_span(start_ns=2**63), "bad_field", "start_ns"),
     (_span(start_ns=3), "bad_field", "end_ns: is before start_ns"),
     (_span(attributes=[]), "bad_field", "attributes: wrong type"),
@@ -277,6 +281,34 @@ async def test_poison_becomes_dead_letters_and_the_stream_goes_on(settings: Sett
         assert words in row[2], row
         assert row[3:] == ((value or b"").hex().upper(), "materialiser", name)
     assert ask(settings, "SELECT max(length(input)) FROM spans") == [(7_000_000,)]
+
+
+async def test_a_record_of_lines_is_a_row_a_line_and_a_bad_line_does_not_spoil_the_others(settings: Settings) -> None:
+    name = settings.kafka.topic(topics.SPANS)
+    spread = json.dumps(json.loads(_span(span_id="spread")), indent=1).encode()
+    lines = [
+        _span(span_id="a"),
+        b"",
+        _span(span_id="b", start_ns="1"),
+        b"not json",
+        _span(span_id="c", name=5),
+        b"  \r",
+    ]
+    async with producer(settings) as client, materialiser(settings):
+        await client.send_and_wait(name, b"\n".join(lines), key=b"r", partition=0)
+        await client.send_and_wait(name, spread, key=b"r", partition=0)
+        await client.send_and_wait(name, b"\n\n", key=b"r", partition=0)
+        rows = await until(
+            settings, "SELECT span_id, _offset, _index FROM spans ORDER BY span_id", lambda r: len(r) == 3
+        )
+        dead = await until(
+            settings,
+            "SELECT offset, _index, reason, value FROM dead_letters ORDER BY offset, _index",
+            lambda rows: len(rows) == 3,
+        )
+    assert rows == [("a", 0, 0), ("b", 0, 2), ("spread", 1, 0)]
+    assert dead == [(0, 3, "not_json", "not json"), (0, 4, "bad_field", lines[4].decode()), (2, 0, "not_json", "\n\n")]
+    assert ask(settings, "SELECT rows, dead, duplicates, gaps FROM reconciliation") == [(3, 3, 0, 0)]
 
 
 async def test_unknown_fields_are_kept(settings: Settings) -> None:

@@ -89,7 +89,7 @@ class World:
                     pending.barrier = {data_tp: len(self.logs[data_tp]) for data_tp in self.assembly.data}
             else:
                 fields = json.loads(data)
-                self.assembly.record(tp, offset, b"key", data, fields["rollout_id"], fields["attempt_id"])
+                self.assembly.record(tp, offset, b"key", data, {fields["rollout_id"]: fields["attempt_id"]})
 
     def commit(self, *, limit: int = 100, crash: bool = False) -> None:
         """One transaction; with `crash` the process ends just before it is committed."""

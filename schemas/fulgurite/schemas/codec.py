@@ -6,7 +6,9 @@ make two truths of one record.
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Sequence
+from functools import cache
+from typing import Any, TypeVar
 
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
@@ -29,6 +31,22 @@ def encode(event: BaseModel, max_record_bytes: int = MAX_RECORD_BYTES) -> bytes:
     return data
 
 
+def split_lines(value: bytes) -> tuple[Sequence[int], list[bytes]]:
+    """The numbers, from 0, and the bytes of a record's lines that are not empty: one event each.
+
+    A record whose first line does not end an object is one event, spread over lines; one without any line, too.
+    """
+    if b"\n" not in value:
+        return (0,), [value]
+    lines = value.split(b"\n")
+    filled = [number for number, line in enumerate(lines) if line and not line.isspace()]
+    if not filled or not lines[filled[0]].rstrip().endswith(b"}"):
+        return (0,), [value]
+    if len(filled) == len(lines):
+        return range(len(lines)), lines
+    return filled, [lines[number] for number in filled]
+
+
 def encode_key(key: str) -> bytes | None:
     """Kafka's murmur2 over these bytes chooses the partition; no key where there is no id."""
     return key.encode() or None
@@ -36,12 +54,17 @@ def encode_key(key: str) -> bytes | None:
 
 def decode(model: type[M], data: bytes | None) -> M:
     """The event these bytes hold. Raises InvalidEvent with reason `empty`, `not_json` or `bad_field`."""
-    return _validate(TypeAdapter(model), model.__name__, data)
+    return _validate(_adapter(model), model.__name__, data)
 
 
 def decode_union(adapter: TypeAdapter[T], name: str, data: bytes | None) -> T:
     """The same for a discriminated union such as ROLLOUT_EVENT."""
     return _validate(adapter, name, data)
+
+
+@cache
+def _adapter(model: type[BaseModel]) -> TypeAdapter[Any]:
+    return TypeAdapter(model)
 
 
 def _validate(adapter: TypeAdapter[T], name: str, data: bytes | None) -> T:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, StringConstraints
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, FiniteFloat, StringConstraints
 
 MAX_TEXT_CHARS = 4_000_000
 """Prompts and answers of very long contexts fit; a whole record is bounded by kafka.max_record_bytes anyway."""
@@ -14,6 +14,17 @@ MAX_TOKENS = 1_048_576
 
 MAX_ATTRIBUTES = 1_024
 """Attributes of one span. OpenTelemetry's own default is 128; agents' frameworks exceed it."""
+
+
+def _unquoted(value: object) -> object:
+    """An integer written in quotes, or as 1.0: in JavaScript there is no other way to write nanoseconds exactly."""
+    if isinstance(value, str) and value.isascii() and value.isdecimal():
+        return int(value)
+    return int(value) if isinstance(value, float) and value.is_integer() else value
+
+
+Unquoted = BeforeValidator(_unquoted)
+"""For the integers of spans, as the table's view reads them."""
 
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS)]
 ShortText = Annotated[str, StringConstraints(max_length=4_096)]
@@ -29,7 +40,9 @@ Labels = Annotated[dict[str, ShortText], Field(max_length=MAX_ATTRIBUTES)]
 class Event(BaseModel):
     """Base of every event. Evolution is additive: an unknown field is kept and written out again, not dropped."""
 
-    model_config = ConfigDict(extra="allow", validate_default=False, ser_json_inf_nan="strings")
+    model_config = ConfigDict(
+        extra="allow", validate_default=False, ser_json_inf_nan="strings", use_attribute_docstrings=True
+    )
 
 
 class VersionSpan(BaseModel):

@@ -19,6 +19,7 @@ from fulgurite.schemas.event import (
     Text,
     TimeNs,
     TokenIds,
+    Unquoted,
     VersionSpan,
 )
 from fulgurite.schemas.ids import OptionalId
@@ -53,7 +54,7 @@ class Span(Event):
     rollout_id: OptionalId = ""
     """Empty for a trace that belongs to no rollout: kept as a trace, never trained on."""
     attempt_id: OptionalId = ""
-    sequence_id: Annotated[int, Field(ge=0)] = 0
+    sequence_id: Annotated[int, Field(ge=0, lt=2**63), Unquoted] = 0
     """Order within the attempt where the producer knows it; 0 where it does not, and start_ns decides."""
     trace_id: OptionalId = ""
     span_id: Annotated[str, Field(min_length=1, max_length=128)]
@@ -62,8 +63,8 @@ class Span(Event):
     kind: SpanKind = "internal"
     status: SpanStatus = "unset"
     status_message: ShortText = ""
-    start_ns: TimeNs
-    end_ns: TimeNs
+    start_ns: Annotated[TimeNs, Unquoted]
+    end_ns: Annotated[TimeNs, Unquoted]
     service: Name = ""
     agent: Name = ""
     operation: Name = ""
@@ -83,8 +84,8 @@ class Span(Event):
     input: Text = ""
     """What went in, as text or as JSON (the messages of a call, the arguments of a tool)."""
     output: Text = ""
-    input_tokens: Annotated[int, Field(ge=0)] = 0
-    output_tokens: Annotated[int, Field(ge=0)] = 0
+    input_tokens: Annotated[int, Field(ge=0, lt=2**63), Unquoted] = 0
+    output_tokens: Annotated[int, Field(ge=0, lt=2**63), Unquoted] = 0
 
     attributes: Attributes = Field(default_factory=dict)
     resource_attributes: Attributes = Field(default_factory=dict)

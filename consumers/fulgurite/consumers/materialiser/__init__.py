@@ -1,6 +1,7 @@
-"""The materialiser: every record of every topic becomes exactly one row in ClickHouse, or one dead letter.
+"""The materialiser: every record of every topic becomes exactly one row in ClickHouse, or one dead letter; where a
+record holds several spans or rewards, each of them does.
 
-    consumes     all topics of schemas.topics but otlp_spans, read_committed, raw bytes: Python decodes no JSON
+    consumes     all topics of schemas.topics, read_committed, raw bytes: Python decodes no JSON and no OTLP
     produces     rows: in_<topic> (stores nothing) -> materialised views -> the topic's table | dead_letters
     waits for    ClickHouse's answer to one insert a partition; records are fetched meanwhile, within bounds
     unblocked by the answer. Transient errors are retried for ever; a record no table takes is a dead letter
@@ -25,9 +26,12 @@ The contract, for one partition. The code carries these numbers.
 A crash after
     0           nothing was done.
     1           nothing is in the tables: lo..hi is inserted by whoever resumes.
-    2, begun    some tables have their part, others not: step 0 finds what is missing by offset, since every record
-                belongs in exactly one table (its own or dead_letters). If the predecessor's insert arrives only
-                after they were asked (it was frozen between 1 and 2), it has the same token: each table refuses it.
+    2, begun    some tables have their part, others not: step 0 finds what is missing by table and offset. A record of
+                one event belongs in exactly one table (its own or dead_letters); lines of a record of several may
+                belong in both, so such a record is done when each of the two has rows of it, and is otherwise
+                inserted again for the table that has none (`_into`; that one may have none to take). If the
+                predecessor's insert arrives only after they were asked (it was frozen between 1 and 2), it has the
+                same token: each table refuses it.
     2           the rows are there and not in the log: step 0 finds them by offset and skips them.
     3           the commit is behind: L is not.
     4           nothing to do.

@@ -11,15 +11,17 @@ import asyncio
 import logging
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Protocol, TypeVar
 
 from aiokafka import TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError
 
+from fulgurite.consumers.materialiser.blocks import Partition, Record, missing
+from fulgurite.consumers.materialiser.metrics import Lag, Metrics
 from fulgurite.consumers.materialiser.offsets import Intent, Lost, Offsets
-from fulgurite.consumers.materialiser.store import LogEntry, Partition, Record, Rejected, Store, Unavailable
+from fulgurite.consumers.materialiser.store import LogEntry, Rejected, Store, Unavailable
 from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.settings import MaterialiserSettings
 
@@ -27,8 +29,9 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-BATCH_BYTES = 16 * 1024 * 1024
-"""Most bytes of one insert, unless its first record alone is larger: ClickHouse parses a block in one piece."""
+BATCH_BYTES = 32 * 1024 * 1024
+"""Most bytes of one insert, unless its first record alone is larger: ClickHouse parses a block in one piece. An insert
+costs some 100 ms of CPU whatever its size, and every part is merged later: large ones are cheaper."""
 LINGER_RATIO = 12
 """A partition waits this many times as long as its last insert took: an insert costs the server tens of milliseconds of
 CPU however few records it has, and on a busy machine many small ones would slow down what they observe."""
@@ -58,6 +61,15 @@ class Consumer(Protocol):
     async def position(self, partition: TopicPartition) -> int: ...
 
 
+@dataclass(slots=True)
+class Budget:
+    """Bytes that all partitions hold together, in buffers and in inserts. A few busy partitions may use most of it."""
+
+    bytes: int = 0
+    """Up to this nobody is limited to its share."""
+    used: int = 0
+
+
 @dataclass(frozen=True, slots=True)
 class Parts:
     """What all partitions share."""
@@ -70,6 +82,8 @@ class Parts:
     """Inserts at once, over all partitions."""
     finished: Callable[[LogEntry], None]
     checkpoint: Checkpoint = no_checkpoint
+    budget: Budget = field(default_factory=Budget)
+    metrics: Metrics = field(default_factory=Metrics)
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,6 +105,10 @@ class PartitionWriter:
         self._buffer_bytes = buffer_bytes
         self._buffer: deque[Record] = deque()
         self._bytes = 0
+        self._inserting_bytes = 0
+        self._inserting: Sequence[Record] = ()
+        self._seen_ms = 0
+        """Kafka's time of the newest record read."""
         self._arrived = asyncio.Event()
         self._paused = True
         self._resumed = False
@@ -109,26 +127,68 @@ class PartitionWriter:
         for record in records:
             if record.offset >= self._next:
                 self._next = record.offset + 1
+                self._seen_ms = record.timestamp
                 if record.offset not in self._skip:
                     self._buffer.append(record)
-                    self._bytes += _size(record)
+                    self._hold(_size(record))
         self._arrived.set()
-        full = len(self._buffer) >= 2 * self._parts.settings.batch_records or self._bytes >= self._buffer_bytes
-        if full and not self._paused and not self._inside_replay():
+        if self._full() and not self._paused and not self._inside_replay():
             self._paused = True
             self._parts.consumer.pause(self._tp)
+
+    def _hold(self, size: int) -> None:
+        self._bytes += size
+        self._parts.budget.used += size
+
+    def _full(self) -> bool:
+        """A whole batch waits while another is inserted; or less, where all together hold more than they may."""
+        budget = self._parts.budget
+        return (
+            len(self._buffer) >= 2 * self._parts.settings.batch_records
+            or self._bytes >= max(BATCH_BYTES, self._buffer_bytes)
+            or (self._bytes >= self._buffer_bytes and budget.used >= budget.bytes)
+        )
 
     async def run(self) -> None:
         """Until cancelled, or until the partition is Lost. Raises StartError when the topic is another one than
         before."""
+        metrics = self._parts.metrics
         try:
+            metrics.resuming(*self._labels)
             await self._resume()
+            metrics.resumed(*self._labels)
             while True:
                 batch = await self._next_batch()
+                self._inserting = batch.records
+                started = time.monotonic()
                 await self._write(batch)
+                seconds = time.monotonic() - started
+                metrics.inserted(*self._labels, len(batch.records), self._inserting_bytes, seconds)
+                self._release(self._inserting_bytes)
+                self._inserting, self._inserting_bytes = (), 0
                 self._parts.finished(LogEntry(self.partition, batch.lo, batch.hi, len(batch.records)))
         except (Lost, IllegalStateError):  # the latter from seek and resume, of a partition that was just revoked
             logger.info("%s: belongs to another consumer now", self.partition)
+        finally:
+            metrics.gone(*self._labels)
+            self._release(self._inserting_bytes + self._bytes)
+
+    @property
+    def _labels(self) -> tuple[str, int]:
+        return self.partition.name, self.partition.number
+
+    def lag(self, end: int | None, now_ms: int) -> Lag:
+        """`end`: one more than the last offset that may be read, where it is known."""
+        waiting = self._inserting or self._buffer
+        unread = max(0, (end or 0) - self._next) if self._resumed else 0
+        records = len(self._inserting) + len(self._buffer) + unread
+        oldest_ms = waiting[0].timestamp if waiting else self._seen_ms
+        # Offsets that only hold a transaction's marker are unread for ever; they come after everything seen.
+        behind = bool(waiting) or (unread > 0 and self._paused)
+        return Lag(records, max(0.0, (now_ms - oldest_ms) / 1000) if behind else 0.0)
+
+    def _release(self, size: int) -> None:
+        self._parts.budget.used -= size
 
     async def _resume(self) -> None:
         """0: from the tables, whatever Kafka says was committed."""
@@ -146,11 +206,17 @@ class PartitionWriter:
             )
         if begin > logged > 0:
             logger.error("%s: %d offsets expired before they were read", self.partition, begin - logged)
+        # Whatever lies before the intent was done when it was said; within it a table may still lack its part.
+        done = {
+            offset
+            for offset, tables in present.items()
+            if intent is None or not intent.lo <= offset <= intent.hi or not missing(self.partition.topic, tables)
+        }
         self._next = max(logged, begin)
-        while self._next in present:
-            present.discard(self._next)
+        while self._next in done:
+            done.discard(self._next)
             self._next += 1
-        self._skip = present
+        self._skip = done
         if intent is not None and intent.hi >= self._next:
             self._replay = intent
         logger.info("%s: resumes at offset %d, %d later ones are there", self.partition, self._next, len(present))
@@ -165,9 +231,9 @@ class PartitionWriter:
         begin, end = await consumer.beginning_offsets([self._tp]), await consumer.end_offsets([self._tp])
         return begin[self._tp], end[self._tp]
 
-    async def _present_when_quiet(self, lo: int) -> set[int]:
-        """Offsets in the tables once no insert for this partition runs: what is not there then was not and will not be
-        inserted, but by somebody who holds the token of the same intent."""
+    async def _present_when_quiet(self, lo: int) -> dict[int, int]:
+        """Offsets in the tables, and in which, once no insert for this partition runs: what is not there then was not
+        and will not be inserted, but by somebody who holds the token of the same intent."""
         while await self._parts.store.inserting(self.partition):  # noqa: ASYNC110 (the server has nothing to wait on)
             await asyncio.sleep(QUIET_SECONDS)
         return await self._parts.store.present(self.partition, lo)
@@ -236,9 +302,11 @@ class PartitionWriter:
 
     def _take(self, count: int) -> list[Record]:
         records = [self._buffer.popleft() for _ in range(count)]
-        self._bytes -= sum(_size(record) for record in records)
+        taken = sum(_size(record) for record in records)
+        self._bytes -= taken
+        self._inserting_bytes += taken
         self._skip = {offset for offset in self._skip if offset >= self._next} if self._skip else self._skip
-        if self._paused and self._bytes < self._buffer_bytes / 2:
+        if self._paused and not self._full():
             self._unpause()
         return records
 
@@ -254,47 +322,49 @@ class PartitionWriter:
             # 1: whoever is not of the group any more gets no further. Said again before every try.
             await self._parts.offsets.intend(self._tp, Intent(batch.lo, batch.hi))
             await self._parts.checkpoint("intended", self.partition)
-            records = batch.records
+            records, present = batch.records, {}
             try:
                 if doubtful:
                     present = await self._present_when_quiet(batch.lo)
-                    records = [record for record in records if record.offset not in present]
+                    topic = self.partition.topic
+                    records = [record for record in records if missing(topic, present.get(record.offset, 0))]
                 # 2: one block, one token.
                 if records:
-                    await self._insert(records, token)
+                    await self._insert(records, token, present)
                 await self._parts.checkpoint("inserted", self.partition)
                 return
             except Unavailable as error:
                 doubtful = True
+                self._parts.metrics.retried(*self._labels, f"cannot insert: {error}")
                 self._complain("insert", error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, RETRY_SECONDS[1])
 
-    async def _insert(self, records: Sequence[Record], token: str) -> None:
+    async def _insert(self, records: Sequence[Record], token: str, present: Mapping[int, int]) -> None:
         async with self._parts.inserts:
             started = time.monotonic()
             try:
-                await self._parts.store.insert(self.partition, records, token)
+                await self._parts.store.insert(self.partition, records, token, present)
             except Rejected as error:
-                await self._bisect(records, error)
+                await self._bisect(records, present, error)
             # But not longer than the setting: that bounds how late what is produced can be asked for.
             longest_seconds = self._parts.settings.max_batch_wait_ms / 1000
             self._linger_seconds = min(LINGER_RATIO * (time.monotonic() - started), longest_seconds)
 
-    async def _bisect(self, records: Sequence[Record], error: Rejected) -> None:
+    async def _bisect(self, records: Sequence[Record], present: Mapping[int, int], error: Rejected) -> None:
         """Halves until the record that ClickHouse will not take stands alone; that one becomes a dead letter."""
         if len(records) == 1:
             logger.warning("%s: offset %d becomes a dead letter: %s", self.partition, records[0].offset, error)
+            self._parts.metrics.rejected(*self._labels)
             await self._parts.store.insert_dead(self.partition, records[0], str(error))
             return
         middle = len(records) // 2
         for half in (records[:middle], records[middle:]):
             try:
-                await self._parts.store.insert(
-                    self.partition, half, self.partition.token(half[0].offset, half[-1].offset) + "-half"
-                )
+                token = self.partition.token(half[0].offset, half[-1].offset) + "-half"
+                await self._parts.store.insert(self.partition, half, token, present)
             except Rejected as worse:
-                await self._bisect(half, worse)
+                await self._bisect(half, present, worse)
 
     async def _patiently(self, what: str, ask: Callable[[], Awaitable[T]]) -> T:
         pause = RETRY_SECONDS[0]
@@ -302,6 +372,7 @@ class PartitionWriter:
             try:
                 return await ask()
             except (Unavailable, KafkaError) as error:
+                self._parts.metrics.retried(*self._labels, f"cannot {what}: {error}")
                 self._complain(what, error)
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, RETRY_SECONDS[1])

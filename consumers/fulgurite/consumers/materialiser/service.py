@@ -11,30 +11,39 @@ import contextlib
 import logging
 import os
 import socket
+import time
 from collections.abc import Sequence
 
+import clickhouse_connect
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 from clickhouse_connect.driver.exceptions import ClickHouseError
 
+from fulgurite.consumers.materialiser.blocks import LINE_TOPICS, Partition
+from fulgurite.consumers.materialiser.metrics import Metrics
 from fulgurite.consumers.materialiser.offsets import Offsets
-from fulgurite.consumers.materialiser.partition import Checkpoint, PartitionWriter, Parts, no_checkpoint
-from fulgurite.consumers.materialiser.store import TABLES, LogEntry, Partition, Store, Unavailable
+from fulgurite.consumers.materialiser.partition import Budget, Checkpoint, PartitionWriter, Parts, no_checkpoint
+from fulgurite.consumers.materialiser.store import TABLES, LogEntry, Store, Unavailable
 from fulgurite.consumers.materialiser.stream import subscribe
+from fulgurite.consumers.redaction import apply_redaction
 from fulgurite.producers.kafka import connection_options
-from fulgurite.producers.service import run_service
+from fulgurite.producers.service import run_service, serve_asgi
 from fulgurite.schemas.migrations import apply_migrations
-from fulgurite.schemas.settings import Settings
+from fulgurite.schemas.migrations import connection_options as clickhouse_options
+from fulgurite.schemas.settings import MaterialiserSettings, Settings
+from fulgurite.schemas.storage import apply_storage
 
 logger = logging.getLogger(__name__)
 
-BUFFER_BYTES = 128 * 1024 * 1024
-"""Over all partitions: records fetched and not yet inserted."""
-CONCURRENT_INSERTS = 4
+BUFFER_BYTES = 256 * 1024 * 1024
+"""Over all partitions: records fetched and not yet inserted. An insert needs its bytes twice more, as Arrow."""
+CONCURRENT_INSERTS = 3
 """Over all partitions. More would only compete for ClickHouse's cores."""
 FLUSH_SECONDS = 1.0
 """How often steps 3 and 4 are done for what was inserted since."""
+CHECK_SECONDS = 15.0
+"""How often finished ranges are looked for in the tables."""
 STOP_SECONDS = 3.0
 """Longest that the last flush may take when the service ends."""
 WAIT_SECONDS = 1.0
@@ -58,10 +67,28 @@ async def serve(settings: Settings, stop: asyncio.Event, checkpoint: Checkpoint 
         return
     try:
         await store.connect()
-        await Materialiser(settings, store, admin, checkpoint).run(stop)
+        await _with_metrics(Materialiser(settings, store, admin, checkpoint), settings.materialiser, stop)
     finally:
         await store.close()
         await admin.close()
+
+
+async def _with_metrics(service: Materialiser, settings: MaterialiserSettings, stop: asyncio.Event) -> None:
+    if not settings.port:
+        await service.run(stop)
+        return
+    over = asyncio.Event()
+    app = service.metrics.app(settings.ready_lag_seconds)
+    serving = asyncio.create_task(serve_asgi(app, settings.host, settings.port, over, "materialiser"))
+    running = asyncio.create_task(service.run(stop))
+    try:
+        await asyncio.wait({serving, running}, return_when=asyncio.FIRST_COMPLETED)
+        if serving.done():  # only an error ends it first
+            stop.set()
+        await running
+    finally:
+        over.set()
+        await serving
 
 
 class Materialiser(ConsumerRebalanceListener):
@@ -79,6 +106,10 @@ class Materialiser(ConsumerRebalanceListener):
         self._writers: dict[TopicPartition, PartitionWriter] = {}
         self._tasks: dict[TopicPartition, asyncio.Task[None]] = {}
         self._inserts = asyncio.Semaphore(CONCURRENT_INSERTS)
+        self._budget = Budget(BUFFER_BYTES)
+        self.metrics = Metrics()
+        self._to_check: dict[TopicPartition, LogEntry] = {}
+        self._check_at = 0.0
         self._finished: list[LogEntry] = []
         self._flushing = asyncio.Lock()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
@@ -145,6 +176,8 @@ class Materialiser(ConsumerRebalanceListener):
             inserts=self._inserts,
             finished=self._finished.append,
             checkpoint=self._checkpoint,
+            budget=self._budget,
+            metrics=self.metrics,
         )
         for tp in assigned:
             partition = Partition(self._topics[tp.topic], tp.topic, tp.partition)
@@ -152,6 +185,8 @@ class Materialiser(ConsumerRebalanceListener):
             self._writers[tp] = writer
             self._tasks[tp] = asyncio.create_task(writer.run(), name=str(partition))
             self._tasks[tp].add_done_callback(self._watch)
+            self.metrics.resuming(tp.topic, tp.partition)
+        self.metrics.joined()
 
     def _connected(self) -> tuple[AIOKafkaConsumer, Offsets]:
         """FastStream makes the consumer when it starts, before anything is assigned."""
@@ -187,9 +222,36 @@ class Materialiser(ConsumerRebalanceListener):
             while not sending.done():
                 await asyncio.wait({sending}, timeout=FLUSH_SECONDS)
                 await self._flush()
+                self._measure_lag()
+                await self._reconcile()
             sending.result()
         finally:
             sending.cancel()
+
+    def _measure_lag(self) -> None:
+        consumer = self._subscriber.consumer
+        if consumer is None:
+            return
+        ours, now_ms = consumer.assignment(), time.time_ns() // 1_000_000
+        for tp, writer in self._writers.items():
+            end = consumer.last_stable_offset(tp) if tp in ours else None
+            self.metrics.lag(tp.topic, tp.partition, writer.lag(end, now_ms))
+
+    async def _reconcile(self) -> None:
+        """Now and then looks for what was inserted since, offset by offset, and counts dead letters."""
+        if time.monotonic() < self._check_at:
+            return
+        self._check_at = time.monotonic() + CHECK_SECONDS
+        ranges, self._to_check = self._to_check, {}
+        try:
+            for tp, entry in ranges.items():
+                missing = await self._store.missing(entry.partition, entry.lo, entry.hi)
+                self.metrics.reconciled(tp.topic, tp.partition, entry.hi - entry.lo + 1, missing)
+                if missing and entry.partition.topic in LINE_TOPICS:
+                    logger.error("%s: %d offsets of %d..%d are nowhere", entry.partition, missing, entry.lo, entry.hi)
+            self.metrics.dead_letters(await self._store.dead_letters())
+        except Unavailable as error:
+            logger.debug("reconciliation left out: %s", error)
 
     async def _flush_within(self, seconds: float) -> None:
         """Steps 3 and 4 are only hints for the next owner: not worth missing the rebalance or the end of a service."""
@@ -209,6 +271,9 @@ class Materialiser(ConsumerRebalanceListener):
                 logger.warning("cannot log what was inserted, trying again: %s", error)
                 return
             del self._finished[: len(entries)]
+            for entry in entries:
+                # One range of each partition is checked: a sample under load, everything when there is little.
+                self._to_check[TopicPartition(entry.partition.name, entry.partition.number)] = entry
             await self._at_checkpoint("logged", entries)
             if self._offsets is not None:
                 # 4
@@ -225,7 +290,7 @@ async def _tables_ready(settings: Settings, stop: asyncio.Event) -> bool:
     """Applies the migrations, as soon as ClickHouse answers; False when `stop` came first."""
     while not stop.is_set():
         try:
-            applied = await asyncio.to_thread(apply_migrations, settings.clickhouse)
+            applied = await asyncio.to_thread(_bring_up_to_date, settings)
         except (ClickHouseError, OSError) as error:
             logger.warning("waiting for ClickHouse at %s: %s", settings.clickhouse.url, str(error)[:200])
             await _pause(stop)
@@ -234,6 +299,16 @@ async def _tables_ready(settings: Settings, stop: asyncio.Event) -> bool:
                 logger.info("applied %s to database %s", ", ".join(applied), settings.clickhouse.database)
             return True
     return False
+
+
+def _bring_up_to_date(settings: Settings) -> list[str]:
+    """Tables and views, what the views leave out of what they store, how long and how safely the tables keep it."""
+    applied = apply_migrations(settings.clickhouse)
+    options = clickhouse_options(settings.clickhouse)
+    with clickhouse_connect.get_client(**options, database=settings.clickhouse.database) as client:
+        apply_redaction(client, settings.redaction)
+        apply_storage(client, settings.retention, settings.clickhouse.fsync)
+    return applied
 
 
 async def _topics_ready(settings: Settings, stop: asyncio.Event) -> AIOKafkaAdminClient | None:

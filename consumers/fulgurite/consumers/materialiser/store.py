@@ -8,10 +8,9 @@ sense. Knows nothing of batches, groups or offsets' order.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
-from typing import Protocol
+from typing import Any
 
 import aiohttp
 import clickhouse_connect
@@ -19,6 +18,18 @@ import pyarrow as pa
 from clickhouse_connect.driver import AsyncClient
 from clickhouse_connect.driver.exceptions import ClickHouseError, Error
 
+from fulgurite.consumers.materialiser.blocks import (
+    DEAD_LETTERS_TABLE,
+    OWN_TABLE,
+    Partition,
+    Record,
+    arrow,
+    block,
+    dead_block,
+    missing,
+)
+from fulgurite.consumers.otlp import batches
+from fulgurite.consumers.otlp.wire import Malformed
 from fulgurite.schemas import topics
 from fulgurite.schemas.migrations import connection_options
 from fulgurite.schemas.settings import ClickHouseSettings
@@ -27,6 +38,7 @@ from fulgurite.schemas.topics import Topic
 TABLES: dict[Topic, str] = {
     topics.ROLLOUTS: "rollout_events",
     topics.SPANS: "spans",
+    topics.OTLP_SPANS: "spans",
     topics.REWARDS: "rewards",
     topics.TRAJECTORIES: "trajectories",
     topics.RESOURCES: "resources",
@@ -63,43 +75,27 @@ _REJECTED_CODES = frozenset(
 )
 
 
+_ONE_BLOCK = 2**40
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What one insert carries."""
+
+    columns: Sequence[str]
+    data: bytes
+    format: str
+    settings: Mapping[str, str | int]
+    refusals: frozenset[int]
+    """ClickHouse's error codes that say: not these data."""
+
+
 class Unavailable(Exception):
     """ClickHouse could not be asked, or did not say how it went."""
 
 
 class Rejected(Exception):
     """ClickHouse will not take these records, however often it is asked."""
-
-
-class Record(Protocol):
-    """What is needed of aiokafka's ConsumerRecord."""
-
-    @property
-    def offset(self) -> int: ...
-    @property
-    def timestamp(self) -> int: ...
-    @property
-    def key(self) -> bytes | None: ...
-    @property
-    def value(self) -> bytes | None: ...
-    @property
-    def headers(self) -> Sequence[tuple[str, bytes]]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Partition:
-    """One partition of one topic, by the topic's full name."""
-
-    topic: Topic
-    name: str
-    number: int
-
-    def __str__(self) -> str:
-        return f"{self.name}-{self.number}"
-
-    def token(self, lo: int, hi: int) -> str:
-        """Names the range lo..hi; the deduplication token of its insert."""
-        return f"{self}-{lo}-{hi}"
 
 
 @dataclass(frozen=True, slots=True)
@@ -140,35 +136,47 @@ class Store:
             await self._client.close()
             self._client = None
 
-    async def insert(self, partition: Partition, records: Sequence[Record], token: str) -> None:
-        """One block into in_<topic>. Raises Rejected or Unavailable."""
-        block = await asyncio.to_thread(_block, partition, records)
-        await self._insert(f"in_{partition.topic.name}", block, partition, token)
+    async def insert(
+        self, partition: Partition, records: Sequence[Record], token: str, present: Mapping[int, int] | None = None
+    ) -> None:
+        """One block into in_<topic>, without what tables have already. Raises Rejected or Unavailable."""
+        body = await asyncio.to_thread(_body, partition, records, present or {})
+        await self._insert(f"in_{partition.topic.name}", body, partition, token)
 
     async def insert_dead(self, partition: Partition, record: Record, message: str) -> None:
         """A record no table takes, straight into dead_letters. Raises Unavailable."""
         token = f"{partition.token(record.offset, record.offset)}-dead"
-        await self._insert("dead_letters", _dead_block(partition, record, message), partition, token)
+        await self._insert("dead_letters", arrow_body(dead_block(partition, record, message)), partition, token)
 
-    async def _insert(self, table: str, block: pa.Table, partition: Partition, token: str) -> None:
-        settings = {
+    async def _insert(self, into: str, body: Body, partition: Partition, token: str) -> None:
+        settings: dict[str, Any] = {
             "insert_deduplication_token": token,
             "insert_deduplicate": 1,
             "deduplicate_blocks_in_dependent_materialized_views": 1,
             "async_insert": 0,
             "max_execution_time": self._insert_seconds,
             "max_threads": 1,
+            # One block in, one block to each table, whatever its size.
+            "max_insert_block_size": _ONE_BLOCK,
+            "min_insert_block_size_rows": _ONE_BLOCK,
+            "min_insert_block_size_bytes": _ONE_BLOCK,
             # A batch read from the beginning of a topic may span more months than the server likes in one insert.
             "max_partitions_per_insert_block": 0,
+            # The views are analysed anew by every insert, in tens of ms of CPU: what helps long queries is left
+            # out. Their functions are all cheap and none raises, so nothing is gained by evaluating them for some rows.
+            "query_plan_enable_optimizations": 0,
+            "compile_expressions": 0,
+            "short_circuit_function_evaluation": "disable",
             # By this name a successor finds what of us still runs.
             "log_comment": self._tag(partition),
+            **body.settings,
         }
         try:
             await self._connected.raw_insert(
-                table, block.column_names, _arrow(block), settings=settings, fmt="Arrow", compression=None
+                into, body.columns, body.data, settings=settings, fmt=body.format, compression=None
             )
         except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
-            if isinstance(error, Error) and error.code in _REJECTED_CODES:
+            if isinstance(error, Error) and error.code in body.refusals:
                 raise Rejected(_first_line(error)) from error
             raise Unavailable(_first_line(error)) from error
 
@@ -190,12 +198,35 @@ class Store:
         )
         return rows[0] if rows else 0
 
-    async def present(self, partition: Partition, lo: int) -> set[int]:
-        """The offsets from lo on that are in the tables. Raises Unavailable."""
-        tables = {TABLES[partition.topic], "dead_letters"}
+    async def present(self, partition: Partition, lo: int) -> dict[int, int]:
+        """The offsets from lo on that are in the tables, and in which (OWN_TABLE, DEAD_LETTERS_TABLE, their sum).
+        Raises Unavailable."""
         where = "_topic = {name:String} AND _partition = {number:UInt32} AND _offset >= {lo:UInt64}"
-        query = " UNION ALL ".join(f"SELECT _offset FROM {table} WHERE {where}" for table in sorted(tables))
-        return set(await self._query(query, {"name": partition.name, "number": partition.number, "lo": lo}))
+        found: dict[int, int] = {}
+        for table, bit in ((TABLES[partition.topic], OWN_TABLE), ("dead_letters", DEAD_LETTERS_TABLE)):
+            query = f"SELECT DISTINCT _offset FROM {table} WHERE {where}"
+            parameters: dict[str, object] = {"name": partition.name, "number": partition.number, "lo": lo}
+            for offset in await self._query(query, parameters):
+                found[offset] = found.get(offset, 0) | bit
+        return found
+
+    async def missing(self, partition: Partition, lo: int, hi: int) -> int:
+        """How many offsets of lo..hi are in no table. Raises Unavailable."""
+        where = (
+            "_topic = {name:String} AND _partition = {number:UInt32} AND _offset BETWEEN {lo:UInt64} AND {hi:UInt64}"
+        )
+        parts = (f"SELECT _offset FROM {table} WHERE {where}" for table in (TABLES[partition.topic], "dead_letters"))
+        query = f"SELECT uniqExact(_offset) FROM ({' UNION ALL '.join(parts)})"
+        found = await self._query(query, {"name": partition.name, "number": partition.number, "lo": lo, "hi": hi})
+        return hi - lo + 1 - found[0]
+
+    async def dead_letters(self) -> dict[tuple[str, str], int]:
+        """(reason, stage) -> rows. Raises Unavailable."""
+        try:
+            result = await self._connected.query("SELECT reason, stage, count() FROM dead_letters GROUP BY ALL")
+        except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise Unavailable(_first_line(error)) from error
+        return {(str(reason), str(stage)): int(rows) for reason, stage, rows in result.result_rows}
 
     async def inserting(self, partition: Partition) -> bool:
         """Whether the server is at an insert for this partition, ours or a predecessor's. Raises Unavailable."""
@@ -218,54 +249,24 @@ class Store:
         return self._client
 
 
+def _body(partition: Partition, records: Sequence[Record], present: Mapping[int, int]) -> Body:
+    """Raises Rejected where there is nothing to send to the server, because it is not what it should be."""
+    if partition.topic is not topics.OTLP_SPANS:
+        return arrow_body(block(partition, records, present))
+    rest = [record for record in records if missing(partition.topic, present.get(record.offset, 0))]
+    try:
+        data = batches.body(
+            partition.name, partition.number, rest, lambda at: missing(partition.topic, present.get(at, 0))
+        )
+    except Malformed as error:
+        raise Rejected(str(error)) from error
+    return Body(batches.COLUMNS, data, batches.FORMAT, batches.insert_settings(), _REJECTED_CODES | batches.REFUSALS)
+
+
+def arrow_body(table: pa.Table) -> Body:
+    """For a table or an input table that takes Arrow."""
+    return Body(table.column_names, arrow(table), "ArrowStream", {}, _REJECTED_CODES)
+
+
 def _first_line(error: BaseException) -> str:
     return (str(error) or repr(error)).splitlines()[0][:1_000]
-
-
-def _block(partition: Partition, records: Sequence[Record]) -> pa.Table:
-    """One chunk a column, so that the server sees one block: the unit that a table takes wholly or not at all."""
-    count = len(records)
-    headers = pa.array(
-        [[(name, value or b"") for name, value in record.headers] for record in records],
-        pa.map_(pa.string(), pa.binary()),
-    )
-    return pa.table(
-        {
-            "raw": pa.array([record.value or b"" for record in records], pa.binary()),
-            "key": pa.array([record.key or b"" for record in records], pa.binary()),
-            "headers": headers,
-            "_topic": pa.array([partition.name], pa.string()).take(pa.array([0] * count, pa.int32())),
-            "_partition": pa.array([partition.number] * count, pa.uint32()),
-            "_offset": pa.array([record.offset for record in records], pa.uint64()),
-            "_ts": pa.array([record.timestamp for record in records], pa.timestamp("ms", "UTC")),
-        }
-    )
-
-
-def _dead_block(partition: Partition, record: Record, message: str) -> pa.Table:
-    return pa.Table.from_pylist(
-        [
-            {
-                "topic": partition.name,
-                "partition": partition.number,
-                "offset": record.offset,
-                "stage": "materialiser",
-                "reason": "rejected",
-                "message": message,
-                "key": record.key or b"",
-                "value": record.value or b"",
-                "_topic": partition.name,
-                "_partition": partition.number,
-                "_offset": record.offset,
-                "_ts": datetime.fromtimestamp(max(record.timestamp, 0) / 1000, UTC),
-            }
-        ]
-    )
-
-
-def _arrow(block: pa.Table) -> bytes:
-    """Arrow's file format: it ends with a footer, so a body cut short is refused."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_file(sink, block.schema) as writer:
-        writer.write_table(block)
-    return sink.getvalue().to_pybytes()

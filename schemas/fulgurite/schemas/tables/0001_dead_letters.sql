@@ -4,6 +4,7 @@
 --   topic, partition, offset   where the original record lay; offset -1 and no topic when it never was a record
 --   stage, reason, message     who could not use it; a word to group by (empty, not_json, bad_field, …); what is wrong
 --   key, value                 the original bytes
+--   _index                     the line of the record, from 0, where a record holds several (spans, rewards); `value` is that line
 --   _topic … _ingested         where the record lay that made this row: the original itself, or one of topic `dead_letters`
 --
 -- ingest_log: what the materialiser has inserted: one row for every range lo..hi of offsets it finished. It resumes after
@@ -18,6 +19,7 @@ CREATE TABLE IF NOT EXISTS dead_letters
     message String CODEC(ZSTD(1)),
     key String CODEC(ZSTD(1)),
     value String CODEC(ZSTD(3)),
+    _index UInt32 CODEC(T64, ZSTD(1)),
     _topic LowCardinality(String),
     _partition UInt32 CODEC(T64, ZSTD(1)),
     _offset UInt64 CODEC(DoubleDelta, ZSTD(1)),

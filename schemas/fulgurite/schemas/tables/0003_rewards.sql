@@ -1,4 +1,4 @@
--- rewards: one row for every record of the topic `rewards`.
+-- rewards: one row for every reward of the topic `rewards`.
 --
 -- Columns are the fields of fulgurite.schemas.rewards.Reward; time is time_ns as DateTime64(9); extra, _topic … as in spans.
 -- A reward that came without reward_id (or time_ns) has its place in the log (its Kafka time) instead.
@@ -7,12 +7,13 @@
 CREATE TABLE IF NOT EXISTS in_rewards
 (
     raw String,
-    key String,
-    headers Map(String, String),
+    key LowCardinality(String),
     _topic LowCardinality(String),
     _partition UInt32,
     _offset UInt64,
-    _ts DateTime64(3, 'UTC')
+    _index UInt32,
+    _ts DateTime64(3, 'UTC'),
+    _into UInt8
 )
 ENGINE = Null;
 
@@ -32,6 +33,7 @@ CREATE TABLE IF NOT EXISTS rewards
     _topic LowCardinality(String),
     _partition UInt32 CODEC(T64, ZSTD(1)),
     _offset UInt64 CODEC(DoubleDelta, ZSTD(1)),
+    _index UInt32 CODEC(T64, ZSTD(1)),
     _ts DateTime64(3, 'UTC') CODEC(DoubleDelta, ZSTD(1)),
     _ingested DateTime64(3, 'UTC') DEFAULT now64(3) CODEC(DoubleDelta, ZSTD(1)),
     time DateTime64(9, 'UTC') ALIAS fromUnixTimestamp64Nano(time_ns, 'UTC'),
@@ -42,11 +44,11 @@ PARTITION BY toYYYYMM(_ts)
 ORDER BY (rollout_id, attempt_id, name, reward_id)
 SETTINGS non_replicated_deduplication_window = 10000;
 
--- parsed_rewards: every record once, parsed once, with what is wrong with it; feeds rewards and dead_letters, stores nothing.
+-- parsed_rewards: every line once, parsed once, with what is wrong with it; feeds rewards and dead_letters, stores nothing.
 CREATE TABLE IF NOT EXISTS parsed_rewards
 (
     raw String,
-    key String,
+    key LowCardinality(String),
     _reason LowCardinality(String),
     _message String,
     reward_id String,
@@ -63,7 +65,9 @@ CREATE TABLE IF NOT EXISTS parsed_rewards
     _topic LowCardinality(String),
     _partition UInt32,
     _offset UInt64,
-    _ts DateTime64(3, 'UTC')
+    _index UInt32,
+    _ts DateTime64(3, 'UTC'),
+    _into UInt8
 )
 ENGINE = Null;
 
@@ -84,7 +88,7 @@ SELECT
         has(mapValues(f.dimensions), NULL),
             'dimensions: every value must be a finite number',
         '') AS _message,
-    if(f.reward_id = '', concat(_topic, '-', toString(_partition), '-', toString(_offset)), f.reward_id) AS reward_id,
+    if(f.reward_id = '', concat(_topic, '-', toString(_partition), '-', toString(_offset), if(_index = 0, '', concat('-', toString(_index)))), f.reward_id) AS reward_id,
     f.rollout_id AS rollout_id,
     f.attempt_id AS attempt_id,
     f.span_id AS span_id,
@@ -95,7 +99,7 @@ SELECT
     if(has(names, 'time_ns'), f.time_ns, toUnixTimestamp64Milli(_ts) * 1000000) AS time_ns,
     f.metadata AS metadata,
     mapFromArrays(odd.1, odd.2) AS extra,
-    _topic, _partition, _offset, _ts
+    _topic, _partition, _offset, _index, _ts, _into
 FROM
 (
     SELECT
@@ -133,14 +137,14 @@ FROM
 CREATE MATERIALIZED VIEW IF NOT EXISTS rewards_mv TO rewards AS
 SELECT
     reward_id, rollout_id, attempt_id, span_id, name, value, dimensions, source, time_ns, metadata, extra,
-    _topic, _partition, _offset, _ts
+    _topic, _partition, _offset, _index, _ts
 FROM parsed_rewards
-WHERE _reason = '';
+WHERE _reason = '' AND bitTest(_into, 0);
 
 CREATE MATERIALIZED VIEW IF NOT EXISTS rewards_dead_mv TO dead_letters AS
 SELECT
     _topic AS topic, _partition AS partition, _offset AS offset, 'materialiser' AS stage,
     _reason AS reason, _message AS message,
-    key, raw AS value, _topic, _partition, _offset, _ts
+    key, raw AS value, _index, _topic, _partition, _offset, _ts
 FROM parsed_rewards
-WHERE _reason != '';
+WHERE _reason != '' AND bitTest(_into, 1);

@@ -61,10 +61,18 @@ FROM rollouts AS r
 LEFT JOIN
 (
     -- Of several rewards named `reward` of an attempt the last in the log counts; one of no attempt counts for each.
-    SELECT e.rollout_id AS rollout_id, argMaxOrNull(w.value, w._offset) AS reward
-    FROM rewards AS w
+    -- One that was sent again counts where it came first, as it does for the assembler.
+    SELECT e.rollout_id AS rollout_id, argMaxOrNull(w.value, w.place) AS reward
+    FROM
+    (
+        SELECT o.rollout_id AS rollout_id, o.attempt_id AS attempt_id, argMin(o.value, (o._offset, o._index)) AS value,
+            min((o._offset, o._index)) AS place
+        FROM rewards AS o
+        WHERE o.name = 'reward'
+        GROUP BY o.rollout_id, o.attempt_id, o.reward_id
+    ) AS w
     INNER JOIN (SELECT rollout_id, attempt_id FROM rollouts) AS e ON e.rollout_id = w.rollout_id
-    WHERE w.name = 'reward' AND (w.attempt_id = '' OR w.attempt_id = e.attempt_id)
+    WHERE w.attempt_id = '' OR w.attempt_id = e.attempt_id
     GROUP BY e.rollout_id
 ) AS w ON w.rollout_id = r.rollout_id
 LEFT JOIN
@@ -141,27 +149,28 @@ WHERE rollout_id NOT IN (SELECT rollout_id FROM rollout_events)
 GROUP BY rollout_id, reward_id;
 
 -- Offsets that are neither rows nor dead letters (`gaps`) are markers of transactions and what compaction removed: normal
--- in transactional and compacted topics, 0 in `spans` and `rewards`.
+-- in transactional and compacted topics, 0 in `spans` and `rewards`. A row is a line of a record; none may be there twice.
 CREATE VIEW IF NOT EXISTS reconciliation AS
 SELECT
     _topic AS topic,
     _partition AS partition,
     countIf(refused = 0) AS rows,
     countIf(refused = 1) AS dead,
-    count() - uniqExact(_offset) AS duplicates,
+    count() - uniqExact(_offset, _index) AS duplicates,
+    uniqExact(_offset) AS records,
     min(_offset) AS lowest,
     max(_offset) AS highest,
-    highest - lowest + 1 - uniqExact(_offset) AS gaps
+    highest - lowest + 1 - records AS gaps
 FROM
 (
-    SELECT _topic, _partition, _offset, 0 AS refused FROM spans
-    UNION ALL SELECT _topic, _partition, _offset, 0 FROM rewards
-    UNION ALL SELECT _topic, _partition, _offset, 0 FROM rollout_events
-    UNION ALL SELECT _topic, _partition, _offset, 0 FROM trajectories
-    UNION ALL SELECT _topic, _partition, _offset, 0 FROM resources
-    UNION ALL SELECT _topic, _partition, _offset, 0 FROM training_events
-    UNION ALL SELECT _topic, _partition, _offset, 0 FROM worker_heartbeats
-    UNION ALL SELECT _topic, _partition, _offset, 1 FROM dead_letters
+    SELECT _topic, _partition, _offset, _index, 0 AS refused FROM spans
+    UNION ALL SELECT _topic, _partition, _offset, _index, 0 FROM rewards
+    UNION ALL SELECT _topic, _partition, _offset, 0, 0 FROM rollout_events
+    UNION ALL SELECT _topic, _partition, _offset, 0, 0 FROM trajectories
+    UNION ALL SELECT _topic, _partition, _offset, 0, 0 FROM resources
+    UNION ALL SELECT _topic, _partition, _offset, 0, 0 FROM training_events
+    UNION ALL SELECT _topic, _partition, _offset, 0, 0 FROM worker_heartbeats
+    UNION ALL SELECT _topic, _partition, _offset, _index, 1 FROM dead_letters
 )
 GROUP BY topic, partition
 ORDER BY topic, partition;

@@ -30,7 +30,7 @@ from __future__ import annotations
 import heapq
 import time
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from itertools import islice
 
 from aiokafka.partitioner import murmur2
@@ -46,7 +46,7 @@ from fulgurite.schemas.rollouts import (
     RolloutRequeued,
 )
 from fulgurite.schemas.trajectories import Trajectory
-from fulgurite.streams.assembler.join import Announcement, assemble
+from fulgurite.streams.assembler.join import Announcement, assemble, lines_of
 from fulgurite.streams.assembler.offsets import MAX_REPLAY_EVENTS, DataPartition, EndedRollouts, RolloutsPartition
 from fulgurite.streams.assembler.rollouts import Batch, Ended, Held, OpenRollout, Pending
 
@@ -150,15 +150,28 @@ class Assembly:
         offset: int,
         key: bytes | None,
         value: bytes,
-        rollout_id: str,
-        attempt_id: str,
+        attempts: Mapping[str, str],
     ) -> None:
-        """A span or a reward of a rollout."""
+        """Spans or rewards: almost always of one rollout, whose id is the key. `attempts`: rollout -> attempt."""
         part = self.data[tp]
         if offset < part.position:
             return
         replayed = part.replaying
         part.position = offset + 1
+        for rollout_id, attempt_id in attempts.items():
+            self._record(part, replayed, offset, key, value, rollout_id, attempt_id)
+
+    def _record(
+        self,
+        part: DataPartition,
+        replayed: bool,
+        offset: int,
+        key: bytes | None,
+        value: bytes,
+        rollout_id: str,
+        attempt_id: str,
+    ) -> None:
+        tp = part.tp
         held = Held(tp, offset, rollout_id, attempt_id, key, value, self._clock() + self._orphan_seconds)
         ended = self.ended.get(rollout_id)
         if ended is not None:
@@ -297,10 +310,11 @@ class Assembly:
 
     def _dead(self, held: Held, reason: str, message: str) -> None:
         assert held.value is not None
+        value = lines_of(held.rollout_id, held.value)
         self.counts[reason] += 1
-        self.unsent_bytes += len(held.value)
+        self.unsent_bytes += len(value)
         self.unsent.append(
-            DeadLetter(held.tp.topic, held.tp.partition, held.offset, STAGE, reason, message, held.key, held.value)
+            DeadLetter(held.tp.topic, held.tp.partition, held.offset, STAGE, reason, message, held.key, value)
         )
 
     def _supersede(self, rollout: OpenRollout, attempt_id: str) -> None:

@@ -1,9 +1,9 @@
 """From an attempt's records to its trajectory: pure functions over bytes and events.
 
-Promises: every token the policy sampled in the attempt that counts appears exactly once, with the logprob and the
-version recorded for it; tokens are never made again from text; the result does not depend on the order in which spans
-arrived; a span or a reward that was sent twice counts once. What keeps a trajectory from being whole is named in
-`partial`.
+A record holds one event or several, one a line. Promises: every token the policy sampled in the attempt that counts
+appears exactly once, with the logprob and the version recorded for it; tokens are never made again from text; the
+result does not depend on the order in which spans arrived; a span or a reward that was sent twice counts once. What
+keeps a trajectory from being whole is named in `partial`.
 Does not know Kafka, offsets, or when a rollout is complete.
 
     call 1:  prompt  A A A A   response  b b b            token_ids  A A A A b b b C C d d
@@ -33,9 +33,11 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Final, TypeVar
 
-from fulgurite.schemas.codec import decode
+from pydantic import BaseModel, TypeAdapter, ValidationError
+
+from fulgurite.schemas.codec import decode, split_lines
 from fulgurite.schemas.errors import InvalidEvent
 from fulgurite.schemas.event import MAX_TOKENS, VersionSpan
 from fulgurite.schemas.ids import now_ns
@@ -43,6 +45,15 @@ from fulgurite.schemas.rewards import FINAL_REWARD, Reward
 from fulgurite.schemas.rollouts import RolloutFinished
 from fulgurite.schemas.spans import Span
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory, TrajectoryReward
+
+E = TypeVar("E", Span, Reward)
+
+
+class _Named(BaseModel):
+    rollout_id: str = ""
+
+
+_NAMED = TypeAdapter(_Named)
 
 EXPIRED = b""
 """Stands for a record that Kafka had deleted before it could be joined."""
@@ -89,9 +100,9 @@ def assemble(
     invalid = 0
     calls: list[Span] = []
     if finished.status == "succeeded":
-        found, invalid = read_spans(spans, partial)
+        found, invalid = read_spans(spans, finished.rollout_id, partial)
         calls = select_calls(found, finished, partial)
-    kept, invalid_rewards = read_rewards(rewards, finished.attempt_id, partial)
+    kept, invalid_rewards = read_rewards(rewards, finished, partial)
     final = [reward.value for reward in kept if reward.name == FINAL_REWARD]
     sequences = merge_calls(calls)
     if finished.status == "succeeded":
@@ -123,20 +134,47 @@ def assemble(
     return Joined(trajectory, invalid + invalid_rewards)
 
 
-def read_spans(values: Sequence[bytes], partial: list[str]) -> tuple[list[Span], int]:
-    """The spans, each span_id once, and the number of values that are none. Adds to `partial`."""
-    spans: dict[tuple[str, str], Span] = {}
+def lines_of(rollout_id: str, value: bytes) -> bytes:
+    """What of a record is this rollout's; all of it where it has one line. Lines nobody can read are everybody's."""
+    lines = split_lines(value)[1]
+    if len(lines) == 1:
+        return value
+    others = [line for line in lines if _rollout_id(line) not in (rollout_id, None)]
+    return value if not others else b"\n".join(line for line in lines if line not in others)
+
+
+def _rollout_id(line: bytes) -> str | None:
+    try:
+        return _NAMED.validate_json(line).rollout_id
+    except ValidationError:
+        return None
+
+
+def _read(model: type[E], values: Sequence[bytes], rollout_id: str, partial: list[str]) -> tuple[list[E], int]:
+    """The rollout's events of these records, and how many lines are none. Adds to `partial`."""
+    found: list[E] = []
     invalid = 0
     for value in values:
         if value == EXPIRED:
             partial.append("expired")
             continue
-        try:
-            span = decode(Span, value)
-        except InvalidEvent:
-            partial.append("invalid_record")
-            invalid += 1
-            continue
+        for line in split_lines(value)[1]:
+            try:
+                event = decode(model, line)
+            except InvalidEvent:
+                partial.append("invalid_record")
+                invalid += 1
+                continue
+            if event.rollout_id == rollout_id:
+                found.append(event)
+    return found, invalid
+
+
+def read_spans(values: Sequence[bytes], rollout_id: str, partial: list[str]) -> tuple[list[Span], int]:
+    """The spans, each span_id once, and the number of lines that are none. Adds to `partial`."""
+    found, invalid = _read(Span, values, rollout_id, partial)
+    spans: dict[tuple[str, str], Span] = {}
+    for span in found:
         spans.setdefault((span.attempt_id, span.span_id), span)
     return list(spans.values()), invalid
 
@@ -260,20 +298,11 @@ class _Sequence:
         )
 
 
-def read_rewards(values: Sequence[bytes], attempt_id: str, partial: list[str]) -> tuple[list[Reward], int]:
-    """The attempt's rewards, each reward_id once, in the order of the log; and the number of values that are none."""
+def read_rewards(values: Sequence[bytes], finished: RolloutFinished, partial: list[str]) -> tuple[list[Reward], int]:
+    """The attempt's rewards, each reward_id once, in the order of the log; and the number of lines that are none."""
+    found, invalid = _read(Reward, values, finished.rollout_id, partial)
     rewards: dict[str, Reward] = {}
-    invalid = 0
-    for value in values:
-        if value == EXPIRED:
-            partial.append("expired")
-            continue
-        try:
-            reward = decode(Reward, value)
-        except InvalidEvent:
-            partial.append("invalid_record")
-            invalid += 1
-            continue
-        if reward.attempt_id in (attempt_id, ""):
+    for reward in found:
+        if reward.attempt_id in (finished.attempt_id, ""):
             rewards.setdefault(reward.reward_id, reward)
     return list(rewards.values()), invalid

@@ -58,7 +58,7 @@ from aiokafka.structs import TopicPartition
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from fulgurite.producers.service import run_service
-from fulgurite.schemas.codec import decode_union
+from fulgurite.schemas.codec import decode_union, split_lines
 from fulgurite.schemas.errors import InvalidEvent
 from fulgurite.schemas.ids import OptionalId
 from fulgurite.schemas.rollouts import ROLLOUT_EVENT
@@ -98,6 +98,22 @@ class _Identity(BaseModel):
 
 
 _IDENTITY = TypeAdapter(_Identity)
+
+
+def attempts_of(value: bytes) -> tuple[dict[str, str], int]:
+    """Rollout -> attempt, of a record's lines ("" where they name several), and how many lines are no event."""
+    attempts: dict[str, str] = {}
+    invalid = 0
+    for line in split_lines(value)[1]:
+        try:
+            found = _IDENTITY.validate_json(line, strict=True)
+        except ValidationError:
+            invalid += 1
+            continue
+        if found.rollout_id:
+            same = attempts.setdefault(found.rollout_id, found.attempt_id) == found.attempt_id
+            attempts[found.rollout_id] = found.attempt_id if same else ""
+    return attempts, invalid
 
 
 def main(settings: Settings) -> int:
@@ -188,15 +204,11 @@ class Assembler:
             found: Records = await self._inputs.data.getmany(timeout_ms=POLL_MS, max_records=POLL_RECORDS)
             for tp, batch in found.items():
                 for record in batch:
-                    try:
-                        identity = _IDENTITY.validate_json(record.value or b"", strict=True)
-                    except ValidationError:
-                        self.state.counts["invalid"] += 1
-                        continue
-                    if record.value and identity.rollout_id:
-                        self.state.record(
-                            tp, record.offset, record.key, record.value, identity.rollout_id, identity.attempt_id
-                        )
+                    value = record.value or b""
+                    attempts, invalid = attempts_of(value)
+                    self.state.counts["invalid"] += invalid
+                    if attempts:
+                        self.state.record(tp, record.offset, record.key, value, attempts)
             for tp in self.state.data:
                 self.state.passed(tp, await self._inputs.data.position(tp))
             if found:

@@ -1,0 +1,161 @@
+"""Records as Arrow: what one insert carries. Pure functions; they look for the ends of lines and decode nothing.
+
+A record of most topics is a row. A record of LINE_TOPICS holds one JSON object or several, one a line, and each line is
+a row: `_index` is the line's number in its record, `_into` the tables that may take it. Promises: a record is never
+without a row (an empty one gives a row that becomes a dead letter); one chunk a column, so that the server sees one
+block, the unit that a table takes wholly or not at all.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from datetime import UTC, datetime
+from typing import Final, Protocol
+
+import numpy as np
+import pyarrow as pa
+
+from fulgurite.schemas.codec import split_lines
+from fulgurite.schemas.topics import OTLP_SPANS, REWARDS, SPANS, Topic
+
+LINE_TOPICS: Final = frozenset({SPANS, REWARDS})
+
+SPLIT_TOPICS: Final = LINE_TOPICS | {OTLP_SPANS}
+"""A record of theirs is several rows, which may lie in its own table and in dead_letters."""
+
+OWN_TABLE: Final = 1
+DEAD_LETTERS_TABLE: Final = 2
+BOTH_TABLES: Final = OWN_TABLE | DEAD_LETTERS_TABLE
+
+
+class Record(Protocol):
+    """What is needed of aiokafka's ConsumerRecord."""
+
+    @property
+    def offset(self) -> int: ...
+    @property
+    def timestamp(self) -> int: ...
+    @property
+    def key(self) -> bytes | None: ...
+    @property
+    def value(self) -> bytes | None: ...
+    @property
+    def headers(self) -> Sequence[tuple[str, bytes]]: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Partition:
+    """One partition of one topic, by the topic's full name."""
+
+    topic: Topic
+    name: str
+    number: int
+
+    def __str__(self) -> str:
+        return f"{self.name}-{self.number}"
+
+    def token(self, lo: int, hi: int) -> str:
+        """Names the range lo..hi; the deduplication token of its insert."""
+        return f"{self}-{lo}-{hi}"
+
+
+def missing(topic: Topic, present: int) -> int:
+    """Of the tables that may take a record, those that may still lack rows of it; `present` are those that have some.
+
+    A record of lines may have rows in both, the good lines in one and the bad ones in the other. Every other record is
+    one row of one table.
+    """
+    if topic in SPLIT_TOPICS:
+        return BOTH_TABLES & ~present
+    return 0 if present else BOTH_TABLES
+
+
+def block(partition: Partition, records: Sequence[Record], present: Mapping[int, int]) -> pa.Table:
+    """What remains to be inserted of the records, given the tables that have each offset already."""
+    if partition.topic in LINE_TOPICS:
+        return _lines_block(partition, records, present)
+    return _records_block(partition, [r for r in records if missing(partition.topic, present.get(r.offset, 0))])
+
+
+def arrow(table: pa.Table) -> bytes:
+    """Arrow's stream format, everything in one record batch: a body cut short holds all of it or nothing."""
+    sink = pa.BufferOutputStream()
+    with pa.ipc.new_stream(sink, table.schema) as writer:
+        writer.write_table(table.combine_chunks())
+    return sink.getvalue().to_pybytes()
+
+
+def _lines_block(partition: Partition, records: Sequence[Record], present: Mapping[int, int]) -> pa.Table:
+    # The tables are ordered by rollout: rows that come in this order are not sorted again by the server.
+    ordered = sorted(records, key=lambda record: record.key or b"")
+    raw: list[bytes] = []
+    numbers: list[int] = []
+    counts: list[int] = []
+    for record in ordered:
+        indexes, lines = split_lines(record.value or b"")
+        raw += lines
+        numbers += indexes
+        counts.append(len(lines))
+    row_of = np.repeat(np.arange(len(ordered), dtype=np.int32), counts)
+    offsets = np.fromiter((record.offset for record in ordered), np.uint64, len(ordered))
+    times = np.fromiter((record.timestamp for record in ordered), np.int64, len(ordered))
+    into = (missing(partition.topic, present.get(record.offset, 0)) for record in ordered)
+    keys = pa.array([record.key or b"" for record in ordered], pa.binary()).dictionary_encode()
+    return pa.table(
+        {
+            "raw": pa.array(raw, pa.binary()),
+            "key": keys.take(pa.array(row_of)),
+            "_topic": _constant(partition.name, len(raw)),
+            "_partition": pa.array(np.full(len(raw), partition.number, np.uint32)),
+            "_offset": pa.array(offsets[row_of]),
+            "_index": pa.array(numbers, pa.uint32()),
+            "_ts": pa.array(times[row_of]).cast(pa.timestamp("ms", "UTC")),
+            "_into": pa.array(np.fromiter(into, np.uint8, len(ordered))[row_of]),
+        }
+    )
+
+
+def _records_block(partition: Partition, records: Sequence[Record]) -> pa.Table:
+    count = len(records)
+    headers = pa.array(
+        [[(name, value or b"") for name, value in record.headers] for record in records],
+        pa.map_(pa.string(), pa.binary()),
+    )
+    return pa.table(
+        {
+            "raw": pa.array([record.value or b"" for record in records], pa.binary()),
+            "key": pa.array([record.key or b"" for record in records], pa.binary()),
+            "headers": headers,
+            "_topic": _constant(partition.name, count),
+            "_partition": pa.array([partition.number] * count, pa.uint32()),
+            "_offset": pa.array([record.offset for record in records], pa.uint64()),
+            "_ts": pa.array([record.timestamp for record in records], pa.timestamp("ms", "UTC")),
+        }
+    )
+
+
+def dead_block(partition: Partition, record: Record, message: str) -> pa.Table:
+    """A record that ClickHouse refused, as its row of dead_letters."""
+    return pa.Table.from_pylist(
+        [
+            {
+                "topic": partition.name,
+                "partition": partition.number,
+                "offset": record.offset,
+                "stage": "materialiser",
+                "reason": "rejected",
+                "message": message,
+                "key": record.key or b"",
+                "value": record.value or b"",
+                "_topic": partition.name,
+                "_partition": partition.number,
+                "_offset": record.offset,
+                "_ts": datetime.fromtimestamp(max(record.timestamp, 0) / 1000, UTC),
+            }
+        ]
+    )
+
+
+def _constant(text: str, count: int) -> pa.DictionaryArray:
+    return pa.DictionaryArray.from_arrays(pa.array(np.zeros(count, np.int32)), pa.array([text]))

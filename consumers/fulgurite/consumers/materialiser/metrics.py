@@ -1,0 +1,136 @@
+"""What the materialiser tells Prometheus, and whether it keeps up.
+
+    /metrics   lag, rows, bytes, batch sizes, insert time, retries, dead letters, offsets checked and missing
+    /ready     200 while every partition is resumed and no record waits longer than materialiser.ready_lag_seconds;
+               else 503 with the reasons
+    /health    200 while the process answers
+
+One registry of its own for each Metrics, so that several live in one process. Knows nothing of Kafka or ClickHouse:
+others say what happened.
+"""
+
+from __future__ import annotations
+
+import time
+from dataclasses import dataclass
+
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_asgi_app
+from starlette.applications import Starlette
+from starlette.requests import Request
+from starlette.responses import JSONResponse, PlainTextResponse
+from starlette.routing import Mount, Route
+
+_SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
+_RECORDS = (1, 10, 100, 1_000, 5_000, 10_000, 50_000, 100_000, 500_000)
+_WHERE = ("topic", "partition")
+
+
+@dataclass(frozen=True, slots=True)
+class Lag:
+    """Of one partition: records not yet in the tables, and how long the oldest of them has been in the log."""
+
+    records: int
+    seconds: float
+
+
+class Metrics:
+    """Described in docs/operations.md; every counter begins at 0 with the process."""
+
+    def __init__(self) -> None:
+        self.registry = CollectorRegistry()
+        self._lag_records = self._gauge("lag_records", "records that may be read and are not yet in the tables", _WHERE)
+        self._lag_seconds = self._gauge("lag_seconds", "age of the oldest of them in the log", _WHERE)
+        self._records = self._counter("records", "records inserted or found there", _WHERE)
+        self._bytes = self._counter("bytes", "their keys and values", _WHERE)
+        self._batch_records = self._histogram("batch_records", "records of an insert", _RECORDS)
+        self._insert_seconds = self._histogram("insert_seconds", "time an insert took", _SECONDS)
+        self._retries = self._counter("retries", "inserts and questions tried again", _WHERE)
+        self._rejected = self._counter("rejected_records", "records ClickHouse refused, dead letters now", _WHERE)
+        self._dead_letters = self._gauge(
+            "dead_letters", "rows of dead_letters by reason and stage", ("reason", "stage")
+        )
+        self._checked = self._counter("checked_offsets", "offsets of finished ranges looked for in the tables", _WHERE)
+        self._missing = self._counter("missing_offsets", "of those, neither a row nor a dead letter", _WHERE)
+        self._last_insert = self._gauge("last_insert_timestamp_seconds", "when an insert last succeeded", ())
+        self._waits_for: dict[str, str] = {"group": "not a member of the consumer group yet"}
+        self._lags: dict[str, Lag] = {}
+
+    def _name(self, name: str) -> str:
+        return f"fulgurite_materialiser_{name}"
+
+    def _gauge(self, name: str, what: str, labels: tuple[str, ...]) -> Gauge:
+        return Gauge(self._name(name), what, labels, registry=self.registry)
+
+    def _counter(self, name: str, what: str, labels: tuple[str, ...]) -> Counter:
+        return Counter(self._name(name), what, labels, registry=self.registry)
+
+    def _histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
+        return Histogram(self._name(name), what, ("topic",), buckets=buckets, registry=self.registry)
+
+    def joined(self) -> None:
+        """The group has said which partitions are ours, perhaps none."""
+        self._waits_for.pop("group", None)
+
+    def resuming(self, topic: str, partition: int) -> None:
+        """The partition is ours and not yet read from."""
+        self._waits_for[f"{topic}-{partition}"] = "resuming"
+
+    def resumed(self, topic: str, partition: int) -> None:
+        self._waits_for.pop(f"{topic}-{partition}", None)
+
+    def retried(self, topic: str, partition: int, why: str) -> None:
+        """Until the next success the partition is not keeping up."""
+        self._retries.labels(topic, partition).inc()
+        self._waits_for[f"{topic}-{partition}"] = why
+
+    def rejected(self, topic: str, partition: int) -> None:
+        self._rejected.labels(topic, partition).inc()
+
+    def inserted(self, topic: str, partition: int, records: int, size: int, seconds: float) -> None:
+        self._waits_for.pop(f"{topic}-{partition}", None)
+        self._records.labels(topic, partition).inc(records)
+        self._bytes.labels(topic, partition).inc(size)
+        self._batch_records.labels(topic).observe(records)
+        self._insert_seconds.labels(topic).observe(seconds)
+        self._last_insert.set(time.time())
+
+    def lag(self, topic: str, partition: int, lag: Lag) -> None:
+        self._lags[f"{topic}-{partition}"] = lag
+        self._lag_records.labels(topic, partition).set(lag.records)
+        self._lag_seconds.labels(topic, partition).set(lag.seconds)
+
+    def gone(self, topic: str, partition: int) -> None:
+        """The partition is another consumer's now: what we last knew of it must not go on being shown."""
+        self._waits_for.pop(f"{topic}-{partition}", None)
+        if self._lags.pop(f"{topic}-{partition}", None) is not None:
+            self._lag_records.remove(topic, partition)
+            self._lag_seconds.remove(topic, partition)
+
+    def dead_letters(self, counts: dict[tuple[str, str], int]) -> None:
+        """(reason, stage) -> rows."""
+        for labels, rows in counts.items():
+            self._dead_letters.labels(*labels).set(rows)
+
+    def reconciled(self, topic: str, partition: int, offsets: int, missing: int) -> None:
+        self._checked.labels(topic, partition).inc(offsets)
+        self._missing.labels(topic, partition).inc(missing)
+
+    def not_ready(self, ready_lag_seconds: float) -> dict[str, str]:
+        """Partition -> why it does not keep up. Empty: ready."""
+        late = {
+            name: f"{lag.records} records wait, the oldest for {lag.seconds:.0f} s"
+            for name, lag in self._lags.items()
+            if lag.seconds > ready_lag_seconds
+        }
+        return late | self._waits_for
+
+    def app(self, ready_lag_seconds: float) -> Starlette:
+        async def ready(request: Request) -> JSONResponse:
+            reasons = self.not_ready(ready_lag_seconds)
+            return JSONResponse({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+
+        async def health(request: Request) -> PlainTextResponse:
+            return PlainTextResponse("ok")
+
+        metrics = make_asgi_app(self.registry)
+        return Starlette(routes=[Route("/ready", ready), Route("/health", health), Mount("/metrics", metrics)])
