@@ -1,0 +1,182 @@
+"""The translator's loop; the flow and the contract are in the package's docstring."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Awaitable, Callable, Iterable
+from typing import Final
+
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
+
+from fulgurite.consumers.otlp.batches import otlp
+from fulgurite.consumers.otlp.spans import decode
+from fulgurite.consumers.otlp.wire import Malformed
+from fulgurite.consumers.translator.rewards import TELL_TALES, Refused, rewards_of
+from fulgurite.producers.backoff import Backoff
+from fulgurite.producers.kafka import connection_options
+from fulgurite.producers.publisher import Acknowledgement, Publisher
+from fulgurite.producers.service import run_service
+from fulgurite.schemas.dead_letters import DeadLetter
+from fulgurite.schemas.errors import BufferFull, InvalidEvent, Undelivered
+from fulgurite.schemas.rewards import Reward
+from fulgurite.schemas.settings import KafkaSettings, Settings
+from fulgurite.schemas.topics import OTLP_SPANS, REWARDS
+
+logger = logging.getLogger(__name__)
+
+Record = ConsumerRecord[bytes | None, bytes | None]
+Checkpoint = Callable[[str], Awaitable[None]]
+"""Awaited after each step with its name: tests crash there."""
+
+STAGE: Final = "translator"
+GROUP: Final = "translator"
+"""Consumer group, after the topic prefix."""
+BATCH_RECORDS: Final = 500
+"""Most records between two commits."""
+FETCH_BYTES: Final = 8 * 1024 * 1024
+"""Most bytes fetched ahead of a partition."""
+POLL_MS: Final = 500
+
+
+def main(settings: Settings) -> int:
+    """`fulgurite translator`."""
+    return run_service("translator", lambda stop: serve(settings, stop))
+
+
+async def no_checkpoint(step: str) -> None:
+    """Nothing to see."""
+
+
+async def serve(settings: Settings, stop: asyncio.Event, checkpoint: Checkpoint = no_checkpoint) -> None:
+    """Until `stop`. Waits for the broker, for ever."""
+    running = asyncio.create_task(_serve(settings, checkpoint))
+    stopping = asyncio.create_task(stop.wait())
+    await asyncio.wait({running, stopping}, return_when=asyncio.FIRST_COMPLETED)
+    stopping.cancel()
+    if running.done():
+        running.result()  # it never returns by itself: this raises what ended it
+        return
+    # Wherever it is, a crash there is allowed for.
+    running.cancel()
+    with contextlib.suppress(asyncio.CancelledError):
+        await running
+
+
+async def _serve(settings: Settings, checkpoint: Checkpoint) -> None:
+    publisher = Publisher(settings.kafka, settings.producer, settings.redaction)
+    await publisher.start()
+    try:
+        consumer = await _consumer(settings.kafka)
+        try:
+            logger.info("ready: rewards from %s to %s", settings.kafka.topic(OTLP_SPANS), settings.kafka.topic(REWARDS))
+            while True:
+                # 1
+                batches = await consumer.getmany(timeout_ms=POLL_MS, max_records=BATCH_RECORDS)
+                if not batches:
+                    continue
+                await checkpoint("read")
+                # 2
+                for records in batches.values():
+                    await publish(publisher, records)
+                await checkpoint("published")
+                # 3
+                await _commit(consumer, {tp: records[-1].offset + 1 for tp, records in batches.items()})
+                await checkpoint("committed")
+        finally:
+            await consumer.stop()
+    finally:
+        with contextlib.suppress(Undelivered):
+            await publisher.close(0)
+
+
+async def publish(publisher: Publisher, records: Iterable[Record]) -> None:
+    """Returns when the broker has the rewards of all these records."""
+    found: list[Reward | DeadLetter] = []
+    for record in records:
+        found += _events(record)
+    backoff = Backoff(logger)
+    while found:
+        try:
+            sent: list[Acknowledgement] = [await _send(publisher, event) for event in found]
+            await asyncio.gather(*sent)
+        except (BufferFull, Undelivered) as error:
+            # All of them again, in their order: under the same ids they count once.
+            await backoff.wait(f"cannot publish rewards: {error}")
+        else:
+            return
+
+
+def _events(record: Record) -> list[Reward | DeadLetter]:
+    if record.value is None or not any(name in record.value for name in TELL_TALES):
+        return []
+    try:
+        spans = decode(otlp(record.value))
+    except Malformed:
+        return []  # the materialiser's to tell, once
+    events: list[Reward | DeadLetter] = []
+    for span in spans:
+        for reward in rewards_of(span):
+            events.append(_dead(record, reward.message) if isinstance(reward, Refused) else reward)
+    return events
+
+
+def _dead(record: Record, message: str) -> DeadLetter:
+    logger.warning("%s-%d offset %d: %s", record.topic, record.partition, record.offset, message)
+    return DeadLetter(
+        topic=record.topic,
+        partition=record.partition,
+        offset=record.offset,
+        stage=STAGE,
+        reason="bad_field",
+        message=message,
+        key=record.key,
+        value=record.value,
+    )
+
+
+async def _send(publisher: Publisher, event: Reward | DeadLetter) -> Acknowledgement:
+    if isinstance(event, Reward):
+        try:
+            return await publisher.publish_reward(event)
+        except InvalidEvent:  # larger than a record may be: only its texts can be
+            return await publisher.publish_reward(event.model_copy(update={"metadata": {}}))
+    return await publisher.publish_dead_letter(event)
+
+
+async def _commit(consumer: AIOKafkaConsumer, offsets: dict[TopicPartition, int]) -> None:
+    """What cannot be committed is read again, by us or by the partition's next owner."""
+    try:
+        await consumer.commit({tp: offset for tp, offset in offsets.items() if tp in consumer.assignment()})
+    except (CommitFailedError, IllegalStateError) as error:
+        logger.info("the group was rebalanced: %s", error)
+    except KafkaError as error:
+        logger.warning("cannot commit: %r", error)
+
+
+async def _consumer(kafka: KafkaSettings) -> AIOKafkaConsumer:
+    """Connected and subscribed, as soon as the broker answers."""
+    backoff = Backoff(logger)
+    while True:
+        consumer = AIOKafkaConsumer(
+            kafka.topic(OTLP_SPANS),
+            **connection_options(kafka),
+            group_id=f"{kafka.topic_prefix}{GROUP}",
+            client_id="fulgurite-translator",
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            isolation_level="read_committed",
+            max_partition_fetch_bytes=FETCH_BYTES,
+        )
+        try:
+            await consumer.start()
+        except (KafkaError, OSError) as error:
+            await consumer.stop()
+            await backoff.wait(f"Kafka at {kafka.bootstrap_servers} is not ready: {error!r}")
+        except BaseException:
+            await consumer.stop()
+            raise
+        else:
+            return consumer

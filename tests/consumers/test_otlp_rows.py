@@ -1,0 +1,282 @@
+"""OTLP through the real engine: records become rows of `spans`, and dead letters."""
+
+from __future__ import annotations
+
+import base64
+import json
+import secrets
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import clickhouse_connect
+import pytest
+from clickhouse_connect.driver import Client
+from clickhouse_connect.driver.exceptions import DatabaseError
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from fulgurite.consumers.otlp import batches
+from fulgurite.consumers.otlp.rollout import attempt_of
+from fulgurite.consumers.otlp.spans import decode
+from fulgurite.infra.clickhouse import EmbeddedClickHouse
+from fulgurite.schemas.migrations import apply_migrations, connection_options
+from tests.consumers.otlp_encoding import (
+    START,
+    Record,
+    event,
+    fixed,
+    integer,
+    link,
+    part,
+    record,
+    resource_spans,
+    scope_spans,
+    span,
+    traces,
+)
+
+DATA = Path(__file__).parents[1] / "data" / "otlp"
+ONE_BLOCK = 2**40
+
+
+class Tables:
+    """The tables of one test, and the materialiser's insert."""
+
+    def __init__(self, client: Client) -> None:
+        self.client = client
+        self._offset = 0
+
+    def insert(self, records: Sequence[Record], token: str = "", into: int = 3) -> None:
+        self.client.raw_insert(
+            "in_otlp_spans",
+            batches.COLUMNS,
+            batches.body("otlp_spans", 0, records, lambda _: into),
+            settings={
+                "insert_deduplication_token": token or secrets.token_hex(8),
+                "async_insert": 0,
+                "max_threads": 1,
+                "max_insert_block_size": ONE_BLOCK,
+                "min_insert_block_size_rows": ONE_BLOCK,
+                "min_insert_block_size_bytes": ONE_BLOCK,
+                **batches.insert_settings(),
+            },
+            fmt=batches.FORMAT,
+        )
+
+    def row(self, value: bytes) -> dict[str, Any]:
+        """The row of a record with one span."""
+        self._offset += 1
+        self.insert([Record(self._offset, value)])
+        (row,) = self.rows("spans", f"_offset = {self._offset}")
+        return row
+
+    def rows(self, table: str, where: str = "1") -> list[dict[str, Any]]:
+        query = f"SELECT * FROM {table} WHERE {where} ORDER BY _offset, _index"
+        return list(self.client.query(query).named_results())
+
+
+@pytest.fixture(scope="module")
+def client(clickhouse_server: EmbeddedClickHouse) -> Iterator[Client]:
+    """Of a database with all tables: they take longer to make than a test to run."""
+    settings = clickhouse_server.settings(database=f"test_{secrets.token_hex(4)}")
+    apply_migrations(settings)
+    with clickhouse_connect.get_client(**connection_options(settings), database=settings.database) as client:
+        yield client
+    clickhouse_server.command(f"DROP DATABASE {settings.database} SYNC")
+
+
+@pytest.fixture
+def tables(client: Client) -> Tables:
+    for table in ("spans", "dead_letters"):
+        client.command(f"TRUNCATE TABLE {table}")
+    return Tables(client)
+
+
+def recorded(encoding: str) -> list[Record]:
+    """What a Collector wrote: see tests/data/otlp/README.md."""
+    lines = (DATA / f"{encoding}.txt").read_text().splitlines()
+    pairs = [line.split(" ") for line in lines]
+    return [Record(at, base64.b64decode(value), key.encode()) for at, (key, value) in enumerate(pairs)]
+
+
+@pytest.mark.parametrize("encoding", ["otlp_proto", "otlp_json"])
+def test_what_a_real_collector_wrote(tables: Tables, encoding: str) -> None:
+    tables.insert(recorded(encoding))
+    rows = {row["name"]: row for row in tables.rows("spans")}
+    assert len(rows) == 9
+    assert not tables.rows("dead_letters")
+    chat = rows["chat m"]
+    assert (chat["rollout_id"], chat["attempt_id"], chat["sequence_id"]) == ("ro-1", "at-1", 4)
+    assert (chat["kind"], chat["status"], chat["service"], chat["operation"]) == ("client", "ok", "agent", "chat")
+    assert (chat["model"], chat["endpoint"], chat["finish_reason"]) == ("m-2026", "api.example.com", "stop")
+    assert (chat["input_tokens"], chat["output_tokens"]) == (12, 3)
+    assert json.loads(chat["input"])[0]["parts"][0]["content"] == "1+1?"
+    assert json.loads(chat["output"])[0]["role"] == "assistant"
+    assert (chat["prompt_token_ids"], chat["response_token_ids"], chat["logprobs"]) == (
+        [1, 2, 3],
+        [4, 5],
+        [-0.5, -0.25],
+    )
+    assert chat["attributes"]["otel.scope.name"] == "recorder"
+    assert chat["attributes"]["gen_ai.usage.input_tokens"] == "12"
+    assert "prompt_token_ids" not in chat["attributes"]
+    assert chat["resource_attributes"]["telemetry.sdk.language"] == "python"
+    assert chat["events"][0]["name"] == "gen_ai.evaluation.result"
+    assert chat["events"][0]["attributes"]["gen_ai.evaluation.score.value"] == "0.75"
+    agent = rows["invoke_agent"]
+    assert (agent["agent"], agent["span_id"], agent["trace_id"]) == ("solver", chat["parent_span_id"], chat["trace_id"])
+    tool = rows["calculator"]
+    assert (tool["operation"], tool["input"], tool["output"]) == ("execute_tool", "1+1", "2")
+    assert (tool["status"], tool["status_message"]) == ("error", "slow")
+    older = rows["openai.chat"]
+    assert (older["rollout_id"], older["attempt_id"], older["operation"]) == ("ro-2", "at-2", "chat")
+    assert (older["input_tokens"], older["output_tokens"], older["finish_reason"]) == (7, 2, "stop")
+    assert json.loads(older["input"]) == {"gen_ai.prompt.0.role": "user", "gen_ai.prompt.0.content": "hi"}
+    inference = rows["LLM"]
+    assert (inference["rollout_id"], inference["operation"], inference["model"]) == ("ro-3", "chat", "oi")
+    assert (inference["input_tokens"], inference["output_tokens"]) == (5, 6)
+    linked = rows["linked"]
+    assert (linked["rollout_id"], linked["attempt_id"]) == ("ro-4", "at-4")
+    assert (linked["links"][0]["trace_id"], linked["links"][0]["span_id"]) == ("11" * 16, "22" * 8)
+
+
+def test_values_as_text(tables: Tables) -> None:
+    tables.insert(recorded("otlp_proto"))
+    (plain,) = tables.rows("spans", "name = 'plain'")
+    assert plain["rollout_id"] == ""
+    own = {k: v for k, v in plain["attributes"].items() if not k.startswith("otel.") and k != "nested"}
+    assert own == {
+        "zero": "0",
+        "no": "false",
+        "half": "0.5",
+        "names": '["a","b"]',
+        "counts": "[1,2]",
+        "flags": "[true,false]",
+        "empty": "",
+        "none": "[]",
+        "raw": "AP8=",
+    }
+    nested = json.loads(plain["attributes"]["nested"])
+    assert b"role" in base64.b64decode(nested["list"][0]), "two levels are read; what is deeper stays protobuf"
+    traced = tables.client.query("SELECT SpanName, ServiceName FROM otel_traces WHERE SpanName = 'plain'").result_rows
+    assert list(traced) == [("plain", "agent")]
+
+
+def test_the_place_of_a_span_counts_over_the_whole_record(tables: Tables) -> None:
+    value = traces(
+        resource_spans(
+            {"service.name": "a"}, scope_spans([span(name="0"), span(name="1")]), scope_spans([span(name="2")])
+        ),
+        resource_spans({"service.name": "b"}, scope_spans([span(name="3")], "scope", "1")),
+    )
+    tables.insert([Record(5, value)])
+    found = [(r["_offset"], r["_index"], r["name"], r["service"]) for r in tables.rows("spans")]
+    assert found == [(5, 0, "0", "a"), (5, 1, "1", "a"), (5, 2, "2", "a"), (5, 3, "3", "b")]
+
+
+def test_a_span_that_cannot_be_used_is_a_dead_letter_and_the_others_are_rows(tables: Tables) -> None:
+    bad = [
+        (span({"why": "x"}, span_id=b""), "span_id: must not be empty"),
+        (span(start=START, end=START - 1), "end_time_unix_nano: is before start_time_unix_nano"),
+        (span(start=2**63, end=2**63), "start_time_unix_nano, end_time_unix_nano: must be below 2^63"),
+    ]
+    tables.insert([Record(9, record(span(), *(value for value, _ in bad), span()))])
+    assert [row["_index"] for row in tables.rows("spans")] == [0, 4]
+    dead = tables.rows("dead_letters")
+    assert [(d["_offset"], d["_index"], d["reason"], d["message"]) for d in dead] == [
+        (9, at + 1, "bad_field", message) for at, (_, message) in enumerate(bad)
+    ]
+    assert json.loads(json.loads(dead[0]["value"])["attributes"]) == {"why": "x"}
+    assert (dead[0]["stage"], dead[0]["key"], dead[0]["topic"]) == ("materialiser", "k", "otlp_spans")
+
+
+def test_what_protobuf_does_not_parse_makes_the_insert_fail_with_a_refusal(tables: Tables) -> None:
+    for attribute in (b"\x0a\xff", b"\x10\x02", b"\x0a\x01a\x18\x01", b"\x0f"):
+        broken = record(part(9, part(1, b"key") + part(2, attribute)))
+        with pytest.raises(DatabaseError) as error:
+            tables.insert([Record(1, record(span())), Record(2, broken)])
+        assert error.value.code in batches.REFUSALS, error.value
+        assert not tables.rows("spans")
+
+
+def test_later_versions_of_otlp_are_read(tables: Tables) -> None:
+    row = tables.row(record(span(kind=9, more=part(900, b"new") + integer(901, 5) + fixed(902, 6) + part(3, b"k=v"))))
+    assert (row["kind"], row["extra"]) == ("internal", {"span_kind": "9", "trace_state": "k=v"})
+
+
+def test_one_insert_is_one_part_of_each_table_and_its_repetition_none(tables: Tables) -> None:
+    many = [span({"fulgurite.rollout_id": f"r{at}"}, span_id=at.to_bytes(8, "big")) for at in range(1, 1_000)]
+    records = [Record(at, record(*many, span(span_id=b""))) for at in range(100)]
+    token = secrets.token_hex(8)
+    for _ in range(2):
+        tables.insert(records, token=token)
+    found = tables.client.query(
+        "SELECT table, count(), sum(rows) FROM system.parts WHERE database = currentDatabase() AND level = 0 "
+        "AND rows > 0 AND table IN ('spans', 'dead_letters') GROUP BY table ORDER BY table"
+    ).result_rows
+    assert list(found) == [("dead_letters", 1, 100), ("spans", 1, 99_900)]
+
+
+@pytest.mark.parametrize(("into", "expected"), [(1, (1, 0)), (2, (0, 1)), (3, (1, 1))])
+def test_a_broken_insert_is_mended_table_by_table(tables: Tables, into: int, expected: tuple[int, int]) -> None:
+    tables.insert([Record(1, record(span(), span(span_id=b"")))], into=into)
+    assert (len(tables.rows("spans")), len(tables.rows("dead_letters"))) == expected
+
+
+IDS = st.sampled_from(["", "r1", "r2", "ä:b"])
+NAMES = [
+    f"{where}{prefix}.{name}"
+    for where in ("", "baggage.")
+    for prefix in ("fulgurite", "agentlightning")
+    for name in ("rollout_id", "attempt_id")
+]
+FEW = st.dictionaries(st.sampled_from(NAMES), IDS, max_size=4)
+
+
+@given(st.lists(st.tuples(FEW, FEW, st.lists(FEW, max_size=2)), min_size=20, max_size=60))
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_sql_and_python_find_the_same_rollout(
+    tables: Tables, cases: list[tuple[dict[str, str], dict[str, str], list[dict[str, str]]]]
+) -> None:
+    tables.client.command("TRUNCATE TABLE spans")
+    values = [record(span(own, links=[link(one) for one in links]), resource=res) for own, res, links in cases]
+    tables.insert([Record(at, value) for at, value in enumerate(values)])
+    expected = [attempt_of(decode(value)[0]) for value in values]
+    assert [(row["rollout_id"], row["attempt_id"]) for row in tables.rows("spans")] == expected
+
+
+COLUMN_NAMES: dict[str, list[str]] = {
+    "agent": ["gen_ai.agent.name", "agent.name"],
+    "model": ["gen_ai.response.model", "gen_ai.request.model", "llm.model_name", "embedding.model_name"],
+    "input": ["gen_ai.input.messages", "gen_ai.prompt", "gen_ai.tool.call.arguments", "input.value"],
+    "output": ["gen_ai.output.messages", "gen_ai.completion", "gen_ai.tool.call.result", "output.value"],
+    "input_tokens": ["gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens", "llm.token_count.prompt"],
+    "output_tokens": ["gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens", "llm.token_count.completion"],
+    "endpoint": ["server.address", "gen_ai.openai.api_base", "url.full"],
+    "finish_reason": ["gen_ai.response.finish_reasons", "gen_ai.response.finish_reason", "llm.finish_reason"],
+}
+"""The rule once more, as somebody would write it down for users."""
+ATTRIBUTES = st.dictionaries(
+    st.sampled_from([name for names in COLUMN_NAMES.values() for name in names] + ["other", "gen_ai.system"]),
+    st.text(max_size=8) | st.integers(0, 2**62),
+    max_size=12,
+)
+
+
+@given(st.lists(ATTRIBUTES, min_size=20, max_size=60))
+@settings(max_examples=5, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_of_several_names_the_newest_counts(tables: Tables, cases: list[dict[str, str | int]]) -> None:
+    tables.client.command("TRUNCATE TABLE spans")
+    values = [record(span(case, events=[event("e", case)])) for case in cases]
+    tables.insert([Record(at, value) for at, value in enumerate(values)])
+    rows = tables.rows("spans")
+    for case, row in zip(cases, rows, strict=True):
+        assert row["attributes"] == {name: str(value) for name, value in case.items()}
+        assert row["events"][0]["attributes"] == row["attributes"]
+        for column, names in COLUMN_NAMES.items():
+            value = str(next((case[name] for name in names if name in case), ""))
+            if column.endswith("_tokens"):
+                assert row[column] == (int(value) if value.isascii() and value.isdigit() else 0)
+            else:
+                assert row[column] == value, (column, case)

@@ -1,0 +1,178 @@
+"""The translator: rewards out of spans, and their delivery through the real broker, also across crashes."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncGenerator
+from typing import Any
+
+import pytest
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+
+from fulgurite.consumers.otlp.spans import decode
+from fulgurite.consumers.translator.rewards import TELL_TALES, Refused, rewards_of
+from fulgurite.consumers.translator.service import serve
+from fulgurite.producers.kafka import connection_options
+from fulgurite.schemas.codec import decode as decode_event
+from fulgurite.schemas.rewards import Reward
+from fulgurite.schemas.settings import KafkaSettings, Settings
+from fulgurite.schemas.topics import DEAD_LETTERS, OTLP_SPANS, REWARDS, Topic
+from tests.consumers.otlp_encoding import SPAN, START, event, record, span
+
+ROLLOUT = {"agentlightning.rollout_id": "r", "agentlightning.attempt_id": "a"}
+AGL = {"agentlightning.reward.0.name": "correct", "agentlightning.reward.0.value": 0.5}
+
+
+def rewards(value: bytes) -> list[Reward | Refused]:
+    assert any(name in value for name in TELL_TALES)
+    return [reward for one in decode(value) for reward in rewards_of(one)]
+
+
+def only(value: bytes) -> Reward:
+    (found,) = rewards(value)
+    assert isinstance(found, Reward)
+    return found
+
+
+def test_a_reward_span_of_agent_lightning() -> None:
+    more = {"agentlightning.reward.1.name": "short", "agentlightning.reward.1.value": 1}
+    found = only(record(span({**AGL, **more}), resource=ROLLOUT))
+    assert (found.rollout_id, found.attempt_id, found.span_id) == ("r", "a", "")
+    assert (found.name, found.value, found.dimensions) == ("reward", 0.5, {"correct": 0.5, "short": 1.0})
+    assert found.time_ns == START + 1_000
+    assert only(record(span(AGL), resource=ROLLOUT)).dimensions == {}
+
+
+def test_a_link_to_a_span_is_followed_and_another_one_kept() -> None:
+    link = {"agentlightning.link.0.key_match": "span_id", "agentlightning.link.0.value_match": "ab" * 8}
+    assert only(record(span({**AGL, **link}), resource=ROLLOUT)).span_id == "ab" * 8
+    link["agentlightning.link.0.key_match"] = "gen_ai.response.id"
+    found = only(record(span({**AGL, **link}), resource=ROLLOUT))
+    assert (found.span_id, found.metadata) == ("", {"gen_ai.response.id": "ab" * 8})
+
+
+@pytest.mark.parametrize("name", ["agentops.task.output", "agentops.entity.output"])
+def test_older_forms(name: str) -> None:
+    assert only(record(span({name: '{"type": "reward", "value": 2}'}), resource=ROLLOUT)).value == 2
+    assert only(record(span({name: {"type": "reward", "value": 0.5}}), resource=ROLLOUT)).value == 0.5
+    assert rewards(record(span({name: '{"type": "reward", "value": null}'}), resource=ROLLOUT)) == []
+    assert rewards(record(span({name: "no JSON, a reward"}), resource=ROLLOUT)) == []
+    assert only(record(span({"reward": 1.0}, name="agentlightning.annotation"), resource=ROLLOUT)).value == 1
+    assert rewards(record(span({"reward": 1.0}, name="other"), resource=ROLLOUT)) == []
+
+
+def test_evaluations_of_a_span() -> None:
+    good = {"gen_ai.evaluation.name": "relevance", "gen_ai.evaluation.score.value": 0.75}
+    label = {"gen_ai.evaluation.name": "label only", "gen_ai.evaluation.score.label": "pass"}
+    whole = {
+        "gen_ai.evaluation.name": "reward",
+        "gen_ai.evaluation.score.value": 1,
+        "gen_ai.evaluation.explanation": "!",
+    }
+    events = [event("gen_ai.evaluation.result", values, 7) for values in (good, label, whole)]
+    first, second = rewards(record(span(ROLLOUT, events=[event("other", {}), *events])))
+    assert isinstance(first, Reward)
+    assert isinstance(second, Reward)
+    assert (first.name, first.value, first.span_id, first.time_ns) == ("relevance", 0.75, SPAN.hex(), 7)
+    assert (second.name, second.value, second.span_id, second.metadata) == ("reward", 1, "", {"explanation": "!"})
+    assert first.reward_id != second.reward_id
+
+
+def test_the_same_span_has_the_same_ids_and_another_one_has_others() -> None:
+    value = record(span(AGL), resource=ROLLOUT)
+    assert only(value).reward_id == only(value).reward_id
+    assert only(value).reward_id != only(record(span(AGL, span_id=b"\xff" * 8), resource=ROLLOUT)).reward_id
+
+
+def test_nobody_is_rewarded_without_a_rollout() -> None:
+    assert rewards(record(span(AGL))) == []
+
+
+@pytest.mark.parametrize("value", ["many", float("nan"), float("inf"), [1.0], "1e999"])
+def test_what_is_no_finite_number_is_refused(value: Any) -> None:
+    (found,) = rewards(record(span({"agentlightning.reward.0.value": value}), resource=ROLLOUT))
+    assert isinstance(found, Refused)
+    assert "value" in found.message
+
+
+async def send(kafka: KafkaSettings, *values: bytes) -> None:
+    async with AIOKafkaProducer(**connection_options(kafka)) as producer:
+        for value in values:
+            await producer.send_and_wait(kafka.topic(OTLP_SPANS), value=value, partition=0)
+
+
+async def read(kafka: KafkaSettings, topic: Topic, count: int) -> list[bytes]:
+    """All values of the topic, at least `count`."""
+    async with AIOKafkaConsumer(
+        kafka.topic(topic), **connection_options(kafka), auto_offset_reset="earliest", group_id=None
+    ) as consumer:
+        found: list[bytes] = []
+        async with asyncio.timeout(30):
+            while len(found) < count:
+                for records in (await consumer.getmany(timeout_ms=200)).values():
+                    found += [record.value for record in records if record.value is not None]
+        return found
+
+
+@contextlib.asynccontextmanager
+async def translating(settings: Settings) -> AsyncGenerator[None]:
+    stop = asyncio.Event()
+    running = asyncio.create_task(serve(settings, stop))
+    try:
+        yield
+    finally:
+        stop.set()
+        await running
+
+
+def mine(prefix: str, number: int) -> bytes:
+    return record(span(AGL), resource={"fulgurite.rollout_id": f"{prefix}-{number}"})
+
+
+def from_test(prefix: str, values: list[bytes]) -> list[Reward]:
+    """The topic otlp_spans has no prefix: other tests' records may lie in it."""
+    found = [decode_event(Reward, value) for value in values]
+    return [reward for reward in found if reward.rollout_id.startswith(prefix)]
+
+
+async def test_rewards_reach_their_topic_and_what_is_none_the_dead_letters(kafka_settings: KafkaSettings) -> None:
+    prefix = kafka_settings.topic_prefix.strip(".")
+    bad = record(span({"agentlightning.reward.0.value": "many"}), resource={"fulgurite.rollout_id": f"{prefix}-bad"})
+    await send(kafka_settings, record(span()), b"reward, but no protobuf", bad, mine(prefix, 1), mine(prefix, 2))
+    async with translating(Settings(kafka=kafka_settings)):
+        values = await read(kafka_settings, REWARDS, 2)
+        dead = await read(kafka_settings, DEAD_LETTERS, 1)
+    assert {reward.rollout_id for reward in from_test(prefix, values)} == {f"{prefix}-1", f"{prefix}-2"}
+    assert dead[-1] == bad
+
+
+class Crash(Exception):
+    pass
+
+
+@pytest.mark.parametrize("step", ["read", "published", "committed"])
+async def test_a_crash_after_any_step_loses_nothing_and_repeats_under_the_same_ids(
+    kafka_settings: KafkaSettings, step: str
+) -> None:
+    prefix = kafka_settings.topic_prefix.strip(".")
+    settings = Settings(kafka=kafka_settings)
+    await send(kafka_settings, *(mine(prefix, number) for number in range(20)))
+
+    async def crash(at: str) -> None:
+        if at == step:
+            raise Crash
+
+    with pytest.raises(Crash):
+        async with asyncio.timeout(30):
+            await serve(settings, asyncio.Event(), crash)
+    await send(kafka_settings, mine(prefix, 20))
+    async with translating(settings):
+        found: list[Reward] = []
+        async with asyncio.timeout(30):
+            while f"{prefix}-20" not in {reward.rollout_id for reward in found}:
+                found = from_test(prefix, await read(kafka_settings, REWARDS, 1))
+    assert {reward.rollout_id for reward in found} == {f"{prefix}-{number}" for number in range(21)}
+    assert len({reward.reward_id for reward in found}) == 21
+    if step == "committed":
+        assert len(found) == 21
