@@ -5,9 +5,18 @@ from __future__ import annotations
 from typing import Annotated
 
 import typer
+from rich.markup import escape
 
-from fulgurite.infra import cli_data, cli_demo
-from fulgurite.infra.cli_common import DataOption, SetOption, data_folder, lazy_module, read_settings, register
+from fulgurite.infra import cli_data, cli_demo, cli_dlq, cli_replay
+from fulgurite.infra.cli_common import (
+    DataOption,
+    SetOption,
+    data_folder,
+    errors,
+    lazy_module,
+    read_settings,
+    register,
+)
 from fulgurite.schemas.settings import Settings
 
 app = typer.Typer(
@@ -20,6 +29,8 @@ app = typer.Typer(
 )
 cli_data.add_to(app)
 cli_demo.add_to(app)
+cli_dlq.add_to(app)
+cli_replay.add_to(app)
 
 
 @register(app, "up", "fulgurite up --data .fulgurite")
@@ -53,13 +64,26 @@ def status(data: DataOption = None, sets: SetOption = None) -> int:
     return show_status(data_folder(data), read_settings(data, sets))
 
 
-def _service(name: str, module: str, summary: str, example: str = "") -> None:
+def _service(name: str, module: str, summary: str, example: str = "", *, kafka: bool = True) -> None:
     def run(data: DataOption = None, sets: SetOption = None) -> int:
         settings = read_settings(data, sets)  # before the import: a wrong setting is told at once
+        if kafka:
+            _check_credentials(settings)
         return _main_of(module, settings)
 
     run.__doc__ = summary
     register(app, name, example or f"fulgurite {name}", rich_help_panel="Services")(run)
+
+
+def _check_credentials(settings: Settings) -> None:
+    """Wrong ones are told at once, and end the service; a broker that is away is waited for by the service."""
+    import asyncio
+
+    from fulgurite.producers.credentials import ensure_accepted
+
+    problem = asyncio.run(ensure_accepted(settings.kafka))
+    if problem is not None:
+        errors.print(f"[yellow]{escape(problem.text)}[/]: waiting", soft_wrap=True)
 
 
 def _main_of(module: str, settings: Settings) -> int:
@@ -78,6 +102,7 @@ _service(
     "fulgurite.streams.policy_server",
     "The embedded policy server for a machine without vLLM.",
     "fulgurite policy-server --set policy_server.model=./model",
+    kafka=False,
 )
 _service("follower", "fulgurite.consumers.follower", "Brings policy servers to the newest version.")
 _service(
@@ -87,6 +112,7 @@ _service(
     "fulgurite runner --set runner.agent=examples.calculator.agent:agent",
 )
 _service("materialiser", "fulgurite.consumers.materialiser", "Writes all topics into ClickHouse, exactly once.")
+_service("translator", "fulgurite.consumers.translator", "Publishes the rewards that OTLP spans carry.")
 _service("assembler", "fulgurite.streams.assembler", "Joins spans, rewards and rollouts into trajectories.")
 _service(
     "train",

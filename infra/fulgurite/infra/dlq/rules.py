@@ -1,0 +1,133 @@
+"""Whether sending a dead letter again makes sense, and what is to be sent.
+
+Pure: it asks nobody. A refusal says why, what would help, and whether --force may override it.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import dataclass
+from typing import Any
+
+from fulgurite.infra.dlq.actions import Mend
+from fulgurite.infra.dlq.letters import Letter, topic_named
+from fulgurite.infra.dlq.mending import validate
+from fulgurite.schemas import topics
+from fulgurite.schemas.errors import InvalidEvent
+from fulgurite.schemas.settings import KafkaSettings
+
+ANYBODYS_EVENTS = ("queued", "cancelled", "heartbeat")
+"""What others than the coordinator may say about a rollout."""
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    why: str
+    force_helps: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Outgoing:
+    """One letter, ready to be sent."""
+
+    letter: Letter
+    topic: str
+    key: bytes | None
+    value: bytes
+    mend_id: str
+    """Empty: the original bytes."""
+
+
+def outgoing(
+    settings: KafkaSettings, letter: Letter, mend: Mend | None, known_rollouts: Collection[str], *, force: bool
+) -> Outgoing | Refusal:
+    """What to send for this letter, or why nothing."""
+    refusal = _no_way(settings, letter)
+    if refusal is not None:
+        return refusal
+    value = mend.value if mend else letter.value
+    try:
+        event = validate(settings, letter.original_topic, value)
+    except InvalidEvent as error:
+        event = None
+        refusal = Refusal(
+            f"it would be a dead letter again: {error.reason}: {error}. Mend it first: fulgurite dlq mend", True
+        )
+    else:
+        is_life = topic_named(settings, letter.original_topic) is topics.ROLLOUTS
+        refusal = _useless(letter, event, known_rollouts, is_life=is_life, mended=mend is not None)
+    if refusal is not None and not force:
+        return refusal
+    key = letter.key or None
+    named = _key_of(event)
+    if named and (mend is not None or key is None):
+        # Where the mend corrected the id, the record belongs into that id's partition.
+        key = named
+    mend_id = mend.mend_id if mend else ""
+    return Outgoing(letter, letter.original_topic, key, _with_identity(settings, letter, event, value), mend_id)
+
+
+def rollout_of(event: Any) -> str:
+    """Empty where it names none."""
+    return str(getattr(event, "rollout_id", ""))
+
+
+def _no_way(settings: KafkaSettings, letter: Letter) -> Refusal | None:
+    """What no --force overrides."""
+    if not letter.original_topic:
+        return Refusal(f"it never was a record of a topic: the {letter.stage} kept these bytes to be looked at", False)
+    topic = topic_named(settings, letter.original_topic)
+    if topic is None or topic is topics.DEAD_LETTERS:
+        return Refusal(f"{letter.original_topic} is no topic that takes records of this namespace", False)
+    if "compact" in topic.cleanup:
+        return Refusal(
+            f"{letter.original_topic} is compacted: an old record sent again would count as the newest of its key, and "
+            "push out the one that is. Publish it anew from where it comes",
+            False,
+        )
+    return None
+
+
+def _useless(
+    letter: Letter, event: Any, known_rollouts: Collection[str], *, is_life: bool, mended: bool
+) -> Refusal | None:
+    """What would not come to a better end than the last time."""
+    if event is None:
+        return Refusal("nobody here can check it (OTLP protobuf); once its reader is mended, use --force", True)
+    rollout = rollout_of(event)
+    kind = getattr(event, "event", "")
+    if is_life and kind not in ANYBODYS_EVENTS:
+        return Refusal(f"`{kind}` is for the coordinator alone to say, in its order; it says it again by itself", True)
+    reasons = {reason for _, reason, _ in letter.verdicts} or {letter.reason}
+    if "late" in reasons and not mended:
+        return Refusal(
+            f"rollout {rollout} had ended and its trajectory was emitted: it would come late again. The tables have it",
+            True,
+        )
+    if "unknown_rollout" in reasons and kind != "queued" and rollout not in known_rollouts:
+        return Refusal(f"still nobody announced rollout {rollout}: queue it first, then replay", True)
+    if "bad_tokens" in reasons and not mended:
+        return Refusal("the trainer would refuse the same tokens again: mend it first: fulgurite dlq mend", True)
+    return None
+
+
+def _key_of(event: Any) -> bytes | None:
+    """The key that producers give such an event."""
+    fields = ("run_id",)
+    if hasattr(event, "rollout_id"):
+        fields = ("group_id", "rollout_id") if hasattr(event, "sequences") else ("rollout_id",)
+    return next((str(value).encode() for field in fields if (value := getattr(event, field, ""))), None)
+
+
+def _with_identity(settings: KafkaSettings, letter: Letter, event: Any, value: bytes) -> bytes:
+    """A reward without reward_id is named after its place, as the table names it: however often it is sent, it counts
+    once."""
+    if topic_named(settings, letter.original_topic) is not topics.REWARDS or event is None:
+        return value
+    record = json.loads(value)
+    if record.get("reward_id"):
+        return value
+    place = letter.place
+    name = f"{place.topic}-{place.partition}-{place.offset}" + (f"-{place.index}" if place.index else "")
+    return json.dumps({**record, "reward_id": name}, ensure_ascii=False, separators=(",", ":")).encode()

@@ -1,0 +1,227 @@
+"""One partition's replay, chunk by chunk: steps 1 to 5 of the contract (see the package).
+
+Bounds: a chunk in records and bytes. Both stores are waited for, for ever, and it says so; stop it whenever you like.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from collections import deque
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, TypeVar
+
+from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from clickhouse_connect.driver.exceptions import OperationalError
+
+from fulgurite.consumers.materialiser.blocks import Partition, missing
+from fulgurite.consumers.materialiser.store import Rejected, Unavailable
+from fulgurite.infra.replay import marks
+from fulgurite.infra.replay.marks import Mark
+from fulgurite.infra.replay.store import Range, ReplayStore
+from fulgurite.producers.kafka import connection_options
+from fulgurite.schemas.settings import KafkaSettings
+
+if TYPE_CHECKING:
+    from clickhouse_connect.driver import Client
+
+T = TypeVar("T")
+Kafka = ConsumerRecord[bytes, bytes]
+
+CHUNK_RECORDS = 5_000
+CHUNK_BYTES = 16 * 1024 * 1024
+CHUNKS_PER_PART = 20
+"""A delete rewrites a mask of every part of the table that has such rows: not for every chunk."""
+POLL_MS = 500
+RETRY_SECONDS = (0.2, 5.0)
+COMPLAIN_SECONDS = 5.0
+
+
+@dataclass(slots=True)
+class Counts:
+    """What was done; `records` of them are there + inserted."""
+
+    offsets: int = 0
+    """Of the range, those without a record too (markers of transactions, compaction)."""
+    records: int = 0
+    there: int = 0
+    inserted: int = 0
+    expired: int = 0
+    """Offsets that Kafka forgot before they were read: their rows are left as they are."""
+    rows: int = 0
+    """Of the range in the topic's table, afterwards."""
+    dead: int = 0
+
+    def add(self, other: Counts) -> None:
+        for name in self.__slots__:
+            setattr(self, name, getattr(self, name) + getattr(other, name))
+
+
+@dataclass(frozen=True, slots=True)
+class Watch:
+    """Who is told what happens: a terminal, a log, a test that crashes it."""
+
+    advance: Callable[[int], None] = lambda offsets: None
+    complain: Callable[[str], None] = lambda problem: None
+    checkpoint: Callable[[str], None] = lambda step: None
+
+
+@dataclass(slots=True)
+class _Reading:
+    """Where the reader stands in one partition."""
+
+    tp: TopicPartition
+    buffer: deque[Kafka] = field(default_factory=lambda: deque[Kafka]())
+
+
+class Replayer:
+    """Use as `async with`; `run` for one partition after the other."""
+
+    def __init__(self, kafka: KafkaSettings, client: Client, store: ReplayStore, watch: Watch) -> None:
+        self._client = client
+        self._store = store
+        self._watch = watch
+        self._complained = 0.0
+        self._consumer: AIOKafkaConsumer = AIOKafkaConsumer(
+            **connection_options(kafka),
+            isolation_level="read_committed",
+            enable_auto_commit=False,
+            auto_offset_reset="earliest",
+            max_partition_fetch_bytes=max(1 << 20, kafka.max_record_bytes),
+        )
+
+    async def __aenter__(self) -> Replayer:
+        await self._consumer.start()
+        return self
+
+    async def __aexit__(self, *_: object) -> None:
+        await self._consumer.stop()
+
+    async def run(self, mark: Mark, partition: Partition) -> Counts:
+        """1 to 5 from where the mark says it stands, until its end."""
+        counts = Counts(offsets=mark.hi - mark.lo)
+        reading = _Reading(TopicPartition(partition.name, partition.number))
+        self._consumer.assign([reading.tp])
+        self._consumer.seek(reading.tp, mark.next)
+        part = at = mark.next
+        chunks = 0
+        while at < mark.hi:
+            at = await self._skip_expired(reading, at, mark.hi, counts)
+            # 1
+            records, end = await self._read(reading, at, mark.hi)
+            if records:
+                await self._insert_missing(mark, Range(partition, at, end), records, counts)
+            self._watch.checkpoint("inserted")
+            self._watch.advance(end - at)
+            at, chunks = end, chunks + 1
+            if chunks == CHUNKS_PER_PART or at >= mark.hi:
+                await self._end_part(mark, Range(partition, part, at))
+                part, chunks = at, 0
+        await self._patiently("log the end", lambda: self._mark(lambda: marks.write(self._client, [mark], marks.DONE)))
+        whole = Range(partition, mark.lo, mark.hi)
+        counts.rows, counts.dead = await self._patiently("count rows", lambda: self._store.rows(whole))
+        return counts
+
+    async def _end_part(self, mark: Mark, part: Range) -> None:
+        if mark.rebuild:
+            # 4
+            await self._patiently("delete old rows", lambda: self._store.delete_old(part, mark.begun_ms))
+        self._watch.checkpoint("deleted")
+        # 5
+        await self._patiently("log", lambda: self._mark(lambda: marks.write_part(self._client, mark, part.lo, part.hi)))
+        self._watch.checkpoint("logged")
+
+    async def _skip_expired(self, reading: _Reading, at: int, hi: int, counts: Counts) -> int:
+        begin = (await self._consumer.beginning_offsets([reading.tp]))[reading.tp]
+        if begin <= at:
+            return at
+        known = min(begin, hi)
+        counts.expired += known - at
+        self._watch.advance(known - at)
+        while reading.buffer and reading.buffer[0].offset < known:
+            reading.buffer.popleft()
+        return known
+
+    async def _read(self, reading: _Reading, lo: int, hi: int) -> tuple[list[Kafka], int]:
+        """The records of a chunk, and the offset it goes up to, excluded."""
+        chunk: list[Kafka] = []
+        size = 0
+        waited = time.monotonic()
+        while lo < hi:
+            if not reading.buffer:
+                if await self._consumer.position(reading.tp) >= hi:
+                    return chunk, hi
+                found = await self._consumer.getmany(reading.tp, timeout_ms=POLL_MS)
+                reading.buffer.extend(record for record in found.get(reading.tp, []) if record.offset >= lo)
+                if found:
+                    waited = time.monotonic()
+                elif time.monotonic() - waited > COMPLAIN_SECONDS:
+                    self._complain(f"waiting for Kafka: {reading.tp.topic}-{reading.tp.partition} from offset {lo}")
+                continue
+            record = reading.buffer[0]
+            size += len(record.value or b"") + len(record.key or b"")
+            if record.offset >= hi:
+                return chunk, hi
+            if chunk and (len(chunk) >= CHUNK_RECORDS or size > CHUNK_BYTES):
+                return chunk, record.offset
+            chunk.append(reading.buffer.popleft())
+        return chunk, hi
+
+    async def _insert_missing(self, mark: Mark, where: Range, records: Sequence[Kafka], counts: Counts) -> None:
+        since_ms = mark.begun_ms if mark.rebuild else None
+        token = f"replay-{mark.replay_id}-{where.partition.token(where.lo, where.hi)}"
+        first: Mapping[int, int] | None = None
+
+        async def attempt() -> None:
+            nonlocal first
+            # 2
+            await self._store.when_quiet(where.partition)
+            present = await self._store.present_in(where, since_ms)
+            first = present if first is None else first
+            lacking = [r for r in records if missing(where.partition.topic, present.get(r.offset, 0))]
+            self._watch.checkpoint("asked")
+            # 3
+            if lacking:
+                await self._insert(where.partition, lacking, token, present)
+
+        await self._patiently("insert", attempt)
+        assert first is not None
+        there = sum(1 for record in records if first.get(record.offset, 0))
+        counts.records += len(records)
+        counts.there += there
+        counts.inserted += len(records) - there
+
+    async def _insert(
+        self, partition: Partition, records: Sequence[Kafka], token: str, present: Mapping[int, int]
+    ) -> None:
+        """Halves what ClickHouse will not take, until the record that it refuses stands alone: a dead letter."""
+        try:
+            await self._store.insert(partition, records, token, present)
+        except Rejected as error:
+            if len(records) == 1:
+                await self._store.insert_refused(partition, records[0], str(error), f"{token}-dead")
+                return
+            middle = len(records) // 2
+            for half in (records[:middle], records[middle:]):
+                await self._insert(partition, half, f"{token}-{half[0].offset}-{half[-1].offset}", present)
+
+    async def _mark(self, write: Callable[[], None]) -> None:
+        await asyncio.to_thread(write)
+
+    async def _patiently(self, what: str, ask: Callable[[], Awaitable[T]]) -> T:
+        pause = RETRY_SECONDS[0]
+        while True:
+            try:
+                return await ask()
+            except (Unavailable, OperationalError) as error:
+                self._complain(f"ClickHouse: cannot {what}, trying again: {str(error).splitlines()[0][:200]}")
+                await asyncio.sleep(pause)
+                pause = min(2 * pause, RETRY_SECONDS[1])
+
+    def _complain(self, problem: str) -> None:
+        """At most once in some seconds."""
+        now = time.monotonic()
+        if now - self._complained >= COMPLAIN_SECONDS:
+            self._complained = now
+            self._watch.complain(problem)

@@ -1,0 +1,118 @@
+"""Mends, IDs and refusals of dead letters, without any store."""
+
+from __future__ import annotations
+
+import json
+from datetime import UTC, datetime
+
+import pytest
+
+from fulgurite.infra.dlq.actions import Mend
+from fulgurite.infra.dlq.letters import Letter, Place, parse_place, short_id
+from fulgurite.infra.dlq.mending import MendError, by_expression, by_fields, difference, readable, validate
+from fulgurite.infra.dlq.rules import Outgoing, Refusal, outgoing
+from fulgurite.schemas.errors import InvalidEvent, RecordTooLarge, SettingsError
+from fulgurite.schemas.settings import KafkaSettings
+from tests.infra.dlq_world import span
+
+KAFKA = KafkaSettings(topic_prefix="t.")
+NS = 1_700_000_000_123_456_789
+NOW = datetime.now(UTC)
+
+
+def letter(value: bytes, topic: str = "t.spans", reason: str = "bad_field", key: bytes = b"r") -> Letter:
+    verdicts = (("materialiser", reason, "why"),)
+    return Letter(
+        Place(topic or "t.dead_letters", 1, 7), "materialiser", reason, "why", topic, NOW, NOW, key, value, verdicts
+    )
+
+
+def mend(value: bytes) -> Mend:
+    return Mend("m", value, "how", "who", NOW)
+
+
+def test_ids_are_short_and_typable() -> None:
+    assert parse_place(KAFKA, "spans/3/1042") == Place("t.spans", 3, 1042, 0)
+    assert parse_place(KAFKA, "t.spans/3/1042/7") == Place("t.spans", 3, 1042, 7)
+    assert short_id(KAFKA, Place("t.spans", 3, 1042)) == "spans/3/1042"
+    assert short_id(KAFKA, Place("otlp_spans", 0, 1, 2)) == "otlp_spans/0/1/2"
+    for wrong in ("spans", "spans/1", "spans/1/x", "spans/1/2/3/4", "spams/1/2", "spans/-1/2", "spans/1/" + "9" * 30):
+        with pytest.raises(SettingsError, match="spans"):
+            parse_place(KAFKA, wrong)
+
+
+def test_an_expression_leaves_what_it_does_not_touch() -> None:
+    data = json.dumps({"start_ns": NS, "score": 0.1, "name": 5, "text": "ü"}).encode()
+    for source in (
+        'r["name"] = str(r["name"])',
+        '{**r, "name": str(r["name"])}',
+        "for n in ['name']: r[n] = str(r[n])",
+    ):
+        assert json.loads(by_expression(source)(data)) == {"start_ns": NS, "score": 0.1, "name": "5", "text": "ü"}
+    assert str(NS).encode() in by_expression('r["name"] = "x"')(data)
+    broken = b'{"start_ns": %d, "value": NaN}' % NS
+    assert json.loads(by_expression('json.loads(text.replace("NaN", "null"))')(broken)) == {
+        "start_ns": NS,
+        "value": None,
+    }
+
+
+def test_an_expression_that_fails_says_why() -> None:
+    with pytest.raises(SettingsError, match="Python expression"):
+        by_expression("r[")
+    for source, words in (("r['x']", "KeyError: 'x'"), ("1 / 0", "ZeroDivisionError"), ("None", "gives no record")):
+        with pytest.raises(MendError, match=words):
+            by_expression(source)(b"{}")
+    with pytest.raises(MendError, match="r is None"):
+        by_expression("r")(b"not json")
+    with pytest.raises(MendError, match="no JSON"):
+        by_expression("{'x': float('nan')}")(b"{}")
+
+
+def test_fields() -> None:
+    mended = by_fields(["name=chat", "start_ns=5", "attributes.a.b=[1]", 'text="7"'])(b'{"name": 1, "attributes": {}}')
+    assert json.loads(mended) == {"name": "chat", "start_ns": 5, "attributes": {"a": {"b": [1]}}, "text": "7"}
+    with pytest.raises(SettingsError, match="FIELD=VALUE"):
+        by_fields(["name"])
+    with pytest.raises(MendError, match="no object"):
+        by_fields(["name.x=1"])(b'{"name": 5}')
+
+
+def test_what_is_still_wrong_is_said() -> None:
+    assert validate(KAFKA, "t.spans", span()).span_id == "s"
+    for value, reason in ((span(name=5), "bad_field"), (b"{", "not_json"), (b"", "empty"), (b"[1]", "bad_field")):
+        with pytest.raises(InvalidEvent) as caught:
+            validate(KAFKA, "t.spans", value)
+        assert caught.value.reason == reason
+    with pytest.raises(InvalidEvent, match="NaN"):  # the tables would refuse it
+        validate(KAFKA, "t.spans", span(attributes={"x": float("nan")}))
+    with pytest.raises(InvalidEvent, match="2 lines"):
+        validate(KAFKA, "t.spans", span() + b"\n" + span())
+    with pytest.raises(RecordTooLarge):
+        validate(KafkaSettings(topic_prefix="t.", max_record_bytes=1024), "t.spans", span(input="x" * 2000))
+    assert validate(KAFKA, "otlp_spans", b"\x00") is None
+
+
+def test_bytes_are_readable() -> None:
+    assert readable(b'{"a":1}') == '{\n "a": 1\n}'
+    assert readable("Grüße".encode()) == "Grüße"
+    assert readable(b"\x00\xffabc").endswith("00 ff 61 62 63                                   ..abc")
+    changed = difference(b'{"a":1,"b":2,"c":3}', b'{"a":1,"b":"2","c":3}')
+    assert [line for line in changed if line[0] in "+-"] == ['- "b": 2,', '+ "b": "2",']
+
+
+def test_the_key_follows_a_mended_id() -> None:
+    """Original bytes go with the original key; where the mend names another rollout, the record belongs there."""
+    as_it_was = outgoing(KAFKA, letter(span(), reason="rejected", key=b"k"), None, (), force=False)
+    mended = outgoing(KAFKA, letter(b"{", key=b"k"), mend(span(rollout_id="r2")), (), force=False)
+    traced = outgoing(KAFKA, letter(b"{", key=b""), mend(span(rollout_id="")), (), force=False)
+    forced = outgoing(KAFKA, letter(b"{", key=b"k"), None, (), force=True)
+    found = [out.key for out in (as_it_was, mended, traced, forced) if isinstance(out, Outgoing)]
+    assert found == [b"k", b"r2", None, b"k"]
+
+
+def test_no_force_revives_what_cannot_live() -> None:
+    for topic in ("", "t.resources", "t.dead_letters", "elsewhere"):
+        refused = outgoing(KAFKA, letter(b"{}", topic=topic), None, (), force=True)
+        assert isinstance(refused, Refusal)
+        assert not refused.force_helps
