@@ -34,8 +34,11 @@ def add_to(app: typer.Typer) -> None:
     register(topics_app, "list", "fulgurite topics list")(topics_list)
     register(topics_app, "create", "fulgurite topics create")(topics_create)
     register(schemas_app, "export", "fulgurite schemas export ./json-schemas")(schemas_export)
+    register(schemas_app, "asyncapi", "fulgurite schemas asyncapi docs/asyncapi.json")(schemas_asyncapi)
     app.add_typer(topics_app, name="topics", help="List or create the topics.", rich_help_panel="Data")
-    app.add_typer(schemas_app, name="schemas", help="JSON Schemas of the events.", rich_help_panel="Data")
+    app.add_typer(
+        schemas_app, name="schemas", help="The contract for machines: JSON Schemas, AsyncAPI.", rich_help_panel="Data"
+    )
 
 
 def topics_list(data: DataOption = None, sets: SetOption = None) -> None:
@@ -99,14 +102,20 @@ def sql(
 
 def migrate(data: DataOption = None, sets: SetOption = None) -> None:
     """Create or update the tables in ClickHouse."""
-    from fulgurite.infra.sql import clickhouse_errors
+    from fulgurite.consumers.redaction import apply_redaction
+    from fulgurite.infra.sql import clickhouse_errors, connect
     from fulgurite.schemas.migrations import apply_migrations
 
-    settings = read_settings(data, sets).clickhouse
-    with clickhouse_errors(settings):
-        applied = apply_migrations(settings)
-    where = f"database {settings.database} at {settings.url}"
+    settings = read_settings(data, sets)
+    clickhouse = settings.clickhouse
+    with clickhouse_errors(clickhouse):
+        applied = apply_migrations(clickhouse)
+        with connect(clickhouse) as client:
+            redacted = apply_redaction(client, settings.redaction)
+    where = f"database {clickhouse.database} at {clickhouse.url}"
     say(f"Applied {', '.join(applied)} to {where}." if applied else f"Nothing to apply to {where}.")
+    if redacted:
+        say(f"The rules of redaction changed {', '.join(redacted)}: they hold for what is stored from now on.")
     next_steps('fulgurite sql "SHOW TABLES"')
 
 
@@ -116,6 +125,14 @@ def schemas_export(
     """Write the JSON Schema of every event, one file each."""
     written: list[Path] = lazy_module("fulgurite.schemas.exports").export_json_schemas(folder)
     say(f"Wrote {len(written)} JSON Schemas to {folder}.")
+
+
+def schemas_asyncapi(
+    file: Annotated[Path, typer.Argument(help="Where to write it; its folder is made if need be.")],
+) -> None:
+    """Write the contract as an AsyncAPI 3.0 document: topics, keys, headers, values."""
+    lazy_module("fulgurite.schemas.asyncapi").export_asyncapi(file)
+    say(f"Wrote the AsyncAPI document to {file}.")
 
 
 def trace(

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter
 
 from fulgurite.schemas.event import Event, Labels, Name, ShortText, TimeNs
 from fulgurite.schemas.ids import Id, OptionalId, new_id, now_ns
@@ -30,6 +30,8 @@ MAX_GROUP_SIZE = 1_024
 
 class RolloutConfig(BaseModel):
     """How a rollout is run and retried."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     timeout_seconds: Annotated[float, Field(gt=0, le=86_400)] = 600.0
     """Longest an attempt may take from its start."""

@@ -32,8 +32,8 @@ class Topic:
 
 
 ROLLOUTS = Topic("rollouts", "rollout_id", "lifecycle events of rollouts and attempts", "delete", 30 * DAY_MS)
-SPANS = Topic("spans", "rollout_id", "one span each, flat JSON", "delete", 7 * DAY_MS)
-REWARDS = Topic("rewards", "rollout_id", "one reward each", "delete", 90 * DAY_MS)
+SPANS = Topic("spans", "rollout_id", "spans, flat JSON: one a line, one line or several a record", "delete", 7 * DAY_MS)
+REWARDS = Topic("rewards", "rollout_id", "rewards: one a line, one line or several a record", "delete", 90 * DAY_MS)
 TRAJECTORIES = Topic(
     "trajectories",
     "group_id",

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from typing import Annotated, Self
 
-from pydantic import BaseModel, Field, FiniteFloat, model_validator
+from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from fulgurite.schemas.event import Event, Labels, Logprobs, Name, ShortText, TimeNs, TokenIds, Version, VersionSpan
 from fulgurite.schemas.ids import Id, OptionalId
@@ -17,6 +17,8 @@ from fulgurite.schemas.rollouts import MAX_GROUP_SIZE, FinalStatus, Mode
 
 class TokenSequence(BaseModel):
     """Calls whose tokens continue each other exactly, merged. All four views have the length of token_ids (T)."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
 
     token_ids: TokenIds
     loss_mask: list[Annotated[int, Field(ge=0, le=1)]]
