@@ -8,8 +8,10 @@ STAMP := $(VENV)/.installed
 SOURCES := schemas producers consumers streams infra examples tests
 # What the command line adds, for example: make demo ARGS="--steps 20"
 ARGS ?=
+# Tests mostly wait for brokers and processes: three at a time keep two cores busy. Each worker has stores of its own.
+WORKERS ?= 3
 
-.PHONY: help demo test lint format docs setup chaos clean
+.PHONY: help demo test lint format docs setup chaos bench-ingest clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -18,7 +20,7 @@ demo: $(STAMP) ## train the calculator agent online, end to end, on this machine
 	@$(BIN)/fulgurite demo $(ARGS)
 
 test: $(STAMP) ## all tests but those that need a GPU
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not gpu" $(ARGS)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not gpu" --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 lint: $(STAMP) ## format, lint and types
 	@$(BIN)/ruff format --check $(SOURCES)
@@ -29,11 +31,15 @@ format: $(STAMP) ## format the code and mend what can be mended
 	@$(BIN)/ruff check --fix --quiet $(SOURCES)
 	@$(BIN)/ruff format $(SOURCES)
 
-chaos: $(STAMP) ## only the tests that kill processes
-	@$(BIN)/python -m pytest -m chaos $(ARGS)
+chaos: $(STAMP) ## a long run of the materialiser while everything is killed; the tests that kill are in `make test`
+	@$(BIN)/python -m tests.chaos.materialiser_chaos $(ARGS)
 
-docs: $(STAMP) ## render docs/reference.md from the code
+bench-ingest: $(STAMP) ## how fast Kafka becomes rows, next to the engine's ceiling (about 3 minutes)
+	@$(BIN)/python tests/bench/ingest.py $(ARGS)
+
+docs: $(STAMP) ## render docs/reference.md and docs/asyncapi.json from the code
 	@$(BIN)/python -m fulgurite.infra.reference docs/reference.md
+	@$(BIN)/python -m fulgurite.schemas.asyncapi docs/asyncapi.json
 
 setup: $(STAMP) ## the virtual environment, without running anything
 

@@ -1,0 +1,381 @@
+"""From Kafka to a queryable row: how fast, at what cost, next to the engine's own ceiling and the naive way.
+
+    make bench-ingest            or: python tests/bench/ingest.py [--spans 2000000] [--otlp-spans 400000]
+
+In one run, on one broker and one engine started for it: (a) ceiling: prebuilt Arrow straight into the table, two
+inserts at a time; (b) native spans, newline-delimited; single: one span a record; (c) OTLP; (d) naive: a model a
+message, rows of tuples; latency: from produce to queryable at half of (b)'s rate. Prints a table and writes
+build/bench/ingest.json. The topic is filled before the materialiser starts, so a run is a backlog being worked off; the
+broker's reading is part of it, producing is not (but in the latency part it is).
+"""
+
+# ruff: noqa: T201 (its output is its purpose)
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import clickhouse_connect
+import psutil
+from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from clickhouse_connect.driver import Client
+
+sys.path.insert(0, str(Path(__file__).parent))
+from ingest_load import SPANS_A_RECORD, otlp_records, records
+
+from fulgurite.infra.clickhouse import EmbeddedClickHouse
+from fulgurite.infra.kafka import EmbeddedKafka
+from fulgurite.infra.topics import create_topics
+from fulgurite.schemas.codec import decode
+from fulgurite.schemas.migrations import apply_migrations, connection_options
+from fulgurite.schemas.settings import KafkaSettings, Settings, to_environment
+from fulgurite.schemas.spans import Span
+from fulgurite.schemas.topics import OTLP_SPANS, SPANS, Topic
+
+OUT = Path("build/bench/ingest.json")
+PARTITIONS = 4
+BLOCK_ROWS = 46_000
+"""Of the ceiling's inserts: about what the materialiser makes of its 32 MiB."""
+MATERIALISER = """
+from fulgurite.consumers.materialiser import main
+from fulgurite.schemas.settings import load_settings
+raise SystemExit(main(load_settings()))
+"""
+
+COLUMNS = """
+SELECT name FROM system.columns
+WHERE table = 'spans' AND database = currentDatabase() AND default_kind != 'ALIAS' ORDER BY position
+"""
+NAIVE = """
+CREATE TABLE naive (
+    rollout_id String, span_id String, name String, start_ns Int64, end_ns Int64, attributes Map(String, String)
+) ENGINE = MergeTree ORDER BY (rollout_id, start_ns)
+"""
+ENDS = "SELECT _partition, max(_offset) FROM spans WHERE _topic = {t:String} AND _offset >= {low:UInt64} GROUP BY 1"
+BYTES = """
+SELECT sum(bytes_on_disk) / sum(rows) FROM system.parts
+WHERE active AND database = currentDatabase() AND table = 'spans'
+"""
+
+
+@dataclass
+class Cost:
+    """CPU seconds of each process since the beginning, and their largest memory together."""
+
+    processes: dict[str, psutil.Process]
+    begun: dict[str, float] = field(default_factory=dict[str, float])
+    peak_rss_bytes: int = 0
+
+    def __post_init__(self) -> None:
+        self.begun = {name: cpu_seconds(process) for name, process in self.processes.items()}
+        self._over = threading.Event()
+        threading.Thread(target=self._watch, daemon=True).start()
+
+    def _watch(self) -> None:
+        while not self._over.wait(0.2):
+            try:
+                rss = sum(process.memory_info().rss for process in self.processes.values())
+            except psutil.NoSuchProcess:
+                continue
+            self.peak_rss_bytes = max(self.peak_rss_bytes, rss)
+
+    def end(self) -> dict[str, float]:
+        self._over.set()
+        return {name: cpu_seconds(process) - self.begun[name] for name, process in self.processes.items()}
+
+
+def cpu_seconds(process: psutil.Process) -> float:
+    times = process.cpu_times()
+    return times.user + times.system
+
+
+@dataclass(frozen=True)
+class Rig:
+    settings: Settings
+    kafka: EmbeddedKafka
+    clickhouse: EmbeddedClickHouse
+
+    def client(self) -> Client:
+        options = connection_options(self.settings.clickhouse)
+        return clickhouse_connect.get_client(**options, database=self.settings.clickhouse.database)
+
+    def fill(self, topic: Topic, load: Iterator[tuple[bytes, bytes]]) -> None:
+        asyncio.run(self._fill(self.settings.kafka.topic(topic), load))
+
+    async def _fill(self, name: str, load: Iterator[tuple[bytes, bytes]]) -> None:
+        producer = AIOKafkaProducer(
+            bootstrap_servers=self.settings.kafka.bootstrap_servers,
+            acks="all",
+            compression_type="lz4",
+            max_batch_size=1 << 20,
+            linger_ms=20,
+        )
+        await producer.start()
+        for key, value in load:
+            await producer.send(name, value, key)
+        await producer.stop()
+
+    def materialiser(self) -> subprocess.Popen[bytes]:
+        environment = to_environment(
+            {
+                "kafka": self.settings.kafka.model_dump(include={"bootstrap_servers", "topic_prefix", "partitions"}),
+                "clickhouse": {
+                    **self.settings.clickhouse.model_dump(include={"url", "user", "database"}),
+                    "password": self.settings.clickhouse.password.get_secret_value(),
+                },
+            }
+        )
+        return subprocess.Popen(
+            [sys.executable, "-c", MATERIALISER], env={**os.environ, **environment}, stderr=subprocess.DEVNULL
+        )
+
+
+def count(client: Client) -> int:
+    return int(client.query("SELECT count() FROM spans").result_rows[0][0])
+
+
+def work_off(rig: Rig, client: Client, spans: int) -> dict[str, float]:
+    """The materialiser on a full topic: rate and cost of what came after the first insert, until all is there."""
+    before = count(client)
+    with rig.materialiser() as child:
+        try:
+            while not (first := count(client) - before):
+                time.sleep(0.01)
+            cost = Cost(
+                {
+                    "materialiser": psutil.Process(child.pid),
+                    "kafka": psutil.Process(rig.kafka.pid),
+                    "clickhouse": psutil.Process(rig.clickhouse.pid),
+                }
+            )
+            begun = time.monotonic()
+            while (there := count(client) - before) < spans:
+                time.sleep(0.05)
+                if time.monotonic() - begun > 600 or child.poll() is not None:
+                    raise SystemExit(f"only {there} of {spans} spans arrived")
+            seconds = time.monotonic() - begun
+            used = cost.end()
+        finally:
+            child.terminate()
+            child.wait(30)
+    figures = {f"{name}_cpu_seconds_per_million": 1e6 * value / (spans - first) for name, value in used.items()}
+    figures["cpu_seconds_per_million"] = sum(figures.values())
+    figures["spans_per_second"] = (spans - first) / seconds
+    figures["peak_rss_mib"] = cost.peak_rss_bytes / 2**20
+    return figures
+
+
+def ceiling(rig: Rig, client: Client, spans: int) -> dict[str, float]:
+    """Blocks of Arrow made of the very rows, into a table of the same shape."""
+    client.command("CREATE TABLE ceiling AS spans")
+    names = [row[0] for row in client.query(COLUMNS).result_rows]
+    blocks = [
+        client.raw_query(
+            f"SELECT {', '.join(names)} FROM spans ORDER BY _partition, _offset LIMIT {BLOCK_ROWS} OFFSET {at}",
+            fmt="ArrowStream",
+            settings={"output_format_arrow_compression_method": "none", "max_block_size": BLOCK_ROWS},
+        )
+        for at in range(0, min(spans, 10 * BLOCK_ROWS), BLOCK_ROWS)
+    ]
+    one_block = {"min_insert_block_size_rows": 2**40, "min_insert_block_size_bytes": 2**40, "async_insert": 0}
+    rounds = max(1, spans // (len(blocks) * BLOCK_ROWS))
+
+    def insert(block: bytes) -> None:
+        with rig.client() as own:
+            own.raw_insert("ceiling", names, block, fmt="ArrowStream", settings={**one_block, "max_threads": 1})
+
+    cost = Cost({"clickhouse": psutil.Process(rig.clickhouse.pid), "client": psutil.Process()})
+    begun = time.monotonic()
+    with ThreadPoolExecutor(2) as pool:
+        list(pool.map(insert, blocks * rounds))
+    seconds, used = time.monotonic() - begun, sum(cost.end().values())
+    inserted = int(client.query("SELECT count() FROM ceiling").result_rows[0][0])
+    client.command("DROP TABLE ceiling")
+    return {"spans_per_second": inserted / seconds, "cpu_seconds_per_million": 1e6 * used / inserted}
+
+
+def naive(rig: Rig, client: Client, spans: int) -> dict[str, float]:
+    """What one writes first: consume, a pydantic model a message, rows of Python values, inserts of a thousand."""
+    client.command(NAIVE)
+
+    async def run() -> float:
+        name = rig.settings.kafka.topic(SPANS)
+        consumer: AIOKafkaConsumer = AIOKafkaConsumer(
+            bootstrap_servers=rig.settings.kafka.bootstrap_servers, auto_offset_reset="earliest"
+        )
+        await consumer.start()
+        consumer.assign([TopicPartition(name, number) for number in range(PARTITIONS)])
+        rows: list[list[Any]] = []
+        done, begun = 0, time.monotonic()
+        while done < spans:
+            record = await consumer.getone()
+            for line in (record.value or b"").split(b"\n"):
+                found = decode(Span, line)
+                rows.append(
+                    [found.rollout_id, found.span_id, found.name, found.start_ns, found.end_ns, found.attributes]
+                )
+            if len(rows) >= 1_000:
+                client.insert("naive", rows, settings={"async_insert": 0})
+                done, rows = done + len(rows), []
+        seconds = time.monotonic() - begun
+        await consumer.stop()
+        return done / seconds
+
+    return {"spans_per_second": asyncio.run(run())}
+
+
+def latency(rig: Rig, client: Client, spans_per_second: float, seconds: float) -> dict[str, float]:
+    """Produces at a steady rate; asks every 50 ms how far each partition can be queried. Waiting to ask counts too."""
+    name = rig.settings.kafka.topic(SPANS)
+    sent: dict[tuple[int, int], float] = {}
+    waits: list[float] = []
+    with rig.materialiser() as child:
+        time.sleep(8)
+        over = threading.Event()
+
+        async def produce() -> None:
+            producer = AIOKafkaProducer(
+                bootstrap_servers=rig.settings.kafka.bootstrap_servers,
+                acks="all",
+                compression_type="lz4",
+                max_batch_size=1 << 20,
+                linger_ms=5,
+            )
+            await producer.start()
+            load = list(records(int(spans_per_second * seconds / SPANS_A_RECORD), seed=9))
+            begun, pending = time.monotonic(), set[asyncio.Task[None]]()
+
+            async def one(key: bytes, value: bytes) -> None:
+                at = time.monotonic()
+                meta = await (await producer.send(name, value, key))
+                sent[meta.partition, meta.offset] = at
+
+            for number, (key, value) in enumerate(load):
+                due = begun + number * SPANS_A_RECORD / spans_per_second
+                if (ahead := due - time.monotonic()) > 0.001:
+                    await asyncio.sleep(ahead)
+                task = asyncio.create_task(one(key, value))
+                pending.add(task)
+                task.add_done_callback(pending.discard)
+            await asyncio.gather(*pending)
+            await producer.stop()
+            over.set()
+
+        ends = {
+            int(p): int(o)
+            for p, o in client.query(
+                "SELECT _partition, max(_offset) FROM spans WHERE _topic = {t:String} GROUP BY 1", {"t": name}
+            ).result_rows
+        }
+        producing = threading.Thread(target=lambda: asyncio.run(produce()))
+        producing.start()
+        seen: set[tuple[int, int]] = set()
+        deadline = time.monotonic() + 5 * seconds + 60
+        while (not over.is_set() or len(seen) < len(sent)) and time.monotonic() < deadline:
+            time.sleep(0.05)
+            low = min(ends.values(), default=0)
+            query = ENDS
+            for partition, offset in client.query(query, {"t": name, "low": low}).result_rows:
+                ends[int(partition)] = int(offset)
+            now = time.monotonic()
+            for place, at in list(sent.items()):
+                if place not in seen and place[1] <= ends.get(place[0], -1):
+                    seen.add(place)
+                    waits.append(now - at)
+        producing.join()
+        child.terminate()
+        child.wait(30)
+    if len(seen) < len(sent):
+        raise SystemExit(f"only {len(seen)} of {len(sent)} records became queryable")
+    waits.sort()
+    return {"p50_seconds": statistics.median(waits), "p99_seconds": waits[int(len(waits) * 0.99)]}
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--spans", type=int, default=2_000_000)
+    parser.add_argument("--otlp-spans", type=int, default=400_000)
+    parser.add_argument("--single-spans", type=int, default=300_000)
+    parser.add_argument("--latency-seconds", type=float, default=20)
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(prefix="fulgurite-bench-") as folder:
+        kafka, clickhouse = EmbeddedKafka(Path(folder, "kafka")), EmbeddedClickHouse(Path(folder, "clickhouse"))
+        with kafka, clickhouse:
+            figures = run(kafka, clickhouse, options)
+    OUT.parent.mkdir(parents=True, exist_ok=True)
+    OUT.write_text(json.dumps(figures, indent=1))
+    print(f"\nwritten to {OUT}")
+
+
+def run(kafka: EmbeddedKafka, clickhouse: EmbeddedClickHouse, options: argparse.Namespace) -> dict[str, float]:
+    def rig(name: str) -> Rig:
+        settings = Settings(
+            kafka=KafkaSettings(
+                bootstrap_servers=kafka.bootstrap_servers, topic_prefix=f"{name}.", partitions=PARTITIONS
+            ),
+            clickhouse=clickhouse.settings(name),
+        )
+        asyncio.run(create_topics(settings.kafka))
+        apply_migrations(settings.clickhouse)
+        return Rig(settings, kafka, clickhouse)
+
+    figures: dict[str, float] = {}
+
+    def part(name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
+        print(f"{name} …", flush=True)
+        found = measure()
+        for key, value in found.items():
+            print(f"  {key:42s} {value:14,.1f}" if value >= 10 else f"  {key:42s} {value:14.3f}", flush=True)
+            figures[f"{name}_{key}"] = value
+        return found
+
+    native = rig("native")
+    with native.client() as client:
+        lines = list(records(200, seed=1))
+        figures["span_bytes"] = sum(len(value) for _, value in lines) / (200 * SPANS_A_RECORD) - 1
+        print(f"filling the topic with {options.spans:,} spans of {figures['span_bytes']:.0f} bytes …", flush=True)
+        native.fill(SPANS, records(options.spans // SPANS_A_RECORD, seed=1))
+        b = part("native", lambda: work_off(native, client, options.spans))
+        size = client.query(BYTES).result_rows
+        figures["bytes_per_span"] = float(size[0][0])
+        a = part("ceiling", lambda: ceiling(native, client, min(options.spans, 1_000_000)))
+        part("naive", lambda: naive(native, client, 20_000))
+        half = b["spans_per_second"] / 2
+        part("queryable", lambda: latency(native, client, half, options.latency_seconds))
+    single = rig("single")
+    with single.client() as client:
+        single.fill(
+            SPANS,
+            (
+                (key, line)
+                for key, value in records(options.single_spans // SPANS_A_RECORD, seed=2)
+                for line in value.split(b"\n")
+            ),
+        )
+        part("single", lambda: work_off(single, client, options.single_spans))
+    otlp = rig("collector")
+    with otlp.client() as client:
+        otlp.fill(OTLP_SPANS, otlp_records(options.otlp_spans // SPANS_A_RECORD, seed=3))
+        part("otlp", lambda: work_off(otlp, client, options.otlp_spans))
+    figures["native_share_of_ceiling"] = a["cpu_seconds_per_million"] / b["cpu_seconds_per_million"]
+    figures["peak_rss_mib"] = b["peak_rss_mib"]
+    for name in ("native_share_of_ceiling", "bytes_per_span", "peak_rss_mib"):
+        print(f"{name:44s} {figures[name]:14.2f}")
+    return figures
+
+
+if __name__ == "__main__":
+    main()
