@@ -16,10 +16,8 @@ import argparse
 import asyncio
 import json
 import logging
-import os
 import random
 import shutil
-import signal
 import sys
 import tempfile
 import time
@@ -30,16 +28,9 @@ from pathlib import Path
 
 from fulgurite.infra.clickhouse import EmbeddedClickHouse
 from fulgurite.infra.kafka import EmbeddedKafka
-from fulgurite.infra.processes import ChildProcess, start_process, tail
 from fulgurite.infra.topics import create_topics
-from fulgurite.schemas.settings import (
-    ENV_HOME,
-    ENV_PREFIX,
-    KafkaSettings,
-    MaterialiserSettings,
-    Settings,
-    to_environment,
-)
+from fulgurite.schemas.settings import KafkaSettings, MaterialiserSettings, Settings
+from tests.chaos.consumers import Consumers
 from tests.chaos.ledger import Audit, Producer, ask, audit, ends
 
 MATERIALISER = MaterialiserSettings(batch_wait_ms=50, insert_seconds=4, session_seconds=6)
@@ -89,60 +80,6 @@ def schedule(seed: int, seconds: float) -> list[Disturbance]:
         found.append(Disturbance(at, what, rand.random(), frozen if what.startswith("freeze") else away))
         at += rand.uniform(*PAUSE_SECONDS)
     return found
-
-
-class Consumers:
-    """The materialisers: at least one, at most MOST_CONSUMERS; one that ends by itself is counted and replaced."""
-
-    def __init__(self, settings: Settings, folder: Path) -> None:
-        values = {
-            "kafka": settings.kafka.model_dump(include={"bootstrap_servers", "topic_prefix", "partitions"}),
-            "clickhouse": {
-                **settings.clickhouse.model_dump(include={"url", "user", "database"}),
-                "password": settings.clickhouse.password.get_secret_value(),
-            },
-            "materialiser": settings.materialiser.model_dump(),
-        }
-        kept = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
-        self._environment = {**kept, ENV_HOME: str(folder), **to_environment(values)}
-        self._folder = folder
-        self._running: list[ChildProcess] = []
-        self._started = 0
-        self.ended: list[str] = []
-        """How those ended that nobody had touched."""
-
-    def __len__(self) -> int:
-        return len(self._running)
-
-    def add(self) -> None:
-        self._started += 1
-        name = f"materialiser-{self._started}"
-        command = [sys.executable, "-m", "fulgurite.infra", "materialiser"]
-        log = self._folder / f"{name}.log"
-        self._running.append(start_process(name, command, log, env=self._environment))
-
-    def take(self, pick: float) -> ChildProcess:
-        """One of those that run, no longer watched."""
-        return self._running.pop(int(pick * len(self._running)))
-
-    async def freeze(self, pick: float, seconds: float) -> None:
-        child = self._running[int(pick * len(self._running))]
-        os.kill(child.pid, signal.SIGSTOP)
-        await asyncio.sleep(seconds)
-        if child in self._running:  # not killed meanwhile
-            os.kill(child.pid, signal.SIGCONT)
-
-    async def watch(self) -> None:
-        while True:
-            for child in [child for child in self._running if not child.running]:
-                self._running.remove(child)
-                self.ended.append(f"{child.name} ended with {child.returncode}:\n{tail(child.log, 12)}")
-                self.add()
-            await asyncio.sleep(0.2)
-
-    async def stop(self) -> None:
-        children, self._running = self._running, []
-        await asyncio.gather(*(asyncio.to_thread(child.stop) for child in children))
 
 
 class Chaos:

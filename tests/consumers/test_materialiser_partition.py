@@ -224,8 +224,9 @@ async def test_the_intent_is_asked_for_until_the_groups_coordinator_has_loaded(m
 
 async def test_offsets_that_are_in_the_tables_are_skipped() -> None:
     rig = Rig(FakeStore(rows=[0, 1, 2, 3, 4, 7], log_end=3), intent=None)
-    await rig.feed([FakeRecord(n) for n in range(10)])
+    await rig.feed([FakeRecord(n) for n in range(10)], batches=2)
     assert rig.consumer.at == 5
+    assert [(e.lo, e.hi, e.records) for e in rig.finished] == [(3, 4, 0), (5, 9, 4)]
     assert sorted(rig.store.rows) == list(range(10))
 
 

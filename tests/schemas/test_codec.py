@@ -6,7 +6,7 @@ import json
 
 import pytest
 
-from fulgurite.schemas.codec import decode, decode_union, encode, encode_key
+from fulgurite.schemas.codec import decode, decode_union, encode, encode_key, split_lines
 from fulgurite.schemas.errors import InvalidEvent, RecordTooLarge
 from fulgurite.schemas.rewards import Reward
 from fulgurite.schemas.rollouts import ROLLOUT_EVENT, AttemptStarted, RolloutQueued
@@ -60,3 +60,15 @@ def test_a_record_too_large_says_how_large() -> None:
 def test_keys() -> None:
     assert encode_key("r1") == b"r1"
     assert encode_key("") is None
+
+
+def test_a_record_is_cut_into_lines_unless_it_is_one_object_over_several() -> None:
+    assert split_lines(b'{"a":1}') == ((0,), [b'{"a":1}'])
+    assert list(split_lines(b'{"a":1}\n{"a":2}')[0]) == [0, 1]
+    assert split_lines(b'\n{"a":1}\r\n \n{"a":2}\n') == ([1, 3], [b'{"a":1}\r', b'{"a":2}'])
+    spread = b'{\n "a": {\n  "b": 1\n }\n}\n'
+    assert split_lines(spread) == ((0,), [spread])
+    assert split_lines(b"\n \n") == ((0,), [b"\n \n"])
+    # A bad line, also the first one, does not spoil the others.
+    assert split_lines(b'not json\n{"a":1}')[1] == [b"not json", b'{"a":1}']
+    assert split_lines(b'{"cut":\n{"a":1}')[1] == [b'{"cut":', b'{"a":1}']

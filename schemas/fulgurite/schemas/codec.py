@@ -34,17 +34,24 @@ def encode(event: BaseModel, max_record_bytes: int = MAX_RECORD_BYTES) -> bytes:
 def split_lines(value: bytes) -> tuple[Sequence[int], list[bytes]]:
     """The numbers, from 0, and the bytes of a record's lines that are not empty: one event each.
 
-    A record whose first line does not end an object is one event, spread over lines; one without any line, too.
+    An object spread over lines is one event: its first line begins it, does not end it, and no other line begins one.
     """
     if b"\n" not in value:
         return (0,), [value]
     lines = value.split(b"\n")
     filled = [number for number, line in enumerate(lines) if line and not line.isspace()]
-    if not filled or not lines[filled[0]].rstrip().endswith(b"}"):
+    if not filled or _spread([lines[number] for number in filled]):
         return (0,), [value]
     if len(filled) == len(lines):
         return range(len(lines)), lines
     return filled, [lines[number] for number in filled]
+
+
+def _spread(lines: Sequence[bytes]) -> bool:
+    first = lines[0]
+    if first.rstrip().endswith(b"}") or not first.startswith(b"{"):
+        return False
+    return not any(line.startswith(b"{") for line in lines[1:])
 
 
 def encode_key(key: str) -> bytes | None:

@@ -219,6 +219,9 @@ class PartitionWriter:
         self._skip = done
         if intent is not None and intent.hi >= self._next:
             self._replay = intent
+        elif self._next > begin and self._next > logged:
+            # 3 and 4 of what the predecessor had inserted: lag monitors would else see it until the next record.
+            self._parts.finished(LogEntry(self.partition, max(logged, begin), self._next - 1, 0))
         logger.info("%s: resumes at offset %d, %d later ones are there", self.partition, self._next, len(present))
         self._parts.consumer.seek(self._tp, self._next)
         self._resumed = True

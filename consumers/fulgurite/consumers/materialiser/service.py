@@ -20,7 +20,7 @@ from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
 from clickhouse_connect.driver.exceptions import ClickHouseError
 
-from fulgurite.consumers.materialiser.blocks import LINE_TOPICS, Partition
+from fulgurite.consumers.materialiser.blocks import Partition
 from fulgurite.consumers.materialiser.metrics import Metrics
 from fulgurite.consumers.materialiser.offsets import Offsets
 from fulgurite.consumers.materialiser.partition import Budget, Checkpoint, PartitionWriter, Parts, no_checkpoint
@@ -33,6 +33,7 @@ from fulgurite.schemas.migrations import apply_migrations
 from fulgurite.schemas.migrations import connection_options as clickhouse_options
 from fulgurite.schemas.settings import MaterialiserSettings, Settings
 from fulgurite.schemas.storage import apply_storage
+from fulgurite.schemas.topics import REWARDS, SPANS, Topic
 
 logger = logging.getLogger(__name__)
 
@@ -66,7 +67,8 @@ async def serve(settings: Settings, stop: asyncio.Event, checkpoint: Checkpoint 
     if admin is None:
         return
     try:
-        await store.connect()
+        if not await _connected(store, settings, stop):
+            return
         await _with_metrics(Materialiser(settings, store, admin, checkpoint), settings.materialiser, stop)
     finally:
         await store.close()
@@ -247,11 +249,16 @@ class Materialiser(ConsumerRebalanceListener):
             for tp, entry in ranges.items():
                 missing = await self._store.missing(entry.partition, entry.lo, entry.hi)
                 self.metrics.reconciled(tp.topic, tp.partition, entry.hi - entry.lo + 1, missing)
-                if missing and entry.partition.topic in LINE_TOPICS:
+                if missing and self._kept_for_ever(entry.partition.topic):
                     logger.error("%s: %d offsets of %d..%d are nowhere", entry.partition, missing, entry.lo, entry.hi)
             self.metrics.dead_letters(await self._store.dead_letters())
         except Unavailable as error:
             logger.debug("reconciliation left out: %s", error)
+
+    def _kept_for_ever(self, topic: Topic) -> bool:
+        """Whether an offset that is nowhere is an alarm: no markers of transactions, and nothing expires."""
+        days = {SPANS: self._settings.retention.spans_days, REWARDS: self._settings.retention.rewards_days}
+        return days.get(topic, 1) == 0
 
     async def _flush_within(self, seconds: float) -> None:
         """Steps 3 and 4 are only hints for the next owner: not worth missing the rebalance or the end of a service."""
@@ -309,6 +316,19 @@ def _bring_up_to_date(settings: Settings) -> list[str]:
         apply_redaction(client, settings.redaction)
         apply_storage(client, settings.retention, settings.clickhouse.fsync)
     return applied
+
+
+async def _connected(store: Store, settings: Settings, stop: asyncio.Event) -> bool:
+    """ClickHouse may be gone again since it had its tables; False when `stop` came first."""
+    while not stop.is_set():
+        try:
+            await store.connect()
+        except Unavailable as error:
+            logger.warning("waiting for ClickHouse at %s: %s", settings.clickhouse.url, error)
+            await _pause(stop)
+        else:
+            return True
+    return False
 
 
 async def _topics_ready(settings: Settings, stop: asyncio.Event) -> AIOKafkaAdminClient | None:
