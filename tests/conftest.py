@@ -34,8 +34,12 @@ def clickhouse_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Embe
 @pytest.fixture
 def kafka_settings(kafka_server: EmbeddedKafka) -> Iterator[KafkaSettings]:
     """The session's broker with topics of this test's own, 2 partitions."""
+    prefix = f"test{secrets.token_hex(4)}."
     settings = KafkaSettings(
-        bootstrap_servers=kafka_server.bootstrap_servers, topic_prefix=f"test{secrets.token_hex(4)}.", partitions=2
+        bootstrap_servers=kafka_server.bootstrap_servers,
+        topic_prefix=prefix,
+        otlp_topic=f"{prefix}otlp_spans",
+        partitions=2,
     )
     run_in_thread(create_topics(settings))
     yield settings

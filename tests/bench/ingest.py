@@ -131,7 +131,9 @@ class Rig:
     def materialiser(self) -> subprocess.Popen[bytes]:
         environment = to_environment(
             {
-                "kafka": self.settings.kafka.model_dump(include={"bootstrap_servers", "topic_prefix", "partitions"}),
+                "kafka": self.settings.kafka.model_dump(
+                    include={"bootstrap_servers", "topic_prefix", "otlp_topic", "partitions"}
+                ),
                 "clickhouse": {
                     **self.settings.clickhouse.model_dump(include={"url", "user", "database"}),
                     "password": self.settings.clickhouse.password.get_secret_value(),
@@ -324,7 +326,10 @@ def run(kafka: EmbeddedKafka, clickhouse: EmbeddedClickHouse, options: argparse.
     def rig(name: str) -> Rig:
         settings = Settings(
             kafka=KafkaSettings(
-                bootstrap_servers=kafka.bootstrap_servers, topic_prefix=f"{name}.", partitions=PARTITIONS
+                bootstrap_servers=kafka.bootstrap_servers,
+                topic_prefix=f"{name}.",
+                otlp_topic=f"{name}.otlp_spans",
+                partitions=PARTITIONS,
             ),
             clickhouse=clickhouse.settings(name),
         )

@@ -30,6 +30,7 @@ def write_settings_file(data: Path, kafka: KafkaSettings, clickhouse: ClickHouse
     tree["kafka"] = kept | {
         "bootstrap_servers": kafka.bootstrap_servers,
         "topic_prefix": kafka.topic_prefix,
+        "otlp_topic": kafka.otlp_topic,
         "partitions": kafka.partitions,
         **_security(kafka),
     }

@@ -59,11 +59,12 @@ async def create_topics(settings: KafkaSettings) -> list[str]:
 
 
 async def delete_topics(settings: KafkaSettings) -> None:
-    """Deletes the prefixed topics of these settings with all they hold; the shared one (otlp_spans) stays."""
+    """Deletes the prefixed topics of these settings with all they hold; one without the prefix (otlp_spans) stays."""
     admin = await connected_admin(settings)
     try:
         existing = await _partitions(admin)
-        names = [settings.topic(topic) for topic in TOPICS if topic.prefixed and settings.topic(topic) in existing]
+        ours = [name for name in map(settings.topic, TOPICS) if name.startswith(settings.topic_prefix)]
+        names = [name for name in ours if name in existing]
         if names:
             await admin.delete_topics(names, _REQUEST_MS)
     finally:

@@ -38,6 +38,8 @@ class KafkaSettings(Section):
     """Comma-separated host:port of the brokers."""
     topic_prefix: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]*$", max_length=64)] = "fulgurite."
     """Put before every topic's name: one prefix is one namespace."""
+    otlp_topic: Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+$", max_length=249)] = "otlp_spans"
+    """Where Collectors write: their own default, without our prefix. Two installations on one cluster need two."""
     partitions: Annotated[int, Field(ge=1, le=10_000)] = 4
     """Partitions of rollouts, spans, rewards and trajectories. Fixed once the topics exist."""
     replication_factor: Annotated[int, Field(ge=1, le=16)] = 1
@@ -175,7 +177,7 @@ class KafkaSettings(Section):
 
     def topic(self, topic: Topic) -> str:
         """The topic's full name on the broker."""
-        return f"{self.topic_prefix}{topic.name}" if topic.prefixed else topic.name
+        return f"{self.topic_prefix}{topic.name}" if topic.prefixed else self.otlp_topic
 
 
 def load_certificate(context: ssl.SSLContext, certificate: Path, key: Path, password: SecretStr | None) -> None:

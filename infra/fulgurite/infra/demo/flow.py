@@ -40,6 +40,7 @@ from fulgurite.infra.stores import hold_folder, start_stores
 from fulgurite.infra.supervisor import Supervisor
 from fulgurite.infra.trace import rollout_tree
 from fulgurite.schemas.errors import StartError
+from fulgurite.schemas.ids import now_ns
 from fulgurite.schemas.settings import (
     CONFIG_NAME,
     ENV_HOME,
@@ -99,12 +100,13 @@ class _Demo:
         settings = _store_settings(self._plan.data)
         stores = start_stores(self._plan.data, settings, self._supervisor, lambda text: self._screen.say(f"  {text}"))
         self._screen.phase("services")
+        started_ns = now_ns()
         for service in SERVICES:
             self._supervisor.start(service, self._plan.service_command(service), self._environment)
         self._screen.phase("warm start")  # while the services come up
         self._warm_start()
         clickhouse = stores.settings.clickhouse
-        with Watcher(stores.settings, self._demo.run_id, RESOURCE) as self._watcher:
+        with Watcher(stores.settings, self._demo.run_id, RESOURCE, started_ns) as self._watcher:
             self._screen.phase("first version")
             self._publish_warm_start()
             self._screen.phase("evaluation before")

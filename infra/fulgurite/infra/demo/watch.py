@@ -20,7 +20,6 @@ from fulgurite.infra.demo.screen import Figures
 from fulgurite.infra.lag import consumer_lag
 from fulgurite.infra.sql import connect
 from fulgurite.schemas.errors import FulguriteError
-from fulgurite.schemas.ids import now_ns
 from fulgurite.schemas.settings import Settings
 from fulgurite.schemas.topics import REWARDS, SPANS
 
@@ -33,12 +32,12 @@ logger = logging.getLogger(__name__)
 class Watcher:
     """Use as a context manager. `mode` and `prefix` may change while it runs; `figures()` gives a copy."""
 
-    def __init__(self, settings: Settings, run_id: str, resource: str) -> None:
+    def __init__(self, settings: Settings, run_id: str, resource: str, started_ns: int) -> None:
         self._settings = settings
         self._run_id = run_id
         self._resource = resource
-        self._since_ns = now_ns()
-        """Servers started with us: what was applied before says nothing about them."""
+        self._since_ns = started_ns
+        """When the servers were started: what was applied before says nothing about them."""
         self.mode = "val"
         self.prefix = ""
         """Counts the ended rollouts whose id begins with it."""
