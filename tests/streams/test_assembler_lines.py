@@ -6,8 +6,8 @@ from fulgurite.schemas.codec import encode
 from fulgurite.schemas.rewards import Reward
 from fulgurite.schemas.rollouts import RolloutFinished
 from fulgurite.schemas.spans import Span
-from fulgurite.streams.assembler.join import Announcement, assemble, lines_of
-from fulgurite.streams.assembler.service import attempts_of
+from fulgurite.streams.assembler.join import Announcement, assemble
+from fulgurite.streams.assembler.lines import attempts_of, lines_of
 
 
 def span(rollout_id: str, span_id: str, attempt_id: str = "a1") -> bytes:

@@ -16,6 +16,7 @@ from typing import Final, Protocol
 import numpy as np
 import pyarrow as pa
 
+from fulgurite.consumers.records import LogRecord
 from fulgurite.schemas.codec import split_lines
 from fulgurite.schemas.topics import OTLP_SPANS, REWARDS, SPANS, Topic
 
@@ -29,17 +30,9 @@ DEAD_LETTERS_TABLE: Final = 2
 BOTH_TABLES: Final = OWN_TABLE | DEAD_LETTERS_TABLE
 
 
-class Record(Protocol):
-    """What is needed of aiokafka's ConsumerRecord."""
+class Record(LogRecord, Protocol):
+    """A record with its headers."""
 
-    @property
-    def offset(self) -> int: ...
-    @property
-    def timestamp(self) -> int: ...
-    @property
-    def key(self) -> bytes | None: ...
-    @property
-    def value(self) -> bytes | None: ...
     @property
     def headers(self) -> Sequence[tuple[str, bytes]]: ...
 
@@ -72,10 +65,10 @@ def missing(topic: Topic, present: int) -> int:
 
 
 def block(partition: Partition, records: Sequence[Record], present: Mapping[int, int]) -> pa.Table:
-    """What remains to be inserted of the records, given the tables that have each offset already."""
+    """The records as rows. Of each of them a table lacks its part (`missing`); `present`: which tables have theirs."""
     if partition.topic in LINE_TOPICS:
         return _lines_block(partition, records, present)
-    return _records_block(partition, [r for r in records if missing(partition.topic, present.get(r.offset, 0))])
+    return _records_block(partition, records)
 
 
 def arrow(table: pa.Table) -> bytes:

@@ -240,7 +240,7 @@ class Materialiser(ConsumerRebalanceListener):
             self.metrics.lag(tp.topic, tp.partition, writer.lag(end, now_ms))
 
     async def _reconcile(self) -> None:
-        """Now and then looks for what was inserted since, offset by offset, and counts dead letters."""
+        """Now and then looks for what was inserted since, offset by offset, and counts dead letters for /metrics."""
         if time.monotonic() < self._check_at:
             return
         self._check_at = time.monotonic() + CHECK_SECONDS
@@ -251,7 +251,8 @@ class Materialiser(ConsumerRebalanceListener):
                 self.metrics.reconciled(tp.topic, tp.partition, entry.hi - entry.lo + 1, missing)
                 if missing and self._kept_for_ever(entry.partition.topic):
                     logger.error("%s: %d offsets of %d..%d are nowhere", entry.partition, missing, entry.lo, entry.hi)
-            self.metrics.dead_letters(await self._store.dead_letters())
+            if self._settings.materialiser.port:  # else nobody can ask, and counting reads the whole table
+                self.metrics.dead_letters(await self._store.dead_letters())
         except Unavailable as error:
             logger.debug("reconciliation left out: %s", error)
 

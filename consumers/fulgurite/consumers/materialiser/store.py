@@ -139,7 +139,8 @@ class Store:
     async def insert(
         self, partition: Partition, records: Sequence[Record], token: str, present: Mapping[int, int] | None = None
     ) -> None:
-        """One block into in_<topic>, without what tables have already. Raises Rejected or Unavailable."""
+        """One block into in_<topic>, for the tables that lack it; `records` are those that one lacks (`missing`).
+        Raises Rejected or Unavailable."""
         body = await asyncio.to_thread(_body, partition, records, present or {})
         await self._insert(f"in_{partition.topic.name}", body, partition, token)
 
@@ -253,10 +254,9 @@ def _body(partition: Partition, records: Sequence[Record], present: Mapping[int,
     """Raises Rejected where there is nothing to send to the server, because it is not what it should be."""
     if partition.topic is not topics.OTLP_SPANS:
         return arrow_body(block(partition, records, present))
-    rest = [record for record in records if missing(partition.topic, present.get(record.offset, 0))]
     try:
         data = batches.body(
-            partition.name, partition.number, rest, lambda at: missing(partition.topic, present.get(at, 0))
+            partition.name, partition.number, records, lambda at: missing(partition.topic, present.get(at, 0))
         )
     except Malformed as error:
         raise Rejected(str(error)) from error

@@ -13,12 +13,14 @@ Raises Malformed where the outer messages are none; what is wrong within them, C
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from importlib.resources import files
-from typing import Final, Protocol
+from typing import Final
 
 from fulgurite.consumers.otlp.from_json import from_json
 from fulgurite.consumers.otlp.wire import LENGTH, Malformed, fields, length_field, number_field, read_varint, varint
+from fulgurite.consumers.records import LogRecord
 
 FORMAT: Final = "Protobuf"
 REFUSALS: Final = frozenset({32, 33, 36, 434, 436, 444})
@@ -39,20 +41,8 @@ COLUMNS: Final = (
 _PART: Final = varint(9 << 3 | LENGTH)
 
 
-class Record(Protocol):
-    """What is needed of aiokafka's ConsumerRecord."""
-
-    @property
-    def offset(self) -> int: ...
-    @property
-    def timestamp(self) -> int: ...
-    @property
-    def key(self) -> bytes | None: ...
-    @property
-    def value(self) -> bytes | None: ...
-
-
-def insert_settings() -> dict[str, str | int]:
+@cache
+def insert_settings() -> Mapping[str, str | int]:
     """What ClickHouse must be told, beside FORMAT, to read a body."""
     return {
         "format_schema_source": "string",
@@ -67,7 +57,7 @@ def insert_settings() -> dict[str, str | int]:
     }
 
 
-def body(topic: str, partition: int, records: Sequence[Record], into: Callable[[int], int]) -> bytes:
+def body(topic: str, partition: int, records: Sequence[LogRecord], into: Callable[[int], int]) -> bytes:
     """One insert into in_otlp_spans. `into(offset)` says which tables may take the record: see 0002_spans.sql."""
     place = length_field(1, topic.encode()) + number_field(2, partition)
     parts: list[bytes | memoryview] = []

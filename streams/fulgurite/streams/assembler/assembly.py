@@ -46,7 +46,8 @@ from fulgurite.schemas.rollouts import (
     RolloutRequeued,
 )
 from fulgurite.schemas.trajectories import Trajectory
-from fulgurite.streams.assembler.join import Announcement, assemble, lines_of
+from fulgurite.streams.assembler.join import Announcement, assemble
+from fulgurite.streams.assembler.lines import lines_of
 from fulgurite.streams.assembler.offsets import MAX_REPLAY_EVENTS, DataPartition, EndedRollouts, RolloutsPartition
 from fulgurite.streams.assembler.rollouts import Batch, Ended, Held, OpenRollout, Pending
 

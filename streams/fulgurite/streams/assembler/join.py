@@ -35,8 +35,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Final, TypeVar
 
-from pydantic import BaseModel, TypeAdapter, ValidationError
-
 from fulgurite.schemas.codec import decode, split_lines
 from fulgurite.schemas.errors import InvalidEvent
 from fulgurite.schemas.event import MAX_TOKENS, VersionSpan
@@ -48,12 +46,6 @@ from fulgurite.schemas.trajectories import TokenSequence, Trajectory, Trajectory
 
 E = TypeVar("E", Span, Reward)
 
-
-class _Named(BaseModel):
-    rollout_id: str = ""
-
-
-_NAMED = TypeAdapter(_Named)
 
 EXPIRED = b""
 """Stands for a record that Kafka had deleted before it could be joined."""
@@ -132,22 +124,6 @@ def assemble(
         metadata=announced.metadata,
     )
     return Joined(trajectory, invalid + invalid_rewards)
-
-
-def lines_of(rollout_id: str, value: bytes) -> bytes:
-    """What of a record is this rollout's; all of it where it has one line. Lines nobody can read are everybody's."""
-    lines = split_lines(value)[1]
-    if len(lines) == 1:
-        return value
-    others = [line for line in lines if _rollout_id(line) not in (rollout_id, None)]
-    return value if not others else b"\n".join(line for line in lines if line not in others)
-
-
-def _rollout_id(line: bytes) -> str | None:
-    try:
-        return _NAMED.validate_json(line).rollout_id
-    except ValidationError:
-        return None
 
 
 def _read(model: type[E], values: Sequence[bytes], rollout_id: str, partial: list[str]) -> tuple[list[E], int]:

@@ -55,16 +55,15 @@ import time
 from collections import Counter
 
 from aiokafka.structs import TopicPartition
-from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from fulgurite.producers.service import run_service
-from fulgurite.schemas.codec import decode_union, split_lines
+from fulgurite.schemas.codec import decode_union
 from fulgurite.schemas.errors import InvalidEvent
-from fulgurite.schemas.ids import OptionalId
 from fulgurite.schemas.rollouts import ROLLOUT_EVENT
 from fulgurite.schemas.settings import Settings
 from fulgurite.streams.assembler.assembly import MAX_UNSENT_BYTES, Assembly
 from fulgurite.streams.assembler.inputs import POLL_MS, POLL_RECORDS, Inputs, Records
+from fulgurite.streams.assembler.lines import attempts_of
 from fulgurite.streams.assembler.outputs import records
 from fulgurite.streams.assembler.restart import restore
 from fulgurite.streams.assembler.rollouts import Held, Pending
@@ -88,32 +87,6 @@ _REFRESH_SECONDS = 3_600.0
 _ORPHAN_CHECK_SECONDS = 1.0
 _REPORT_SECONDS = 10.0
 _STOP_SECONDS = 2.0
-
-
-class _Identity(BaseModel):
-    """All that must be known of a span or reward before its rollout ends; the rest is read once, then."""
-
-    rollout_id: OptionalId = ""
-    attempt_id: OptionalId = ""
-
-
-_IDENTITY = TypeAdapter(_Identity)
-
-
-def attempts_of(value: bytes) -> tuple[dict[str, str], int]:
-    """Rollout -> attempt, of a record's lines ("" where they name several), and how many lines are no event."""
-    attempts: dict[str, str] = {}
-    invalid = 0
-    for line in split_lines(value)[1]:
-        try:
-            found = _IDENTITY.validate_json(line, strict=True)
-        except ValidationError:
-            invalid += 1
-            continue
-        if found.rollout_id:
-            same = attempts.setdefault(found.rollout_id, found.attempt_id) == found.attempt_id
-            attempts[found.rollout_id] = found.attempt_id if same else ""
-    return attempts, invalid
 
 
 def main(settings: Settings) -> int:
