@@ -47,8 +47,9 @@ from fulgurite.schemas.topics import OTLP_SPANS, SPANS, Topic
 
 OUT = Path("build/bench/ingest.json")
 PARTITIONS = 4
-BLOCK_ROWS = 46_000
+BLOCK_RECORDS = 460
 """Of the ceiling's inserts: about what the materialiser makes of its 32 MiB."""
+BLOCK_ROWS = BLOCK_RECORDS * SPANS_A_RECORD
 MATERIALISER = """
 from fulgurite.consumers.materialiser import main
 from fulgurite.schemas.settings import load_settings
@@ -64,7 +65,9 @@ CREATE TABLE naive (
     rollout_id String, span_id String, name String, start_ns Int64, end_ns Int64, attributes Map(String, String)
 ) ENGINE = MergeTree ORDER BY (rollout_id, start_ns)
 """
-ENDS = "SELECT _partition, max(_offset) FROM spans WHERE _topic = {t:String} AND _offset >= {low:UInt64} GROUP BY 1"
+COMPLETE = """
+SELECT rollout_id FROM spans WHERE rollout_id IN {ids:Array(String)} GROUP BY 1 HAVING count() = {spans:UInt32}
+"""
 BYTES = """
 SELECT sum(bytes_on_disk) / sum(rows) FROM system.parts
 WHERE active AND database = currentDatabase() AND table = 'spans'
@@ -116,17 +119,18 @@ class Rig:
         asyncio.run(self._fill(self.settings.kafka.topic(topic), load))
 
     async def _fill(self, name: str, load: Iterator[tuple[bytes, bytes]]) -> None:
-        producer = AIOKafkaProducer(
+        async with self.producer(linger_ms=20) as producer:
+            for key, value in load:
+                await producer.send(name, value, key)
+
+    def producer(self, linger_ms: int) -> AIOKafkaProducer:
+        return AIOKafkaProducer(
             bootstrap_servers=self.settings.kafka.bootstrap_servers,
             acks="all",
             compression_type="lz4",
             max_batch_size=1 << 20,
-            linger_ms=20,
+            linger_ms=linger_ms,
         )
-        await producer.start()
-        for key, value in load:
-            await producer.send(name, value, key)
-        await producer.stop()
 
     def materialiser(self) -> subprocess.Popen[bytes]:
         environment = to_environment(
@@ -181,19 +185,20 @@ def work_off(rig: Rig, client: Client, spans: int) -> dict[str, float]:
 
 
 def ceiling(rig: Rig, client: Client, spans: int) -> dict[str, float]:
-    """Blocks of Arrow made of the very rows, into a table of the same shape."""
+    """Blocks of Arrow made of the very rows, each once and ordered as the table is, into a table of the same shape."""
     client.command("CREATE TABLE ceiling AS spans")
     names = [row[0] for row in client.query(COLUMNS).result_rows]
     blocks = [
         client.raw_query(
-            f"SELECT {', '.join(names)} FROM spans ORDER BY _partition, _offset LIMIT {BLOCK_ROWS} OFFSET {at}",
+            f"SELECT {', '.join(names)} FROM spans WHERE _partition = {partition} AND _offset >= {low} "
+            f"AND _offset < {low + BLOCK_RECORDS} ORDER BY rollout_id, attempt_id, start_ns, span_id",
             fmt="ArrowStream",
             settings={"output_format_arrow_compression_method": "none", "max_block_size": BLOCK_ROWS},
         )
-        for at in range(0, min(spans, 10 * BLOCK_ROWS), BLOCK_ROWS)
+        for low in range(0, spans // SPANS_A_RECORD // PARTITIONS, BLOCK_RECORDS)
+        for partition in range(PARTITIONS)
     ]
     one_block = {"min_insert_block_size_rows": 2**40, "min_insert_block_size_bytes": 2**40, "async_insert": 0}
-    rounds = max(1, spans // (len(blocks) * BLOCK_ROWS))
 
     def insert(block: bytes) -> None:
         with rig.client() as own:
@@ -202,7 +207,7 @@ def ceiling(rig: Rig, client: Client, spans: int) -> dict[str, float]:
     cost = Cost({"clickhouse": psutil.Process(rig.clickhouse.pid), "client": psutil.Process()})
     begun = time.monotonic()
     with ThreadPoolExecutor(2) as pool:
-        list(pool.map(insert, blocks * rounds))
+        list(pool.map(insert, blocks))
     seconds, used = time.monotonic() - begun, sum(cost.end().values())
     inserted = int(client.query("SELECT count() FROM ceiling").result_rows[0][0])
     client.command("DROP TABLE ceiling")
@@ -240,68 +245,38 @@ def naive(rig: Rig, client: Client, spans: int) -> dict[str, float]:
 
 
 def latency(rig: Rig, client: Client, spans_per_second: float, seconds: float) -> dict[str, float]:
-    """Produces at a steady rate; asks every 50 ms how far each partition can be queried. Waiting to ask counts too."""
-    name = rig.settings.kafka.topic(SPANS)
-    sent: dict[tuple[int, int], float] = {}
+    """Produces at a steady rate; asks every 50 ms, as a user would, for the rollouts of every tenth record that are not
+    all there yet. Waiting to ask counts too."""
+    load = list(records(int(spans_per_second * seconds / SPANS_A_RECORD), seed=9))
+    sent: dict[str, float] = {}
     waits: list[float] = []
+    over = threading.Event()
+
+    async def produce() -> None:
+        async with rig.producer(linger_ms=5) as producer:
+            begun = time.monotonic()
+            for number, (key, value) in enumerate(load):
+                if (ahead := begun + number * SPANS_A_RECORD / spans_per_second - time.monotonic()) > 0.001:
+                    await asyncio.sleep(ahead)
+                if number % 10 == 0:
+                    sent[key.decode()] = time.monotonic()
+                await producer.send(rig.settings.kafka.topic(SPANS), value, key)
+        over.set()
+
     with rig.materialiser() as child:
         time.sleep(8)
-        over = threading.Event()
-
-        async def produce() -> None:
-            producer = AIOKafkaProducer(
-                bootstrap_servers=rig.settings.kafka.bootstrap_servers,
-                acks="all",
-                compression_type="lz4",
-                max_batch_size=1 << 20,
-                linger_ms=5,
-            )
-            await producer.start()
-            load = list(records(int(spans_per_second * seconds / SPANS_A_RECORD), seed=9))
-            begun, pending = time.monotonic(), set[asyncio.Task[None]]()
-
-            async def one(key: bytes, value: bytes) -> None:
-                at = time.monotonic()
-                meta = await (await producer.send(name, value, key))
-                sent[meta.partition, meta.offset] = at
-
-            for number, (key, value) in enumerate(load):
-                due = begun + number * SPANS_A_RECORD / spans_per_second
-                if (ahead := due - time.monotonic()) > 0.001:
-                    await asyncio.sleep(ahead)
-                task = asyncio.create_task(one(key, value))
-                pending.add(task)
-                task.add_done_callback(pending.discard)
-            await asyncio.gather(*pending)
-            await producer.stop()
-            over.set()
-
-        ends = {
-            int(p): int(o)
-            for p, o in client.query(
-                "SELECT _partition, max(_offset) FROM spans WHERE _topic = {t:String} GROUP BY 1", {"t": name}
-            ).result_rows
-        }
         producing = threading.Thread(target=lambda: asyncio.run(produce()))
         producing.start()
-        seen: set[tuple[int, int]] = set()
         deadline = time.monotonic() + 5 * seconds + 60
-        while (not over.is_set() or len(seen) < len(sent)) and time.monotonic() < deadline:
+        while (not over.is_set() or sent) and time.monotonic() < deadline:
             time.sleep(0.05)
-            low = min(ends.values(), default=0)
-            query = ENDS
-            for partition, offset in client.query(query, {"t": name, "low": low}).result_rows:
-                ends[int(partition)] = int(offset)
-            now = time.monotonic()
-            for place, at in list(sent.items()):
-                if place not in seen and place[1] <= ends.get(place[0], -1):
-                    seen.add(place)
-                    waits.append(now - at)
+            for (rollout_id,) in client.query(COMPLETE, {"ids": list(sent), "spans": SPANS_A_RECORD}).result_rows:
+                waits.append(time.monotonic() - sent.pop(rollout_id))
         producing.join()
         child.terminate()
         child.wait(30)
-    if len(seen) < len(sent):
-        raise SystemExit(f"only {len(seen)} of {len(sent)} records became queryable")
+    if sent:
+        raise SystemExit(f"{len(sent)} of {len(load) // 10} rollouts did not become queryable")
     waits.sort()
     return {"p50_seconds": statistics.median(waits), "p99_seconds": waits[int(len(waits) * 0.99)]}
 

@@ -11,6 +11,8 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parents[1] / "consumers"))
 from otlp_encoding import any_value, fixed, integer, part  # pyright: ignore[reportMissingImports]
 
+from fulgurite.schemas.ids import new_id
+
 SPANS_A_RECORD = 100
 START_NS = 1_795_000_000_000_000_000
 
@@ -28,7 +30,7 @@ def attributes(rand: random.Random) -> dict[str, str]:
         "session.id": f"{rand.getrandbits(64):016x}",
         "worker": f"runner-{rand.randrange(64)}",
         "task.difficulty": rand.choice(["easy", "hard"]),
-        "note": "x" * rand.randrange(40, 80),
+        "note": "x" * rand.randrange(12, 52),
     }
 
 
@@ -53,17 +55,20 @@ def span(rand: random.Random, rollout_id: str, attempt_id: str, trace_id: str, n
 
 
 def records(count: int, seed: int, *, distinct: int = 500) -> Iterator[tuple[bytes, bytes]]:
-    """Keys and values of `count` records of SPANS_A_RECORD spans: `distinct` ones, under ever new rollouts."""
+    """Keys and values of `count` records of SPANS_A_RECORD spans: `distinct` ones, under ever new rollouts.
+
+    Ids are as Fulgurite makes them, in the order of time: rollouts that come together lie together in the table.
+    """
     rand = random.Random(seed)
     templates: list[bytes] = []
     for _ in range(min(count, distinct)):
-        lines = (span(rand, "R" * 20, "A" * 16, "T" * 32, number) for number in range(SPANS_A_RECORD))
+        lines = (span(rand, "R" * 32, "A" * 32, "T" * 32, number) for number in range(SPANS_A_RECORD))
         templates.append(b"\n".join(json.dumps(line, separators=(",", ":")).encode() for line in lines))
     for number in range(count):
-        rollout = b"rollout-%012x" % rand.getrandbits(48)
-        value = templates[number % len(templates)].replace(b"R" * 20, rollout)
+        rollout, attempt = new_id().encode(), new_id().encode()
+        value = templates[number % len(templates)].replace(b"R" * 32, rollout)
         value = value.replace(b"T" * 32, b"%032x" % rand.getrandbits(128))
-        yield rollout, value.replace(b"A" * 16, b"%016x" % rand.getrandbits(64))
+        yield rollout, value.replace(b"A" * 32, attempt)
 
 
 def otlp_records(count: int, seed: int, *, distinct: int = 200) -> Iterator[tuple[bytes, bytes]]:
@@ -75,8 +80,8 @@ def otlp_records(count: int, seed: int, *, distinct: int = 200) -> Iterator[tupl
         resource = part(1, _attribute("service.name", "bench"))
         templates.append(part(1, part(1, resource) + part(2, spans)))
     for number in range(count):
-        rollout = b"rollout-%012x" % rand.getrandbits(48)
-        value = templates[number % len(templates)].replace(b"R" * 20, rollout)
+        rollout = new_id().encode()
+        value = templates[number % len(templates)].replace(b"R" * 32, rollout)
         yield rollout, value.replace(b"T" * 16, rand.randbytes(16))
 
 
@@ -87,7 +92,7 @@ def _attribute(key: str, value: str) -> bytes:
 def _otlp_span(rand: random.Random, number: int) -> bytes:
     name, _, operation = _KINDS[number % 2]
     start_ns = START_NS + number * 50_000_000
-    values = {"fulgurite.rollout_id": "R" * 20, "gen_ai.operation.name": operation, **attributes(rand)}
+    values = {"fulgurite.rollout_id": "R" * 32, "gen_ai.operation.name": operation, **attributes(rand)}
     fields = part(1, b"T" * 16) + part(2, rand.randbytes(8)) + part(5, name.encode()) + integer(6, 3)
     times = fixed(7, start_ns) + fixed(8, start_ns + rand.randrange(10**9))
     return fields + times + b"".join(part(9, _attribute(key, value)) for key, value in values.items())

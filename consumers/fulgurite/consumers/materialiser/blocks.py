@@ -71,12 +71,12 @@ def block(partition: Partition, records: Sequence[Record], present: Mapping[int,
     return _records_block(partition, records)
 
 
-def arrow(table: pa.Table) -> bytes:
+def arrow(table: pa.Table) -> memoryview:
     """Arrow's stream format, everything in one record batch: a body cut short holds all of it or nothing."""
     sink = pa.BufferOutputStream()
     with pa.ipc.new_stream(sink, table.schema) as writer:
         writer.write_table(table.combine_chunks())
-    return sink.getvalue().to_pybytes()
+    return memoryview(sink.getvalue())
 
 
 def _lines_block(partition: Partition, records: Sequence[Record], present: Mapping[int, int]) -> pa.Table:
