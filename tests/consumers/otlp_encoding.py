@@ -20,6 +20,7 @@ class Record:
     value: bytes | None
     key: bytes | None = b"k"
     timestamp: int = 1_700_000_000_000
+    headers: Sequence[tuple[str, bytes]] = ()
 
 
 def number(value: int) -> bytes:
@@ -102,9 +103,12 @@ def span(
     )
 
 
-def scope_spans(spans: Sequence[bytes], name: str = "", version: str = "") -> bytes:
-    scope = part(1, part(1, name.encode()) + part(2, version.encode())) if name or version else b""
-    return scope + b"".join(part(2, one) for one in spans)
+def scope_spans(
+    spans: Sequence[bytes], name: str = "", version: str = "", values: Mapping[str, Any] | None = None
+) -> bytes:
+    names = part(1, name.encode()) + part(2, version.encode()) if name or version else b""
+    scope = names + attributes(3, values or {})
+    return (part(1, scope) if scope else b"") + b"".join(part(2, one) for one in spans)
 
 
 def resource_spans(resource: Mapping[str, Any], *scopes: bytes) -> bytes:

@@ -5,13 +5,9 @@ from __future__ import annotations
 import base64
 import json
 import secrets
-from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
-import clickhouse_connect
 import pytest
-from clickhouse_connect.driver import Client
 from clickhouse_connect.driver.exceptions import DatabaseError
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -19,8 +15,6 @@ from hypothesis import strategies as st
 from fulgurite.consumers.otlp import batches
 from fulgurite.consumers.otlp.rollout import attempt_of
 from fulgurite.consumers.otlp.spans import decode
-from fulgurite.infra.clickhouse import EmbeddedClickHouse
-from fulgurite.schemas.migrations import apply_migrations, connection_options
 from tests.consumers.otlp_encoding import (
     START,
     Record,
@@ -35,62 +29,9 @@ from tests.consumers.otlp_encoding import (
     span,
     traces,
 )
+from tests.consumers.otlp_tables import Tables
 
 DATA = Path(__file__).parents[1] / "data" / "otlp"
-ONE_BLOCK = 2**40
-
-
-class Tables:
-    """The tables of one test, and the materialiser's insert."""
-
-    def __init__(self, client: Client) -> None:
-        self.client = client
-        self._offset = 0
-
-    def insert(self, records: Sequence[Record], token: str = "", into: int = 3) -> None:
-        self.client.raw_insert(
-            "in_otlp_spans",
-            batches.COLUMNS,
-            batches.body("otlp_spans", 0, records, lambda _: into),
-            settings={
-                "insert_deduplication_token": token or secrets.token_hex(8),
-                "async_insert": 0,
-                "max_threads": 1,
-                "max_insert_block_size": ONE_BLOCK,
-                "min_insert_block_size_rows": ONE_BLOCK,
-                "min_insert_block_size_bytes": ONE_BLOCK,
-                **batches.insert_settings(),
-            },
-            fmt=batches.FORMAT,
-        )
-
-    def row(self, value: bytes) -> dict[str, Any]:
-        """The row of a record with one span."""
-        self._offset += 1
-        self.insert([Record(self._offset, value)])
-        (row,) = self.rows("spans", f"_offset = {self._offset}")
-        return row
-
-    def rows(self, table: str, where: str = "1") -> list[dict[str, Any]]:
-        query = f"SELECT * FROM {table} WHERE {where} ORDER BY _offset, _index"
-        return list(self.client.query(query).named_results())
-
-
-@pytest.fixture(scope="module")
-def client(clickhouse_server: EmbeddedClickHouse) -> Iterator[Client]:
-    """Of a database with all tables: they take longer to make than a test to run."""
-    settings = clickhouse_server.settings(database=f"test_{secrets.token_hex(4)}")
-    apply_migrations(settings)
-    with clickhouse_connect.get_client(**connection_options(settings), database=settings.database) as client:
-        yield client
-    clickhouse_server.command(f"DROP DATABASE {settings.database} SYNC")
-
-
-@pytest.fixture
-def tables(client: Client) -> Tables:
-    for table in ("spans", "dead_letters"):
-        client.command(f"TRUNCATE TABLE {table}")
-    return Tables(client)
 
 
 def recorded(encoding: str) -> list[Record]:
@@ -157,8 +98,7 @@ def test_values_as_text(tables: Tables) -> None:
         "none": "[]",
         "raw": "AP8=",
     }
-    nested = json.loads(plain["attributes"]["nested"])
-    assert b"role" in base64.b64decode(nested["list"][0]), "two levels are read; what is deeper stays protobuf"
+    assert json.loads(plain["attributes"]["nested"]) == {"list": [{"role": "user"}], "a": {"b": [1, {"c": "d"}]}}
     traced = tables.client.query("SELECT SpanName, ServiceName FROM otel_traces WHERE SpanName = 'plain'").result_rows
     assert list(traced) == [("plain", "agent")]
 
@@ -191,11 +131,18 @@ def test_a_span_that_cannot_be_used_is_a_dead_letter_and_the_others_are_rows(tab
     assert (dead[0]["stage"], dead[0]["key"], dead[0]["topic"]) == ("materialiser", "k", "otlp_spans")
 
 
-def test_what_protobuf_does_not_parse_makes_the_insert_fail_with_a_refusal(tables: Tables) -> None:
-    for attribute in (b"\x0a\xff", b"\x10\x02", b"\x0a\x01a\x18\x01", b"\x0f"):
-        broken = record(part(9, part(1, b"key") + part(2, attribute)))
+def test_what_protobuf_does_not_parse_is_refused_by_the_server_before_anything_is_inserted(tables: Tables) -> None:
+    deep = record(span({"deep": [[[]]]}))
+    broken = [b"\x0a\xff", b"\x10\x02", b"\x0a\x01a\x18\x01", b"\x0f"]
+    for value in (deep, *(record(part(9, part(1, b"key") + part(2, attribute))) for attribute in broken)):
         with pytest.raises(DatabaseError) as error:
-            tables.insert([Record(1, record(span())), Record(2, broken)])
+            tables.client.raw_insert(
+                "in_otlp_spans",
+                batches.COLUMNS,
+                batches.body("otlp_spans", 0, [Record(1, record(span())), Record(2, value)], lambda _: 3),
+                settings={"async_insert": 0, **batches.insert_settings()},
+                fmt=batches.FORMAT,
+            )
         assert error.value.code in batches.REFUSALS, error.value
         assert not tables.rows("spans")
 
@@ -248,9 +195,18 @@ def test_sql_and_python_find_the_same_rollout(
 
 COLUMN_NAMES: dict[str, list[str]] = {
     "agent": ["gen_ai.agent.name", "agent.name"],
-    "model": ["gen_ai.response.model", "gen_ai.request.model", "llm.model_name", "embedding.model_name"],
-    "input": ["gen_ai.input.messages", "gen_ai.prompt", "gen_ai.tool.call.arguments", "input.value"],
-    "output": ["gen_ai.output.messages", "gen_ai.completion", "gen_ai.tool.call.result", "output.value"],
+    "model": [
+        *("gen_ai.response.model", "gen_ai.request.model", "llm.model_name", "embedding.model_name"),
+        *("llm.response.model_name", "llm.request.model_name"),
+    ],
+    "input": [
+        *("gen_ai.input.messages", "gen_ai.prompt", "gen_ai.tool.call.arguments", "input.value"),
+        *("traceloop.entity.input", "gen_ai.retrieval.query.text"),
+    ],
+    "output": [
+        *("gen_ai.output.messages", "gen_ai.completion", "gen_ai.tool.call.result", "output.value"),
+        *("traceloop.entity.output", "gen_ai.retrieval.documents"),
+    ],
     "input_tokens": ["gen_ai.usage.input_tokens", "gen_ai.usage.prompt_tokens", "llm.token_count.prompt"],
     "output_tokens": ["gen_ai.usage.output_tokens", "gen_ai.usage.completion_tokens", "llm.token_count.completion"],
     "endpoint": ["server.address", "gen_ai.openai.api_base", "url.full"],
@@ -280,3 +236,44 @@ def test_of_several_names_the_newest_counts(tables: Tables, cases: list[dict[str
                 assert row[column] == (int(value) if value.isascii() and value.isdigit() else 0)
             else:
                 assert row[column] == value, (column, case)
+
+
+def test_a_span_of_each_kind_by_the_present_conventions(tables: Tables) -> None:
+    question = [{"role": "user", "parts": [{"type": "text", "content": "hi"}]}]
+    answer = [{"role": "assistant", "parts": [{"type": "text", "content": "ho"}], "finish_reason": "stop"}]
+    usage = {"gen_ai.usage.input_tokens": 3, "gen_ai.usage.cache_read.input_tokens": 2, "gen_ai.usage.output_tokens": 4}
+    retrieval = {"gen_ai.retrieval.query.text": "q", "gen_ai.retrieval.documents": [{"id": "d", "score": 0.5}]}
+    reranker = {"reranker.model_name": "rr", "reranker.query": "which?", "openinference.span.kind": "RERANKER"}
+    messages = {"gen_ai.operation.name": "chat", "gen_ai.input.messages": question, "gen_ai.output.messages": answer}
+    as_text = {name: json.dumps(messages[name]) for name in ("gen_ai.input.messages", "gen_ai.output.messages")}
+    tables.insert(
+        [
+            Record(1, record(span(messages | usage))),
+            Record(2, record(span(messages | as_text))),
+            Record(3, record(span({"gen_ai.operation.name": "retrieval", **retrieval}))),
+            Record(4, record(span(reranker))),
+        ]
+    )
+    structured, text, found, ranked = tables.rows("spans")
+    for row in (structured, text):
+        assert (json.loads(row["input"]), json.loads(row["output"])) == (question, answer)
+    assert (structured["input_tokens"], structured["output_tokens"]) == (3, 4)
+    assert structured["attributes"]["gen_ai.usage.cache_read.input_tokens"] == "2"
+    assert (found["operation"], found["input"]) == ("retrieval", "q")
+    assert json.loads(found["output"]) == [{"id": "d", "score": 0.5}]
+    assert (ranked["operation"], ranked["model"], ranked["input"]) == ("reranker", "rr", "which?")
+
+
+@pytest.mark.parametrize(
+    ("more", "before", "after"),
+    [
+        ({"gen_ai.operation.name": "chat"}, "gen_ai.prompt", "gen_ai.completion"),
+        ({"openinference.span.kind": "LLM"}, "llm.prompts", "llm.choices"),
+        ({"openinference.span.kind": "LLM"}, "llm.input_messages", "llm.output_messages"),
+    ],
+)
+def test_numbered_messages(tables: Tables, more: dict[str, str], before: str, after: str) -> None:
+    asked = {f"{before}.0.role": "user", f"{before}.0.content": "hi", f"{before}.10.content": "yes"}
+    said = {f"{after}.0.content": "ho", f"{after}.0.role": "assistant"}
+    row = tables.row(record(span({**more, **asked, **said, "gen_ai.request.model": "m"})))
+    assert (json.loads(row["input"]), json.loads(row["output"])) == (asked, said)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import gzip
 import json
 from typing import Any
 
@@ -11,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulgurite.consumers.otlp.batches import body, otlp, scopes
+from fulgurite.consumers.otlp.mend import mended
 from fulgurite.consumers.otlp.spans import decode
 from fulgurite.consumers.otlp.wire import Malformed, fields, read_varint
 from tests.consumers.otlp_encoding import Record, event, link, record, resource_spans, scope_spans, span, traces
@@ -67,9 +69,11 @@ def test_the_numbers_are_those_of_the_decoder() -> None:
         (b"{", "no JSON"),
         (b"{}", "no spans"),
         (b'{"resourceSpans": 1}', "resourceSpans: a list is needed"),
-        (b'{"resourceSpans": [{"scopeSpans": [{"spans": [{"traceId": "xyz"}]}]}]}', "traceId"),
-        (b'{"resourceSpans": [{"scopeSpans": [{"spans": [{"startTimeUnixNano": "1.5"}]}]}]}', "startTimeUnixNano"),
-        (b'{"resourceSpans": [{"scopeSpans": [{"spans": [{"kind": true}]}]}]}', "an integer is needed"),
+        (b'{"resourceSpans": [5]}', "resourceSpans: an object is needed"),
+        (b'{"resourceSpans": [{"scopeSpans": {}}]}', "no spans"),
+        (b'{"resourceSpans": [{"scopeSpans": 5}]}', "scopeSpans: a list is needed"),
+        (b'{"resourceSpans": [{"scopeSpans": [{"spans": 5}]}]}', "scopeSpans: spans: a list is needed"),
+        (gzip.compress(b"{}"), "compressed"),
         (b'{"resourceSpans":' + b"[" * 2_000, "no JSON"),
     ],
 )
@@ -81,7 +85,7 @@ def test_what_is_no_traces_data_is_refused(value: bytes | None, what: str) -> No
 @given(st.binary(max_size=200) | st.binary(max_size=60).map(lambda junk: record(span({"a": 1})) + junk))
 @settings(max_examples=300, deadline=None)
 def test_no_bytes_do_worse_than_being_refused(data: bytes) -> None:
-    for read in (lambda: scopes(otlp(data)), lambda: decode(otlp(data))):
+    for read in (lambda: scopes(otlp(data)), lambda: decode(otlp(data)), lambda: decode(mended(otlp(data)))):
         with contextlib.suppress(Malformed):
             read()
 
@@ -96,6 +100,15 @@ def test_a_broken_byte_does_no_worse_either(place: int, byte: int) -> None:
     for read in (lambda: scopes(otlp(bytes(data))), lambda: decode(otlp(bytes(data)))):
         with contextlib.suppress(Malformed):
             read()
+    with contextlib.suppress(Malformed):
+        assert mended(mended(bytes(data))) == mended(bytes(data))
+
+
+def test_what_needs_no_mending_stays_what_it_was() -> None:
+    assert decode(mended(TWO_SCOPES)) == decode(TWO_SCOPES)
+    assert [(at, bytes(part)) for at, _, part in scopes(mended(TWO_SCOPES))] == [
+        (at, bytes(part)) for at, _, part in scopes(TWO_SCOPES)
+    ]
 
 
 def test_json_says_the_same_as_protobuf() -> None:

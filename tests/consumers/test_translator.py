@@ -11,8 +11,9 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 
 from fulgurite.consumers.otlp.spans import decode
+from fulgurite.consumers.otlp.wire import Malformed
 from fulgurite.consumers.translator.rewards import TELL_TALES, Refused, rewards_of
-from fulgurite.consumers.translator.service import serve
+from fulgurite.consumers.translator.service import serve, spans_of
 from fulgurite.producers.kafka import connection_options
 from fulgurite.schemas.codec import decode as decode_event
 from fulgurite.schemas.rewards import Reward
@@ -60,6 +61,15 @@ def test_older_forms(name: str) -> None:
     assert rewards(record(span({name: "no JSON, a reward"}), resource=ROLLOUT)) == []
     assert only(record(span({"reward": 1.0}, name="agentlightning.annotation"), resource=ROLLOUT)).value == 1
     assert rewards(record(span({"reward": 1.0}, name="other"), resource=ROLLOUT)) == []
+
+
+def test_a_broken_span_of_a_record_takes_nobody_elses_reward_with_it() -> None:
+    good, broken = span(AGL), span(more=b"\x4a\x7f")
+    value = record(good, broken, span(AGL, span_id=b"\x01" * 8), resource=ROLLOUT)
+    with pytest.raises(Malformed):
+        decode(value)
+    found = [reward for one in spans_of(value) for reward in rewards_of(one)]
+    assert [reward.value for reward in found if isinstance(reward, Reward)] == [0.5, 0.5]
 
 
 def test_evaluations_of_a_span() -> None:

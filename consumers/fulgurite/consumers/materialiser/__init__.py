@@ -1,7 +1,8 @@
 """The materialiser: every record of every topic becomes exactly one row in ClickHouse, or one dead letter; where a
 record holds several spans or rewards, each of them does.
 
-    consumes     all topics of schemas.topics, read_committed, raw bytes: Python decodes no JSON and no OTLP
+    consumes     all topics of schemas.topics, read_committed, raw bytes: Python decodes no JSON, and of OTLP only what
+                 ClickHouse refused to read
     produces     rows: in_<topic> (stores nothing) -> materialised views -> the topic's table | dead_letters
     waits for    ClickHouse's answer to one insert a partition; records are fetched meanwhile, within bounds
     unblocked by the answer. Transient errors are retried for ever; a record no table takes is a dead letter
@@ -19,7 +20,9 @@ The contract, for one partition. The code carries these numbers.
                 longer of the group, so a zombie does not get further.
     2  insert   One block, one synchronous insert, token topic-partition-lo-hi. Each table takes its part of the block
                 wholly or not at all. No answer, or an error: wait until the server is done with it, ask which offsets
-                are there, insert the others under the same token; again until it succeeds.
+                are there, insert the others under the same token; again until it succeeds. An insert that the server
+                refuses for what is in it left nothing, not even its token: OTLP is then written so that it can be read
+                (consumers/otlp/mend.py), anything else is halved down to the record that nobody will take.
     3  log      ingest_log: lo..hi is in. At most a second later, for all partitions at once.
     4  commit   Offset hi + 1. A hint for lag monitors and step 0; usually said by the next intent.
 

@@ -143,8 +143,15 @@ class Store:
     ) -> None:
         """One block into in_<topic>, for the tables that lack it; `records` are those that one lacks (`missing`).
         Raises Rejected or Unavailable."""
-        body = await asyncio.to_thread(_body, partition, records, present or {})
-        await self._insert(f"in_{partition.topic.name}", body, partition, token)
+        into, present = f"in_{partition.topic.name}", present or {}
+        try:
+            await self._insert(into, await asyncio.to_thread(_body, partition, records, present), partition, token)
+        except Rejected:
+            if partition.topic is not topics.OTLP_SPANS:
+                raise
+            # Nothing of it is in the tables, nor its token: the same rows, written so that the server reads them.
+            body = await asyncio.to_thread(_body, partition, records, present, mend=True)
+            await self._insert(into, body, partition, token)
 
     async def insert_dead(self, partition: Partition, record: Record, message: str) -> None:
         """A record no table takes, straight into dead_letters. Raises Unavailable."""
@@ -252,13 +259,17 @@ class Store:
         return self._client
 
 
-def _body(partition: Partition, records: Sequence[Record], present: Mapping[int, int]) -> Body:
+def _body(partition: Partition, records: Sequence[Record], present: Mapping[int, int], *, mend: bool = False) -> Body:
     """Raises Rejected where there is nothing to send to the server, because it is not what it should be."""
     if partition.topic is not topics.OTLP_SPANS:
         return arrow_body(block(partition, records, present))
     try:
         data = batches.body(
-            partition.name, partition.number, records, lambda at: missing(partition.topic, present.get(at, 0))
+            partition.name,
+            partition.number,
+            records,
+            lambda at: missing(partition.topic, present.get(at, 0)),
+            mend=mend,
         )
     except Malformed as error:
         raise Rejected(str(error)) from error

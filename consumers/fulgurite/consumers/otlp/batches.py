@@ -6,9 +6,13 @@ record begins and ends, and writes a few bytes around it (schemas/otlp.proto, me
 
 `first` is the number of the Batch's first span within its record, so that `_index` counts over the whole record. A
 record that begins with "{" is OTLP JSON (the Collector's encoding otlp_json) and becomes the same bytes first.
+Attributes of a scope, which hardly anybody has, become some of the resource, under SCOPE_PREFIX.
 
-Promises: the order of records, ScopeSpans and spans; nothing of a span is changed or left out; every record has a span.
-Raises Malformed where the outer messages are none; what is wrong within them, ClickHouse says.
+ClickHouse refuses a body with a value that is nested too deeply for its schema, or with broken bytes: nothing of the
+insert is in the tables then, and the same records are tried again with `mend` (mend.py), which looks into each span.
+
+Promises: the order of records, ScopeSpans and spans; nothing of a span is left out; every record has a span. Raises
+Malformed where the outer messages are none; what is wrong within them, ClickHouse says.
 """
 
 from __future__ import annotations
@@ -19,6 +23,7 @@ from importlib.resources import files
 from typing import Final
 
 from fulgurite.consumers.otlp.from_json import from_json
+from fulgurite.consumers.otlp.mend import mended
 from fulgurite.consumers.otlp.wire import LENGTH, Malformed, fields, length_field, number_field, read_varint, varint
 from fulgurite.consumers.records import LogRecord
 
@@ -38,6 +43,10 @@ COLUMNS: Final = (
 )
 
 
+SCOPE_PREFIX: Final = b"otel.scope."
+"""Before the name of a scope's attribute among those of the resource."""
+_COMPRESSED: Final = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
+"""How no TracesData begins."""
 _PART: Final = varint(9 << 3 | LENGTH)
 
 
@@ -57,12 +66,15 @@ def insert_settings() -> Mapping[str, str | int]:
     }
 
 
-def body(topic: str, partition: int, records: Sequence[LogRecord], into: Callable[[int], int]) -> bytes:
-    """One insert into in_otlp_spans. `into(offset)` says which tables may take the record: see 0002_spans.sql."""
+def body(
+    topic: str, partition: int, records: Sequence[LogRecord], into: Callable[[int], int], *, mend: bool = False
+) -> bytes:
+    """One insert into in_otlp_spans. `into(offset)` says which tables may take the record: see 0002_spans.sql. `mend`:
+    these records were refused."""
     place = length_field(1, topic.encode()) + number_field(2, partition)
     parts: list[bytes | memoryview] = []
     for record in records:
-        value = otlp(record.value)
+        value = mended(otlp(record.value)) if mend else otlp(record.value)
         head = b"".join(
             (
                 place,
@@ -82,6 +94,9 @@ def otlp(value: bytes | None) -> bytes:
     """A record's value as protobuf. Raises Malformed."""
     if not value:
         raise Malformed("the record has no value")
+    for start, name in _COMPRESSED.items():
+        if value.startswith(start):
+            raise Malformed(f"the value is compressed ({name}): let the Kafka client compress, which its readers undo")
     return from_json(value) if value[0] == 0x7B else value  # 0x7B, "{", would be a group in protobuf
 
 
@@ -105,11 +120,26 @@ def scopes(value: bytes) -> list[tuple[int, bytes, memoryview]]:
         # The last one's spans need no numbers after them: most records have one ScopeSpans, and nothing is counted.
         count = _has_spans(spans) if place == len(found) - 1 else _count_spans(spans)
         if count:
-            numbered.append((first, resource, spans))
+            numbered.append((first, resource + _scope_attributes(spans), spans))
             first += count
     if not numbered:
         raise Malformed("the record has no spans")
     return numbered
+
+
+def _scope_attributes(data: memoryview) -> bytes:
+    """Those of the scope in front of a ScopeSpans' spans, as the field 8."""
+    found = b""
+    for number, kind, start, stop in fields(data, 0, len(data)):
+        if number != 1 or kind != LENGTH:
+            break
+        for field, wire, begin, end in fields(data, start, stop):
+            if field != 3 or wire != LENGTH:
+                continue
+            pair = {n: bytes(data[a:b]) for n, w, a, b in fields(data, begin, end) if w == LENGTH}
+            name, value = length_field(1, SCOPE_PREFIX + pair.get(1, b"")), length_field(2, pair.get(2, b""))
+            found += length_field(8, length_field(1, name + value))
+    return found
 
 
 def _has_spans(data: memoryview) -> int:

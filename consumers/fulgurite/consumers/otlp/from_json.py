@@ -1,8 +1,10 @@
 """OTLP JSON (a TracesData as the Collector's encoding otlp_json writes it) as OTLP protobuf, so that everything behind
-has one form to read. The one place where Python looks into spans: JSON is for trying things out, protobuf for volume.
+has one form to read. JSON is for trying things out, protobuf for volume.
 
-Promises: the same spans, field by field (ids from hex, 64-bit numbers from strings or numbers); fields this version
-does not know are left out, as protobuf's own JSON readers do. Raises Malformed: what is wrong, and where.
+Promises: the same spans, field by field: ids from hex (or base64, as protobuf's own JSON has them), 64-bit numbers from
+texts or numbers; fields this version does not know are left out, as protobuf's own JSON readers do. A span that cannot
+be read, or whose resource or scope cannot be, comes as a broken one (mend.py) and leaves the others alone. Raises
+Malformed where there are no spans to tell apart: what is wrong, and where.
 """
 
 from __future__ import annotations
@@ -15,9 +17,12 @@ from typing import Any, Final, cast
 
 import orjson
 
+from fulgurite.consumers.otlp.mend import broken
 from fulgurite.consumers.otlp.wire import FIXED64, Malformed, length_field, number_field, varint
 
 _Write = Callable[[int, Any], bytes]
+_Schema = Mapping[str, tuple[int, _Write]]
+"""Name of a field -> its number, and what writes it."""
 
 _KINDS = ("UNSPECIFIED", "INTERNAL", "SERVER", "CLIENT", "PRODUCER", "CONSUMER")
 _CODES = ("UNSET", "OK", "ERROR")
@@ -29,16 +34,68 @@ def from_json(value: bytes) -> bytes:
         return _message(_TRACES, orjson.loads(value))
     except orjson.JSONDecodeError as error:
         raise Malformed(f"the record is no JSON: {error}") from None
-    except RecursionError:
-        raise Malformed("the record is nested too deeply") from None
 
 
-def _message(schema: Mapping[str, tuple[int, _Write]], value: Any) -> bytes:
+def _resource_spans(number: int, value: Any) -> bytes:
+    tree = _object(value)
+    resource, why = _shared(1, "resource", _RESOURCE, tree)
+    return length_field(number, resource + _each(tree, "scopeSpans", lambda one: _scope_spans(one, why)))
+
+
+def _scope_spans(value: Any, why: str) -> bytes:
+    tree = _object(value)
+    scope, wrong = _shared(1, "scope", _SCOPE, tree)
+    return length_field(2, scope + _each(tree, "spans", lambda one: length_field(2, _span(one, why or wrong))))
+
+
+def _shared(number: int, name: str, schema: _Schema, tree: dict[str, Any]) -> tuple[bytes, str]:
+    """What the spans of a message share, and why it cannot be read."""
+    try:
+        return (length_field(number, _message(schema, tree[name])) if tree.get(name) is not None else b""), ""
+    except (Malformed, RecursionError) as error:
+        return b"", _reason(f"{name}.", error)
+
+
+def _span(value: Any, why: str) -> bytes:
+    if not why:
+        try:
+            return _message(_SPAN, value)
+        except (Malformed, RecursionError) as error:
+            why = _reason("", error)
+    try:
+        return broken(orjson.dumps(value), why)
+    except orjson.JSONEncodeError:  # too deep to be written again
+        return broken(b"", why)
+
+
+def _reason(where: str, error: Malformed | RecursionError) -> str:
+    return f"{where}{error}" if isinstance(error, Malformed) else f"{where}attributes: nested too deeply"
+
+
+def _each(tree: dict[str, Any], name: str, write: Callable[[Any], bytes]) -> bytes:
+    try:
+        return b"".join(write(one) for one in _list(tree.get(name) or []))
+    except Malformed as error:
+        raise Malformed(f"{name}: {error}") from None
+
+
+def _object(value: Any) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise Malformed(f"an object is needed, not {type(value).__name__}")
+    return cast("dict[str, Any]", value)
+
+
+def _list(value: Any) -> list[Any]:
+    if not isinstance(value, list):
+        raise Malformed(f"a list is needed, not {type(value).__name__}")
+    return cast("list[Any]", value)
+
+
+def _message(schema: _Schema, value: Any) -> bytes:
+    tree = _object(value)
     parts: list[bytes] = []
     for name, (number, write) in schema.items():
-        found = cast("dict[str, Any]", value).get(name)
+        found = tree.get(name)
         if found is None:
             continue
         try:
@@ -50,15 +107,13 @@ def _message(schema: Mapping[str, tuple[int, _Write]], value: Any) -> bytes:
     return b"".join(parts)
 
 
-def _sub(schema: Mapping[str, tuple[int, _Write]]) -> _Write:
+def _sub(schema: _Schema) -> _Write:
     return lambda number, value: length_field(number, _message(schema, value))
 
 
 def _many(write: _Write) -> _Write:
     def write_all(number: int, value: Any) -> bytes:
-        if not isinstance(value, list):
-            raise Malformed(f"a list is needed, not {type(value).__name__}")
-        return b"".join(write(number, one) for one in cast("list[Any]", value))
+        return b"".join(write(number, one) for one in _list(value))
 
     return write_all
 
@@ -69,19 +124,24 @@ def _text(number: int, value: Any) -> bytes:
     return length_field(number, value.encode())
 
 
-def _hex(number: int, value: Any) -> bytes:
+def _id(number: int, value: Any) -> bytes:
+    """Hex, as OTLP says, or base64 of 8 or 16 bytes, as protobuf says: their lengths differ."""
+    if isinstance(value, str) and len(value) in (12, 24) and value.endswith("="):
+        return _base64(number, value)
     return length_field(number, bytes.fromhex(value))
 
 
 def _base64(number: int, value: Any) -> bytes:
+    """Either alphabet, with or without its padding, as protobuf says."""
     try:
-        return length_field(number, b64decode(value, validate=True))
+        text = str(value).rstrip("=").replace("-", "+").replace("_", "/")
+        return length_field(number, b64decode(text + "=" * (-len(text) % 4), validate=True))
     except binascii.Error as error:
         raise Malformed(str(error)) from None
 
 
 def _integer(value: Any) -> int:
-    if isinstance(value, float | bool):
+    if isinstance(value, bool) or (isinstance(value, float) and not value.is_integer()):
         raise Malformed("an integer is needed")
     number = int(value)
     if not -(2**63) <= number < 2**64:
@@ -124,8 +184,8 @@ def _attribute(number: int, value: Any) -> bytes:
     return length_field(number, _message(_KEY_VALUE, value))
 
 
-_KEY_VALUE: Final[Mapping[str, tuple[int, _Write]]] = {"key": (1, _text), "value": (2, _any)}
-_ANY: Final[Mapping[str, tuple[int, _Write]]] = {
+_KEY_VALUE: Final[_Schema] = {"key": (1, _text), "value": (2, _any)}
+_ANY: Final[_Schema] = {
     "stringValue": (1, _text),
     "boolValue": (2, _bool),
     "intValue": (3, _number),
@@ -135,24 +195,24 @@ _ANY: Final[Mapping[str, tuple[int, _Write]]] = {
     "bytesValue": (7, _base64),
 }
 _ATTRIBUTES = _many(_attribute)
-_EVENT: Final[Mapping[str, tuple[int, _Write]]] = {
+_EVENT: Final[_Schema] = {
     "timeUnixNano": (1, _fixed64),
     "name": (2, _text),
     "attributes": (3, _ATTRIBUTES),
     "droppedAttributesCount": (4, _number),
 }
-_LINK: Final[Mapping[str, tuple[int, _Write]]] = {
-    "traceId": (1, _hex),
-    "spanId": (2, _hex),
+_LINK: Final[_Schema] = {
+    "traceId": (1, _id),
+    "spanId": (2, _id),
     "traceState": (3, _text),
     "attributes": (4, _ATTRIBUTES),
     "droppedAttributesCount": (5, _number),
 }
-_SPAN: Final[Mapping[str, tuple[int, _Write]]] = {
-    "traceId": (1, _hex),
-    "spanId": (2, _hex),
+_SPAN: Final[_Schema] = {
+    "traceId": (1, _id),
+    "spanId": (2, _id),
     "traceState": (3, _text),
-    "parentSpanId": (4, _hex),
+    "parentSpanId": (4, _id),
     "name": (5, _text),
     "kind": (6, _enum("SPAN_KIND_", _KINDS)),
     "startTimeUnixNano": (7, _fixed64),
@@ -165,12 +225,10 @@ _SPAN: Final[Mapping[str, tuple[int, _Write]]] = {
     "droppedLinksCount": (14, _number),
     "status": (15, _sub({"message": (2, _text), "code": (3, _enum("STATUS_CODE_", _CODES))})),
 }
-_SCOPE_SPANS: Final[Mapping[str, tuple[int, _Write]]] = {
-    "scope": (1, _sub({"name": (1, _text), "version": (2, _text), "attributes": (3, _ATTRIBUTES)})),
-    "spans": (2, _many(_sub(_SPAN))),
+_SCOPE: Final[_Schema] = {
+    "name": (1, _text),
+    "version": (2, _text),
+    "attributes": (3, _ATTRIBUTES),
 }
-_RESOURCE_SPANS: Final[Mapping[str, tuple[int, _Write]]] = {
-    "resource": (1, _sub({"attributes": (1, _ATTRIBUTES)})),
-    "scopeSpans": (2, _many(_sub(_SCOPE_SPANS))),
-}
-_TRACES: Final[Mapping[str, tuple[int, _Write]]] = {"resourceSpans": (1, _many(_sub(_RESOURCE_SPANS)))}
+_RESOURCE: Final[_Schema] = {"attributes": (1, _ATTRIBUTES)}
+_TRACES: Final[_Schema] = {"resourceSpans": (1, _many(_resource_spans))}

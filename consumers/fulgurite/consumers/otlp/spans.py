@@ -6,12 +6,11 @@ of any depth as Python values. Raises Malformed.
 
 from __future__ import annotations
 
-import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Any
 
-from fulgurite.consumers.otlp.wire import FIXED64, LENGTH, VARINT, Malformed, fields
+from fulgurite.consumers.otlp.wire import FIXED64, LENGTH, VARINT, Malformed, fields, read_double, read_fixed64
 
 MAX_DEPTH = 64
 """Of nested values; deeper ones are an attack."""
@@ -104,9 +103,9 @@ def _span(data: bytes, at: int, end: int, span: OtlpSpan) -> OtlpSpan:
             case 6, 0:
                 span.kind = start
             case 7, 1:
-                span.start_ns = _fixed64(data, start)
+                span.start_ns = read_fixed64(data, start)
             case 8, 1:
-                span.end_ns = _fixed64(data, start)
+                span.end_ns = read_fixed64(data, start)
             case 9, 2:
                 _put(span.attributes, _pair(data, start, stop, 0))
             case 11, 2:
@@ -128,7 +127,7 @@ def _event(data: bytes, at: int, end: int) -> OtlpEvent:
     event = OtlpEvent(attributes=dict(_attributes(data, at, end, 3)))
     for number, kind, start, stop in fields(data, at, end):
         if number == 1 and kind == FIXED64:
-            event.time_ns = _fixed64(data, start)
+            event.time_ns = read_fixed64(data, start)
         elif number == 2 and kind == LENGTH:
             event.name = _text(data, start, stop)
     return event
@@ -177,7 +176,7 @@ def _value(data: bytes, at: int, end: int, depth: int) -> Any:
             case 3, 0:
                 value = start - 2**64 if start >= 2**63 else start
             case 4, 1:
-                value = struct.unpack_from("<d", data, start)[0]
+                value = read_double(data, start)
             case 5, 2:
                 inner = fields(data, start, stop)
                 value = [_value(data, a, b, depth + 1) for n, wire, a, b in inner if n == 1 and wire == LENGTH]
@@ -193,7 +192,3 @@ def _value(data: bytes, at: int, end: int, depth: int) -> Any:
 
 def _text(data: bytes, start: int, stop: int) -> str:
     return data[start:stop].decode(errors="replace")
-
-
-def _fixed64(data: bytes, at: int) -> int:
-    return int(struct.unpack_from("<Q", data, at)[0])

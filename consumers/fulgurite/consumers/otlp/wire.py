@@ -5,6 +5,7 @@ Promises: what `fields` yields lies within the bytes it was given; anything else
 
 from __future__ import annotations
 
+import struct
 from collections.abc import Iterator
 
 Buffer = bytes | memoryview
@@ -45,12 +46,20 @@ def fields(data: Buffer, at: int, end: int) -> Iterator[tuple[int, int, int, int
     """Every field of the message in data[at:end]: number, wire type, and the bounds of its value; of a VARINT the value
     itself stands in place of the first bound."""
     while at < end:
-        tag, at = read_varint(data, at, end)
+        # Most tags and lengths are one byte, and what is read here is read often.
+        tag = data[at]
+        if tag < 0x80:
+            at += 1
+        else:
+            tag, at = read_varint(data, at, end)
         number, kind = tag >> 3, tag & 7
         if number == 0:
             raise Malformed("a field has the number 0")
         if kind == LENGTH:
-            length, at = read_varint(data, at, end)
+            if at < end and (length := data[at]) < 0x80:
+                at += 1
+            else:
+                length, at = read_varint(data, at, end)
             stop = at + length
         elif kind == VARINT:
             value, at = read_varint(data, at, end)
@@ -66,6 +75,16 @@ def fields(data: Buffer, at: int, end: int) -> Iterator[tuple[int, int, int, int
             raise Malformed("a field is cut off")
         yield number, kind, at, stop
         at = stop
+
+
+def read_fixed64(data: Buffer, at: int) -> int:
+    """The value of a FIXED64 field, as an unsigned number."""
+    return int(struct.unpack_from("<Q", data, at)[0])
+
+
+def read_double(data: Buffer, at: int) -> float:
+    """The value of a FIXED64 field, as a double."""
+    return float(struct.unpack_from("<d", data, at)[0])
 
 
 def number_field(number: int, value: int) -> bytes:

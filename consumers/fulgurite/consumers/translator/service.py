@@ -12,7 +12,8 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 
 from fulgurite.consumers.otlp.batches import otlp
-from fulgurite.consumers.otlp.spans import decode
+from fulgurite.consumers.otlp.mend import mended
+from fulgurite.consumers.otlp.spans import OtlpSpan, decode
 from fulgurite.consumers.otlp.wire import Malformed
 from fulgurite.consumers.translator.rewards import TELL_TALES, Refused, rewards_of
 from fulgurite.producers.backoff import Backoff
@@ -43,7 +44,7 @@ POLL_MS: Final = 500
 
 def main(settings: Settings) -> int:
     """`fulgurite translator`."""
-    return run_service("translator", lambda stop: serve(settings, stop))
+    return run_service("translator", settings.log, lambda stop: serve(settings, stop))
 
 
 async def no_checkpoint(step: str) -> None:
@@ -113,7 +114,7 @@ def _events(record: Record) -> list[Reward | DeadLetter]:
     if record.value is None or not any(name in record.value for name in TELL_TALES):
         return []
     try:
-        spans = decode(otlp(record.value))
+        spans = spans_of(otlp(record.value))
     except Malformed:
         return []  # the materialiser's to tell, once
     events: list[Reward | DeadLetter] = []
@@ -121,6 +122,14 @@ def _events(record: Record) -> list[Reward | DeadLetter]:
         for reward in rewards_of(span):
             events.append(_dead(record, reward.message) if isinstance(reward, Refused) else reward)
     return events
+
+
+def spans_of(value: bytes) -> list[OtlpSpan]:
+    """Of a record with broken spans all others, as the materialiser has them. Raises Malformed."""
+    try:
+        return decode(value)
+    except Malformed:
+        return decode(mended(value))
 
 
 def _dead(record: Record, message: str) -> DeadLetter:
