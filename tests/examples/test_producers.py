@@ -17,7 +17,7 @@ import subprocess
 import sys
 import time
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -30,11 +30,13 @@ import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import NewTopic
 from aiokafka.partitioner import murmur2
+from jgo.env import EnvironmentBuilder, LinkStrategy
+from jgo.maven import MavenContext, PythonResolver
 from pydantic import SecretStr
 
 from fulgurite.consumers.materialiser import serve
 from fulgurite.infra.clickhouse import EmbeddedClickHouse
-from fulgurite.infra.java import cache_folder
+from fulgurite.infra.java import KAFKA_VERSION, cache_folder, java_program
 from fulgurite.infra.kafka import EmbeddedKafka
 from fulgurite.infra.kafka_probe import run_in_thread
 from fulgurite.infra.kafka_security import BrokerSecurity
@@ -64,6 +66,14 @@ class Language:
     build: tuple[tuple[str, ...], ...] = ()
     tools: tuple[str, ...] = ()
     environment: dict[str, str] = field(default_factory=dict[str, str])
+    source: str = ""
+    """The folder with the example, where its name is another."""
+    kafka_tools: bool = False
+    """Whether nothing is on its PATH but `tools` and kafka-console-producer.sh, which makes a record of each line."""
+
+    @property
+    def folder(self) -> str:
+        return self.source or self.name
 
     @property
     def missing(self) -> list[str]:
@@ -77,7 +87,14 @@ class Language:
 
 LANGUAGES = (
     Language("python", (sys.executable, "producer.py")),
-    Language("shell", ("./producer.sh",), tools=("bash", "kcat", "jq", "sha256sum")),
+    Language("shell", ("./producer.sh",), tools=("bash", "kcat", "sha256sum")),
+    Language(
+        "shell-without-kcat",
+        ("./producer.sh",),
+        tools=("bash", "cat", "cp", "cut", "date", "mktemp", "rm", "sha256sum"),
+        source="shell",
+        kafka_tools=True,
+    ),
     Language(
         "typescript",
         ("npm", "start", "--silent", "--"),
@@ -141,13 +158,32 @@ def execute(command: list[str], folder: Path, environment: dict[str, str], secon
 def build(language: Language) -> Path:
     """The folder it was built in. Raises AssertionError with the tool's own words."""
     folder = ROOT / "build" / "examples" / language.name
-    shutil.copytree(SOURCES / language.name, folder, dirs_exist_ok=True)
+    shutil.copytree(SOURCES / language.folder, folder, dirs_exist_ok=True)
+    if language.kafka_tools:
+        link_tools(folder / "bin", language.tools)
     deadline = time.monotonic() + BUILD_SECONDS
     for command in language.build:
         code, output = execute(list(command), folder, language.environment, deadline - time.monotonic())
         reason = f"not done in {BUILD_SECONDS} s" if code == 124 else f"exit code {code}"
         assert code == 0, f"{' '.join(command)} in {folder}: {reason}\n{output[-4000:]}"
     return folder
+
+
+def link_tools(folder: Path, tools: Sequence[str]) -> None:
+    """A PATH of its own: these tools, and Kafka's console producer as its distribution has it. The embedded broker's
+    jars are without it: it is resolved as they are, once per user."""
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir()
+    for tool in tools:
+        (folder / tool).symlink_to(shutil.which(tool) or tool)
+    cache = cache_folder() / f"example-producers-kafka-tools-{KAFKA_VERSION}"
+    context = MavenContext(resolver=PythonResolver(), repo_cache=cache / "repository", timeout=60)
+    builder = EnvironmentBuilder(context, cache_dir=cache / "environments", link_strategy=LinkStrategy.HARD)
+    jars = builder.from_endpoint(f"org.apache.kafka:kafka-tools:{KAFKA_VERSION}").modules_dir
+    script = folder / "kafka-console-producer.sh"
+    main = f"'{java_program()}' -cp '{jars}/*' org.apache.kafka.tools.ConsoleProducer"
+    script.write_text(f'#!{folder}/bash\nexec {main} "$@"\n')
+    script.chmod(0o700)
 
 
 @pytest.fixture(scope="module")
@@ -219,6 +255,7 @@ def produce(language: Language, folder: Path, kafka: KafkaSettings, rollout_id: 
     assert kafka.sasl_password
     environment = {
         **language.environment,
+        **({"PATH": str(folder / "bin")} if language.kafka_tools else {}),
         "FULGURITE_KAFKA__BOOTSTRAP_SERVERS": kafka.bootstrap_servers,
         "FULGURITE_KAFKA__TOPIC_PREFIX": kafka.topic_prefix,
         "FULGURITE_KAFKA__SECURITY_PROTOCOL": kafka.security_protocol,
@@ -278,7 +315,7 @@ async def materialise(settings: Settings, rollout_ids: list[str]) -> None:
     assert rows == [(*wanted, [])]
 
 
-def expected_spans(rollout_id: str, service: str) -> list[tuple[Any, ...]]:
+def expected_spans(rollout_id: str, service: str, *, lines: bool) -> list[tuple[Any, ...]]:
     """(span_id, parent_span_id, trace_id, name, operation, status, service, input, output, hits, line of its record)"""
     path = f"{rollout_id}/{rollout_id}-1"
 
@@ -291,7 +328,7 @@ def expected_spans(rollout_id: str, service: str) -> list[tuple[Any, ...]]:
 
     return [
         span("search", "execute_tool", "unset", service, '{"q": "fulgurite"}', '"glass" – made by\nlightning', "3", 0),
-        span("calculate", "execute_tool", "unset", service, "6*7", "42", "", 1),
+        span("calculate", "execute_tool", "unset", service, "6*7", "42", "", int(lines)),
         span("answer", "invoke_agent", "ok", service, "", "", "", 0),
     ]
 
@@ -305,7 +342,7 @@ async def test_a_producer_in(
     folder = await asyncio.wrap_future(builds[language.name])
     kafka = settings.kafka
     rollout_ids = telling_ids(language.name)
-    service = f"producer-{language.name}"
+    service = f"producer-{language.folder}"
     began_ns = time.time_ns()
     for rollout_id in rollout_ids:
         code, output = await asyncio.to_thread(produce, language, folder, kafka, rollout_id)
@@ -323,11 +360,11 @@ async def test_a_producer_in(
             settings,
             "SELECT span_id, parent_span_id, trace_id, name, operation, status, service, input, output, "
             f"attributes['hits'], _index FROM spans {of_it} ORDER BY _offset, _index",
-        ) == expected_spans(rollout_id, service)
+        ) == expected_spans(rollout_id, service, lines=not language.kafka_tools)
         murmur2_says = f"bitAnd(kafkaMurmurHash(rollout_id), 0x7fffffff) % {PARTITIONS}"
         assert ask(settings, f"SELECT DISTINCT {murmur2_says} = _partition FROM spans {of_it}") == [(True,)]
         times = ask(settings, f"SELECT min(start_ns), min(end_ns - start_ns), max(end_ns) FROM spans {of_it}")[0]
-        # Some clocks here have milliseconds, and jq 1.6 rounds to a microsecond.
+        # Some clocks here have milliseconds.
         assert began_ns - 10**6 <= times[0] <= times[2] <= time.time_ns() + 10**6
         assert times[1] >= 0
         assert ask(
@@ -342,7 +379,7 @@ async def test_a_producer_in(
 @pytest.mark.parametrize("language", LANGUAGES, ids=lambda language: language.name)
 def test_an_example_is_short_and_pinned(language: Language) -> None:
     """Under 80 lines, its header says how to run it, and no file names a package registry."""
-    folder = SOURCES / language.name
+    folder = SOURCES / language.folder
     (program,) = [path for path in folder.rglob("*") if path.suffix in {".py", ".java", ".go", ".ts", ".rs", ".sh"}]
     text = program.read_text()
     assert len(text.splitlines()) < 80
