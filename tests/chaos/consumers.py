@@ -35,6 +35,10 @@ class Consumers:
     def __len__(self) -> int:
         return len(self._running)
 
+    @property
+    def pids(self) -> list[int]:
+        return [child.pid for child in self._running if child.running]
+
     def add(self) -> None:
         self._started += 1
         name = f"materialiser-{self._started}"

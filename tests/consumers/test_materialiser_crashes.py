@@ -270,7 +270,7 @@ def _child() -> int:
             os.kill(os.getpid(), signal.SIGSTOP if what == "stop" else signal.SIGKILL)
 
     settings = load_settings()
-    return run_service("materialiser", lambda stop: serve(settings, stop, checkpoint))
+    return run_service("materialiser", settings.log, lambda stop: serve(settings, stop, checkpoint))
 
 
 if __name__ == "__main__":

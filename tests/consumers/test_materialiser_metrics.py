@@ -95,6 +95,34 @@ async def test_ready_means_keeping_up(kafka_settings: KafkaSettings, tmp_path: P
     assert found["fulgurite_materialiser_insert_seconds_count", name, ""] >= 1
 
 
+async def test_lag_counts_what_is_not_even_fetched(settings: Settings, clickhouse_server: EmbeddedClickHouse) -> None:
+    """A full buffer stops the fetching, and with it what fetches tell of the partition's end."""
+    own = MaterialiserSettings(batch_wait_ms=50, port=free_port(), batch_records=50)
+    settings = settings.model_copy(update={"materialiser": own})
+    name, database = settings.kafka.topic(topics.SPANS), settings.clickhouse.database
+    async with (
+        AIOKafkaProducer(bootstrap_servers=settings.kafka.bootstrap_servers, acks="all") as producer,
+        running(settings) as http,
+    ):
+        await ready(http, 200)
+        clickhouse_server.command(f"RENAME TABLE {database}.spans TO {database}.elsewhere")
+        for burst in range(5):
+            sent = [await producer.send(name, span(100 * burst + number), partition=0) for number in range(100)]
+            await asyncio.gather(*sent)
+            await asyncio.sleep(0.3)
+        await lag_is(http, name, 500)
+
+
+async def lag_is(http: httpx.AsyncClient, name: str, wanted: int, seconds: float = 30) -> None:
+    lag = -1.0
+    for _ in range(int(seconds / 0.2)):
+        lag = (await samples(http))["fulgurite_materialiser_lag_records", name, "0"]
+        if lag == wanted:
+            return
+        await asyncio.sleep(0.2)
+    raise AssertionError(f"the lag is {lag}, not {wanted}")
+
+
 def test_a_lost_partition_is_not_shown_any_more() -> None:
     metrics = Metrics()
     assert set(metrics.not_ready(1)) == {"group"}

@@ -177,7 +177,7 @@ async def test_one_row_for_every_record(settings: Settings) -> None:
         ),
         (topics.WORKERS, "w", WorkerHeartbeat(worker_id="w", running=["r1-1"], capacity=4, stats={"cpu": 0.5})),
     ]
-    letter = DeadLetter(kafka.topic(topics.SPANS), 1, 17, "assembler", "late", "too late", b"r9", b"\xff\x00 bytes")
+    letter = DeadLetter(kafka.topic(topics.SPANS), 1, 17, "assembler", "late", "too late", b"r9", b"\xff\x00 bytes", 3)
     async with producer(settings) as client, materialiser(settings):
         for topic, key, event in records:
             await client.send_and_wait(kafka.topic(topic), encode(event), key=key.encode())
@@ -187,9 +187,10 @@ async def test_one_row_for_every_record(settings: Settings) -> None:
         await until(settings, "SELECT sum(rows + dead) FROM reconciliation", lambda rows: rows == [(len(records) + 1,)])
     assert ask(settings, "SELECT sum(duplicates), sum(gaps) FROM reconciliation") == [(0, 0)]
     assert ask(
-        settings, "SELECT topic, partition, offset, stage, reason, message, hex(key), hex(value) FROM dead_letters"
+        settings,
+        "SELECT topic, partition, offset, line, stage, reason, message, hex(key), hex(value), _index FROM dead_letters",
     ) == [
-        (letter.topic, 1, 17, "assembler", "late", "too late", b"r9".hex().upper(), letter.value.hex().upper())  # type: ignore[union-attr]
+        (letter.topic, 1, 17, 3, "assembler", "late", "too late", b"r9".hex().upper(), letter.value.hex().upper(), 0)  # type: ignore[union-attr]
     ]
     assert ask(
         settings, "SELECT status, mode, attempt_id, attempts, JSONExtractString(input, 'question') FROM rollouts"

@@ -15,6 +15,7 @@ from hypothesis import strategies as st
 from fulgurite.consumers.redaction import VIEWS, apply_redaction, view_selects
 from fulgurite.infra.clickhouse import EmbeddedClickHouse
 from fulgurite.producers.redaction import Redactor
+from fulgurite.schemas import migrations as module
 from fulgurite.schemas.migrations import apply_migrations, connection_options
 from fulgurite.schemas.patterns import portable
 from fulgurite.schemas.redaction import KNOWN_VALUES, KeyRule, RedactionSettings, ValueRule
@@ -186,6 +187,27 @@ def test_the_views_follow_the_rules(clickhouse_settings: ClickHouseSettings) -> 
         assert [row[0] for row in rewards] == [{"by": "ann@example.org"}, {"by": mail}, {"by": "ann@example.org"}]
         dead = client.query("SELECT value FROM dead_letters ORDER BY _offset").result_rows
         assert [row[0] for row in dead] == ["not json ann@example.org", f"not json {mail}", "not json ann@example.org"]
+
+
+def test_a_migration_that_changes_a_view_leaves_the_rules_to_be_applied_again(
+    clickhouse_settings: ClickHouseSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rules = RedactionSettings(values=[ValueRule(name="email")])
+    older = [migration for migration in module.migrations() if migration.name < "0015"]
+    with clickhouse_connect.get_client(
+        **connection_options(clickhouse_settings), database=clickhouse_settings.database
+    ) as client:
+        with monkeypatch.context() as before:
+            before.setattr(module, "migrations", lambda: older)
+            before.setattr("fulgurite.consumers.redaction.migrations", lambda: older)
+            apply_migrations(clickhouse_settings)
+            apply_redaction(client, rules)
+            assert apply_redaction(client, rules) == []
+        apply_migrations(clickhouse_settings)
+        assert "dead_letters_mv" in apply_redaction(client, rules)
+        [select] = [select for name, select, _ in _definitions(client) if name == "dead_letters_mv"]
+        assert "[redacted:email]" in select
+        assert "__connect.errors.line" in select
 
 
 @pytest.mark.parametrize("step", [1, 2, 3])

@@ -113,6 +113,36 @@ async def test_lines_by_the_hundred(world: World) -> None:
     assert world.ask("SELECT uniqExact(span_id) FROM spans") == [(300,)]
 
 
+async def test_a_line_that_another_reader_refused(world: World) -> None:
+    """One dead letter with the line's number and both verdicts; only that line is sent again."""
+    lines = [span(span_id=f"s{number}") for number in range(8)]
+    lines[7] = span(span_id="s7", rollout_id="ghost", kind="sideways")
+    topic, why = world.name(topics.SPANS), "unknown_rollout"
+    letters_of = [
+        DeadLetter(topic, 0, 0, "assembler", why, "nobody", b"r", lines[number], number) for number in (3, 5, 7)
+    ]
+    async with world.materialiser():
+        await world.produce(topics.SPANS, [b"\n".join(lines)])
+        for letter in letters_of:
+            await world.produce(topics.DEAD_LETTERS, [letter.value], letter.key, headers=letter.headers())
+        await world.until("SELECT count() FROM dead_letters", lambda rows: rows == [(4,)])
+        listed = [one["id"] for one in (await world.cli("dlq", "list", "--json")).items]
+        assert sorted(listed) == ["spans/0/0/3", "spans/0/0/5", "spans/0/0/7"]
+        shown = await world.cli("dlq", "show", "spans/0/0/7")
+        assert "refused by assembler" in shown.out
+        assert "refused by materialiser" in shown.out
+        assert "partition 0, offset 0, line 7 (the first is 0)" in shown.out, shown.out
+        await world.produce(topics.ROLLOUTS, [encode(RolloutQueued(rollout_id="r"))], b"r")
+        await world.until("SELECT count() FROM rollout_events", lambda rows: rows == [(1,)])
+        sent = await world.cli("dlq", "replay", "spans/0/0/5")
+        assert sent.code == 0, sent
+        [record] = [record for record in await world.records(topics.SPANS) if record.headers]
+        assert record.value == lines[5]
+        assert dict(record.headers)["fulgurite.replay_of"] == f"{topic}/0/0/5".encode()
+        other = await world.cli("dlq", "replay", "spans/0/0/3", "--dry-run")
+        assert "1 would be sent" in other.out, "what was sent for one line says nothing of another"
+
+
 async def test_what_makes_no_sense_is_refused(world: World) -> None:
     """Every stage's letters are listed; each that cannot or should not be sent again says why."""
     kafka = world.settings.kafka

@@ -14,12 +14,15 @@ from starlette.applications import Starlette
 
 from fulgurite.producers.service import run_service, serve_asgi
 from fulgurite.schemas.errors import StartError
+from fulgurite.schemas.log_settings import LogSettings
 
 
 def test_a_taken_port_is_one_line_and_exit_code_3(capfd: pytest.CaptureFixture[str], plain_logging: None) -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
         port = taken.getsockname()[1]
-        code = run_service("gateway", lambda stop: serve_asgi(Starlette(), "127.0.0.1", port, stop, "gateway"))
+        code = run_service(
+            "gateway", LogSettings(), lambda stop: serve_asgi(Starlette(), "127.0.0.1", port, stop, "gateway")
+        )
     errors = capfd.readouterr().err
     assert code == StartError.exit_code == 3
     assert f"StartError: gateway cannot listen on 127.0.0.1:{port}: " in errors

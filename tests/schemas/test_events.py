@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import time
+from dataclasses import replace
 from typing import Any
 
 import pytest
 from pydantic import TypeAdapter, ValidationError
 
-from fulgurite.schemas.dead_letters import HEADER_MESSAGE, HEADER_REASON, MAX_MESSAGE_CHARS, DeadLetter
+from fulgurite.schemas.dead_letters import HEADER_LINE, HEADER_MESSAGE, HEADER_REASON, MAX_MESSAGE_CHARS, DeadLetter
 from fulgurite.schemas.ids import Id, new_id, new_span_id, new_trace_id
 from fulgurite.schemas.rewards import Reward
 from fulgurite.schemas.spans import Span
@@ -82,6 +83,8 @@ def test_dead_letter_headers() -> None:
     letter = DeadLetter("spans", 1, 2, "assembler", "late", "m" * (2 * MAX_MESSAGE_CHARS), None, None)
     headers = dict(letter.headers())
     assert headers[HEADER_REASON] == b"late"
+    assert headers[HEADER_LINE] == b"0"
+    assert dict(replace(letter, line=7).headers())[HEADER_LINE] == b"7"
     assert len(headers[HEADER_MESSAGE]) == MAX_MESSAGE_CHARS
 
 

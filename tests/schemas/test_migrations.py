@@ -51,6 +51,12 @@ TABLES: dict[str, list[type[BaseModel]]] = {
 }
 
 
+REPEATABLE = (
+    r"CREATE (TABLE|VIEW|MATERIALIZED VIEW) IF NOT EXISTS |CREATE OR REPLACE VIEW "
+    r"|ALTER TABLE \w+ (ADD (COLUMN|INDEX) IF NOT EXISTS|MATERIALIZE INDEX|MODIFY (QUERY|COMMENT|SETTING))\s"
+)
+
+
 def ask(settings: ClickHouseSettings, sql: str) -> list[tuple[Any, ...]]:
     with clickhouse_connect.get_client(**connection_options(settings), database=settings.database) as client:
         return [tuple(row) for row in client.query(sql).result_rows]
@@ -138,7 +144,31 @@ def test_two_at_once(clickhouse_settings: ClickHouseSettings) -> None:
 def test_statements_can_be_repeated() -> None:
     for migration in migrations():
         for statement in migration.statements:
-            assert re.match(r"CREATE (TABLE|VIEW|MATERIALIZED VIEW) IF NOT EXISTS ", statement), statement[:80]
+            assert re.match(REPEATABLE, statement), statement[:80]
+
+
+def test_dead_letters_of_before_have_their_line(
+    clickhouse_settings: ClickHouseSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    older = [migration for migration in migrations() if migration.name < "0015"]
+    with monkeypatch.context() as before:
+        before.setattr(module, "migrations", lambda: older)
+        apply_migrations(clickhouse_settings)
+    # As a materialiser of before writes them; one that still runs goes on doing so.
+    own = (
+        "INSERT INTO dead_letters (topic, partition, offset, stage, _index, _topic, _partition, _offset) "
+        "VALUES ('t.spans', 0, {at}, 'materialiser', 7, 't.spans', 0, {at})"
+    )
+    place = {"topic": "t.spans", "partition": "0", "offset": "5"}
+    headers = {f"__connect.errors.{name}": text for name, text in place.items()}
+    sent = f"INSERT INTO in_dead_letters (raw, headers, _topic, _offset) VALUES ('x', {headers}, 'd', {{at}})"
+    for sql in (own, sent):
+        ask(clickhouse_settings, sql.replace("{at}", "1"))
+    assert apply_migrations(clickhouse_settings)[0] == "0015_dead_letter_lines.sql"
+    for sql in (own, sent):
+        ask(clickhouse_settings, sql.replace("{at}", "2"))
+    rows = ask(clickhouse_settings, "SELECT offset, _offset, line, _index FROM dead_letters ORDER BY offset, _offset")
+    assert rows == [(1, 1, 7, 7), (2, 2, 7, 7), (5, 1, 0, 0), (5, 2, 0, 0)]
 
 
 def test_schemas_stay_light() -> None:

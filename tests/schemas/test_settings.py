@@ -45,9 +45,23 @@ def test_lists_and_tables_come_as_json(tmp_path: Path) -> None:
     [
         ("FULGURITE_KAFKA__PARTITIONS", "none", r"FULGURITE_KAFKA__PARTITIONS = 'none'"),
         ("FULGURITE_KAFKA__PARTITIONS", "0", r"greater than or equal to 1"),
-        ("FULGURITE_KAFKA__PARTITION", "4", r"FULGURITE_KAFKA__PARTITION: no such setting; known ones: .*partitions"),
-        ("FULGURITE_KAFKA", "4", r"FULGURITE_KAFKA: unknown"),
-        ("FULGURITE_NOSUCH__X", "4", r"no such setting"),
+        (
+            "FULGURITE_KAFKA__PARTITION",
+            "4",
+            r"FULGURITE_KAFKA__PARTITION: no such setting; the nearest is FULGURITE_KAFKA__PARTITIONS; "
+            r"known ones of kafka: .*partitions",
+        ),
+        ("FULGURITE_KAFKA__BOOTSTRP", "h:1", r"KAFKA__BOOTSTRP: .* nearest is FULGURITE_KAFKA__BOOTSTRAP_SERVERS;"),
+        (
+            "FULGURITE_MATERIALSER__PORT",
+            "1",
+            r"  FULGURITE_MATERIALSER__PORT: there is no section materialser; "
+            r"the nearest is FULGURITE_MATERIALISER__PORT; known ones: assembler, .*trainer$",
+        ),
+        ("FULGURITE_KAFKA", "4", r"FULGURITE_KAFKA: no setting; they are FULGURITE_<SECTION>__<NAME>"),
+        ("FULGURITE_KAFKA_PARTITIONS", "4", r"no setting; the nearest is FULGURITE_KAFKA__PARTITIONS; they are"),
+        ("FULGURITE_HOMES", "x", r"FULGURITE_HOMES: no setting; the nearest is FULGURITE_HOME; they are"),
+        ("FULGURITE_NOSUCH__X", "4", r"FULGURITE_NOSUCH__X: there is no section nosuch; known ones"),
         ("FULGURITE_CLICKHOUSE__URL", "localhost:8123", r"FULGURITE_CLICKHOUSE__URL"),
         ("FULGURITE_CLICKHOUSE__DATABASE", "x; DROP", r"FULGURITE_CLICKHOUSE__DATABASE"),
         ("FULGURITE_CLICKHOUSE__URL", "http://h:99999", r"FULGURITE_CLICKHOUSE__URL = .*a port from 1 to 65535"),
@@ -140,6 +154,28 @@ def test_a_token_file_is_enough(tmp_path: Path) -> None:
         )
     )
     assert settings.kafka.sasl_password is None
+
+
+def test_all_that_is_misspelled_is_told_at_once_each_from_where_it_came(tmp_path: Path) -> None:
+    path = tmp_path / "fulgurite.toml"
+    path.write_text("[materialser]\nhost = 'a'\n[kafka]\npartition = 4\n")
+    with pytest.raises(SettingsError) as caught:
+        load_settings(env(tmp_path, FULGURITE_MATERIALSER__PORT="1", FULGURITE_KAFKA__PARTITIONS="0"))
+    lines = str(caught.value).splitlines()[1:]
+    assert [line.partition(":")[0].strip() for line in lines] == [
+        "FULGURITE_MATERIALSER__PORT",
+        "FULGURITE_KAFKA__PARTITIONS = '0'",
+        f"kafka.partition in {path}",
+        f"materialser in {path}",
+    ]
+    assert "the nearest is kafka.partitions;" in lines[2]
+    assert "the nearest is materialiser;" in lines[3]
+
+
+def test_the_value_of_a_misspelled_setting_is_not_shown(tmp_path: Path) -> None:
+    with pytest.raises(SettingsError) as caught:
+        load_settings(env(tmp_path, FULGURITE_CLICKHOUSE__PASSWRD="hunter2", FULGURITE_CLICKHOSE__PASSWORD="hunter2"))
+    assert "hunter2" not in str(caught.value)
 
 
 def test_a_wrong_file_is_named(tmp_path: Path) -> None:

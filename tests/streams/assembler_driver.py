@@ -25,7 +25,7 @@ def main(step: str, count: int) -> int:
                 os.kill(os.getpid(), signal.SIGKILL)
 
     settings = load_settings()
-    return run_service("assembler", lambda stop: serve(settings, stop, hook))
+    return run_service("assembler", settings.log, lambda stop: serve(settings, stop, hook))
 
 
 if __name__ == "__main__":

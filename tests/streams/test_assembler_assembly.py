@@ -290,6 +290,26 @@ def test_late_records_and_their_superseded_siblings() -> None:
     assert len(world.dead_letters) == 2
 
 
+@pytest.mark.parametrize("reason", ["late", "unknown_rollout"])
+def test_every_line_is_a_dead_letter_of_its_own_with_its_number(reason: str) -> None:
+    world = World()
+    if reason == "late":
+        play(world, ("rollouts", 0, started("r", 1)), ("rollouts", 0, finished("r", attempt=1)))
+        world.settle()
+    lines = [value(llm_call("r", number, [1], [2], attempt=1)) for number in range(3)]
+    record = b"\n".join([value(llm_call("other", 1, [1], [2])), lines[0], b"no json", b"", *lines[1:]])
+    tp = TopicPartition("spans", 0)
+    world.logs[tp].append(record)
+    world.assembly.record(tp, 0, b"key", record, {"r": "attempt-r-1"} if reason == "unknown_rollout" else {"r": ""})
+    held = world.assembly.unsent_bytes
+    world.settle()
+    assert [(x.reason, x.line, x.value) for x in world.dead_letters] == [
+        (reason, number, line) for number, line in zip((1, 4, 5), lines, strict=True)
+    ]
+    assert world.assembly.unsent_bytes == 0
+    assert reason != "late" or held > sum(map(len, lines)), "what goes with each letter counts, too"
+
+
 def test_an_unknown_rollout_is_waited_for_and_then_given_up() -> None:
     world = World()
     world.publish("spans", 0, llm_call("ghost", 1, [1], [2]))

@@ -57,7 +57,11 @@ def test_lines_of_several_rollouts_each_reach_their_own() -> None:
     assert attempts_of(record) == ({"r1": "", "r2": "b"}, 1)
     assert attempts_of(span("r1", "1")) == ({"r1": "a1"}, 0)
     assert attempts_of(b"") == ({}, 1)
-    assert lines_of("r2", record) == b"\n".join((span("r2", "2", "b"), b"["))
-    assert lines_of("r1", span("r2", "1")) == span("r2", "1")
+    assert lines_of("r1", record) == [(0, span("r1", "1")), (3, span("r1", "3", "a2"))]
+    assert lines_of("r2", b"\n" + record) == [(2, span("r2", "2", "b"))]
+    assert lines_of("r1", b"\n\r\n" + span("r1", "1") + b"\n") == [(2, span("r1", "1"))]
+    spread = b'{\n"rollout_id": "r1"\n}\n'
+    assert lines_of("r1", spread) == [(0, spread)]
+    assert lines_of("r1", b"") == [(0, b"")], "Kafka has forgotten it: the letter says at least that there was one"
     joined = assemble(FINISHED, Announcement(), [record], [])
     assert [sequence.span_ids for sequence in joined.trajectory.sequences] == [["1"]]

@@ -15,11 +15,10 @@ from __future__ import annotations
 
 import hashlib
 import logging
-import re
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
-from fulgurite.schemas.migrations import migrations
+from fulgurite.schemas.migrations import REDACTED, migrations
 from fulgurite.schemas.redaction import RedactionSettings
 from fulgurite.schemas.redaction_sql import DEAD_LETTER_COLUMNS, REWARD_COLUMNS, SPAN_COLUMNS, Kind, redacted_select
 
@@ -37,9 +36,6 @@ VIEWS: Mapping[str, Mapping[str, Kind]] = {
 }
 """The views that write into tables what producers sent, and which of their columns hold texts."""
 
-_VIEW = re.compile(r"CREATE MATERIALIZED VIEW IF NOT EXISTS (?P<name>\w+)\s+TO \w+ AS\s+(?P<select>.*)", re.DOTALL)
-_COMMENT = "redaction "
-
 
 def apply_redaction(client: Client, rules: RedactionSettings) -> list[str]:
     """Gives the names of the views that were changed. `client` uses our database, with migrations applied."""
@@ -52,10 +48,10 @@ def apply_redaction(client: Client, rules: RedactionSettings) -> list[str]:
     for view, columns in VIEWS.items():
         select = selects[view]
         query = redacted_select(rules, select, columns)
-        wanted = "" if query == select else _COMMENT + hashlib.sha256(query.encode()).hexdigest()[:16]
+        wanted = "" if query == select else REDACTED + hashlib.sha256(query.encode()).hexdigest()[:16]
         if comments.get(view, wanted) == wanted:  # 1.
             continue
-        client.command(f"ALTER TABLE {view} MODIFY COMMENT '{_COMMENT}changing'")  # 2.
+        client.command(f"ALTER TABLE {view} MODIFY COMMENT '{REDACTED}changing'")  # 2.
         client.command(f"ALTER TABLE {view} MODIFY QUERY {query}")  # 3.
         client.command(f"ALTER TABLE {view} MODIFY COMMENT '{wanted}'")  # 4.
         changed.append(view)
@@ -68,7 +64,5 @@ def view_selects() -> dict[str, str]:
     """Every materialized view's SELECT as the migrations made it last."""
     found: dict[str, str] = {}
     for migration in migrations():
-        for statement in migration.statements:
-            if match := _VIEW.fullmatch(statement):
-                found[match["name"]] = match["select"]
+        found |= migration.views
     return found

@@ -2,22 +2,25 @@
 
 from __future__ import annotations
 
+import logging
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 
 from fulgurite.infra import cli_data, cli_demo, cli_dlq, cli_replay
 from fulgurite.infra.cli_common import (
+    SERVICE_EXIT_CODES,
     DataOption,
     SetOption,
     data_folder,
-    errors,
     lazy_module,
     read_settings,
     register,
 )
+from fulgurite.producers.logs import configure_logging
 from fulgurite.schemas.settings import Settings
+
+logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     name="fulgurite",
@@ -26,6 +29,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
     context_settings={"help_option_names": ["-h", "--help"]},
+    epilog=f"Exit codes: {SERVICE_EXIT_CODES}",
 )
 cli_data.add_to(app)
 cli_demo.add_to(app)
@@ -67,6 +71,7 @@ def status(data: DataOption = None, sets: SetOption = None) -> int:
 def _service(name: str, module: str, summary: str, example: str = "", *, kafka: bool = True) -> None:
     def run(data: DataOption = None, sets: SetOption = None) -> int:
         settings = read_settings(data, sets)  # before the import: a wrong setting is told at once
+        configure_logging(name, settings.log)
         if kafka:
             _check_credentials(settings)
         return _main_of(module, settings)
@@ -83,7 +88,7 @@ def _check_credentials(settings: Settings) -> None:
 
     problem = asyncio.run(ensure_accepted(settings.kafka))
     if problem is not None:
-        errors.print(f"[yellow]{escape(problem.text)}[/]: waiting", soft_wrap=True)
+        logger.warning("%s: waiting", problem.text)
 
 
 def _main_of(module: str, settings: Settings) -> int:

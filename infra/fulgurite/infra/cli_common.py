@@ -16,13 +16,23 @@ from typing import Annotated, Any, TypeVar
 import typer
 from rich.console import Console
 from rich.markup import escape
+from rich.text import Text
 
+from fulgurite.producers.logs import configure_logging, is_json
 from fulgurite.schemas.errors import FulguriteError, SettingsError, StartError
+from fulgurite.schemas.log_settings import LogSettings
 from fulgurite.schemas.settings import ENV_HOME, ENV_PREFIX, Settings, home, load_settings
 
 # Not on a terminal nothing is cut to 80 columns: whoever pipes a table wants what is in it.
 console = Console(width=None if sys.stdout.isatty() or "COLUMNS" in os.environ else 200)
 errors = Console(stderr=True)
+logger = logging.getLogger(__name__)
+
+EXIT_CODES = (
+    "0 done; 1 refused, not found, or an unexpected error; 2 wrong arguments or settings; 3 a store is away, or "
+    "something could not start; 130 stopped by Ctrl-C."
+)
+SERVICE_EXIT_CODES = EXIT_CODES.replace("130", "4 trainer and sampler disagree; 5 another process took over; 130")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -71,7 +81,8 @@ def register(app: typer.Typer, name: str, example: str, **options: Any) -> Calla
             if code:
                 raise typer.Exit(code)
 
-        app.command(name, epilog=f"Example: {example}", **options)(run)
+        codes = SERVICE_EXIT_CODES if options.get("rich_help_panel") == "Services" else EXIT_CODES
+        app.command(name, epilog=f"Example: {example}\n\nExit codes: {codes}", **options)(run)
         return function
 
     return add
@@ -87,7 +98,12 @@ def read_settings(data: Path | None, sets: list[str] | None) -> Settings:
         if not separator or not dot or not section or not field:
             raise SettingsError(f"--set {name}: must be SECTION.NAME=VALUE, for example --set kafka.partitions=8")
         os.environ[f"{ENV_PREFIX}{section.upper()}__{field.upper()}"] = value
-    return load_settings()
+    try:
+        return load_settings()
+    except SettingsError:
+        if os.environ.get(f"{ENV_PREFIX}LOG__FORMAT") == "json":  # told in that form, as far as it can be known
+            configure_logging("fulgurite", LogSettings(format="json"))
+        raise
 
 
 def data_folder(data: Path | None) -> Path:
@@ -113,6 +129,9 @@ def next_steps(*lines: str) -> None:
 
 def _complain(text: str) -> None:
     """One line to stderr; where that is a file on a full disk, the exit code alone must tell."""
+    if is_json():
+        logger.error("%s", Text.from_markup(text).plain)
+        return
     with contextlib.suppress(OSError):
         errors.print(text, soft_wrap=True)
 

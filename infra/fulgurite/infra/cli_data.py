@@ -103,12 +103,13 @@ def sql(
 def migrate(data: DataOption = None, sets: SetOption = None) -> None:
     """Create or update the tables in ClickHouse."""
     from fulgurite.consumers.redaction import apply_redaction
-    from fulgurite.infra.sql import clickhouse_errors, connect
+    from fulgurite.infra.sql import clickhouse_errors, connect, require_answer
     from fulgurite.schemas.migrations import apply_migrations
 
     settings = read_settings(data, sets)
     clickhouse = settings.clickhouse
     with clickhouse_errors(clickhouse):
+        require_answer(clickhouse)
         applied = apply_migrations(clickhouse)
         with connect(clickhouse) as client:
             redacted = apply_redaction(client, settings.redaction)

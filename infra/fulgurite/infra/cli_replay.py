@@ -54,6 +54,8 @@ def replay(
         raise SettingsError("say from where: either --from-offset N (0 is all that Kafka has) or --from-time TIME")
     if to_offset is not None and to_time:
         raise SettingsError("either --to-offset or --to-time, not both")
+    if None not in (from_offset, to_offset) and (to_offset or 0) <= (from_offset or 0):
+        raise SettingsError(f"--to-offset {to_offset} is not behind --from-offset {from_offset}")
     try:
         return command.replay(settings, wanted, as_json=as_json)
     except KeyboardInterrupt:

@@ -8,7 +8,8 @@
                 engine.log    what it says, beside console.log for what precedes its logging
 
 Promises: after start() queries and inserts work; kill -9 of the engine or of this process loses no acknowledged insert;
-the engine never outlives this process; nobody without the password reads anything. Differences from clickhouse-server
+the engine never outlives this process; nobody without the password reads anything; on a disk that is nearly full it is
+not running (clickhouse_room.py). Differences from clickhouse-server
 (no async inserts, no SQL users, no replication): docs and facts of chdb. The child is clickhouse_child.py.
 """
 
@@ -23,6 +24,7 @@ from pathlib import Path
 from pydantic import SecretStr
 
 from fulgurite.infra.clickhouse_config import READER, USER, config_xml, users_xml
+from fulgurite.infra.clickhouse_room import check_definitions, check_room
 from fulgurite.infra.folder_lock import FolderLock
 from fulgurite.infra.ports import remembered_ports
 from fulgurite.infra.processes import ChildProcess, start_process, tail
@@ -105,7 +107,9 @@ class EmbeddedClickHouse:
             port = remembered_ports(self.folder / "ports.json", ("http",), wanted, "ClickHouse")["http"]
             self._password = stored_password(self.folder / "password").get_secret_value()
             self._reader_password = stored_password(self.folder / "reader_password")
+            check_room(self.folder)
             self._configure(port)
+            check_definitions(self.folder / "data")
             self._process = start_process(
                 "ClickHouse",
                 [sys.executable, "-m", "fulgurite.infra.clickhouse_child", str(self.folder / "data")],

@@ -1,6 +1,7 @@
 """The process that is the embedded ClickHouse: python -m fulgurite.infra.clickhouse_child DATA_FOLDER.
 
     main thread      waits for SIGTERM, the end of stdin (the parent is gone) or of the engine; then asks it to end
+    disk thread      ends the process at once when the disk is nearly full (clickhouse_room.py says why)
     engine thread    _chdb.query: starts clickhouse-local, opens its HTTP server, sleeps in a query until that is killed
 
 The engine reads config.xml and users.xml from the working directory. `_chdb.query` with SYSTEM START LISTEN is a
@@ -21,6 +22,9 @@ import threading
 import urllib.request
 from pathlib import Path
 from typing import Any
+
+from fulgurite.infra.clickhouse_room import wait_until_full
+from fulgurite.schemas.errors import StartError
 
 BLOCKER = "SELECT sleep(3000000) SETTINGS function_sleep_max_microseconds_per_block = 0"
 """Keeps the engine open for 34 days at a time, at no cost; ended by KILL QUERY."""
@@ -49,11 +53,17 @@ def main(data: str) -> int:
             pass
         over.set()
 
+    def disk() -> None:
+        # At once, without the queries under way: each of them could be the one that does damage.
+        print(f"ended: {wait_until_full(Path(data))}", file=sys.stderr, flush=True)
+        os._exit(StartError.exit_code)
+
     signal.signal(signal.SIGTERM, lambda *_: over.set())
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     running = threading.Thread(target=engine, name="engine", daemon=True)
     running.start()
     threading.Thread(target=parent, name="parent", daemon=True).start()
+    threading.Thread(target=disk, name="disk", daemon=True).start()
     over.wait()
     asked = running.is_alive()
     if asked:

@@ -6,6 +6,8 @@ import hashlib
 from pathlib import Path
 from xml.sax.saxutils import escape
 
+from fulgurite.infra.clickhouse_room import KEEP_FREE_BYTES
+
 USER = "app"
 READER = "reader"
 _MIB = 1024 * 1024
@@ -30,6 +32,9 @@ def config_xml(port: int, log: Path, max_memory_bytes: int) -> str:
     <background_pool_size>2</background_pool_size>
     <background_schedule_pool_size>8</background_schedule_pool_size>
     <max_concurrent_queries>100</max_concurrent_queries>
+    <storage_configuration>
+        <disks><default><keep_free_space_bytes>{KEEP_FREE_BYTES}</keep_free_space_bytes></default></disks>
+    </storage_configuration>
     <shutdown_wait_unfinished>1</shutdown_wait_unfinished>
 </clickhouse>
 """

@@ -41,6 +41,8 @@ class ChildState(BaseModel):
     pid: int | None
     restarts: int = 0
     log: Path
+    error: str = ""
+    """Why the last start failed, if it did."""
 
 
 class RunState(BaseModel):

@@ -30,6 +30,9 @@ def show_status(data: Path, settings: Settings) -> int:
         console.print(_processes(state))
         logs = ", ".join(str(child.log) for child in state.children)
         say(f"[dim]logs: {escape(logs)}[/]")
+        for child in state.children:
+            if child.error:
+                say(f"[red]{child.name} does not start[/]: {escape(child.error)}")
     kafka_problem = _show_kafka(settings.kafka)
     clickhouse_problem = _show_clickhouse(settings.clickhouse)
     for problem in filter(None, (kafka_problem, clickhouse_problem)):

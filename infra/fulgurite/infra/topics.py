@@ -23,6 +23,8 @@ from fulgurite.schemas.settings import KafkaSettings
 from fulgurite.schemas.topics import TOPICS, Topic
 
 _REQUEST_MS = 30_000
+CONNECT_SECONDS = 15.0
+"""For something that takes connections and says nothing."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,8 +174,8 @@ async def connected_admin(settings: KafkaSettings) -> AIOKafkaAdminClient:
     """To be closed by the caller. Raises StartError when no broker answers, SettingsError when they refuse us."""
     admin = AIOKafkaAdminClient(**connection_options(settings), request_timeout_ms=_REQUEST_MS)
     try:
-        await admin.start()
-    except KafkaConnectionError as error:
+        await asyncio.wait_for(admin.start(), CONNECT_SECONDS)
+    except (KafkaConnectionError, TimeoutError) as error:
         await admin.close()
         problem = await connection_problem(settings)
         if problem is not None and problem.refused:

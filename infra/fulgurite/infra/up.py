@@ -9,6 +9,7 @@ fulgurite up ──starts──► fulgurite up --foreground   (own session, out
 
 from __future__ import annotations
 
+import logging
 import os
 import signal
 import subprocess
@@ -26,8 +27,10 @@ from fulgurite.infra.processes import wait_until
 from fulgurite.infra.state import ChildState, ProcessRef, RunState, read_state, remove_state, write_state
 from fulgurite.infra.stores import hold_folder, start_stores
 from fulgurite.infra.supervisor import Supervisor
-from fulgurite.producers.service import configure_logging
+from fulgurite.producers.logs import configure_logging
 from fulgurite.schemas.settings import Settings, home
+
+logger = logging.getLogger(__name__)
 
 _STOP_SECONDS = 60.0
 _POLL_SECONDS = 0.1
@@ -35,7 +38,8 @@ _POLL_SECONDS = 0.1
 
 def run_foreground(data: Path, settings: Settings) -> int:
     """Starts the stores and keeps them running until a signal. Raises StartError."""
-    configure_logging("up")
+    configure_logging("up", settings.log)
+    tell: Callable[[str], None] = logger.info if settings.log.format == "json" else _print
     lock = hold_folder(data, "fulgurite up")
     state = RunState(owner=ProcessRef.current())
     writing = threading.Lock()
@@ -43,32 +47,32 @@ def run_foreground(data: Path, settings: Settings) -> int:
     def changed(name: str, what: str) -> None:
         with writing:  # both stores' threads come here; the last to write has seen the other's change
             state.children = [
-                ChildState(name=service.name, pid=service.pid, restarts=service.restarts, log=service.log)
-                for service in supervisor.status()
+                ChildState(name=one.name, pid=one.pid, restarts=one.restarts, log=one.log, error=one.error)
+                for one in supervisor.status()
             ]
             try:
                 write_state(data, state)
             finally:
-                _say(f"{name} {what}")
+                tell(f"{name} {what}")
 
     supervisor = Supervisor(data / "logs", changed)
     stop = _Stop()
     try:
         write_state(data, state)
-        stores = start_stores(data, settings, supervisor, _say)
+        stores = start_stores(data, settings, supervisor, tell)
         state.kafka, state.clickhouse, state.ready = stores.kafka.bootstrap_servers, stores.clickhouse.url, True
         changed("both", f"are usable; settings are in {stores.settings_file}")
         stop.wait()
-        _say("stopping")
+        tell("stopping")
     except KeyboardInterrupt:
-        _say("interrupted while starting")
+        tell("interrupted while starting")
         return 130
     finally:
         stop.ignore()
         supervisor.stop_all()
         remove_state(data)
         lock.close()
-    _say("stopped; the data stays")
+    tell("stopped; the data stays")
     return 0
 
 
@@ -167,7 +171,7 @@ class _Stop:
             signal.signal(number, handler)
 
 
-def _say(text: str) -> None:
+def _print(text: str) -> None:
     print(text, flush=True)
 
 

@@ -42,7 +42,7 @@ from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import BufferFull, FulguriteError, RecordTooLarge, Undelivered
 from fulgurite.schemas.redaction import RedactionSettings
 from fulgurite.schemas.rewards import Reward
-from fulgurite.schemas.rollouts import RolloutEvent
+from fulgurite.schemas.rollouts import RolloutEvent, RolloutEventBase
 from fulgurite.schemas.settings import KafkaSettings, ProducerSettings
 from fulgurite.schemas.spans import Span
 from fulgurite.schemas.topics import DEAD_LETTERS, REWARDS, ROLLOUTS, SPANS, Topic
@@ -102,23 +102,32 @@ class Publisher:
         await self.close()
 
     async def publish(self, topic: Topic, key: str, event: BaseModel) -> Acknowledgement:
-        """The event, as JSON. Raises RecordTooLarge, and BufferFull when there was no room in time."""
+        """The event, as JSON. Raises RecordTooLarge, and BufferFull when there was no room in time.
+
+        Here and below: TypeError for what is not the model; fields in a dict become one by `Span(**fields)`, which says
+        what is wrong with them while their author can still see it.
+        """
+        expect(event, BaseModel)
         if self.redactor is not None:
             event = self.redactor.event(event)
         value = encode(event, self._kafka.max_record_bytes)
         return await self.publish_bytes(topic, encode_key(key), value)
 
     async def publish_span(self, span: Span) -> Acknowledgement:
+        expect(span, Span)
         return await self.publish(SPANS, span.rollout_id, span)
 
     async def publish_reward(self, reward: Reward) -> Acknowledgement:
+        expect(reward, Reward)
         return await self.publish(REWARDS, reward.rollout_id, reward)
 
     async def publish_rollout(self, event: RolloutEvent) -> Acknowledgement:
+        expect(event, RolloutEventBase)
         return await self.publish(ROLLOUTS, event.rollout_id, event)
 
     async def publish_dead_letter(self, dead: DeadLetter) -> Acknowledgement:
         """The original bytes with the reason in headers. What would not fit into a record is cut, and says so."""
+        expect(dead, DeadLetter)
         if self.redactor is not None:
             dead = self.redactor.dead_letter(dead)
         headers = dead.headers()
@@ -265,6 +274,22 @@ class Publisher:
             f"{self._settings.buffer_wait_seconds:g}: {self.waiting} of producer.buffer_records = "
             f"{self._settings.buffer_records} wait for the broker at {self._kafka.bootstrap_servers}"
         )
+
+
+def expect(event: object, kind: type) -> None:
+    """Raises TypeError: bytes of another kind would be a dead letter in the topic, far from whoever made them."""
+    if isinstance(event, kind):
+        return
+    wanted, maker = _WANTED.get(kind) or (f"a {kind.__name__}", kind.__name__)
+    hint = f": {maker}(**fields) makes one of a dict" if isinstance(event, dict) else ""
+    raise TypeError(f"the publisher takes {wanted}, not a {type(event).__name__}{hint}")
+
+
+_WANTED: dict[type, tuple[str, str]] = {
+    BaseModel: ("an event (a pydantic model)", "the model of its topic, such as Span"),
+    RolloutEventBase: ("an event of a rollout", "the event's model, such as RolloutQueued"),
+}
+"""What to call it, and what makes one."""
 
 
 def _headers_bytes(headers: Headers) -> int:

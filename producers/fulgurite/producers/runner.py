@@ -225,7 +225,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
 
 def main(settings: Settings) -> int:
     """`fulgurite runner`."""
-    return run_service("runner", lambda stop: serve(settings, stop))
+    return run_service("runner", settings.log, lambda stop: serve(settings, stop))
 
 
 def default_worker_id() -> str:

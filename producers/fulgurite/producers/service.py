@@ -1,4 +1,4 @@
-"""What every process of ours does alike: readable logs, a stop on SIGTERM or SIGINT, errors that end it with a code.
+"""What every process of ours does alike: a log (logs.py), a stop on SIGTERM or SIGINT, errors that end it with a code.
 
 Promises: `serve` gets an Event that is set once when somebody wants the process to end; when `serve` returns the
 process exits with 0; a FulguriteError is logged in one line and ends it with its exit code; any other error is logged
@@ -11,16 +11,14 @@ import asyncio
 import logging
 import signal
 import socket
-import sys
 from collections.abc import Awaitable, Callable
 from typing import Any
 
-from fulgurite.producers.credentials import log_only_refusals
+from fulgurite.producers.logs import configure_logging
 from fulgurite.schemas.errors import FulguriteError, StartError
+from fulgurite.schemas.log_settings import LogSettings
 
 logger = logging.getLogger(__name__)
-
-LOG_FORMAT = "%(asctime)s %(levelname)-7s {name} %(name)s: %(message)s"
 
 BACKLOG = 1_024
 """Connections that may wait to be accepted."""
@@ -28,18 +26,9 @@ BACKLOG = 1_024
 Serve = Callable[[asyncio.Event], Awaitable[None]]
 
 
-def configure_logging(name: str, level: int = logging.INFO) -> None:
-    """Lines on stderr, with the service's name. Prompts, answers and secrets are never logged, by anyone."""
-    logging.basicConfig(level=level, format=LOG_FORMAT.format(name=name), stream=sys.stderr, force=True)
-    # aiokafka repeats one line per retry while a broker is away; our own services say what they wait for.
-    log_only_refusals()
-    for client in ("httpx", "httpx2"):  # a line per request; httpx2 is what the openai client uses
-        logging.getLogger(client).setLevel(logging.WARNING)
-
-
-def run_service(name: str, serve: Serve) -> int:
+def run_service(name: str, log: LogSettings, serve: Serve) -> int:
     """Runs `serve` until it returns; gives the exit code. Call it from the main thread."""
-    configure_logging(name)
+    configure_logging(name, log)
     try:
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
             runner.run(_until_stopped(name, serve))

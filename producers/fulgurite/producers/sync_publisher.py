@@ -30,7 +30,7 @@ from typing import Any, Self, TypeVar
 from aiokafka.structs import RecordMetadata
 from pydantic import BaseModel
 
-from fulgurite.producers.publisher import Acknowledgement, Headers, Publisher
+from fulgurite.producers.publisher import Acknowledgement, Headers, Publisher, expect
 from fulgurite.producers.redaction import redactor
 from fulgurite.schemas.codec import encode, encode_key
 from fulgurite.schemas.dead_letters import DeadLetter
@@ -104,18 +104,26 @@ class SyncPublisher:
         return self._kafka.topic(topic)
 
     def publish(self, topic: Topic, key: str, event: BaseModel) -> Delivery:
-        """The event, as JSON. Raises RecordTooLarge, and BufferFull when there was no room in time."""
+        """The event, as JSON. Raises RecordTooLarge, and BufferFull when there was no room in time.
+
+        Here and below, as in `Publisher`: TypeError for what is not the model; fields in a dict become one by
+        `Span(**fields)`, which says what is wrong with them while their author can still see it.
+        """
+        expect(event, BaseModel)
         if self._redactor is not None:
             event = self._redactor.event(event)
         return self.publish_bytes(topic, encode_key(key), encode(event, self._kafka.max_record_bytes))
 
     def publish_span(self, span: Span) -> Delivery:
+        expect(span, Span)
         return self.publish(SPANS, span.rollout_id, span)
 
     def publish_reward(self, reward: Reward) -> Delivery:
+        expect(reward, Reward)
         return self.publish(REWARDS, reward.rollout_id, reward)
 
     def publish_dead_letter(self, dead: DeadLetter) -> Delivery:
+        expect(dead, DeadLetter)
         if self._redactor is not None:
             dead = self._redactor.dead_letter(dead)
         return self.publish_all([lambda publisher: publisher.publish_dead_letter(dead)])[0]

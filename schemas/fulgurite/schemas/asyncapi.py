@@ -198,6 +198,7 @@ def _headers(topic: Topic) -> Object:
             letters.HEADER_TOPIC: {"type": "string", "description": "Full name of the original topic."},
             letters.HEADER_PARTITION: {"type": "string", "description": "Partition of the original, a decimal number."},
             letters.HEADER_OFFSET: {"type": "string", "description": "Offset of the original, a decimal number."},
+            letters.HEADER_LINE: {"type": "string", "description": "Line of the original, from 0, a decimal number."},
             letters.HEADER_STAGE: {"type": "string", "description": "Which service could not use it."},
             letters.HEADER_REASON: {"type": "string", "description": "A word to group by: late, bad_field, …"},
             letters.HEADER_MESSAGE: {"type": "string", "description": "What exactly is wrong, for a person."},

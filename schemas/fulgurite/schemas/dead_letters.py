@@ -12,6 +12,8 @@ from dataclasses import dataclass
 HEADER_TOPIC = "__connect.errors.topic"
 HEADER_PARTITION = "__connect.errors.partition"
 HEADER_OFFSET = "__connect.errors.offset"
+HEADER_LINE = "__connect.errors.line"
+"""Ours, beside Connect's: which line, from 0, of a record that holds several events."""
 HEADER_STAGE = "__connect.errors.stage"
 HEADER_REASON = "__connect.errors.exception.class.name"
 HEADER_MESSAGE = "__connect.errors.exception.message"
@@ -37,12 +39,15 @@ class DeadLetter:
     """What exactly is wrong, for a person."""
     key: bytes | None
     value: bytes | None
+    line: int = 0
+    """Which line of the original `value` is, from 0."""
 
     def headers(self) -> Headers:
         fields = (
             (HEADER_TOPIC, self.topic),
             (HEADER_PARTITION, str(self.partition)),
             (HEADER_OFFSET, str(self.offset)),
+            (HEADER_LINE, str(self.line)),
             (HEADER_STAGE, self.stage),
             (HEADER_REASON, self.reason),
             (HEADER_MESSAGE, self.message[:MAX_MESSAGE_CHARS]),

@@ -3,7 +3,17 @@
 
 Promises: applying them again changes nothing; a file that was changed after it was applied is refused before anything
 is done (write a new file instead); a crash in the middle, or two processes at once, leave a database that applying
-again completes, because every statement says IF NOT EXISTS (a test holds the files to it). Knows nothing of Kafka.
+again completes, because every statement can be repeated (a test holds the files to it).
+
+Older materialisers go on inserting meanwhile. What a file may do therefore stands in docs/operations.md, and of the
+statements that set what a view does, for everybody at once, two kinds are left out here:
+
+- that of a file after which another sets the same view, where the view exists: another process may be further, and its
+  view must not be set back;
+- that on a view that redacts (its comment says so). Its query without the rules must not be in force for a moment;
+  `apply_redaction`, which knows them, puts the new one with them in its place.
+
+Knows nothing of Kafka, nor of the rules of redaction.
 """
 
 from __future__ import annotations
@@ -28,6 +38,32 @@ CREATE TABLE IF NOT EXISTS schema_migrations
 ENGINE = MergeTree ORDER BY name
 """
 
+REDACTED = "redaction "
+"""The comment of a view begins with it while rules of redaction are in its query, or are being put there."""
+
+_VIEW_QUERY = re.compile(
+    r"(?:CREATE MATERIALIZED VIEW IF NOT EXISTS (?P<made>\w+)\s+TO \w+ AS"
+    r"|ALTER TABLE (?P<changed>\w+) MODIFY QUERY)\s+(?P<select>.*)",
+    re.DOTALL,
+)
+_VIEW_CHANGE = re.compile(
+    r"(?P<what>ALTER TABLE (?P<altered>\w+) MODIFY (?:QUERY|COMMENT)|CREATE OR REPLACE VIEW (?P<replaced>\w+))\s"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class ViewChange:
+    """A statement that changes a view which is there for everybody."""
+
+    view: str
+    sets_query: bool
+
+    @classmethod
+    def of(cls, statement: str) -> ViewChange | None:
+        """None: it is none."""
+        match = _VIEW_CHANGE.match(statement)
+        return match and cls(match["altered"] or match["replaced"], not match["what"].endswith("COMMENT"))
+
 
 @dataclass(frozen=True, slots=True)
 class Migration:
@@ -39,6 +75,17 @@ class Migration:
     @property
     def sha256(self) -> str:
         return hashlib.sha256(self.sql.encode()).hexdigest()
+
+    @property
+    def views(self) -> dict[str, str]:
+        """The materialized views of which it sets the query, and their SELECT."""
+        matches = filter(None, map(_VIEW_QUERY.fullmatch, self.statements))
+        return {match["made"] or match["changed"]: match["select"] for match in matches}
+
+    @property
+    def changes(self) -> list[ViewChange]:
+        """Of views, in order."""
+        return [change for change in map(ViewChange.of, self.statements) if change is not None]
 
     @property
     def statements(self) -> list[str]:
@@ -99,18 +146,34 @@ def apply_migrations(settings: ClickHouseSettings) -> list[str]:
 
 
 def _apply(client: Client, settings: ClickHouseSettings, known: list[Migration]) -> list[str]:
-    rows = client.query("SELECT name, sha256 FROM schema_migrations").result_rows
-    applied: Mapping[str, str] = {str(name): str(digest) for name, digest in rows}
+    applied = _applied(client)
     _refuse_changed(settings, known, applied)
+    last = {change.view: migration.name for migration in known for change in migration.changes if change.sets_query}
     done: list[str] = []
     for migration in known:
         if migration.name in applied:
             continue
         for statement in migration.statements:
-            client.command(statement)
+            change = ViewChange.of(statement)
+            superseded = change is not None and change.sets_query and last[change.view] != migration.name
+            if change is None or not _is_left_out(client, change.view, superseded):
+                client.command(statement)
         client.insert("schema_migrations", [[migration.name, migration.sha256]], column_names=["name", "sha256"])
         done.append(migration.name)
     return done
+
+
+def _applied(client: Client) -> Mapping[str, str]:
+    rows = client.query("SELECT name, sha256 FROM schema_migrations").result_rows
+    return {str(name): str(digest) for name, digest in rows}
+
+
+def _is_left_out(client: Client, view: str, superseded: bool) -> bool:
+    rows = client.query(
+        "SELECT comment FROM system.tables WHERE database = currentDatabase() AND name = {view:String}",
+        parameters={"view": view},
+    ).result_rows
+    return any(superseded or str(comment).startswith(REDACTED) for (comment,) in rows)
 
 
 def _refuse_changed(settings: ClickHouseSettings, known: list[Migration], applied: Mapping[str, str]) -> None:

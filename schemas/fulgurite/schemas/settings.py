@@ -19,14 +19,16 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 from urllib.parse import urlsplit
 
-from pydantic import BaseModel, Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
 
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.kafka_settings import KafkaSettings as KafkaSettings
+from fulgurite.schemas.log_settings import LogSettings
 from fulgurite.schemas.redaction import RedactionSettings
 from fulgurite.schemas.retention import RetentionSettings
 from fulgurite.schemas.sections import Port, Seconds, Url
 from fulgurite.schemas.sections import Section as Section
+from fulgurite.schemas.setting_names import section_of, wrong_name, wrong_variable
 
 ENV_PREFIX = "FULGURITE_"
 ENV_CONFIG = "FULGURITE_CONFIG"
@@ -273,7 +275,7 @@ class TrainerSettings(Section):
 
 
 class Settings(Section):
-    """All of them. A service reads its own section and `kafka`."""
+    """All of them. A service reads its own section, `kafka` and `log`."""
 
     kafka: KafkaSettings = Field(default_factory=KafkaSettings)
     clickhouse: ClickHouseSettings = Field(default_factory=ClickHouseSettings)
@@ -288,6 +290,7 @@ class Settings(Section):
     materialiser: MaterialiserSettings = Field(default_factory=MaterialiserSettings)
     assembler: AssemblerSettings = Field(default_factory=AssemblerSettings)
     trainer: TrainerSettings = Field(default_factory=TrainerSettings)
+    log: LogSettings = Field(default_factory=LogSettings)
 
 
 def home(env: Mapping[str, str] = os.environ) -> Path:
@@ -304,13 +307,23 @@ def load_settings(env: Mapping[str, str] = os.environ) -> Settings:
     elif ENV_CONFIG in env:
         raise SettingsError(f"{ENV_CONFIG} names {path}, which is not a file")
     from_env: dict[tuple[str, ...], str] = {}
+    wrong: list[str] = []
     for name, value in env.items():
-        if name.startswith(ENV_PREFIX) and name not in (ENV_CONFIG, ENV_HOME):
+        if not name.startswith(ENV_PREFIX) or name in (ENV_CONFIG, ENV_HOME):
+            continue
+        if unknown := wrong_variable(Settings, ENV_PREFIX, (ENV_CONFIG, ENV_HOME), name):
+            # Not into the tree, where a section of that name would seem to be the file's.
+            wrong.append(unknown)
+        else:
             _put(tree, from_env, name, value)
     try:
-        return Settings.model_validate(tree)
+        found = Settings.model_validate(tree)
     except ValidationError as error:
-        raise SettingsError(_explain(error, path, from_env)) from None
+        wrong += _explain(error, path, from_env)
+    else:
+        if not wrong:
+            return found
+    raise SettingsError("wrong settings:\n  " + "\n  ".join(wrong))
 
 
 def to_environment(values: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
@@ -339,40 +352,37 @@ def _read_file(path: Path) -> dict[str, Any]:
 
 
 def _put(tree: dict[str, Any], from_env: dict[tuple[str, ...], str], name: str, value: str) -> None:
-    section, separator, field = name.removeprefix(ENV_PREFIX).lower().partition("__")
-    if not separator:
-        raise SettingsError(f"{name}: unknown; settings are {ENV_PREFIX}<SECTION>__<NAME>, {ENV_CONFIG} or {ENV_HOME}")
+    section, _, field = name.removeprefix(ENV_PREFIX).lower().partition("__")
     branch = tree.setdefault(section, {})
     if not isinstance(branch, dict):
         raise SettingsError(f"{name}: {section} is not a section in the settings file")
-    branch[field] = _parse(section, field, value)
+    branch[field] = _parse(name, section_of(Settings, section).model_fields[field].annotation, value)
     from_env[(section, field)] = name
 
 
-def _parse(section: str, field: str, value: str) -> Any:
+def _parse(name: str, annotation: object, value: str) -> Any:
     """Lists and tables come as JSON; everything else pydantic reads from the text itself."""
     import json
 
-    annotation = Settings.model_fields.get(section)
-    model = annotation.annotation if annotation else None
-    known = model.model_fields.get(field) if isinstance(model, type) and issubclass(model, BaseModel) else None
-    if known is None or not str(known.annotation).startswith(("list", "dict")):
+    if not str(annotation).startswith(("list", "dict")):
         return value
     try:
         return json.loads(value)
     except json.JSONDecodeError as error:
-        name = f"{ENV_PREFIX}{section.upper()}__{field.upper()}"
         raise SettingsError(f"{name}: must be JSON ({error})") from None
 
 
-def _explain(error: ValidationError, path: Path, from_env: Mapping[tuple[str, ...], str]) -> str:
+def _explain(error: ValidationError, path: Path, from_env: Mapping[tuple[str, ...], str]) -> list[str]:
+    """A line for each thing that is wrong."""
     lines: list[str] = []
     for item in error.errors(include_url=False):
         where = tuple(str(part) for part in item["loc"])
-        source = from_env.get(where[:2], f"{'.'.join(where)} in {path}")
+        source = f"{'.'.join(where)} in {path}"
+        if variable := from_env.get(where[:2]):
+            source = ", ".join(filter(None, (variable, ".".join(where[2:]))))
         message = item["msg"].removeprefix("Value error, ")
         if item["type"] == "extra_forbidden":
-            lines.append(f"{source}: no such setting; known ones: {', '.join(_known(where))}")
+            lines.append(f"{source}: {wrong_name(Settings, where)}")
         elif item["input"] is None:  # neither TOML nor the environment can say None
             lines.append(f"{'.'.join(where)}, not set in the environment or in {path}: {message}")
         elif _may_be_secret(where):
@@ -380,22 +390,12 @@ def _explain(error: ValidationError, path: Path, from_env: Mapping[tuple[str, ..
         else:
             # An address may have a password in it.
             lines.append(f"{source} = {_USER_IN_URL.sub('//***@', repr(item['input']))}: {message}")
-    return "wrong settings:\n  " + "\n  ".join(lines)
+    return lines
 
 
 def _may_be_secret(where: tuple[str, ...]) -> bool:
     """Whether the value must not be shown: a password, or a whole section, which may have one in it."""
-    if len(where) < 2:
+    if len(where) < 2 or where[0] not in Settings.model_fields:
         return True
-    section = Settings.model_fields.get(where[0])
-    model = section.annotation if section else None
-    field = model.model_fields.get(where[1]) if isinstance(model, type) and issubclass(model, BaseModel) else None
+    field = section_of(Settings, where[0]).model_fields.get(where[1])
     return field is None or "SecretStr" in str(field.annotation)
-
-
-def _known(where: tuple[str, ...]) -> list[str]:
-    field = Settings.model_fields.get(where[0]) if len(where) > 1 else None
-    model = field.annotation if field else Settings
-    assert isinstance(model, type)
-    assert issubclass(model, BaseModel)
-    return sorted(model.model_fields)

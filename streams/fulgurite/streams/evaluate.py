@@ -52,7 +52,7 @@ def main(settings: Settings, name: str, tasks: str, count: int, samples: Sequenc
             return
         await working
 
-    return run_service("evaluate", serve)
+    return run_service("evaluate", settings.log, serve)
 
 
 async def evaluate(

@@ -17,4 +17,4 @@ __all__ = ["main", "serve"]
 
 def main(settings: Settings) -> int:
     """`fulgurite coordinator`: runs until SIGTERM, gives the exit code (5 when another coordinator took over)."""
-    return run_service("coordinator", lambda stop: serve(settings, stop))
+    return run_service("coordinator", settings.log, lambda stop: serve(settings, stop))

@@ -25,4 +25,4 @@ __all__ = ["main", "serve"]
 
 
 def main(settings: Settings) -> int:
-    return run_service("follower", lambda stop: serve(settings, stop))
+    return run_service("follower", settings.log, lambda stop: serve(settings, stop))

@@ -205,7 +205,8 @@ class PartitionWriter:
                 "kafka.topic_prefix or clickhouse.database, or delete this topic's rows, also those of ingest_log"
             )
         if begin > logged > 0:
-            logger.error("%s: %d offsets expired before they were read", self.partition, begin - logged)
+            expired = (self.partition, begin - logged)
+            logger.error("%s: %d offsets expired before they were read", *expired, extra=self._place(logged))
         # Whatever lies before the intent was done when it was said; within it a table may still lack its part.
         done = {
             offset
@@ -222,7 +223,8 @@ class PartitionWriter:
         elif self._next > begin and self._next > logged:
             # 3 and 4 of what the predecessor had inserted: lag monitors would else see it until the next record.
             self._parts.finished(LogEntry(self.partition, max(logged, begin), self._next - 1, 0))
-        logger.info("%s: resumes at offset %d, %d later ones are there", self.partition, self._next, len(present))
+        found = (self.partition, self._next, len(present))
+        logger.info("%s: resumes at offset %d, %d later ones are there", *found, extra=self._place(self._next))
         self._parts.consumer.seek(self._tp, self._next)
         self._resumed = True
         self._unpause()
@@ -271,7 +273,8 @@ class PartitionWriter:
             passed = await self._parts.consumer.position(self._tp) > intent.hi
             if not passed:
                 lacking = (self.partition, self._next, intent.hi)
-                logger.warning("%s: waiting for offsets %d..%d of an interrupted insert", *lacking)
+                what = "%s: waiting for offsets %d..%d of an interrupted insert"
+                logger.warning(what, *lacking, extra=self._place(self._next))
         self._replay = None
         records = self._take(sum(1 for record in self._buffer if record.offset <= intent.hi))
         return Batch(intent.lo, intent.hi, records, doubtful=True)
@@ -357,7 +360,9 @@ class PartitionWriter:
     async def _bisect(self, records: Sequence[Record], present: Mapping[int, int], error: Rejected) -> None:
         """Halves until the record that ClickHouse will not take stands alone; that one becomes a dead letter."""
         if len(records) == 1:
-            logger.warning("%s: offset %d becomes a dead letter: %s", self.partition, records[0].offset, error)
+            offset = records[0].offset
+            what = "%s: offset %d becomes a dead letter: %s"
+            logger.warning(what, self.partition, offset, error, extra=self._place(offset))
             self._parts.metrics.rejected(*self._labels)
             await self._parts.store.insert_dead(self.partition, records[0], str(error))
             return
@@ -380,12 +385,17 @@ class PartitionWriter:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, RETRY_SECONDS[1])
 
+    def _place(self, offset: int | None = None) -> dict[str, str | int]:
+        """Fields of a line of the log, for whoever collects it."""
+        place: dict[str, str | int] = {"topic": self.partition.name, "partition": self.partition.number}
+        return place if offset is None else place | {"offset": offset}
+
     def _complain(self, what: str, error: Exception) -> None:
         """At most once in five seconds."""
         now = time.monotonic()
         if now - self._last_complaint >= 5:
             self._last_complaint = now
-            logger.warning("%s: cannot %s, trying again: %s", self.partition, what, error)
+            logger.warning("%s: cannot %s, trying again: %s", self.partition, what, error, extra=self._place())
 
 
 def _size(record: Record) -> int:

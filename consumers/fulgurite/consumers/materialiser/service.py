@@ -53,7 +53,7 @@ WAIT_SECONDS = 1.0
 
 def main(settings: Settings) -> int:
     """`fulgurite materialiser`."""
-    return run_service("materialiser", lambda stop: serve(settings, stop))
+    return run_service("materialiser", settings.log, lambda stop: serve(settings, stop))
 
 
 async def serve(settings: Settings, stop: asyncio.Event, checkpoint: Checkpoint = no_checkpoint) -> None:
@@ -224,20 +224,21 @@ class Materialiser(ConsumerRebalanceListener):
             while not sending.done():
                 await asyncio.wait({sending}, timeout=FLUSH_SECONDS)
                 await self._flush()
-                self._measure_lag()
+                await self._measure_lag()
                 await self._reconcile()
             sending.result()
         finally:
             sending.cancel()
 
-    def _measure_lag(self) -> None:
+    async def _measure_lag(self) -> None:
         consumer = self._subscriber.consumer
         if consumer is None:
             return
+        asked = await _ends(consumer, consumer.paused() & self._writers.keys())
         ours, now_ms = consumer.assignment(), time.time_ns() // 1_000_000
         for tp, writer in self._writers.items():
-            end = consumer.last_stable_offset(tp) if tp in ours else None
-            self.metrics.lag(tp.topic, tp.partition, writer.lag(end, now_ms))
+            fetched = consumer.last_stable_offset(tp) if tp in ours else None
+            self.metrics.lag(tp.topic, tp.partition, writer.lag(asked.get(tp, fetched), now_ms))
 
     async def _reconcile(self) -> None:
         """Now and then looks for what was inserted since, offset by offset, and counts dead letters for /metrics."""
@@ -250,7 +251,9 @@ class Materialiser(ConsumerRebalanceListener):
                 missing = await self._store.missing(entry.partition, entry.lo, entry.hi)
                 self.metrics.reconciled(tp.topic, tp.partition, entry.hi - entry.lo + 1, missing)
                 if missing and self._kept_for_ever(entry.partition.topic):
-                    logger.error("%s: %d offsets of %d..%d are nowhere", entry.partition, missing, entry.lo, entry.hi)
+                    where = {"topic": tp.topic, "partition": tp.partition, "offset": entry.lo}
+                    what = "%s: %d offsets of %d..%d are nowhere"
+                    logger.error(what, entry.partition, missing, entry.lo, entry.hi, extra=where)
             if self._settings.materialiser.port:  # else nobody can ask, and counting reads the whole table
                 self.metrics.dead_letters(await self._store.dead_letters())
         except Unavailable as error:
@@ -292,6 +295,16 @@ class Materialiser(ConsumerRebalanceListener):
     async def _at_checkpoint(self, step: str, entries: Sequence[LogEntry]) -> None:
         for entry in entries:
             await self._checkpoint(step, entry.partition)
+
+
+async def _ends(consumer: AIOKafkaConsumer, partitions: set[TopicPartition]) -> dict[TopicPartition, int]:
+    """Of partitions that are not fetched from, whose answers would tell it: a full buffer must not hide what waits
+    behind it. Empty when the broker does not say at once."""
+    if partitions:
+        with contextlib.suppress(KafkaError, TimeoutError):
+            async with asyncio.timeout(FLUSH_SECONDS):
+                return await consumer.end_offsets(list(partitions))
+    return {}
 
 
 async def _tables_ready(settings: Settings, stop: asyncio.Event) -> bool:

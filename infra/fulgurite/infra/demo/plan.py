@@ -73,8 +73,13 @@ class Plan:
         return [sys.executable, "-m", "fulgurite.infra", service]
 
     def environment(self) -> dict[str, str]:
-        """Of every child: ours without other FULGURITE_ settings, and this demo's."""
-        inherited = {name: value for name, value in os.environ.items() if not name.startswith(ENV_PREFIX)}
+        """Of every child: ours without other FULGURITE_ settings than how to log, and this demo's."""
+        kept = f"{ENV_PREFIX}LOG__"
+        inherited = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(ENV_PREFIX) or name.startswith(kept)
+        }
         paths = [str(self.root), *filter(None, [os.environ.get("PYTHONPATH")])]
         quiet = {"HF_HUB_OFFLINE": "1", "TOKENIZERS_PARALLELISM": "false", "OMP_NUM_THREADS": "1"}
         home = {ENV_HOME: str(self.data), "PYTHONPATH": os.pathsep.join(paths), "PYTHONUNBUFFERED": "1"}

@@ -44,7 +44,10 @@ def mending(expression: str, fields: list[str], edit_file: Path | None, ids: lis
     assert edit_file is not None
     if len(ids) != 1:
         raise SettingsError("--edit-file mends exactly one: give its ID")
-    content = edit_file.read_bytes().removesuffix(b"\n")
+    try:
+        content = edit_file.read_bytes().removesuffix(b"\n")
+    except OSError as error:
+        raise SettingsError(f"--edit-file {edit_file}: {error.strerror}") from None
     return lambda _: content
 
 

@@ -124,6 +124,9 @@ def show(
     say(f"[bold]{escape(short_id(kafka, letter.place))}[/]  {escape(letter.place.header())}")
     grid = Table.grid(padding=(0, 2))
     grid.add_row("belongs to", escape(letter.original_topic or "no topic: it never was a record"))
+    place = letter.place
+    where = f"{place.topic}, partition {place.partition}, offset {place.offset}, line {place.index} (the first is 0)"
+    grid.add_row("lies in", escape(where))
     times = _time(letter.first_time)
     grid.add_row("time", times if letter.first_time == letter.time else f"{times} to {_time(letter.time)}")
     for stage, reason, message in letter.verdicts:

@@ -77,4 +77,4 @@ async def _started(publisher: Publisher, stop: asyncio.Event) -> bool:
 
 
 def main(settings: Settings) -> int:
-    return run_service("gateway", lambda stop: serve(settings, stop))
+    return run_service("gateway", settings.log, lambda stop: serve(settings, stop))

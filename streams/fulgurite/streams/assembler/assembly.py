@@ -59,6 +59,8 @@ MAX_ENDED = 100_000
 MAX_HELD_BYTES = 512 << 20
 MAX_UNSENT_BYTES = 64 << 20
 """Dead letters that wait for their transaction; beyond it spans and rewards are not read on."""
+LETTER_BYTES = 1_024
+"""What a dead letter is beside its line: key, headers, object."""
 MAX_READ_AGAIN = 500
 """Records read again at once."""
 
@@ -311,12 +313,12 @@ class Assembly:
 
     def _dead(self, held: Held, reason: str, message: str) -> None:
         assert held.value is not None
-        value = lines_of(held.rollout_id, held.value)
-        self.counts[reason] += 1
-        self.unsent_bytes += len(value)
-        self.unsent.append(
-            DeadLetter(held.tp.topic, held.tp.partition, held.offset, STAGE, reason, message, held.key, value)
-        )
+        tp, key = held.tp, held.key
+        for number, line in lines_of(held.rollout_id, held.value):
+            self.counts[reason] += 1
+            self.unsent_bytes += len(line) + LETTER_BYTES
+            letter = DeadLetter(tp.topic, tp.partition, held.offset, STAGE, reason, message, key, line, number)
+            self.unsent.append(letter)
 
     def _supersede(self, rollout: OpenRollout, attempt_id: str) -> None:
         """Spans of an attempt that is not the last are never used: let go of them while the rollout waits its turn."""

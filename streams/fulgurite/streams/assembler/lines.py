@@ -35,13 +35,12 @@ def attempts_of(value: bytes) -> tuple[dict[str, str], int]:
     return attempts, invalid
 
 
-def lines_of(rollout_id: str, value: bytes) -> bytes:
-    """What of a record is this rollout's; all of it where it has one line. Lines nobody can read are everybody's."""
-    lines = split_lines(value)[1]
-    if len(lines) == 1:
-        return value
-    kept = [line for line in lines if (found := _identity(line)) is None or found.rollout_id == rollout_id]
-    return value if len(kept) == len(lines) else b"\n".join(kept)
+def lines_of(rollout_id: str, value: bytes) -> list[tuple[int, bytes]]:
+    """Which lines of a record are this rollout's, with their numbers; the only line of a record whatever it says."""
+    numbered = list(zip(*split_lines(value), strict=True))
+    if len(numbered) == 1:
+        return numbered
+    return [(at, line) for at, line in numbered if (found := _identity(line)) and found.rollout_id == rollout_id]
 
 
 def _identity(line: bytes) -> Identity | None:

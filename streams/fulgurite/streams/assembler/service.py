@@ -39,7 +39,8 @@ offsets.retention.minutes, a week by default) it starts from the beginning of th
 
 What becomes a dead letter here (stage `assembler`) is only what the materialiser cannot see: `late` (its rollout's
 trajectory was emitted before it came; spans of superseded attempts are just not used) and `unknown_rollout` (nobody
-announced its rollout within orphan_seconds, and `rollouts` had been read to its end after that). Records that are not
+announced its rollout within orphan_seconds, and `rollouts` had been read to its end after that); one for each line of
+the rollout, with the line's number, as the materialiser's. Records that are not
 spans, rewards or events are counted and logged: the materialiser reads the same bytes and keeps them with the reason.
 Spans without a rollout_id are plain traces and no concern of this service.
 
@@ -90,7 +91,7 @@ _STOP_SECONDS = 2.0
 
 
 def main(settings: Settings) -> int:
-    return run_service("assembler", lambda stop: serve(settings, stop))
+    return run_service("assembler", settings.log, lambda stop: serve(settings, stop))
 
 
 async def serve(settings: Settings, stop: asyncio.Event, hook: Hook = no_hook) -> None:

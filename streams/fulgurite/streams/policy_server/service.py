@@ -70,4 +70,4 @@ async def _either(first: asyncio.Event, second: asyncio.Event) -> None:
 
 
 def main(settings: Settings) -> int:
-    return run_service("policy-server", lambda stop: serve(settings, stop))
+    return run_service("policy-server", settings.log, lambda stop: serve(settings, stop))

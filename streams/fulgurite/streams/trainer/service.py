@@ -84,7 +84,7 @@ DRAIN_SECONDS = 60.0
 
 def main(settings: Settings) -> int:
     """`fulgurite train`: exit code 0 when the run is over, or was asked to stop."""
-    return run_service("trainer", lambda stop: serve(settings, stop))
+    return run_service("trainer", settings.log, lambda stop: serve(settings, stop))
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
