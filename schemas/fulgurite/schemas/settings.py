@@ -185,7 +185,7 @@ class RunnerSettings(Section):
 class MaterialiserSettings(Section):
     group: str = "materialiser"
     """Consumer group, after the topic prefix."""
-    batch_records: Annotated[int, Field(ge=1, le=1_000_000)] = 50_000
+    batch_records: Annotated[int, Field(ge=1, le=1_000_000)] = 100_000
     """Most records of one insert."""
     batch_wait_ms: Annotated[int, Field(ge=1, le=60_000)] = 200
     """Least time that a batch waits for company."""

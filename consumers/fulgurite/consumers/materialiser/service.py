@@ -39,8 +39,8 @@ logger = logging.getLogger(__name__)
 
 BUFFER_BYTES = 256 * 1024 * 1024
 """Over all partitions: records fetched and not yet inserted. An insert needs its bytes twice more, as Arrow."""
-CONCURRENT_INSERTS = 3
-"""Over all partitions. More would only compete for ClickHouse's cores."""
+CONCURRENT_INSERTS = 2
+"""Over all partitions: while one is sent the other is parsed. More would compete for ClickHouse's memory and cores."""
 FLUSH_SECONDS = 1.0
 """How often steps 3 and 4 are done for what was inserted since."""
 CHECK_SECONDS = 15.0

@@ -1,0 +1,95 @@
+"""Views: what was sent twice counts once, and a filter reaches the table's index instead of reading everything."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import clickhouse_connect
+import pytest
+from clickhouse_connect.driver import Client
+
+from fulgurite.schemas.migrations import apply_migrations, connection_options
+from fulgurite.schemas.settings import ClickHouseSettings
+
+ROLLOUTS = 400
+SPANS = 100 * ROLLOUTS
+GRANULE = 8192
+"""Rows; all lie in ten."""
+# A second between spans, a rollout after the other; every tenth is an LLM call of version rollout / 4. All sent twice.
+FILL_SPANS = f"""
+INSERT INTO spans (rollout_id, attempt_id, trace_id, span_id, name, start_ns, end_ns, response_token_ids, input,
+    min_version, max_version, _ts, _offset)
+SELECT
+    concat('r', leftPad(toString(rollout), 3, '0')), 'a', concat('t', toString(rollout)), toString(number),
+    'n', number * 1000000000, number * 1000000000 + 1, range(if(number % 10 = 0, 3, 0)), 'x', version, version,
+    '2026-11-21 00:00:00', offset
+FROM (
+    SELECT number, intDiv(number, 100) AS rollout, if(number % 10 = 0, intDiv(rollout, 4), NULL) AS version
+    FROM numbers({SPANS}))
+ARRAY JOIN [number, number + 1000000] AS offset
+"""
+FILL_TRAJECTORIES = """
+INSERT INTO trajectories (rollout_id, run_id, mode, group_id, reward, min_version, max_version, metadata, _offset, _ts)
+SELECT concat('r', toString(number)), 'run', 'train', concat('g', toString(intDiv(number, 2))), number % 2 + late, 1, 1,
+    map('sampling', 'sampled'), number + 1000 * late, '2026-11-21 00:00:00'
+FROM numbers(100) ARRAY JOIN {late} AS late
+"""
+
+
+@pytest.fixture
+def client(clickhouse_settings: ClickHouseSettings) -> Iterator[Client]:
+    apply_migrations(clickhouse_settings)
+    options = connection_options(clickhouse_settings)
+    with clickhouse_connect.get_client(**options, database=clickhouse_settings.database) as found:
+        yield found
+
+
+def asked(client: Client, sql: str) -> tuple[int, int]:
+    """How many rows were found, and how many were read for it."""
+    result = client.query(sql)
+    return len(result.result_rows), int(result.summary["read_rows"])
+
+
+def test_a_filter_reaches_the_index(client: Client) -> None:
+    client.command(FILL_SPANS)
+    client.command("OPTIMIZE TABLE spans FINAL")
+    for sql, rows in {
+        "llm_calls WHERE rollout_id = 'r200'": 10,
+        "llm_calls WHERE trace_id = 't200'": 10,
+        "llm_calls WHERE start_time >= '1970-01-01 11:00:00'": 40,
+        "spans WHERE start_time >= '1970-01-01 11:00:00'": 800,
+        "otel_traces WHERE Timestamp >= '1970-01-01 11:00:00'": 400,
+        "otel_traces WHERE TraceId = 't200'": 100,
+        "rollout_rewards WHERE rollout_id = 'r200'": 0,
+    }.items():
+        found, read = asked(client, f"SELECT * FROM {sql}")
+        assert found == rows, sql
+        assert read <= 2 * GRANULE, sql
+    assert asked(client, "SELECT * FROM llm_calls") == (SPANS // 10, 2 * SPANS)
+
+
+def test_an_index_added_later_serves_spans_of_before(client: Client) -> None:
+    client.command("ALTER TABLE spans DROP INDEX start_times")
+    client.command(FILL_SPANS)
+    sql = "SELECT span_id FROM spans WHERE start_time >= '1970-01-01 11:00:00'"
+    assert asked(client, sql) == (800, 2 * SPANS)
+    client.command(
+        "ALTER TABLE spans ADD INDEX start_times fromUnixTimestamp64Nano(start_ns, 'UTC') TYPE minmax GRANULARITY 1"
+    )
+    client.command("ALTER TABLE spans MATERIALIZE INDEX start_times SETTINGS mutations_sync = 1")
+    found, read = asked(client, sql)
+    assert found == 800
+    assert read <= 2 * GRANULE
+
+
+def test_a_trajectory_counts_where_it_came_first(client: Client) -> None:
+    client.command(FILL_TRAJECTORIES.replace("{late}", "[1]"))
+    client.command(FILL_TRAJECTORIES.replace("{late}", "[0, 0]"))
+    assert client.query("SELECT count(), avg(reward) FROM rollout_versions").result_rows == [(100, 0.5)]
+    assert client.query("SELECT run_id, sampling, version, n, mean FROM reward_by_version").result_rows == [
+        ("run", "sampled", 1, 100, 0.5)
+    ]
+    columns = "run_id, mode, sampling, group_id, reward, min_version"
+    assert client.query(f"SELECT {columns} FROM rollout_versions WHERE rollout_id = 'r7'").result_rows == [
+        ("run", "train", "sampled", "g3", 1.0, 1)
+    ]
