@@ -11,7 +11,7 @@ ARGS ?=
 # Tests mostly wait for brokers and processes: three at a time keep two cores busy. Each worker has stores of its own.
 WORKERS ?= 3
 
-.PHONY: help demo test lint format docs setup chaos bench-ingest clean
+.PHONY: help demo test lint format docs setup chaos chaos-outage bench-ingest bench-queries clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -34,8 +34,14 @@ format: $(STAMP) ## format the code and mend what can be mended
 chaos: $(STAMP) ## a long run of the materialiser while everything is killed; the tests that kill are in `make test`
 	@$(BIN)/python -m tests.chaos.materialiser_chaos $(ARGS)
 
+chaos-outage: $(STAMP) ## ClickHouse away for 5 minutes under load: what it costs (about 10 minutes)
+	@$(BIN)/python -m tests.chaos.materialiser_outage $(ARGS)
+
 bench-ingest: $(STAMP) ## how fast Kafka becomes rows, next to the engine's ceiling (about 3 minutes)
 	@$(BIN)/python tests/bench/ingest.py $(ARGS)
+
+bench-queries: $(STAMP) ## how fast questions are answered on 10 million spans (about 15 minutes)
+	@$(BIN)/python tests/bench/queries.py $(ARGS)
 
 docs: $(STAMP) ## render docs/reference.md and docs/asyncapi.json from the code
 	@$(BIN)/python -m fulgurite.infra.reference docs/reference.md
