@@ -245,8 +245,8 @@ def naive(rig: Rig, client: Client, spans: int) -> dict[str, float]:
 
 
 def latency(rig: Rig, client: Client, spans_per_second: float, seconds: float) -> dict[str, float]:
-    """Produces at a steady rate; asks every 50 ms, as a user would, for the rollouts of every tenth record that are not
-    all there yet. Waiting to ask counts too."""
+    """Produces at a steady rate; asks every 20 ms, as a user would, for the rollouts of every 50th record that are not
+    all there yet. Waiting to ask, and for the answer, counts too."""
     load = list(records(int(spans_per_second * seconds / SPANS_A_RECORD), seed=9))
     sent: dict[str, float] = {}
     waits: list[float] = []
@@ -258,7 +258,7 @@ def latency(rig: Rig, client: Client, spans_per_second: float, seconds: float) -
             for number, (key, value) in enumerate(load):
                 if (ahead := begun + number * SPANS_A_RECORD / spans_per_second - time.monotonic()) > 0.001:
                     await asyncio.sleep(ahead)
-                if number % 10 == 0:
+                if number % 50 == 0:
                     sent[key.decode()] = time.monotonic()
                 await producer.send(rig.settings.kafka.topic(SPANS), value, key)
         over.set()
@@ -269,14 +269,14 @@ def latency(rig: Rig, client: Client, spans_per_second: float, seconds: float) -
         producing.start()
         deadline = time.monotonic() + 5 * seconds + 60
         while (not over.is_set() or sent) and time.monotonic() < deadline:
-            time.sleep(0.05)
+            time.sleep(0.02)
             for (rollout_id,) in client.query(COMPLETE, {"ids": list(sent), "spans": SPANS_A_RECORD}).result_rows:
                 waits.append(time.monotonic() - sent.pop(rollout_id))
         producing.join()
         child.terminate()
         child.wait(30)
     if sent:
-        raise SystemExit(f"{len(sent)} of {len(load) // 10} rollouts did not become queryable")
+        raise SystemExit(f"{len(sent)} of {len(load) // 50} rollouts did not become queryable")
     waits.sort()
     return {"p50_seconds": statistics.median(waits), "p99_seconds": waits[int(len(waits) * 0.99)]}
 
