@@ -65,12 +65,19 @@ class Asker:
 
     def __init__(self, client: Client) -> None:
         self._client = client
-        self.rows = self.bytes = 0
+        self._read: list[tuple[int, int]] = []
+
+    @property
+    def rows(self) -> int:
+        return sum(rows for rows, _ in self._read)
+
+    @property
+    def bytes(self) -> int:
+        return sum(size for _, size in self._read)
 
     def query(self, query: str, parameters: Mapping[str, Any] | None = None) -> QueryResult:
         result = self._client.query(query, dict(parameters or {}), settings={"use_query_condition_cache": 0})
-        self.rows += int(result.summary.get("read_rows", 0))
-        self.bytes += int(result.summary.get("read_bytes", 0))
+        self._read.append((int(result.summary.get("read_rows", 0)), int(result.summary.get("read_bytes", 0))))
         return result
 
 
