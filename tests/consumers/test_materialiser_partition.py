@@ -14,7 +14,7 @@ from aiokafka import TopicPartition
 from aiokafka.structs import OffsetAndMetadata
 
 from fulgurite.consumers.materialiser import partition as partition_module
-from fulgurite.consumers.materialiser.blocks import OWN_TABLE, Partition, Record
+from fulgurite.consumers.materialiser.blocks import OWN_TABLE, Partition, Record, TooManyLines, block, dead_block
 from fulgurite.consumers.materialiser.offsets import Intent, Offsets
 from fulgurite.consumers.materialiser.partition import PartitionWriter, Parts
 from fulgurite.consumers.materialiser.store import LogEntry, Rejected, Store, Unavailable
@@ -220,6 +220,55 @@ async def test_the_intent_is_asked_for_until_the_groups_coordinator_has_loaded(m
     monkeypatch.setattr("fulgurite.consumers.materialiser.offsets.RETRY_SECONDS", 0.001)
     offsets = Offsets(cast(Any, None), cast(Any, LoadingAdmin(2)), "group")
     assert await offsets.intent(TP) == Intent(4, 9)
+
+
+@dataclass
+class Committing:
+    """A consumer that keeps what is committed."""
+
+    commits: list[OffsetAndMetadata] = field(default_factory=list[OffsetAndMetadata])
+
+    def assignment(self) -> set[TopicPartition]:
+        return {TP}
+
+    async def commit(self, offsets: dict[TopicPartition, OffsetAndMetadata]) -> None:
+        await asyncio.sleep(0.001)
+        self.commits.append(offsets[TP])
+
+
+async def test_what_is_finished_is_never_committed_over_a_later_intent() -> None:
+    consumer = Committing()
+    offsets = Offsets(cast(Any, consumer), cast(Any, None), "group")
+    running = asyncio.create_task(offsets.run())
+    async with asyncio.timeout(10):
+        await offsets.intend(TP, Intent(3, 5))
+        await offsets.finish({TP: 3})  # 0..2, while 3..5 is being inserted
+        assert consumer.commits == [OffsetAndMetadata(3, "5")]
+        # At the same time, whoever comes first.
+        await asyncio.gather(offsets.finish({TP: 6}), offsets.intend(TP, Intent(6, 9)))
+        assert consumer.commits[-1] == OffsetAndMetadata(6, "9")
+        await offsets.finish({TP: 10})
+        assert consumer.commits[-1] == OffsetAndMetadata(10, "")
+    running.cancel()
+
+
+async def test_a_batch_is_bounded_by_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("fulgurite.consumers.materialiser.partition.BATCH_LINES", 10)
+    rig = Rig(FakeStore())
+    await rig.feed([FakeRecord(n, b"{}\n{}\n{}\n{}") for n in range(5)], batches=3)
+    assert [(e.lo, e.hi) for e in rig.finished] == [(0, 1), (2, 3), (4, 4)]
+
+
+def test_a_record_of_too_many_lines_is_not_even_split() -> None:
+    with pytest.raises(TooManyLines, match="has 4,000,001 lines, of at most 200,000"):
+        block(Partition(topics.SPANS, "spans", 0), cast(Any, [FakeRecord(0, b"x\n" * 4_000_000)]), {})
+
+
+def test_a_clock_of_any_year_makes_a_dead_letter() -> None:
+    late = FakeRecord(0, b"x")
+    late.timestamp = 10**15
+    row = dead_block(Partition(topics.SPANS, "spans", 0), cast(Any, late), "no")
+    assert (row.num_rows, row["_ts"].cast("int64").to_pylist()) == (1, [10**15])
 
 
 async def test_offsets_that_are_in_the_tables_are_skipped() -> None:

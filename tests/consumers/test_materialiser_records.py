@@ -261,6 +261,9 @@ POISON: list[tuple[bytes | None, str, str]] = [
     (_span(response_token_ids=[1, "x"]), "bad_field", "response_token_ids: every element"),
     (_span(response_token_ids=[1], logprobs=[0.5, 0.5]), "bad_field", "logprobs: must be as many"),
     (_span(response_token_ids=[1, 2], weight_versions=[{"version": 1, "start": 0, "end": 1}]), "bad_field", "cover"),
+    (_span(response_token_ids=["a"]), "bad_field", "response_token_ids, logprobs, weight_versions"),
+    (_span(events=["a"]), "bad_field", "events, links: elements of a wrong type"),
+    (_span(response_token_ids=[1], logprobs=["nan"]), "bad_field", "logprobs: every element must be a finite number"),
     (_span(kind="sideways"), "bad_field", "kind: must be one of"),
 ]  # fmt: skip
 

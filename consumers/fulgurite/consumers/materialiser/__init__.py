@@ -24,7 +24,7 @@ The contract, for one partition. The code carries these numbers.
                 refuses for what is in it left nothing, not even its token: OTLP is then written so that it can be read
                 (consumers/otlp/mend.py), anything else is halved down to the record that nobody will take.
     3  log      ingest_log: lo..hi is in. At most a second later, for all partitions at once.
-    4  commit   Offset hi + 1. A hint for lag monitors and step 0; usually said by the next intent.
+    4  commit   Offset hi + 1. A hint for lag monitors and step 0; usually said by the next intent, and never over it.
 
 A crash after
     0           nothing was done.

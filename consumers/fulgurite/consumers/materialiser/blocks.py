@@ -10,7 +10,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from typing import Final, Protocol
 
 import numpy as np
@@ -28,6 +27,15 @@ SPLIT_TOPICS: Final = LINE_TOPICS | {OTLP_SPANS}
 OWN_TABLE: Final = 1
 DEAD_LETTERS_TABLE: Final = 2
 BOTH_TABLES: Final = OWN_TABLE | DEAD_LETTERS_TABLE
+
+
+MAX_LINES: Final = 200_000
+"""Of a record: each is a row, which needs memory however short its line is. Some 8 MiB of ever so short ones would take
+more than an engine has."""
+
+
+class TooManyLines(Exception):
+    """Of a record, which says how many it has."""
 
 
 class Record(LogRecord, Protocol):
@@ -65,7 +73,8 @@ def missing(topic: Topic, present: int) -> int:
 
 
 def block(partition: Partition, records: Sequence[Record], present: Mapping[int, int]) -> pa.Table:
-    """The records as rows. Of each of them a table lacks its part (`missing`); `present`: which tables have theirs."""
+    """The records as rows. Of each of them a table lacks its part (`missing`); `present`: which tables have theirs.
+    Raises TooManyLines."""
     if partition.topic in LINE_TOPICS:
         return _lines_block(partition, records, present)
     return _records_block(partition, records)
@@ -86,7 +95,10 @@ def _lines_block(partition: Partition, records: Sequence[Record], present: Mappi
     numbers: list[int] = []
     counts: list[int] = []
     for record in ordered:
-        indexes, lines = split_lines(record.value or b"")
+        value = record.value or b""
+        if (count := value.count(b"\n")) > MAX_LINES:
+            raise TooManyLines(f"the record has {count + 1:,} lines, of at most {MAX_LINES:,}: send several records")
+        indexes, lines = split_lines(value)
         raw += lines
         numbers += indexes
         counts.append(len(lines))
@@ -130,24 +142,22 @@ def _records_block(partition: Partition, records: Sequence[Record]) -> pa.Table:
 
 def dead_block(partition: Partition, record: Record, message: str) -> pa.Table:
     """A record that ClickHouse refused, as its row of dead_letters."""
-    return pa.Table.from_pylist(
-        [
-            {
-                "topic": partition.name,
-                "partition": partition.number,
-                "offset": record.offset,
-                "stage": "materialiser",
-                "reason": "rejected",
-                "message": message,
-                "key": record.key or b"",
-                "value": record.value or b"",
-                "_topic": partition.name,
-                "_partition": partition.number,
-                "_offset": record.offset,
-                "_ts": datetime.fromtimestamp(max(record.timestamp, 0) / 1000, UTC),
-            }
-        ]
-    )
+    fields: dict[str, tuple[object, pa.DataType]] = {
+        "topic": (partition.name, pa.string()),
+        "partition": (partition.number, pa.int32()),
+        "offset": (record.offset, pa.int64()),
+        "stage": ("materialiser", pa.string()),
+        "reason": ("rejected", pa.string()),
+        "message": (message, pa.string()),
+        "key": (record.key or b"", pa.binary()),
+        "value": (record.value or b"", pa.binary()),
+        "_topic": (partition.name, pa.string()),
+        "_partition": (partition.number, pa.uint32()),
+        "_offset": (record.offset, pa.uint64()),
+        # As a number: a producer's clock may be of a year that datetime does not know.
+        "_ts": (max(record.timestamp, 0), pa.timestamp("ms", "UTC")),
+    }
+    return pa.table({name: pa.array([value], kind) for name, (value, kind) in fields.items()})
 
 
 def _constant(text: str, count: int) -> pa.DictionaryArray:

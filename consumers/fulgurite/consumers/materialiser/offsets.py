@@ -43,6 +43,8 @@ class Offsets:
         self._admin = admin
         self._group = group
         self._waiting: dict[TopicPartition, tuple[OffsetAndMetadata, asyncio.Future[None]]] = {}
+        self._intended: dict[TopicPartition, int] = {}
+        """Where the last intent of each partition begins, whether it was taken yet or not."""
         self._work = asyncio.Event()
         self._sending = asyncio.Lock()
 
@@ -65,16 +67,22 @@ class Offsets:
         await self._request(partition, OffsetAndMetadata(intent.lo, str(intent.hi)))
 
     async def finish(self, done: dict[TopicPartition, int]) -> None:
-        """Commits, for each partition, the offset to go on with. A hint: failures are left to the next one."""
-        ours = self._consumer.assignment()
-        offsets = {tp: OffsetAndMetadata(offset, "") for tp, offset in done.items() if tp in ours}
-        # An intent that waits says more than what is finished, and must not be overwritten by it.
-        offsets = {tp: value for tp, value in offsets.items() if tp not in self._waiting}
-        if offsets:
-            try:
-                await self._consumer.commit(offsets)
-            except (KafkaError, IllegalStateError) as error:
-                logger.debug("commit left to the next one: %r", error)
+        """Commits, for each partition, the offset to go on with. A hint: failures are left to the next one.
+
+        Never over a later intent: its insert may run, and who resumes must know of it.
+        """
+        async with self._sending:  # no intent is sent meanwhile, which this could overtake
+            ours = self._consumer.assignment()
+            offsets = {
+                tp: OffsetAndMetadata(offset, "")
+                for tp, offset in done.items()
+                if tp in ours and self._intended.get(tp, -1) < offset
+            }
+            if offsets:
+                try:
+                    await self._consumer.commit(offsets)
+                except (KafkaError, IllegalStateError) as error:
+                    logger.debug("commit left to the next one: %r", error)
 
     async def settle(self) -> None:
         """Returns when no request is on its way: before partitions are given up, so that none overtakes a
@@ -96,6 +104,7 @@ class Offsets:
         answer: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         assert partition not in self._waiting, "one batch of a partition at a time"
         self._waiting[partition] = (value, answer)
+        self._intended[partition] = value.offset
         self._work.set()
         await answer
 

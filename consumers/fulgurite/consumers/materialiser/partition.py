@@ -33,6 +33,8 @@ BATCH_BYTES = 64 * 1024 * 1024
 """Most bytes of one insert, unless its first record alone is larger: ClickHouse parses a block in one piece, and holds
 about six times as much meanwhile. An insert costs some 70 ms of CPU whatever its size, and every part is merged later:
 large ones are cheaper."""
+BATCH_LINES = 200_000
+"""Most lines of one insert, unless its first record alone has more: a row needs memory however short its line is."""
 LINGER_RATIO = 12
 """A partition waits this many times as long as its last insert took: an insert costs the server tens of milliseconds of
 CPU however few records it has, and on a busy machine many small ones would slow down what they observe."""
@@ -303,10 +305,11 @@ class PartitionWriter:
         return True
 
     def _cut(self, limit: int) -> Batch:
-        size, count = 0, 0
+        size, lines, count = 0, 0, 0
         for record in self._buffer:
             size += _size(record)
-            if count and (count >= limit or size > BATCH_BYTES):
+            lines += (record.value or b"").count(b"\n") + 1
+            if count and (count >= limit or size > BATCH_BYTES or lines > BATCH_LINES):
                 break
             count += 1
         records = self._take(count)

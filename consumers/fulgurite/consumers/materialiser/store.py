@@ -23,6 +23,7 @@ from fulgurite.consumers.materialiser.blocks import (
     OWN_TABLE,
     Partition,
     Record,
+    TooManyLines,
     arrow,
     block,
     dead_block,
@@ -262,7 +263,10 @@ class Store:
 def _body(partition: Partition, records: Sequence[Record], present: Mapping[int, int], *, mend: bool = False) -> Body:
     """Raises Rejected where there is nothing to send to the server, because it is not what it should be."""
     if partition.topic is not topics.OTLP_SPANS:
-        return arrow_body(block(partition, records, present))
+        try:
+            return arrow_body(block(partition, records, present))
+        except TooManyLines as error:
+            raise Rejected(str(error)) from error
     try:
         data = batches.body(
             partition.name,

@@ -6,28 +6,12 @@
 -- parse_spans           as in 0002_spans.sql, in two thirds of the time that each insert takes to analyse it: an alias that stands
 --                       twice is analysed twice, and nested queries cost by their columns. Texts are kept as arrays, to be
 --                       counted and looked at together. `mistyped` is no column of parsed_spans and goes no further.
--- _reason               follows from _message and is given where it is stored; the column of parsed_spans stays empty.
---                       Readers first: between two statements, both ways give the same rows.
+-- _reason               follows from _message: the default of the column, where a view does not give it. Readers of parsed_spans
+--                       stay as they are: some may redact, and are changed by nobody but apply_redaction.
 ALTER TABLE spans MODIFY SETTING merge_selector_base = 16;
 
-ALTER TABLE spans_mv MODIFY QUERY
-SELECT
-    rollout_id, attempt_id, sequence_id, trace_id, span_id, parent_span_id, name, kind, status, status_message,
-    start_ns, end_ns, service, agent, operation, resource, model, endpoint, prompt_token_ids,
-    response_token_ids, logprobs, weight_versions, finish_reason, input, output, input_tokens, output_tokens,
-    attributes, resource_attributes, events, links, state, min_version, max_version, extra,
-    _topic, _partition, _offset, _index, _ts
-FROM parsed_spans
-WHERE _message = '' AND bitTest(_into, 0);
-
-ALTER TABLE spans_dead_mv MODIFY QUERY
-SELECT
-    _topic AS topic, _partition AS partition, _offset AS offset, 'materialiser' AS stage,
-    multiIf(raw = '', 'empty', _message = 'the record is not JSON in UTF-8', 'not_json', 'bad_field') AS reason,
-    _message AS message,
-    key, raw AS value, _index, _topic, _partition, _offset, _ts
-FROM parsed_spans
-WHERE _message != '' AND bitTest(_into, 1);
+ALTER TABLE parsed_spans MODIFY COLUMN _reason LowCardinality(String) DEFAULT multiIf(
+    _message = '', '', raw = '', 'empty', _message = 'the record is not JSON in UTF-8', 'not_json', 'bad_field');
 
 ALTER TABLE parse_spans MODIFY QUERY
 SELECT
@@ -42,7 +26,7 @@ SELECT
     ), odd.1) AS mistyped,
     multiIf(
         NOT is_json, if(raw = '', 'the record has no value', 'the record is not JSON in UTF-8'),
-        NOT tidy AND NOT startsWith(trimLeft(raw), '{'), 'the record: must be an object',
+        NOT tidy AND NOT match(raw, '^[ \\t\\r\\n]*\\{'), 'the record: must be an object',
         mistyped != '', concat(mistyped, ': wrong type, see its JSON Schema'),
         c.span_id IS NULL, 'span_id: required and missing',
         c.name IS NULL, 'name: required and missing',
@@ -60,8 +44,13 @@ SELECT
             'prompt_token_ids: every element must be an integer from 0 to 4294967295',
         has(r.response_token_ids, NULL),
             'response_token_ids: every element must be an integer from 0 to 4294967295',
-        has(r.logprobs, NULL),
+        has(r.logprobs, NULL) OR arrayExists(x -> NOT isFinite(ifNull(x, 0)), r.logprobs),
             'logprobs: every element must be a finite number',
+        NOT tidy AND arrayExists((name, found) -> JSONLength(if(tidy, '', raw), name) != found,
+            ['prompt_token_ids', 'response_token_ids', 'logprobs', 'weight_versions', 'events', 'links'],
+            [length(r.prompt_token_ids), length(r.response_token_ids), length(r.logprobs), length(r.weight_versions),
+            length(r.events), length(r.links)]),
+            'prompt_token_ids, response_token_ids, logprobs, weight_versions, events, links: elements of a wrong type',
         notEmpty(r.logprobs) AND length(r.logprobs) != length(r.response_token_ids),
             'logprobs: must be as many as response_token_ids',
         notEmpty(r.weight_versions)
