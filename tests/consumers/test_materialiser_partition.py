@@ -252,6 +252,18 @@ async def test_what_is_finished_is_never_committed_over_a_later_intent() -> None
     running.cancel()
 
 
+async def test_halves_are_those_of_the_range_whatever_is_missing_of_it() -> None:
+    records = [FakeRecord(n, b"poison" if n == 2 else b"{}") for n in range(8)]
+    first = Rig(FakeStore())
+    await first.feed(records)
+    successor = Rig(FakeStore(rows=[0, 1]), intent=Intent(0, 7))
+    await successor.feed(records)
+    for rig in (first, successor):
+        assert rig.store.dead == [2]
+        assert sorted(rig.store.rows) == [0, 1, 3, 4, 5, 6, 7]
+        assert f"{TOPIC}-4-7-half" in rig.store.tokens  # what the first may still send, the table refuses
+
+
 async def test_a_batch_is_bounded_by_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("fulgurite.consumers.materialiser.partition.BATCH_LINES", 10)
     rig = Rig(FakeStore())

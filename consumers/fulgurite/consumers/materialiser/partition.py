@@ -332,7 +332,6 @@ class PartitionWriter:
     async def _write(self, batch: Batch) -> None:
         """1 and 2, until the batch is in."""
         doubtful, pause = batch.doubtful, RETRY_SECONDS[0]
-        token = self.partition.token(batch.lo, batch.hi)
         while True:
             # 1: whoever is not of the group any more gets no further. Said again before every try.
             await self._parts.offsets.intend(self._tp, Intent(batch.lo, batch.hi))
@@ -345,7 +344,7 @@ class PartitionWriter:
                     records = [record for record in records if missing(topic, present.get(record.offset, 0))]
                 # 2: one block, one token.
                 if records:
-                    await self._insert(records, token, present)
+                    await self._insert(records, batch, present)
                 await self._parts.checkpoint("inserted", self.partition)
                 return
             except Unavailable as error:
@@ -355,19 +354,26 @@ class PartitionWriter:
                 await asyncio.sleep(pause)
                 pause = min(2 * pause, RETRY_SECONDS[1])
 
-    async def _insert(self, records: Sequence[Record], token: str, present: Mapping[int, int]) -> None:
+    async def _insert(self, records: Sequence[Record], batch: Batch, present: Mapping[int, int]) -> None:
         async with self._parts.inserts:
             started = time.monotonic()
             try:
+                token = self.partition.token(batch.lo, batch.hi)
                 await self._parts.store.insert(self.partition, records, token, present)
             except Rejected as error:
-                await self._bisect(records, present, error)
+                await self._bisect(records, batch.lo, batch.hi, present, error)
             # But not longer than the setting: that bounds how late what is produced can be asked for.
             longest_seconds = self._parts.settings.max_batch_wait_ms / 1000
             self._linger_seconds = min(LINGER_RATIO * (time.monotonic() - started), longest_seconds)
 
-    async def _bisect(self, records: Sequence[Record], present: Mapping[int, int], error: Rejected) -> None:
-        """Halves until the record that ClickHouse will not take stands alone; that one becomes a dead letter."""
+    async def _bisect(
+        self, records: Sequence[Record], lo: int, hi: int, present: Mapping[int, int], error: Rejected
+    ) -> None:
+        """Halves until the record that ClickHouse will not take stands alone; that one becomes a dead letter.
+
+        The range lo..hi is halved, not what is missing of it: whoever goes on after a crash finds other records
+        missing, and must arrive at the same halves, whose tokens refuse what its predecessor may still send.
+        """
         if len(records) == 1:
             offset = records[0].offset
             what = "%s: offset %d becomes a dead letter: %s"
@@ -375,13 +381,16 @@ class PartitionWriter:
             self._parts.metrics.rejected(*self._labels)
             await self._parts.store.insert_dead(self.partition, records[0], str(error))
             return
-        middle = len(records) // 2
-        for half in (records[:middle], records[middle:]):
+        middle = (lo + hi) // 2
+        for first, last in ((lo, middle), (middle + 1, hi)):
+            half = [record for record in records if first <= record.offset <= last]
+            if not half:
+                continue
             try:
-                token = self.partition.token(half[0].offset, half[-1].offset) + "-half"
+                token = self.partition.token(first, last) + "-half"
                 await self._parts.store.insert(self.partition, half, token, present)
             except Rejected as worse:
-                await self._bisect(half, present, worse)
+                await self._bisect(half, first, last, present, worse)
 
     async def _patiently(self, what: str, ask: Callable[[], Awaitable[T]]) -> T:
         pause = RETRY_SECONDS[0]
