@@ -14,10 +14,8 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import logging
 import random
-import shutil
 import sys
 import tempfile
 import time
@@ -32,6 +30,7 @@ from fulgurite.infra.topics import create_topics
 from fulgurite.schemas.settings import KafkaSettings, MaterialiserSettings, Settings
 from tests.chaos.consumers import Consumers
 from tests.chaos.ledger import Audit, Producer, ask, audit, ends
+from tests.chaos.outcome import conclude, say
 
 MATERIALISER = MaterialiserSettings(batch_wait_ms=50, insert_seconds=4, session_seconds=6)
 """Short limits: a zombie is one after six seconds, not 45."""
@@ -257,12 +256,6 @@ async def _progress(chaos: Chaos, consumers: Consumers, producer: Producer, say:
         say(f"{passed:5.0f} s  {len(producer.places):,} acknowledged; {len(consumers)} run; {done}")
 
 
-def report(result: Result) -> str:
-    """The closing table."""
-    lines = [f"  {name.replace('_', ' '):<24}{value:>14,}" for name, value in result.figures().items()]
-    return "\n".join([*lines, *result.ended, *result.audit.examples])
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make chaos", description=__doc__.splitlines()[0] if __doc__ else None)
     parser.add_argument("--seconds", type=float, default=180.0, help="of disturbance (default 180)")
@@ -273,20 +266,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     chosen = parser.parse_args(arguments)
     logging.getLogger("aiokafka").setLevel(logging.CRITICAL)  # it says every try at a broker that is away
     folder = tempfile.mkdtemp(prefix="fulgurite-chaos-")
-    result = asyncio.run(run_chaos(Path(folder), chosen.seed, chosen.seconds, chosen.rate, chosen.settle, _say))
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps(result.figures(), indent=2) + "\n")
-    _say(report(result))
-    if not result.passed:
-        _say(f"FAILED; logs and data are in {folder}")
-        return 1
-    shutil.rmtree(folder)
-    _say("exactly once")
-    return 0
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)  # noqa: T201
+    result = asyncio.run(run_chaos(Path(folder), chosen.seed, chosen.seconds, chosen.rate, chosen.settle, say))
+    return conclude(result, Path(folder), chosen.out, "exactly once")
 
 
 if __name__ == "__main__":

@@ -19,8 +19,6 @@ from __future__ import annotations
 import argparse
 import asyncio
 import contextlib
-import json
-import shutil
 import sys
 import tempfile
 import time
@@ -39,6 +37,7 @@ from fulgurite.infra.topics import create_topics
 from fulgurite.schemas.settings import KafkaSettings, MaterialiserSettings, Settings
 from tests.chaos.consumers import Consumers
 from tests.chaos.ledger import Audit, audit
+from tests.chaos.outcome import conclude, say
 from tests.chaos.span_load import SpanLoad
 
 PARTITIONS = 4
@@ -244,12 +243,6 @@ class _Outage:
 _DEAD_LETTERS = "SELECT count() FROM outage.dead_letters FORMAT TabSeparated"
 
 
-def report(result: Result) -> str:
-    """The closing table."""
-    lines = [f"  {name.replace('_', ' '):<28}{value:>12,}" for name, value in result.figures().items()]
-    return "\n".join([*lines, *result.ended, *result.audit.examples])
-
-
 def main(arguments: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="make chaos-outage", description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--outage-seconds", type=float, default=300.0, help="ClickHouse is away (default 300)")
@@ -259,20 +252,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("build/bench/outage.json"), help="where the figures go")
     chosen = parser.parse_args(arguments)
     folder = Path(tempfile.mkdtemp(prefix="fulgurite-outage-"))
-    result = asyncio.run(run_outage(folder, chosen.outage_seconds, chosen.rate, chosen.warm_up, chosen.settle, _say))
-    chosen.out.parent.mkdir(parents=True, exist_ok=True)
-    chosen.out.write_text(json.dumps(result.figures(), indent=2) + "\n")
-    _say(report(result))
-    if not result.passed:
-        _say(f"FAILED; logs and data are in {folder}")
-        return 1
-    shutil.rmtree(folder)
-    _say("lag, and nothing else")
-    return 0
-
-
-def _say(text: str) -> None:
-    print(text, flush=True)  # noqa: T201
+    result = asyncio.run(run_outage(folder, chosen.outage_seconds, chosen.rate, chosen.warm_up, chosen.settle, say))
+    return conclude(result, folder, chosen.out, "lag, and nothing else")
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import pytest
 from aiokafka import TopicPartition
 
 from tests.chaos.ledger import Audit, compare, lines
-from tests.chaos.materialiser_chaos import WEIGHTS, report, run_chaos, schedule
+from tests.chaos.materialiser_chaos import WEIGHTS, run_chaos, schedule
+from tests.chaos.outcome import report
 
 
 @pytest.mark.chaos

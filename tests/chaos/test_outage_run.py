@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from tests.chaos.materialiser_outage import Result, report, run_outage
+from tests.chaos.materialiser_outage import Result, run_outage
+from tests.chaos.outcome import report
 
 
 @pytest.mark.chaos
