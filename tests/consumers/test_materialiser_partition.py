@@ -265,7 +265,8 @@ async def test_halves_are_those_of_the_range_whatever_is_missing_of_it() -> None
 
 
 async def test_a_batch_is_bounded_by_its_lines(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("fulgurite.consumers.materialiser.partition.BATCH_LINES", 10)
+    monkeypatch.setattr(partition_module, "BATCH_LINES", 10)
+    monkeypatch.setattr(partition_module, "LINE_TOPICS", {TOPIC.topic})
     rig = Rig(FakeStore())
     await rig.feed([FakeRecord(n, b"{}\n{}\n{}\n{}") for n in range(5)], batches=3)
     assert [(e.lo, e.hi) for e in rig.finished] == [(0, 1), (2, 3), (4, 4)]

@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 from aiokafka import TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError
 
-from fulgurite.consumers.materialiser.blocks import Partition, Record, missing
+from fulgurite.consumers.materialiser.blocks import LINE_TOPICS, Partition, Record, missing
 from fulgurite.consumers.materialiser.metrics import Lag, Metrics
 from fulgurite.consumers.materialiser.offsets import Intent, Lost, Offsets
 from fulgurite.consumers.materialiser.store import LogEntry, Rejected, Store, Unavailable
@@ -308,12 +308,16 @@ class PartitionWriter:
         size, lines, count = 0, 0, 0
         for record in self._buffer:
             size += _size(record)
-            lines += (record.value or b"").count(b"\n") + 1
+            lines += self._lines(record)
             if count and (count >= limit or size > BATCH_BYTES or lines > BATCH_LINES):
                 break
             count += 1
         records = self._take(count)
         return Batch(records[0].offset, records[-1].offset, records)
+
+    def _lines(self, record: Record) -> int:
+        # A line feed is a frequent byte of protobuf, and says nothing there.
+        return (record.value or b"").count(b"\n") + 1 if self.partition.topic in LINE_TOPICS else 1
 
     def _take(self, count: int) -> list[Record]:
         records = [self._buffer.popleft() for _ in range(count)]

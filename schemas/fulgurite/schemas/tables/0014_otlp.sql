@@ -144,6 +144,7 @@ SELECT
         'start_ns', toString(begin), 'end_ns', toString(end), 'attributes', toJSONString(attributes),
         'resource_attributes', toJSONString(resource_attributes)))) AS raw,
     key,
+    if(_message = '', '', 'bad_field') AS _reason,
     multiIf(
         broken, message,
         id = '', 'span_id: must not be empty',
