@@ -46,23 +46,13 @@ _VIEW_QUERY = re.compile(
     r"|ALTER TABLE (?P<changed>\w+) MODIFY QUERY)\s+(?P<select>.*)",
     re.DOTALL,
 )
-_VIEW_CHANGE = re.compile(
-    r"(?P<what>ALTER TABLE (?P<altered>\w+) MODIFY (?:QUERY|COMMENT)|CREATE OR REPLACE VIEW (?P<replaced>\w+))\s"
-)
+_VIEW_CHANGE = re.compile(r"(?:ALTER TABLE (?P<altered>\w+) MODIFY QUERY|CREATE OR REPLACE VIEW (?P<replaced>\w+))\s")
 
 
-@dataclass(frozen=True, slots=True)
-class ViewChange:
-    """A statement that changes a view which is there for everybody."""
-
-    view: str
-    sets_query: bool
-
-    @classmethod
-    def of(cls, statement: str) -> ViewChange | None:
-        """None: it is none."""
-        match = _VIEW_CHANGE.match(statement)
-        return match and cls(match["altered"] or match["replaced"], not match["what"].endswith("COMMENT"))
+def changed_view(statement: str) -> str:
+    """The view, there for everybody, whose query the statement sets; "" where it sets none."""
+    match = _VIEW_CHANGE.match(statement)
+    return (match["altered"] or match["replaced"]) if match else ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,11 +71,6 @@ class Migration:
         """The materialized views of which it sets the query, and their SELECT."""
         matches = filter(None, map(_VIEW_QUERY.fullmatch, self.statements))
         return {match["made"] or match["changed"]: match["select"] for match in matches}
-
-    @property
-    def changes(self) -> list[ViewChange]:
-        """Of views, in order."""
-        return [change for change in map(ViewChange.of, self.statements) if change is not None]
 
     @property
     def statements(self) -> list[str]:
@@ -148,15 +133,14 @@ def apply_migrations(settings: ClickHouseSettings) -> list[str]:
 def _apply(client: Client, settings: ClickHouseSettings, known: list[Migration]) -> list[str]:
     applied = _applied(client)
     _refuse_changed(settings, known, applied)
-    last = {change.view: migration.name for migration in known for change in migration.changes if change.sets_query}
+    last = {changed_view(statement): migration.name for migration in known for statement in migration.statements}
     done: list[str] = []
     for migration in known:
         if migration.name in applied:
             continue
         for statement in migration.statements:
-            change = ViewChange.of(statement)
-            superseded = change is not None and change.sets_query and last[change.view] != migration.name
-            if change is None or not _is_left_out(client, change.view, superseded):
+            view = changed_view(statement)
+            if not view or not _is_left_out(client, view, superseded=last[view] != migration.name):
                 client.command(statement)
         client.insert("schema_migrations", [[migration.name, migration.sha256]], column_names=["name", "sha256"])
         done.append(migration.name)
@@ -168,7 +152,7 @@ def _applied(client: Client) -> Mapping[str, str]:
     return {str(name): str(digest) for name, digest in rows}
 
 
-def _is_left_out(client: Client, view: str, superseded: bool) -> bool:
+def _is_left_out(client: Client, view: str, *, superseded: bool) -> bool:
     rows = client.query(
         "SELECT comment FROM system.tables WHERE database = currentDatabase() AND name = {view:String}",
         parameters={"view": view},

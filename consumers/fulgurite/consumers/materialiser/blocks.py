@@ -8,9 +8,9 @@ block, the unit that a table takes wholly or not at all.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Final, Protocol
+from typing import Final, Protocol, TypeVar
 
 import numpy as np
 import pyarrow as pa
@@ -72,6 +72,22 @@ def missing(topic: Topic, present: int) -> int:
     return 0 if present else BOTH_TABLES
 
 
+R = TypeVar("R", bound=LogRecord)
+
+
+def halves(records: Sequence[R], lo: int, hi: int) -> Iterator[tuple[int, int, list[R]]]:
+    """The halves of lo..hi that have records: their first and last offset, and the records.
+
+    The range is halved, not what is missing of it: whoever goes on after a crash finds other records missing, and must
+    arrive at the same halves, whose tokens refuse what its predecessor may still send.
+    """
+    middle = (lo + hi) // 2
+    for first, last in ((lo, middle), (middle + 1, hi)):
+        half = [record for record in records if first <= record.offset <= last]
+        if half:
+            yield first, last, half
+
+
 def block(partition: Partition, records: Sequence[Record], present: Mapping[int, int]) -> pa.Table:
     """The records as rows. Of each of them a table lacks its part (`missing`); `present`: which tables have theirs.
     Raises TooManyLines."""
@@ -96,7 +112,7 @@ def _lines_block(partition: Partition, records: Sequence[Record], present: Mappi
     counts: list[int] = []
     for record in ordered:
         value = record.value or b""
-        if (count := value.count(b"\n")) > MAX_LINES:
+        if len(value) > MAX_LINES and (count := value.count(b"\n")) > MAX_LINES:
             raise TooManyLines(f"the record has {count + 1:,} lines, of at most {MAX_LINES:,}: send several records")
         indexes, lines = split_lines(value)
         raw += lines

@@ -18,7 +18,7 @@ from typing import Protocol, TypeVar
 from aiokafka import TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError
 
-from fulgurite.consumers.materialiser.blocks import LINE_TOPICS, Partition, Record, missing
+from fulgurite.consumers.materialiser.blocks import LINE_TOPICS, MAX_LINES, Partition, Record, halves, missing
 from fulgurite.consumers.materialiser.metrics import Lag, Metrics
 from fulgurite.consumers.materialiser.offsets import Intent, Lost, Offsets
 from fulgurite.consumers.materialiser.store import LogEntry, Rejected, Store, Unavailable
@@ -33,8 +33,8 @@ BATCH_BYTES = 64 * 1024 * 1024
 """Most bytes of one insert, unless its first record alone is larger: ClickHouse parses a block in one piece, and holds
 about six times as much meanwhile. An insert costs some 70 ms of CPU whatever its size, and every part is merged later:
 large ones are cheaper."""
-BATCH_LINES = 200_000
-"""Most lines of one insert, unless its first record alone has more: a row needs memory however short its line is."""
+BATCH_LINES = MAX_LINES
+"""Most lines of one insert: a row needs memory however short its line is."""
 LINGER_RATIO = 12
 """A partition waits this many times as long as its last insert took: an insert costs the server tens of milliseconds of
 CPU however few records it has, and on a busy machine many small ones would slow down what they observe."""
@@ -373,11 +373,7 @@ class PartitionWriter:
     async def _bisect(
         self, records: Sequence[Record], lo: int, hi: int, present: Mapping[int, int], error: Rejected
     ) -> None:
-        """Halves until the record that ClickHouse will not take stands alone; that one becomes a dead letter.
-
-        The range lo..hi is halved, not what is missing of it: whoever goes on after a crash finds other records
-        missing, and must arrive at the same halves, whose tokens refuse what its predecessor may still send.
-        """
+        """Halves until the record that ClickHouse will not take stands alone; that one becomes a dead letter."""
         if len(records) == 1:
             offset = records[0].offset
             what = "%s: offset %d becomes a dead letter: %s"
@@ -385,11 +381,7 @@ class PartitionWriter:
             self._parts.metrics.rejected(*self._labels)
             await self._parts.store.insert_dead(self.partition, records[0], str(error))
             return
-        middle = (lo + hi) // 2
-        for first, last in ((lo, middle), (middle + 1, hi)):
-            half = [record for record in records if first <= record.offset <= last]
-            if not half:
-                continue
+        for first, last, half in halves(records, lo, hi):
             try:
                 token = self.partition.token(first, last) + "-half"
                 await self._parts.store.insert(self.partition, half, token, present)

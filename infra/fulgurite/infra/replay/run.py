@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from clickhouse_connect.driver.exceptions import OperationalError
 
-from fulgurite.consumers.materialiser.blocks import Partition, missing
+from fulgurite.consumers.materialiser.blocks import Partition, halves, missing
 from fulgurite.consumers.materialiser.store import Rejected, Unavailable
 from fulgurite.infra.replay import marks
 from fulgurite.infra.replay.marks import Mark
@@ -183,7 +183,7 @@ class Replayer:
             self._watch.checkpoint("asked")
             # 3
             if lacking:
-                await self._insert(where.partition, lacking, token, present)
+                await self._insert(where, lacking, token, present)
 
         await self._patiently("insert", attempt)
         assert first is not None
@@ -192,19 +192,17 @@ class Replayer:
         counts.there += there
         counts.inserted += len(records) - there
 
-    async def _insert(
-        self, partition: Partition, records: Sequence[Kafka], token: str, present: Mapping[int, int]
-    ) -> None:
+    async def _insert(self, where: Range, records: Sequence[Kafka], token: str, present: Mapping[int, int]) -> None:
         """Halves what ClickHouse will not take, until the record that it refuses stands alone: a dead letter."""
         try:
-            await self._store.insert(partition, records, token, present)
+            await self._store.insert(where.partition, records, token, present)
         except Rejected as error:
             if len(records) == 1:
-                await self._store.insert_refused(partition, records[0], str(error), f"{token}-dead")
+                await self._store.insert_refused(where.partition, records[0], str(error), f"{token}-dead")
                 return
-            middle = len(records) // 2
-            for half in (records[:middle], records[middle:]):
-                await self._insert(partition, half, f"{token}-{half[0].offset}-{half[-1].offset}", present)
+            for first, last, half in halves(records, where.lo, where.hi - 1):
+                part = Range(where.partition, first, last + 1)
+                await self._insert(part, half, f"{token}-{first}-{last}", present)
 
     async def _mark(self, write: Callable[[], None]) -> None:
         await asyncio.to_thread(write)

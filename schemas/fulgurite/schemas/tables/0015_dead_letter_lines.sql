@@ -4,10 +4,6 @@
 -- 0) names the line of the original. Rows of before, and those of a materialiser that knows nothing of it, have their _index.
 ALTER TABLE dead_letters ADD COLUMN IF NOT EXISTS line UInt32 DEFAULT _index CODEC(T64, ZSTD(1)) AFTER offset;
 
--- The comment names the rules of redaction that are in the view's query. Emptied before and after the query is replaced: a
--- crash in between, or another process that applies its rules meanwhile, leaves nobody believing that they still are.
-ALTER TABLE dead_letters_mv MODIFY COMMENT '';
-
 ALTER TABLE dead_letters_mv MODIFY QUERY
 SELECT
     headers['__connect.errors.topic'] AS topic,
@@ -24,8 +20,6 @@ SELECT
     _offset,
     _ts
 FROM in_dead_letters;
-
-ALTER TABLE dead_letters_mv MODIFY COMMENT '';
 
 -- As in 0012, with the line of the original as `index`: what several readers refused of a line is one dead letter.
 CREATE OR REPLACE VIEW dead_letter_verdicts AS
