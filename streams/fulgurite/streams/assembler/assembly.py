@@ -122,7 +122,7 @@ class Assembly:
         if rollout_id in self.ended:
             return None
         if isinstance(event, RolloutFinished) and offset < part.emit_from:
-            self.ended.add(rollout_id, Ended(event.attempt_id, tp, offset))
+            self.ended.restore(rollout_id, Ended(event.attempt_id, tp, offset))
             self.open.pop(rollout_id, None)
             return None
         rollout = self.open.setdefault(rollout_id, OpenRollout())

@@ -156,6 +156,10 @@ class EndedRollouts:
     def get(self, rollout_id: str) -> Ended | None:
         return self._ended.get(rollout_id)
 
+    def restore(self, rollout_id: str, ended: Ended) -> None:
+        """While records are being read again: none is forgotten, for what is read next may be of any of them."""
+        self._ended[rollout_id] = ended
+
     def add(self, rollout_id: str, ended: Ended) -> None:
         self._ended[rollout_id] = ended
         while len(self._ended) > self._limit:
