@@ -1,0 +1,83 @@
+"""What the gateway's flow and its pool of backends say to each other: an Ask goes in, an Exchange comes out.
+
+The flow (`app.py`) knows what is asked and what is made of the answer; the pool (`pool.py`) knows who may be asked, how
+often, and which of them is well. Neither knows the other's inside.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator, Callable, Mapping
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+BackendKind = Literal["vllm", "openai"]
+"""`vllm`: serves the policy, gives token ids and logprobs, follows versions (vLLM, or the embedded server).
+`openai`: an external provider, asked exactly what the agent asked."""
+
+
+@dataclass(slots=True, frozen=True)
+class Ask:
+    """One question to whichever backend serves the model."""
+
+    model: str
+    route: str
+    """Path and query below the backend's URL: /v1/chat/completions."""
+    body_for: Callable[[BackendKind], bytes]
+    """The body for a backend of a kind: only the policy's own servers are asked for token ids."""
+    authorization: str
+    """The agent's own header, as it came; handed on only where the backend's settings say so."""
+    pin: str
+    """What stays on one replica while that is well, for its prefix cache: the rollout_id, else empty."""
+    deadline: float
+    """Of the event loop's clock: until then a first byte may be waited for, over all tries."""
+
+
+class Exchange(Protocol):
+    """One try that was answered: the status is known, the body is still coming. No other replica is tried any more."""
+
+    @property
+    def status(self) -> int: ...
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        """Lower-case names."""
+        ...
+
+    @property
+    def kind(self) -> BackendKind: ...
+
+    @property
+    def endpoint(self) -> str:
+        """The replica's URL, as it is recorded."""
+        ...
+
+    @property
+    def resource(self) -> str:
+        """The resource that the replica serves; empty for an external provider."""
+        ...
+
+    @property
+    def tries(self) -> int:
+        """How many were made until this one, over all replicas."""
+        ...
+
+    @property
+    def version_before(self) -> str | None:
+        """Label of its weights when it was asked, where the server does not put versions into its answers."""
+        ...
+
+    def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it arrives, bounded. Raises ApiError(502) when the connection breaks or the body is too large."""
+        ...
+
+    async def version_after(self) -> str | None:
+        """As `version_before`, asked again after the body was read."""
+        ...
+
+
+class Backends(Protocol):
+    """The pool. `open` raises ApiError: 404 for a model nobody serves, 429 where a bound is reached, 503 when nobody
+    could answer until the deadline, 504 when somebody was still at it."""
+
+    def open(self, ask: Ask) -> AbstractAsyncContextManager[Exchange]: ...
