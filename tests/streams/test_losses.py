@@ -14,7 +14,6 @@ from fulgurite.streams.trainer.losses import (
     behaviour_kl,
     effective_sample_fraction,
     policy_loss,
-    token_logprobs,
 )
 
 LOW, HIGH, CAP = 0.2, 0.28, 2.0
@@ -113,13 +112,6 @@ def test_micro_batches_add_up_to_the_window() -> None:
         ).loss.item()  # fmt: skip
 
     assert loss(slice(0, 3)) + loss(slice(3, 10)) == pytest.approx(loss(slice(0, 10)), rel=1e-5)
-
-
-def test_logprobs_and_entropy_of_known_distributions() -> None:
-    logits = torch.log(torch.tensor([[0.5, 0.25, 0.25], [1 / 3, 1 / 3, 1 / 3]])) + 5.0
-    logprobs, entropy = token_logprobs(logits, torch.tensor([1, 2]))
-    assert logprobs.exp().tolist() == pytest.approx([0.25, 1 / 3])
-    assert entropy.tolist() == pytest.approx([1.5 * math.log(2), math.log(3)])
 
 
 def test_effective_sample_fraction() -> None:

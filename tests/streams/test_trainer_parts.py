@@ -18,7 +18,7 @@ from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.settings import Settings, TrainerSettings
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
 from fulgurite.streams.evaluate import evaluation_rollouts
-from fulgurite.streams.trainer.batches import micro_batch, micro_batches
+from fulgurite.streams.learners.packing import pack
 from fulgurite.streams.trainer.checkpoints import Checkpoints, RunState, copy_companions
 from fulgurite.streams.trainer.learner import UNCHECKED_STEPS, Learner, NonFinite
 from fulgurite.streams.trainer.plan import make_plan
@@ -106,33 +106,25 @@ def samples_from(folder: Path, version: int = 3) -> list[Sample]:
     return found
 
 
-def test_micro_batches_hold_every_sequence_once_within_the_budget(model_folder: Path) -> None:
-    samples = samples_from(model_folder)
-    batches = list(micro_batches(samples, 14))
-    assert sorted(id for batch in batches for id in batch.rollout_ids) == [f"r{i}" for i in range(6)]
-    assert all(batch.token_ids.numel() <= 14 for batch in batches)
-    assert len(list(micro_batches(samples, 1))) == 6
-
-
-def test_padding_does_not_move_a_logprob_also_where_padding_was_sampled(model_folder: Path) -> None:
+def test_a_token_counts_also_where_it_is_what_others_pad_with(model_folder: Path) -> None:
     samples = samples_from(model_folder)
     sampled_padding = replace(samples[0], token_ids=[*samples[0].token_ids[:-1], 0])
     learner = Learner(model_folder, TrainerSettings())
-    together, _ = learner.logprobs(micro_batch([sampled_padding, *samples[1:]]))
-    alone = torch.cat([learner.logprobs(micro_batch([s]))[0] for s in [sampled_padding, *samples[1:]]])
+    together, _ = learner.logprobs(pack([sampled_padding, *samples[1:]]))
+    alone = torch.cat([learner.logprobs(pack([s]))[0] for s in [sampled_padding, *samples[1:]]])
     assert len(together) == 6 * 3, "all sampled tokens count, the zeros too"
     assert torch.allclose(together, alone, atol=1e-5)
-    assert torch.allclose(together[3:], micro_batch(samples).behaviour_logprobs[3:], atol=1e-5)
+    assert torch.allclose(together[3:], pack(samples).behaviour_logprobs[3:], atol=1e-5)
 
 
 def test_a_step_moves_towards_what_was_good_and_does_not_depend_on_micro_batches(model_folder: Path) -> None:
     samples = samples_from(model_folder)
     settings = TrainerSettings(learning_rate=1e-3, warmup_steps=0)
     learner = Learner(model_folder, settings)
-    before, _ = learner.logprobs(micro_batch(samples))
+    before, _ = learner.logprobs(pack(samples))
     result = learner.step(samples, 3)
-    after, _ = learner.logprobs(micro_batch(samples))
-    gain = (after - before) * micro_batch(samples).advantages
+    after, _ = learner.logprobs(pack(samples))
+    gain = (after - before) * pack(samples).advantages
     assert gain.sum() > 0
     assert result.tokens == 18
     assert result.metrics["rollout_corr/rollout_is_eff_sample_size"] == pytest.approx(1.0, abs=1e-4)

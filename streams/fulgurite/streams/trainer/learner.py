@@ -11,17 +11,15 @@ import logging
 import math
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM, PreTrainedModel
-from transformers.utils import logging as transformers_logging
 
 from fulgurite.schemas.errors import FulguriteError, LogprobMismatch
 from fulgurite.schemas.settings import TrainerSettings
-from fulgurite.streams.trainer.batches import MicroBatch, micro_batches
-from fulgurite.streams.trainer.losses import behaviour_kl, effective_sample_fraction, policy_loss, token_logprobs
+from fulgurite.streams.learners.packing import PackedBatch, pack, plan
+from fulgurite.streams.learners.policy import load_policy
+from fulgurite.streams.trainer.losses import behaviour_kl, effective_sample_fraction, policy_loss
 from fulgurite.streams.trainer.samples import Sample
 
 logger = logging.getLogger(__name__)
@@ -64,13 +62,10 @@ class Learner:
     def __init__(self, folder: Path, settings: TrainerSettings, state: Path | None = None) -> None:
         torch.set_num_threads(settings.threads)
         torch.manual_seed(settings.seed)
-        transformers_logging.disable_progress_bar()
         self._settings = settings
         self._device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, local_files_only=True)
-        self._model: PreTrainedModel = model.to(self._device)
-        self._model.eval()  # no dropout: the sampler had none, and its logprobs are compared with ours
-        self._parameters = [parameter for parameter in self._model.parameters() if parameter.requires_grad]
+        self._policy = load_policy(folder).to(self._device)
+        self._parameters = [parameter for parameter in self._policy.parameters() if parameter.requires_grad]
         self._optimizer = torch.optim.AdamW(
             self._parameters,
             lr=settings.learning_rate,
@@ -87,7 +82,7 @@ class Learner:
 
     def save_weights(self, folder: Path) -> None:
         """What servers load: config.json and safetensors."""
-        self._model.save_pretrained(folder)
+        self._policy.model.save_pretrained(folder)
 
     def save_state(self, path: Path) -> None:
         """What only the next step needs: moments, updates done (the learning rate follows from it), random state."""
@@ -102,8 +97,10 @@ class Learner:
         self._optimizer.zero_grad(set_to_none=True)
         loss = 0.0
         seen: list[_Seen] = []
-        for batch in micro_batches(samples, self._settings.micro_batch_tokens):
-            part, tokens = self._accumulate(batch.to(self._device), version_in, token_count)
+        [batches] = plan([len(sample.token_ids) for sample in samples], max_tokens=self._settings.micro_batch_tokens)
+        for numbers in batches:
+            batch = pack([samples[number] for number in numbers]).to(self._device)
+            part, tokens = self._accumulate(batch, version_in, token_count)
             loss += part
             seen.append(tokens)
         norm = torch.nn.utils.clip_grad_norm_(self._parameters, self._settings.max_grad_norm).item()
@@ -124,13 +121,12 @@ class Learner:
         self._watch_comparison(metrics[SAME_VERSION_TOKENS])
         return StepResult(loss, norm, token_count, metrics)
 
-    def logprobs(self, batch: MicroBatch) -> tuple[Tensor, Tensor]:
-        """[N] log p of each sampled token under the current policy, and the entropy of where it came from."""
-        logits: Tensor = self._model(input_ids=batch.token_ids, use_cache=False).logits
-        return token_logprobs(logits[batch.rows, batch.positions - 1], batch.targets)
+    def logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """[M] log p of each sampled token under the current policy, and the entropy of where it came from."""
+        return self._policy(batch)
 
-    def _accumulate(self, batch: MicroBatch, version_in: int, token_count: int) -> tuple[float, _Seen]:
-        logprobs, entropy = self.logprobs(batch)
+    def _accumulate(self, batch: PackedBatch, version_in: int, token_count: int) -> tuple[float, _Seen]:
+        logprobs, entropy = self._policy(batch)
         current = logprobs.detach()
         self._check_same_version(batch, current, version_in)
         terms = policy_loss(
@@ -155,7 +151,7 @@ class Learner:
         )
         return terms.loss.item(), seen
 
-    def _check_same_version(self, batch: MicroBatch, current: Tensor, version_in: int) -> None:
+    def _check_same_version(self, batch: PackedBatch, current: Tensor, version_in: int) -> None:
         """Tokens this very version sampled must have the probabilities it gave them."""
         same = batch.versions == version_in
         difference = torch.where(same, (current - batch.behaviour_logprobs).abs(), torch.zeros_like(current))
@@ -166,7 +162,8 @@ class Learner:
         at = int(difference.nan_to_num(nan=float("inf")).argmax())
         raise LogprobMismatch(
             f"trainer and sampler disagree about version {version_in}: "
-            f"rollout {batch.rollout_ids[int(batch.rows[at])]}, position {int(batch.positions[at])}, "
+            f"rollout {batch.rollout_ids[int(batch.sequences[at])]}, "
+            f"position {int(batch.position_ids[batch.predicting[at]]) + 1}, "
             f"token {int(batch.targets[at])}: log p is {current[at].item():.6f} here, "
             f"{batch.behaviour_logprobs[at].item():.6f} as recorded; {int(wrong.sum())} of {len(wrong)} tokens differ "
             f"by more than trainer.max_logprob_difference = {self._settings.max_logprob_difference:g}. Nothing was "

@@ -41,18 +41,6 @@ class LossTerms:
     """[N] bool: the cap held the weight."""
 
 
-def token_logprobs(logits: Tensor, token_ids: Tensor) -> tuple[Tensor, Tensor]:
-    """logits [N, V] and the tokens [N] they should have predicted -> log p of each [N], entropy of each [N] (detached).
-
-    In float32 whatever the model's dtype: half precision alone makes trainer and sampler disagree.
-    """
-    log_p = torch.log_softmax(logits.float(), dim=-1)
-    chosen = log_p.gather(1, token_ids.unsqueeze(1)).squeeze(1)
-    with torch.no_grad():
-        entropy = -(log_p.exp() * log_p).sum(dim=-1)
-    return chosen, entropy
-
-
 def policy_loss(
     logprobs: Tensor,
     proximal_logprobs: Tensor,

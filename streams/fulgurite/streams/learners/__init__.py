@@ -1,0 +1,11 @@
+"""Learners: from samples to new weights. One optimizer step a window, on one device or on many.
+
+| file | holds |
+|---|---|
+| `packing.py` | samples -> micro-batches of packed sequences, equally many on every rank |
+| `attention.py` | exact attention over packed sequences |
+| `scoring.py` | log p and entropy a chunk of the vocabulary's logits at a time |
+| `policy.py` | a Hugging Face model that scores packed sequences |
+
+Knows neither Kafka nor windows nor versions on disk.
+"""

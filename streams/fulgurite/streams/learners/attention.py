@@ -1,0 +1,128 @@
+"""Exact attention over sequences that lie end to end, without padding in the rest of the model.
+
+    [1, H, N, D] tokens of B sequences, packed ─► each attends to its own sequence's earlier tokens ─► [1, N, H, D]
+
+Promises: no token sees one of another sequence, whatever the model's mask code thinks: no mask is made at all. On a GPU
+in half precision torch's variable-length flash kernel does it; elsewhere the tokens are spread over [B, H, T_max, D]
+for the attention alone, causal, with padding on the right, so that padding is seen by nobody. Does not know what the
+tokens are, nor which model asks: any that reaches attention through transformers' AttentionInterface.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Final
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+from torch.nn.attention.varlen import varlen_attn
+from transformers import AttentionInterface
+
+from fulgurite.schemas.errors import SettingsError
+
+NAME: Final = "fulgurite_packed"
+"""As `attn_implementation` of a model."""
+
+_HALF: Final = (torch.float16, torch.bfloat16)
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """Where the sequences lie: made once a micro-batch, used by every layer."""
+
+    starts: Tensor
+    """[B + 1] int32: sequence b is starts[b]..starts[b + 1] - 1."""
+    longest: int
+    slots: Tensor
+    """[N] int64: where token n lies in [B, longest], flattened."""
+
+    @property
+    def sequences(self) -> int:
+        return len(self.starts) - 1
+
+    def to(self, device: torch.device) -> Layout:
+        return Layout(self.starts.to(device), self.longest, self.slots.to(device))
+
+
+def layout_of(lengths: list[int]) -> Layout:
+    """Of sequences of these lengths, each at least 1, in this order."""
+    if not lengths or min(lengths) < 1:
+        raise ValueError(f"sequences have at least one token: {lengths}")
+    sizes = torch.tensor(lengths)
+    starts = torch.zeros(len(lengths) + 1, dtype=torch.int64)
+    starts[1:] = sizes.cumsum(0)
+    longest = max(lengths)
+    within = torch.arange(int(starts[-1])) - torch.repeat_interleave(starts[:-1], sizes)
+    slots = within + torch.repeat_interleave(torch.arange(len(lengths)) * longest, sizes)
+    return Layout(starts.to(torch.int32), longest, slots)
+
+
+def packed_attention(
+    module: torch.nn.Module,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    attention_mask: Tensor | None,
+    *,
+    scaling: float | None = None,
+    dropout: float = 0.0,
+    sliding_window: int | None = None,
+    layout: Layout | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """query [1, H, N, D], key and value [1, H_kv, N, D] -> [1, N, H, D]. transformers' attention interface; `layout`
+    comes from the keyword arguments of the model's forward. Raises SettingsError for what would not be exact."""
+    if layout is None:
+        raise SettingsError(f"a model with {NAME} attention needs layout=…, the lengths of its packed sequences")
+    if attention_mask is not None or dropout:
+        raise SettingsError("packed attention takes neither a mask nor dropout: put the model into eval()")
+    if sliding_window is not None and layout.longest > sliding_window:
+        raise SettingsError(
+            f"{type(module).__name__} attends to {sliding_window} tokens only and the longest sequence has "
+            f"{layout.longest}: packed attention is full attention; bound the sequences' length"
+        )
+    if query.is_cuda and query.dtype in _HALF:
+        return _flash(query, key, value, scaling, layout), None
+    return _spread(query, key, value, scaling, layout), None
+
+
+def _flash(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
+    out = varlen_attn(
+        query.squeeze(0).transpose(0, 1),
+        key.squeeze(0).transpose(0, 1),
+        value.squeeze(0).transpose(0, 1),
+        layout.starts,
+        layout.starts,
+        layout.longest,
+        layout.longest,
+        scale=scaling,
+        window_size=(-1, 0),
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    assert isinstance(out, Tensor)
+    return out.unsqueeze(0)
+
+
+def _spread(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
+    out = functional.scaled_dot_product_attention(
+        _padded(query, layout),
+        _padded(key, layout),
+        _padded(value, layout),
+        is_causal=True,
+        scale=scaling,
+        enable_gqa=query.shape[1] != key.shape[1],
+    )
+    flat = out.transpose(1, 2).reshape(layout.sequences * layout.longest, query.shape[1], -1)
+    return flat[layout.slots].unsqueeze(0)
+
+
+def _padded(packed: Tensor, layout: Layout) -> Tensor:
+    """[1, H, N, D] -> [B, H, longest, D], zeros where no token is."""
+    heads, size = packed.shape[1], packed.shape[3]
+    spread = packed.new_zeros(layout.sequences * layout.longest, heads, size)
+    spread = spread.index_copy(0, layout.slots, packed.squeeze(0).transpose(0, 1))
+    return spread.view(layout.sequences, layout.longest, heads, size).transpose(1, 2)
+
+
+AttentionInterface.register(NAME, packed_attention)

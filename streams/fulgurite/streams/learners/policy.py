@@ -1,0 +1,90 @@
+"""A causal language model that scores packed sequences: what every learner trains.
+
+Promises: the scores are those of the plain model on each sequence alone; a model whose logits are more than its output
+layer of its last hidden states (soft caps, scales) is refused when it is made, not trained wrongly. Does not know what
+the scores are for.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any, Final
+
+import torch
+from torch import Tensor, nn
+from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.utils import logging as transformers_logging
+
+from fulgurite.schemas.errors import SettingsError
+from fulgurite.streams.learners.attention import NAME, layout_of
+from fulgurite.streams.learners.packing import PackedBatch
+from fulgurite.streams.learners.scoring import token_scores
+
+CHUNK_TOKENS: Final = 1_024
+"""Positions whose logits exist at once: 620 MB of float32 for a vocabulary of 152k."""
+_PROBE_TOKENS: Final = 8
+_PROBE_TOLERANCE: Final = 1e-2
+"""Half precision rounds; a soft cap or a scale differs by far more."""
+
+
+class Policy(nn.Module):
+    """Wraps a Hugging Face model; `model` is that model, to be saved as it is."""
+
+    def __init__(self, model: PreTrainedModel, chunk_tokens: int = CHUNK_TOKENS) -> None:
+        super().__init__()
+        self.model = model
+        self._chunk_tokens = chunk_tokens
+        model.eval()  # no dropout: the sampler had none, and its logprobs are compared with ours
+        self._refuse_other_heads()
+
+    def forward(
+        self, batch: PackedBatch, *, temperature: float = 1.0, entropy_gradient: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """[M] log p of each sampled token under the current policy, and the entropy of where it came from."""
+        hidden = self._hidden(batch.token_ids, batch.position_ids, batch.layout)
+        return token_scores(
+            hidden[batch.predicting],
+            self._head,
+            batch.targets,
+            temperature=temperature,
+            chunk_tokens=self._chunk_tokens,
+            entropy_gradient=entropy_gradient,
+        )
+
+    def _hidden(self, token_ids: Tensor, position_ids: Tensor, layout: Any) -> Tensor:
+        body: Any = self.model.base_model
+        answer = body(
+            input_ids=token_ids.unsqueeze(0), position_ids=position_ids.unsqueeze(0), use_cache=False, layout=layout
+        )
+        return answer.last_hidden_state.squeeze(0)
+
+    def _head(self, hidden: Tensor) -> Tensor:
+        head: Any = self.model.get_output_embeddings()
+        return head(hidden)
+
+    @torch.no_grad()
+    def _refuse_other_heads(self) -> None:
+        device = next(self.model.parameters()).device
+        size = min(_PROBE_TOKENS, int(self.model.config.get_text_config().vocab_size))
+        token_ids = torch.arange(size, device=device)
+        layout = layout_of([size]).to(device)
+        ours = self._head(self._hidden(token_ids, token_ids, layout)).float()
+        whole: Any = self.model
+        answer = whole(
+            input_ids=token_ids.unsqueeze(0), position_ids=token_ids.unsqueeze(0), use_cache=False, layout=layout
+        )
+        scale = max(1.0, ours.abs().max().item())
+        worst = (answer.logits.squeeze(0).float() - ours).abs().max().item()
+        if not worst <= _PROBE_TOLERANCE * scale:
+            raise SettingsError(
+                f"{type(self.model).__name__}: its logits are not its output layer of its hidden states (they differ "
+                f"by {worst:.3g}: a soft cap or a scale in its config?); such models cannot be trained here"
+            )
+
+
+def load_policy(folder: Path, *, dtype: torch.dtype = torch.float32, chunk_tokens: int = CHUNK_TOKENS) -> Policy:
+    """From a Hugging Face folder on this machine. Raises OSError for a folder that is none, SettingsError for a model
+    whose scores would not be exact."""
+    transformers_logging.disable_progress_bar()
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, attn_implementation=NAME)
+    return Policy(model, chunk_tokens)

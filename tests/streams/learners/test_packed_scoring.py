@@ -1,0 +1,157 @@
+"""Packed sequences are scored as each alone, in memory that does not grow with the vocabulary."""
+
+from __future__ import annotations
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import settings as hypothesis_settings
+from hypothesis import strategies as st
+from torch import Tensor
+from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
+
+from fulgurite.schemas.errors import SettingsError
+from fulgurite.streams.learners.attention import NAME, layout_of
+from fulgurite.streams.learners.packing import pack, plan
+from fulgurite.streams.learners.policy import Policy
+from fulgurite.streams.learners.scoring import token_scores
+from fulgurite.streams.trainer.samples import Sample
+
+VOCABULARY = 97
+SIZES: dict[str, Any] = {
+    "hidden_size": 32,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "intermediate_size": 48,
+    "vocab_size": VOCABULARY,
+    "max_position_embeddings": 128,
+}
+
+
+def model_of(config: PreTrainedConfig, attention: str = NAME) -> Any:
+    torch.manual_seed(3)
+    # A copy: a model writes its attention into its config.
+    return AutoModelForCausalLM.from_config(copy.deepcopy(config), attn_implementation=attention).eval()
+
+
+def sample(length: int, seed: int, *, prompt: int = 1) -> Sample:
+    generator = torch.Generator().manual_seed(seed)
+    return Sample(
+        rollout_id=f"r{seed}",
+        token_ids=torch.randint(0, VOCABULARY, (length,), generator=generator).tolist(),
+        loss_mask=[0] * prompt + [1] * (length - prompt),
+        behaviour_logprobs=[-1.0] * length,
+        versions=[1] * length,
+        advantage=float(seed),
+    )
+
+
+def alone(model: Any, each: Sample) -> Tensor:
+    """[T - prompt] log p of the sampled tokens of one sequence, by the plain model and the plain formula."""
+    logits = model(input_ids=torch.tensor([each.token_ids])).logits[0]
+    log_p = torch.log_softmax(logits.double(), -1)
+    return torch.stack([log_p[at - 1, each.token_ids[at]] for at, mask in enumerate(each.loss_mask) if mask])
+
+
+@pytest.mark.parametrize("config", [LlamaConfig(**SIZES), Qwen3Config(**SIZES), MistralConfig(**SIZES)])
+def test_packed_sequences_are_scored_as_each_alone_with_the_same_gradient(config: PreTrainedConfig) -> None:
+    samples = [sample(length, number, prompt=1 + number) for number, length in enumerate((7, 33, 4, 18))]
+    plain = model_of(config, "eager")
+    policy = Policy(model_of(config), chunk_tokens=5)
+    logprobs, entropy = policy(pack(samples))
+    expected = torch.cat([alone(plain, each) for each in samples])
+    torch.testing.assert_close(logprobs.double(), expected, atol=2e-6, rtol=0)
+    assert (entropy > 0).all()
+    weights = torch.linspace(-1, 1, len(expected))
+    (logprobs * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for ours, theirs in zip(policy.model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=2e-6, rtol=1e-4)
+
+
+def test_what_another_sequence_says_changes_nothing_at_all() -> None:
+    policy = Policy(model_of(LlamaConfig(**SIZES)))
+    mine = sample(12, 1)
+    with torch.no_grad():
+        beside = [policy(pack([sample(20, seed), mine, sample(20, seed + 1)]))[0][19:30] for seed in (5, 50)]
+    assert torch.equal(*beside)
+
+
+def test_a_model_that_cannot_be_scored_exactly_is_refused() -> None:
+    capped = Gemma2Config(**SIZES, final_logit_softcapping=0.5, attn_logit_softcapping=None, sliding_window=64)
+    with pytest.raises(SettingsError, match="not its output layer"):
+        Policy(model_of(capped))
+    window = Policy(model_of(MistralConfig(**SIZES, sliding_window=16)))
+    window(pack([sample(16, 1)]))
+    with pytest.raises(SettingsError, match="attends to 16 tokens only"):
+        window(pack([sample(17, 1)]))
+
+
+@given(st.lists(st.integers(2, 300), min_size=1, max_size=60), st.integers(1, 5), st.integers(100, 700))
+@hypothesis_settings(deadline=None, max_examples=200)
+def test_a_plan_has_every_sample_once_and_equally_many_micro_batches_a_rank(
+    lengths: list[int], ranks: int, max_tokens: int
+) -> None:
+    found = plan(lengths, max_tokens=max_tokens, ranks=ranks)
+    assert len(found) == ranks
+    assert len({len(batches) for batches in found}) == 1
+    assert sorted(number for batches in found for batch in batches for number in batch) == list(range(len(lengths)))
+    for batch in (batch for batches in found for batch in batches):
+        assert len(batch) <= 1 or sum(lengths[number] for number in batch) <= max_tokens
+    assert len(found[0]) <= 2 * -(-sum(lengths) // (max_tokens * ranks)) + sum(n > max_tokens // 2 for n in lengths)
+
+
+def test_a_plan_without_samples_and_with_fewer_than_ranks() -> None:
+    assert plan([], max_tokens=10, ranks=2) == [[], []]
+    assert plan([5], max_tokens=10, ranks=3) == [[[0]], [[]], [[]]]
+
+
+@pytest.mark.parametrize("chunk_tokens", [1, 7, 64, 1_000])
+def test_chunks_change_no_number(chunk_tokens: int) -> None:
+    torch.manual_seed(1)
+    hidden = torch.randn(64, 16, dtype=torch.float64, requires_grad=True)
+    head = torch.nn.Linear(16, VOCABULARY, bias=False).double()
+    targets = torch.randint(0, VOCABULARY, (64,))
+    logprobs, entropy = token_scores(hidden, head, targets, chunk_tokens=chunk_tokens, entropy_gradient=True)
+    (logprobs.sum() + 0.3 * entropy.sum()).backward()
+    found = (hidden.grad, head.weight.grad)
+    hidden.grad = head.weight.grad = None
+    log_p = torch.log_softmax(head(hidden).float(), -1)
+    expected = log_p[torch.arange(64), targets]
+    (expected.sum() + 0.3 * -(log_p.exp() * log_p).sum()).backward()
+    torch.testing.assert_close(logprobs, expected, atol=1e-6, rtol=0)
+    for ours, theirs in zip(found, (hidden.grad, head.weight.grad), strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-5, rtol=1e-5)
+
+
+def test_the_largest_tensor_has_one_chunk_of_logits() -> None:
+    """Measured on the autograd graph: what is saved for backward does not have N * V elements anywhere."""
+    hidden = torch.randn(512, 8, requires_grad=True)
+    head = torch.nn.Linear(8, 4_000, bias=False)
+    saved: list[int] = []
+
+    def note(tensor: Tensor) -> Tensor:
+        saved.append(tensor.numel())
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda tensor: tensor):
+        logprobs, _ = token_scores(hidden, head, torch.zeros(512, dtype=torch.int64), chunk_tokens=32)
+    assert max(saved, default=0) <= 32 * 4_000
+    logprobs.sum().backward()
+    assert hidden.grad is not None
+
+
+def test_a_nan_stays_one_and_no_tokens_are_no_error() -> None:
+    hidden = torch.full((2, 4), float("nan"))
+    head = torch.nn.Linear(4, 5)
+    logprobs, entropy = token_scores(hidden, head, torch.tensor([0, 1]), chunk_tokens=8)
+    assert logprobs.isnan().all()
+    assert entropy.isnan().all()
+    assert token_scores(hidden[:0], head, torch.zeros(0, dtype=torch.int64), chunk_tokens=8)[0].shape == (0,)
+    with pytest.raises(ValueError, match="at least one token"):
+        layout_of([3, 0])
