@@ -12,60 +12,12 @@ import aiohttp
 import pytest
 from starlette.responses import Response
 
-from fulgurite.consumers.follower.converge import LABEL_LOADING, LOAD_TRIES, Convergence
-from fulgurite.consumers.follower.server import PolicyServer, Refused, Unreachable
-from fulgurite.consumers.follower.versions import Verifier, Versions
+from fulgurite.consumers.follower.converge import LOAD_TRIES
+from fulgurite.consumers.follower.server import Refused, Unreachable
+from fulgurite.consumers.follower.weights import LABEL_LOADING
 from fulgurite.schemas.checksum import folder_sha256
-from fulgurite.schemas.resources import ResourceVersion
-from fulgurite.schemas.training import VersionApplied
+from tests.consumers.follower_support import Follower, make_version
 from tests.producers.fake_policy_server import FakePolicyServer, until
-
-
-def make_version(folder: Path, number: int, *, sha256: str = "", kind: str = "weights") -> ResourceVersion:
-    """A version whose weights are its number times ten."""
-    files = folder / f"v{number}"
-    files.mkdir(parents=True, exist_ok=True)
-    (files / "weights.txt").write_text(str(number * 10))
-    checksum = sha256 or folder_sha256(files)
-    return ResourceVersion.model_validate(
-        {
-            "resource": "policy",
-            "version": number,
-            "kind": kind,
-            "uri": files.as_uri(),
-            "sha256": checksum,
-            "run_id": "run",
-        }
-    )
-
-
-class Follower:
-    """A follower's process as far as one server goes: what it remembers dies with it."""
-
-    def __init__(self, server: FakePolicyServer, session: aiohttp.ClientSession, *known: ResourceVersion) -> None:
-        self.events: list[VersionApplied] = []
-        self.versions = Versions()
-        for version in known:
-            self.versions.add(version)
-        client = PolicyServer(server.url, session, request_seconds=2.0)
-        self.loop = Convergence(client, self.versions, Verifier(), self._report, check_seconds=0.05)
-
-    async def _report(self, event: VersionApplied) -> None:
-        self.events.append(event)
-
-    @contextlib.asynccontextmanager
-    async def running(self) -> AsyncGenerator[asyncio.Task[None]]:
-        task = asyncio.create_task(self.loop.run())
-        try:
-            yield task
-        finally:
-            task.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await task
-
-    @property
-    def outcome(self) -> list[tuple[int, bool]]:
-        return [(event.version, event.ok) for event in self.events]
 
 
 @pytest.fixture
@@ -103,7 +55,7 @@ async def test_a_server_is_brought_to_the_newest_version(
         server.url,
         True,
     )
-    assert event.seconds.keys() == {"verify", "pause", "load", "resume", "total"}
+    assert event.seconds.keys() == {"verify", "turn", "pause", "load", "check", "resume", "total", "published"}
 
 
 async def test_a_fresh_follower_loads_what_the_label_says_once_and_then_leaves_the_server_alone(
@@ -172,8 +124,7 @@ async def test_versions_in_between_are_skipped(
 async def test_a_new_version_is_applied_at_once(
     server: FakePolicyServer, session: aiohttp.ClientSession, tmp_path: Path
 ):
-    follower = Follower(server, session)
-    follower.loop._check_seconds = 60.0  # pyright: ignore[reportPrivateUsage]
+    follower = Follower(server, session, check_seconds=60.0)
     async with follower.running():
         await until(lambda: server.log)
         for number in (1, 2):
@@ -194,14 +145,14 @@ async def test_a_restarted_server_is_noticed(server: FakePolicyServer, session: 
 async def test_an_unusable_version_is_refused_and_the_old_one_goes_on(
     server: FakePolicyServer, session: aiohttp.ClientSession, tmp_path: Path, damage: str
 ):
-    bad = make_version(tmp_path, 4, kind="lora" if damage == "other kind" else "weights")
+    bad = make_version(tmp_path, 4, kind="endpoint" if damage == "other kind" else "weights")
     match damage:
         case "other bytes":
             (tmp_path / "v4" / "weights.txt").write_text("666")
         case "no folder":
             shutil.rmtree(tmp_path / "v4")
         case "other scheme":
-            bad = bad.model_copy(update={"uri": "s3://bucket/v4"})
+            bad = bad.model_copy(update={"uri": "https://bucket/v4"})
         case _:
             pass
     follower = Follower(server, session, make_version(tmp_path, 3))

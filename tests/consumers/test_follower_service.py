@@ -5,19 +5,24 @@ from __future__ import annotations
 import asyncio
 import json
 import signal
+import socket
 import sys
+import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
 from pathlib import Path
 
+import aiohttp
 import pytest
 from aiokafka import AIOKafkaConsumer, ConsumerRecord
+from fsspec.implementations.memory import MemoryFileSystem
 
 from fulgurite.consumers.follower import serve
 from fulgurite.producers.kafka import connection_options
 from fulgurite.producers.publisher import Publisher
 from fulgurite.schemas.checksum import folder_sha256
 from fulgurite.schemas.codec import decode
+from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.resources import ResourceVersion
 from fulgurite.schemas.settings import FollowerSettings, KafkaSettings, Settings
 from fulgurite.schemas.topics import DEAD_LETTERS, RESOURCES, TRAINING, Topic
@@ -36,6 +41,17 @@ def make_version(folder: Path, number: int, resource: str = "policy") -> Resourc
 
 def configured(kafka: KafkaSettings, *servers: FakePolicyServer) -> Settings:
     return Settings(kafka=kafka, follower=FollowerSettings(servers=[s.url for s in servers], check_seconds=0.1))
+
+
+def with_cache(settings: Settings, folder: Path, port: int = 0) -> Settings:
+    follower = settings.follower.model_copy(update={"cache_folder": folder / "cache", "port": port})
+    return settings.model_copy(update={"follower": follower})
+
+
+def free_port() -> int:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return listener.getsockname()[1]
 
 
 async def records(kafka: KafkaSettings, topic: Topic, count: int) -> list[ConsumerRecord[bytes, bytes]]:
@@ -102,6 +118,53 @@ async def test_a_record_that_is_no_version_becomes_a_dead_letter_and_stops_nothi
     assert [h["__connect.errors.exception.class.name"] for h in headers] == ["not_json", "bad_field"]
     assert [h["__connect.errors.offset"] for h in headers] == ["0", "1"]
     assert {h["__connect.errors.stage"] for h in headers} == {"follower"}
+
+
+async def test_versions_in_an_object_store_reach_servers_and_the_metrics_say_so(
+    kafka_settings: KafkaSettings, tmp_path: Path
+):
+    async with FakePolicyServer() as one, FakePolicyServer() as two, Publisher(kafka_settings) as publisher:
+        version = make_version(tmp_path, 7)
+        uri = f"memory://{tmp_path.name}/policy/v7"
+        MemoryFileSystem().put(str(tmp_path / "policy-v7"), uri, recursive=True)
+        await (await publisher.publish(RESOURCES, "policy", version.model_copy(update={"uri": uri})))
+        settings = with_cache(configured(kafka_settings, one, two), tmp_path, free_port())
+        async with following(settings), aiohttp.ClientSession(f"http://127.0.0.1:{settings.follower.port}") as session:
+            await until(lambda: one.label == two.label == "7")
+            async with asyncio.timeout(10):
+                while (await session.get("/ready")).status != 200:  # noqa: ASYNC110 (another process says when)
+                    await asyncio.sleep(0.05)
+            text = await (await session.get("/metrics/")).text()
+            found = [decode(VersionApplied, record.value) for record in await records(kafka_settings, TRAINING, 2)]
+    assert one.weights == two.weights == 70
+    assert f'fulgurite_follower_served_version{{server="{one.url}"}} 7.0' in text
+    assert [(event.version, event.ok) for event in found] == [(7, True)] * 2
+    assert (tmp_path / "cache" / "policy" / "served.json").is_file()
+
+
+async def test_a_stop_does_not_wait_for_a_long_fetch(
+    kafka_settings: KafkaSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    def slow(fs: MemoryFileSystem, path: str, start: int, end: int) -> bytes:
+        time.sleep(0.05)
+        return b"x" * (end - start)
+
+    monkeypatch.setattr("fulgurite.consumers.follower.store.CHUNK_BYTES", 10)
+    monkeypatch.setattr(MemoryFileSystem, "cat_file", slow)
+    uri = f"memory://{tmp_path.name}/policy/v7"
+    MemoryFileSystem().pipe_file(f"{uri}/weights.txt", b"x" * 10_000)
+    version = make_version(tmp_path, 7).model_copy(update={"uri": uri})
+    async with FakePolicyServer() as server, Publisher(kafka_settings) as publisher:
+        await (await publisher.publish(RESOURCES, "policy", version))
+        async with following(with_cache(configured(kafka_settings, server), tmp_path)):
+            await until(lambda: list(tmp_path.glob("cache/policy/.partial-*/weights.txt")))
+
+
+async def test_a_taken_port_ends_the_service_and_says_so(kafka_settings: KafkaSettings, tmp_path: Path):
+    async with FakePolicyServer() as server:
+        settings = with_cache(configured(kafka_settings, server), tmp_path, server.port)
+        with pytest.raises(StartError, match=str(server.port)):
+            await serve(settings, asyncio.Event())
 
 
 async def test_without_a_broker_a_paused_server_is_resumed_and_the_service_stops_promptly():

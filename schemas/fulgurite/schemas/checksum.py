@@ -23,7 +23,7 @@ def folder_sha256(folder: Path) -> str:
 def folder_of(uri: str) -> Path:
     """The local folder a file:// URI names.
 
-    Raises ValueError for any other scheme: object stores are read by whoever mounts them.
+    Raises ValueError for any other scheme: what is in an object store is fetched into a folder first.
     """
     parsed = urlparse(uri)
     if parsed.scheme != "file" or parsed.netloc not in ("", "localhost"):

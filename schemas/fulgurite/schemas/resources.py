@@ -2,10 +2,14 @@
 
 `resources` is compacted by resource name: its newest record is the version to serve. Version numbers of a resource only
 grow, over all runs.
+
+A version of kind `lora` is served as a model of its own, named by `adapter_name`, beside those before it; so the newest
+one that a server has is what its list of models says it is, and nobody else need be asked.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Annotated, Literal
 
 from pydantic import Field
@@ -25,7 +29,7 @@ class ResourceVersion(Event):
     version: Version
     kind: ResourceKind = "weights"
     uri: ShortText
-    """Where the files are: file:///…, or what the servers can read."""
+    """The folder of the files: file:///…, which the servers see as well, or in an object store (s3://, gs://, …)."""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
     """Over the files in order of their names: see `fulgurite.schemas.checksum`."""
     run_id: OptionalId = ""
@@ -33,3 +37,22 @@ class ResourceVersion(Event):
     model: Name = ""
     time_ns: TimeNs = Field(default_factory=now_ns)
     metadata: Labels = Field(default_factory=dict)
+
+
+def adapter_name(resource: str, version: int) -> str:
+    """The model name under which servers have a version of kind `lora`.
+
+    >>> adapter_name("policy", 17)
+    'policy-v17'
+    """
+    return f"{resource}-v{version}"
+
+
+def adapter_version(resource: str, model: str) -> int | None:
+    """The version of `resource` that a served model is, None where it is none of its adapters.
+
+    >>> adapter_version("policy", "policy-v17"), adapter_version("policy", "policy")
+    (17, None)
+    """
+    found = re.fullmatch(r"(.+)-v(0|[1-9][0-9]{0,18})", model, re.ASCII)
+    return int(found[2]) if found and found[1] == resource else None

@@ -16,12 +16,15 @@ import re
 import tomllib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any, Literal, get_args
 from urllib.parse import urlsplit
 
-from pydantic import Field, SecretStr, ValidationError, ValidationInfo, field_validator
+from pydantic import BaseModel, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 
 from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.gateway_settings import ApiKeySettings as ApiKeySettings
+from fulgurite.schemas.gateway_settings import BackendSettings as BackendSettings
+from fulgurite.schemas.gateway_settings import GatewaySettings as GatewaySettings
 from fulgurite.schemas.kafka_settings import KafkaSettings as KafkaSettings
 from fulgurite.schemas.log_settings import LogSettings
 from fulgurite.schemas.redaction import RedactionSettings
@@ -118,27 +121,6 @@ class CoordinatorSettings(Section):
     """Ended rollouts beyond it are forgotten, oldest first; open ones never are."""
 
 
-class GatewaySettings(Section):
-    host: str = "127.0.0.1"
-    """Address to listen on."""
-    port: Port = 4750
-    """Port to listen on."""
-    url: Url = "http://127.0.0.1:4750"
-    """Where agents find it."""
-    backend_url: Url = "http://127.0.0.1:4760"
-    """The policy server: vLLM or the embedded one."""
-    resource: str = "policy"
-    """Name of the resource the backend serves; recorded on every call."""
-    max_body_bytes: Annotated[int, Field(ge=1_024, le=1 << 30)] = 4 * 1024 * 1024
-    """Largest request an agent may send."""
-    max_concurrent_requests: Annotated[int, Field(ge=1, le=100_000)] = 512
-    """Requests on their way to the backend at once; more are refused with 429."""
-    backend_seconds: Seconds = 120.0
-    """Longest that a call may take, retries and a weight swap included."""
-    publish_seconds: Seconds = 30.0
-    """Longest that an answer waits for the broker to acknowledge its span; then 503."""
-
-
 class PolicyServerSettings(Section):
     host: str = "127.0.0.1"
     """Address to listen on."""
@@ -164,7 +146,25 @@ class FollowerSettings(Section):
     check_seconds: Seconds = 1.0
     """How often each server is asked which version it serves: restarted ones converge."""
     request_seconds: Seconds = 60.0
-    """Longest one request to a server may take."""
+    """Longest one request to a server may take; loading a version's files and hashing weights are such requests."""
+    api_key: SecretStr = SecretStr("")
+    """Sent to the servers as a bearer token, for vLLM's --api-key; none when empty."""
+    rollout_policy: Literal["rolling", "together"] = "rolling"
+    """rolling: at most one server is paused at a time; together: all at once, so that versions differ for less long."""
+    check_weights: bool = True
+    """Whether the weights a server has are hashed after each load, while it is paused: about a second for each GB."""
+    cache_folder: Path = Path(".fulgurite/versions")
+    """Where files from object stores, and adapters, are kept; of one follower alone, and the servers must see it."""
+    cache_bytes: Annotated[int, Field(ge=1 << 20)] = 200 << 30
+    """Most that the cache holds."""
+    keep_versions: Annotated[int, Field(ge=1, le=1_000)] = 4
+    """Newest versions kept in the cache, and as adapters in the servers; what is served or pinned stays besides."""
+    pinned_versions: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1_000)] = Field(default_factory=list)
+    """Versions that stay in the cache, and as adapters in the servers, however old they are."""
+    host: str = "127.0.0.1"
+    """Where /metrics, /ready and /health listen."""
+    port: Annotated[int, Field(ge=0, lt=65_536)] = 0
+    """0: nowhere."""
 
 
 class RunnerSettings(Section):
@@ -261,7 +261,11 @@ class TrainerSettings(Section):
     max_logprob_difference: Annotated[float, Field(gt=0)] = 1e-3
     """Largest |difference| between trainer and sampler for tokens of the same version; beyond it the run stops."""
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 16_384
-    """Padded tokens of one forward pass."""
+    """Tokens of one forward pass."""
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """DeepSpeed's ZeRO stage, for several processes under torchrun; 0: plain torch on one device."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward pass and of published weights; the optimizer's own copy is float32 always."""
     sampling_parameters: dict[str, Any] = Field(default_factory=lambda: {"temperature": 1.0})
     """For the agent's LLM calls. Temperature must be 1 for the recorded logprobs to be the policy's."""
     rollout_timeout_seconds: Seconds = 60.0
@@ -385,7 +389,7 @@ def _explain(error: ValidationError, path: Path, from_env: Mapping[tuple[str, ..
             lines.append(f"{source}: {wrong_name(Settings, where)}")
         elif item["input"] is None:  # neither TOML nor the environment can say None
             lines.append(f"{'.'.join(where)}, not set in the environment or in {path}: {message}")
-        elif _may_be_secret(where):
+        elif item["type"] == "missing" or _may_be_secret(where):  # of a missing one the input is all that is beside it
             lines.append(f"{source}: {message}")
         else:
             # An address may have a password in it.
@@ -394,8 +398,21 @@ def _explain(error: ValidationError, path: Path, from_env: Mapping[tuple[str, ..
 
 
 def _may_be_secret(where: tuple[str, ...]) -> bool:
-    """Whether the value must not be shown: a password, or a whole section, which may have one in it."""
+    """Whether the value must not be shown: a password, or what may have one in it: a section, a table of a list."""
     if len(where) < 2 or where[0] not in Settings.model_fields:
         return True
-    field = section_of(Settings, where[0]).model_fields.get(where[1])
-    return field is None or "SecretStr" in str(field.annotation)
+    known: Any = section_of(Settings, where[0])
+    for name in where[1:]:
+        if isinstance(known, type) and issubclass(known, BaseModel):
+            if name not in known.model_fields:
+                return True
+            known = known.model_fields[name].annotation
+        elif name.isdigit() and get_args(known):
+            known = get_args(known)[0]
+    return _holds_secret(known)
+
+
+def _holds_secret(annotation: Any) -> bool:
+    if isinstance(annotation, type) and issubclass(annotation, BaseModel):
+        return any(_holds_secret(field.annotation) for field in annotation.model_fields.values())
+    return annotation is SecretStr or any(_holds_secret(part) for part in get_args(annotation))

@@ -77,7 +77,8 @@ class VersionApplied(TrainingEventBase):
     ok: bool = True
     error: ShortText = ""
     seconds: Annotated[dict[str, FiniteFloat], Field(max_length=32)] = Field(default_factory=dict)
-    """Duration of each phase: verify, pause, load, resume, total."""
+    """Of each phase: verify (with fetching), turn, pause, load, check, resume, unload; their total; and published, the
+    time since the version was announced."""
 
 
 class RunFinished(TrainingEventBase):

@@ -1,6 +1,6 @@
 """The follower: brings every policy server to the newest version on `resources`, verified, and keeps it there.
 
-    resources (compacted) ──► newest version ──► one loop a server: compare, verify, pause, load, label, resume, check
+    resources (compacted) ──► newest version ──► one loop a server: compare, fetch and verify, load, check
                                                      │
                                                      └──► topic `training`: VersionApplied, ok or refused and why
 
@@ -8,11 +8,21 @@
 |---|---|
 | `service.py` | the process: reading the topic (FastStream), one loop a server, a clean stop |
 | `converge.py` | the loop and its numbered contract |
-| `versions.py` | the newest versions, and whether their files are what was announced |
-| `server.py` | a server's weight routes |
+| `weights.py` | full weights: pause, load, hash, label, resume |
+| `adapters.py` | LoRA adapters: load beside the others, unload old ones |
+| `loading.py` | what these two share |
+| `versions.py` | the newest versions |
+| `files.py` | a version's files, verified, where the server can read them |
+| `cache.py` | the follower's own copies of files, and which of them may go |
+| `store.py` | copying a folder from an object store |
+| `digests.py` | whether servers have the weights they were given |
+| `turns.py` | who may pause its server |
+| `server.py` | a server's routes |
+| `metrics.py` | what Prometheus is told |
 
-vLLM has these routes only with VLLM_SERVER_DEV_MODE=1, and its API key does not guard them: loopback or a private
-network.
+vLLM has the routes for weights only with VLLM_SERVER_DEV_MODE=1, and its API key does not guard them: loopback or a
+private network. Adapters need --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True instead. Tensors sent from GPU to
+GPU (vLLM's weight-transfer routes) are not among the ways: a version is a folder of files.
 """
 
 from __future__ import annotations

@@ -2,9 +2,10 @@
 
     newest version (log) ──┐
                            ├─► same? ── yes ─► nothing to do
-    GET /weight_info ──────┘     └─ no ─► 1 verify ─► 2 pause ─► 3 unlabel ─► 4 load ─► 5 label ─► 6 resume ─► 7 compare
-                                                                                                   8 report ◄───────┘
-    consumes: resources; produces: training; waits for: the server; unblocked by: it always resumes, also on error
+    GET /weight_info ──────┘     └─ no ─► 1 verify ─► 2 pause ─► 3 unlabel ─► 4 load ─► 5 hash ─► 6 label ─► 7 resume
+                                                                         9 report ◄─── 8 compare ◄──────────────┘
+    consumes: resources; produces: training; waits for: the server, its turn, an object store; unblocked by: it always
+    resumes, also on error, and a server that does not answer loses its turn
 
 Same means: the server's label is the wanted number, and this process itself loaded that number and checksum into it. A
 label alone says nothing of the files: the same number may have been announced again with others (a wiped log, a second
@@ -12,17 +13,22 @@ publisher). So a fresh follower loads the newest version once (25 to 100 ms paus
 
 The contract, and what a crash of this process after each step leaves for the next start, which remembers no load, so
 begins with 1 again and finds out by itself:
-1. Verify the files' checksum. Crash: nothing has happened.
-2. POST /pause?mode=keep: requests under way freeze, the caches are cleared. Crash: the server stays paused until the
-   next start, which goes on with 1, or resumes the server if there is nothing to load.
-3. Label the weights "loading", if they have a version: until 5 nobody can take them for one. Crash: paused without a
+1. Fetch the files where that is needed, verify their checksum. Crash: nothing has happened; what was fetched is kept.
+2. When it is this server's turn, POST /pause?mode=keep: requests under way freeze, the caches are cleared. Crash: the
+   server stays paused until the next start, which goes on with 1, or resumes the server if there is nothing to load.
+3. Label the weights "loading", if they have a version: until 6 nobody can take them for one. Crash: paused without a
    version, so the newest one is loaded.
 4. POST /collective_rpc reload_weights. Crash: as after 3, loaded again.
-5. Label them with the version, and remember number and checksum. Crash: paused with the right version; loaded again.
-6. POST /resume, in `finally`, tried again until it works or the server is gone. Crash: as 5, but not paused.
-7. Ask which version is served. Not the wanted one: begin again.
-8. Publish VersionApplied and wait for the acknowledgement. Crash before or after: the next start loads the version
+5. POST /weight_checker, where there is one: do the weights hash to what they ought to (`digests.py`)? While it is
+   paused, because hashing stops the engine anyway, and wrong weights get no label and no request. Crash: as after 4.
+6. Label them with the version, and remember number and checksum. Crash: paused with the right version; loaded again.
+7. POST /resume, in `finally`, tried again until it works or the server is gone. Crash: as 6, but not paused.
+8. Ask which version is served. Not the wanted one: begin again.
+9. Publish VersionApplied and wait for the acknowledgement. Crash before or after: the next start loads the version
    again and publishes it; so at least once for every change, and a duplicate says the same.
+
+A version of kind `lora` has 1, then is loaded beside what is served, looked for among the served models, and reported:
+nothing is paused (`adapters.py`).
 
 An unusable version (files not as announced, refused by the server) is refused loudly, reported with ok=False and not
 tried again while this process lives; what the server has goes on, and if it has nothing, the newest usable version is
@@ -40,20 +46,19 @@ import time
 from collections.abc import Awaitable, Callable
 from typing import Final
 
+from fulgurite.consumers.follower.adapters import Adapters
+from fulgurite.consumers.follower.loading import LoadFailed, Phases, Shared
 from fulgurite.consumers.follower.server import PolicyServer, Refused, State, Unreachable
-from fulgurite.consumers.follower.versions import Content, Identity, Verifier, Versions, content, identity
-from fulgurite.schemas.errors import ChecksumMismatch
+from fulgurite.consumers.follower.store import StoreTrouble, Unusable
+from fulgurite.consumers.follower.versions import Identity, content, identity
+from fulgurite.consumers.follower.weights import Weights
 from fulgurite.schemas.resources import ResourceVersion
 from fulgurite.schemas.training import VersionApplied
 
 logger = logging.getLogger(__name__)
 
-LABEL_LOADING: Final = "loading"
-"""Not a decimal number: what is sampled under it has no known version."""
 LOAD_TRIES: Final = 3
 """A server that is there and fails this often to load a version is taken at its word."""
-RESUME_TRIES: Final = 10
-RESUME_BACKOFF_SECONDS: Final = 0.1
 MAX_BACKOFF_SECONDS: Final = 5.0
 LOG_EVERY_SECONDS: Final = 5.0
 
@@ -61,28 +66,24 @@ Report = Callable[[VersionApplied], Awaitable[None]]
 """Publishes; returns when the broker has it."""
 
 
-class _Unusable(Exception):
-    """This version cannot be served; another one can."""
-
-
 class Convergence:
     """One server's loop. `run` ends only by cancellation, and never leaves the server paused if it can help it."""
 
-    def __init__(
-        self, server: PolicyServer, versions: Versions, verifier: Verifier, report: Report, check_seconds: float
-    ) -> None:
+    def __init__(self, server: PolicyServer, shared: Shared, report: Report) -> None:
         self._server = server
-        self._versions = versions
-        self._verifier = verifier
+        self._shared = shared
+        self._versions = shared.versions
+        self._files = shared.files
+        self._metrics = shared.metrics
         self._report = report
-        self._check_seconds = check_seconds
+        self._weights = Weights(server, shared)
+        self._adapters = Adapters(server, shared)
         self._refused: set[Identity] = set()
         self._failures: dict[Identity, int] = {}
         self._reported: Identity | None = None
-        self._loaded: Content | None = None
-        """What this process loaded and labelled last, None while it cannot know."""
-        self._changed = versions.subscribe()
+        self._changed = shared.versions.subscribe()
         self._logged_at = -LOG_EVERY_SECONDS
+        self._metrics.follows(server.url)
 
     async def run(self) -> None:
         failures = 0
@@ -91,22 +92,25 @@ class Convergence:
             try:
                 await self.step()
                 failures = 0
-                pause = self._check_seconds
-            except (Unreachable, Refused) as error:
+                pause = self._shared.settings.check_seconds
+            except (Unreachable, Refused, StoreTrouble) as error:
+                if isinstance(error, Unreachable) and not error.answered:
+                    self._server.forget()
                 failures += 1
-                pause = min(self._check_seconds, 0.1 * 2 ** min(failures, 6), MAX_BACKOFF_SECONDS)
+                pause = min(self._shared.settings.check_seconds, 0.1 * 2 ** min(failures, 6), MAX_BACKOFF_SECONDS)
+                self._metrics.trouble(self._server.url)
                 self._log_trouble(error)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(pause):
                     await self._changed.wait()
 
     async def step(self) -> None:
-        """One comparison and what follows from it. Raises Unreachable, or Refused by a route other than the load."""
-        state = await self._server.state()
-        if self._loaded and state.version != self._loaded[0]:
-            self._loaded = None  # restarted, or somebody else was here
+        """One comparison and what follows from it. Raises Unreachable, StoreTrouble, or Refused by a route other than
+        the load."""
         wanted = self._versions.wanted(self._refused)
-        served = wanted is not None and self._loaded == content(wanted)
+        state = await self._observe(wanted)
+        served = wanted is not None and self._serves(wanted)
+        self._observed(state, wanted if served else None)
         if wanted is None or served or self._keeps_newer(wanted, state):
             if state.paused:
                 logger.warning("%s was left paused; resuming it", self._server.url)
@@ -117,88 +121,82 @@ class Convergence:
             return
         try:
             seconds = await self._apply(wanted, state)
-        except _Unusable as error:
+        except Unusable as error:
             await self._refuse(wanted, str(error))
             return
-        logger.info(
-            "%s serves %s version %d after %.3f s (paused %.3f s)",
-            self._server.url,
-            wanted.resource,
-            wanted.version,
-            seconds["total"],
-            seconds["pause"] + seconds["load"] + seconds["resume"],
-        )
-        await self._applied(wanted, seconds)  # 8
+        if seconds:
+            self._log_served(wanted, seconds)
+            self._metrics.applied(self._server.url, seconds)
+            self._observed(state, wanted)
+            await self._applied(wanted, seconds)  # 9
+            await self._collect()
+
+    async def _observe(self, wanted: ResourceVersion | None) -> State:
+        """What the server says of itself."""
+        if wanted is None or wanted.kind != "lora":
+            state = await self._server.state()
+        else:
+            try:
+                state = await self._server.state()
+            except Refused:  # vLLM without VLLM_SERVER_DEV_MODE=1, which adapters do not need
+                state = State(label=None, paused=False)
+            await self._adapters.observe()
+        self._weights.observe(state)
+        return state
+
+    def _observed(self, state: State, current: ResourceVersion | None) -> None:
+        """Tells the cache and the metrics what the server has; `current` is the wanted version if that is it."""
+        versions = set(self._adapters.versions)
+        if current is not None:
+            versions.add(current.version)
+        elif state.version is not None:
+            versions.add(state.version)
+        self._files.cache.claim(self._server.url, versions)
+        version = current.version if current else state.version if state.version is not None else self._newest_adapter()
+        self._metrics.observed(self._server.url, version, current)
+
+    def _newest_adapter(self) -> int | None:
+        return max(self._adapters.versions, default=None)
+
+    def _serves(self, wanted: ResourceVersion) -> bool:
+        return self._adapters.serves(wanted) if wanted.kind == "lora" else self._weights.loaded == content(wanted)
 
     async def _apply(self, wanted: ResourceVersion, state: State) -> dict[str, float]:
-        """Steps 1 to 7; the duration of each phase. Raises _Unusable, Unreachable, Refused."""
-        clock = _Phases()
-        try:
-            folder = await self._verifier.verify(wanted)  # 1
-        except ChecksumMismatch as error:
-            raise _Unusable(str(error)) from None
+        """Steps 1 to 8; the duration of each phase, none where another version was wanted when it was this server's
+        turn. Raises Unusable, Unreachable, Refused, StoreTrouble."""
+        clock = Phases()
+        has = self._adapters.versions | ({state.version} if state.version is not None else set[int]())
+        self._files.cache.claim(self._server.url, has | {wanted.version})
+        folder = await self._files.ready(wanted)  # 1
         clock.end("verify")
         try:
-            await self._server.pause()  # 2
-            clock.end("pause")
-            await self._load(wanted, str(folder), state)  # 3, 4, 5
-            clock.end("load")
-        finally:
-            await self._resume()  # 6
-        clock.end("resume")
-        served = await self._server.state()  # 7
-        if served.version != wanted.version:
-            raise Unreachable(f"serves {served.label!r} after version {wanted.version} was loaded", answered=True)
-        self._failures.pop(identity(wanted), None)
-        return clock.seconds()
-
-    async def _load(self, wanted: ResourceVersion, folder: str, state: State) -> None:
-        if state.version is not None:  # else the label names no version, or there are no weights to label
-            await self._server.set_label(LABEL_LOADING)  # 3
-        loaded, self._loaded = self._loaded, None
-        try:
-            await self._server.reload_weights(folder)  # 4
-        except Refused as error:
-            # Refused means untouched: the weights are what they were.
-            if state.version is not None:
-                await self._server.set_label(str(state.version))
-            self._loaded = loaded
-            raise _Unusable(f"the server refused it: {error}") from None
-        except Unreachable as error:
+            if wanted.kind == "lora":
+                await self._adapters.load(wanted, folder, clock)
+            elif not await self._weights.load(wanted, folder, state, clock, lambda: self._still(wanted)):
+                return {}
+        except LoadFailed as error:
             key = identity(wanted)
             self._failures[key] = self._failures.get(key, 0) + error.answered
             if self._failures[key] >= LOAD_TRIES:
-                raise _Unusable(f"the server failed to load it {LOAD_TRIES} times: {error}") from None
+                raise Unusable(f"the server failed to load it {LOAD_TRIES} times: {error}") from None
             raise
-        await self._server.set_label(str(wanted.version))  # 5
-        self._loaded = content(wanted)
+        self._failures.pop(identity(wanted), None)
+        return clock.seconds() | {"published": max(0.0, time.time() - wanted.time_ns / 1e9)}
 
-    async def _resume(self) -> None:
-        """Step 6. Shielded: a stop of this process waits for it."""
-        resuming = asyncio.ensure_future(self._resume_until_done())
-        try:
-            await asyncio.shield(resuming)
-        except asyncio.CancelledError:
-            with contextlib.suppress(Unreachable, Refused):
-                await resuming
-            raise
+    def _still(self, wanted: ResourceVersion) -> bool:
+        newest = self._versions.wanted(self._refused)
+        return newest is not None and identity(newest) == identity(wanted)
 
-    async def _resume_until_done(self) -> None:
-        for tries in range(1, RESUME_TRIES + 1):
-            try:
-                await self._server.resume()
-            except (Unreachable, Refused):
-                if tries == RESUME_TRIES:
-                    raise  # gone, or restarted; the next comparison finds out
-                await asyncio.sleep(RESUME_BACKOFF_SECONDS)
-            else:
-                return
+    async def _collect(self) -> None:
+        if gone := await self._files.collect():
+            logger.info("removed versions %s from the cache", ", ".join(map(str, gone)))
 
     def _keeps_newer(self, wanted: ResourceVersion, state: State) -> bool:
         """Whether `wanted` is only what is left after a refusal, and the server has something newer: it keeps that."""
         newest = self._versions.newest
         assert newest is not None
-        return newest.version != wanted.version and state.version is not None and state.version > wanted.version
+        has = self._newest_adapter() if wanted.kind == "lora" else state.version
+        return newest.version != wanted.version and has is not None and has > wanted.version
 
     async def _refuse(self, version: ResourceVersion, error: str) -> None:
         self._changed.set()  # compare again at once: something else may be wanted now, or the server still be paused
@@ -216,11 +214,23 @@ class Convergence:
             version.version,
             error,
         )
+        self._metrics.refused(self._server.url)
         await self._report(self._event(version, {}, error=error))
 
     async def _applied(self, version: ResourceVersion, seconds: dict[str, float]) -> None:
         await self._report(self._event(version, seconds))
         self._reported = identity(version)
+
+    def _log_served(self, version: ResourceVersion, seconds: dict[str, float]) -> None:
+        paused = sum(seconds[phase] for phase in ("pause", "load", "check", "resume") if phase in seconds)
+        logger.info(
+            "%s serves %s version %d after %.3f s (%s)",
+            self._server.url,
+            version.resource,
+            version.version,
+            seconds["total"],
+            f"paused {paused:.3f} s" if "pause" in seconds else "nothing was paused",
+        )
 
     def _event(self, version: ResourceVersion, seconds: dict[str, float], error: str = "") -> VersionApplied:
         return VersionApplied(
@@ -238,19 +248,3 @@ class Convergence:
         if now - self._logged_at >= LOG_EVERY_SECONDS:
             self._logged_at = now
             logger.warning("%s: %s; trying again", self._server.url, error)
-
-
-class _Phases:
-    """Durations of the phases of one update."""
-
-    def __init__(self) -> None:
-        self._began = self._last = time.monotonic()
-        self._seconds: dict[str, float] = {}
-
-    def end(self, phase: str) -> None:
-        now = time.monotonic()
-        self._seconds[phase] = now - self._last
-        self._last = now
-
-    def seconds(self) -> dict[str, float]:
-        return self._seconds | {"total": time.monotonic() - self._began}

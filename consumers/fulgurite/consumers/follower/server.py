@@ -2,23 +2,41 @@
 
 Errors come in two kinds, because they mean different things: Refused (the server answered 4xx: it will say so again)
 and Unreachable (no answer, or 5xx: it may be different in a moment). Knows nothing of versions' files or of Kafka.
+
+Which routes there are differs between versions of vLLM and between ways to start it. A route is asked, and 404 means
+that this start of the server has none: vLLM's own description, /openapi.json, would say it too, but making it keeps the
+server, and every stream it serves, waiting for a second or two.
 """
 
 from __future__ import annotations
 
 import asyncio
+import hashlib
+import json
+import logging
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Final
 
 import aiohttp
 
 from fulgurite.schemas.errors import FulguriteError
 
-MAX_MESSAGE_CHARS = 500
+logger = logging.getLogger(__name__)
+
+MAX_MESSAGE_CHARS: Final = 500
+MAX_ANSWER_BYTES: Final = 64 << 20
+"""Larger than any list of checksums, a line for each tensor."""
+LOAD_ADAPTER: Final = "/v1/load_lora_adapter"
+UNLOAD_ADAPTER: Final = "/v1/unload_lora_adapter"
+CHECK_WEIGHTS: Final = "/weight_checker"
 
 
 class Refused(FulguriteError):
     """The server answered 4xx: it did not do it and will not."""
+
+    def __init__(self, message: str, status: int = 400) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 class Unreachable(FulguriteError):
@@ -27,6 +45,10 @@ class Unreachable(FulguriteError):
     def __init__(self, message: str, *, answered: bool) -> None:
         super().__init__(message)
         self.answered = answered
+
+
+class TimedOut(Unreachable):
+    """The connection stands, and nothing came in time."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,13 +67,23 @@ class State:
 class PolicyServer:
     """The routes, one method each. Every call takes at most `request_seconds`."""
 
-    def __init__(self, url: str, session: aiohttp.ClientSession, request_seconds: float) -> None:
+    def __init__(self, url: str, session: aiohttp.ClientSession, request_seconds: float, api_key: str = "") -> None:
         self.url = url.rstrip("/")
         self._session = session
         self._request_seconds = request_seconds
+        self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
+        self._hashes_weights = True
+        self._hashes_in_time = True
+
+    def forget(self) -> None:
+        """The server was started anew, or may have been: it may be another version of vLLM, started another way."""
+        self._hashes_weights = True
 
     async def state(self) -> State:
-        info = await self._call("GET", "/weight_info")
+        try:
+            info = await self._call("GET", "/weight_info")
+        except Refused as error:
+            raise Refused(f"{error}; vLLM has its weight routes with VLLM_SERVER_DEV_MODE=1", error.status) from None
         paused = await self._call("GET", "/is_paused")
         label = info.get("weight_version")
         return State(None if label is None else str(label), bool(paused.get("is_paused")))
@@ -70,24 +102,79 @@ class PolicyServer:
     async def resume(self) -> None:
         await self._call("POST", "/resume")
 
+    async def weights_digest(self) -> str | None:
+        """One hash over the names and hashes of all tensors that are served, None where the server gives none. Raises
+        Unreachable where it is gone."""
+        if not self._hashes_in_time or not self._hashes_weights:
+            return None
+        try:
+            found = (await self._call("POST", CHECK_WEIGHTS, json={"action": "checksum"})).get("checksums")
+        except (Refused, TimedOut) as error:
+            logger.warning("%s cannot hash its weights, and is not asked again: %s", self.url, error)
+            self._hashes_weights = False
+            if isinstance(error, TimedOut):
+                self._hashes_in_time = False  # else it would be paused for as long at every try
+            return None
+        except Unreachable as error:
+            if not error.answered:
+                raise
+            logger.warning("%s did not hash its weights this time: %s", self.url, error)
+            return None
+        if not found or not isinstance(found, dict):
+            return None
+        return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
+
+    async def models(self) -> dict[str, str]:
+        """Every served model's name, and where its files are."""
+        found = (await self._call("GET", "/v1/models")).get("data")
+        models = [model for model in found if isinstance(model, dict)] if isinstance(found, list) else []
+        return {str(model.get("id")): str(model.get("root") or "") for model in models}
+
+    async def load_adapter(self, name: str, folder: str) -> None:
+        await self._request("POST", LOAD_ADAPTER, json={"lora_name": name, "lora_path": folder})
+
+    async def unload_adapter(self, name: str) -> None:
+        """Requests that it serves go on; it is no error that it is not there."""
+        try:
+            await self._request("POST", UNLOAD_ADAPTER, json={"lora_name": name})
+        except Refused as error:
+            if error.status != 404:
+                raise
+
     async def _call(self, method: str, path: str, **options: Any) -> dict[str, Any]:
         """The JSON object of a 200, else Refused or Unreachable."""
+        text = await self._request(method, path, **options)
+        try:
+            answer = json.loads(text) if text.strip() else {}
+        except ValueError:
+            raise Unreachable(f"{path}: the answer is not JSON", answered=True) from None
+        return answer if isinstance(answer, dict) else {}
+
+    async def _request(self, method: str, path: str, **options: Any) -> str:
+        """The body of a 200, else Refused or Unreachable."""
         try:
             async with (
                 asyncio.timeout(self._request_seconds),
-                self._session.request(method, f"{self.url}{path}", **options) as response,
+                self._session.request(method, f"{self.url}{path}", headers=self._headers, **options) as response,
             ):
-                text = await response.text(errors="replace")
-                if response.status == 200:
-                    answer = await response.json(content_type=None) if text.strip() else {}
-                    return answer if isinstance(answer, dict) else {}
+                text = await _text(path, response)
+                status = response.status
         except TimeoutError:
-            raise Unreachable(f"{path}: no answer within {self._request_seconds:g} s", answered=False) from None
+            raise TimedOut(f"{path}: no answer within {self._request_seconds:g} s", answered=False) from None
         except aiohttp.ClientError as error:
             raise Unreachable(f"{path}: {type(error).__name__}: {error}", answered=False) from None
-        except ValueError:
-            raise Unreachable(f"{path}: the answer is not JSON", answered=True) from None
-        message = f"{path}: status {response.status}: {text[:MAX_MESSAGE_CHARS]}"
-        if 400 <= response.status < 500 and response.status not in (408, 429):
-            raise Refused(message)
+        if status == 200:
+            return text
+        message = f"{path}: status {status}: {text[:MAX_MESSAGE_CHARS]}"
+        if 400 <= status < 500 and status not in (408, 429):
+            raise Refused(message, status)
         raise Unreachable(message, answered=True)
+
+
+async def _text(path: str, response: aiohttp.ClientResponse) -> str:
+    body = bytearray()
+    async for chunk in response.content.iter_any():
+        body += chunk
+        if len(body) > MAX_ANSWER_BYTES:
+            raise Unreachable(f"{path}: the answer is larger than {MAX_ANSWER_BYTES} bytes", answered=True)
+    return body.decode(errors="replace")

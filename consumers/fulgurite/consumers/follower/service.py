@@ -22,16 +22,17 @@ from faststream import AckPolicy, StreamMessage
 from faststream.kafka import KafkaBroker
 
 from fulgurite.consumers.follower.converge import Convergence
+from fulgurite.consumers.follower.loading import Shared
 from fulgurite.consumers.follower.server import PolicyServer
-from fulgurite.consumers.follower.versions import Verifier, Versions
 from fulgurite.consumers.security import broker_options
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.publisher import Publisher
+from fulgurite.producers.service import serve_asgi
 from fulgurite.schemas.codec import decode
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import BufferFull, InvalidEvent, Undelivered
 from fulgurite.schemas.resources import ResourceVersion
-from fulgurite.schemas.settings import KafkaSettings, Settings
+from fulgurite.schemas.settings import FollowerSettings, KafkaSettings, Settings
 from fulgurite.schemas.topics import RESOURCES, TRAINING
 from fulgurite.schemas.training import VersionApplied
 
@@ -51,10 +52,10 @@ STOP_SECONDS: Final = 4.0
 class Follower:
     """What the records of `resources` become."""
 
-    def __init__(self, settings: Settings, publisher: Publisher) -> None:
+    def __init__(self, settings: Settings, publisher: Publisher, shared: Shared) -> None:
         self._settings = settings
         self._publisher = publisher
-        self.versions = Versions()
+        self.versions = shared.versions
 
     async def on_record(self, record: Record) -> None:
         """One record of the topic. Never raises for what is in it: FastStream would log that and go on."""
@@ -104,13 +105,24 @@ class Follower:
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Follows until `stop`; then resumes what it has paused."""
-    serving = asyncio.create_task(_serve(settings))
+    shared = Shared(settings.follower)
+    over = asyncio.Event()
+    metrics = asyncio.create_task(_serve_metrics(settings.follower, shared, over))
+    serving = asyncio.create_task(_serve(settings, shared))
     stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({serving, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    if serving.done():
-        serving.result()  # it never returns by itself: this raises what ended it
-        return
+    try:
+        await asyncio.wait({serving, stopping, metrics}, return_when=asyncio.FIRST_COMPLETED)
+        stopping.cancel()
+        if serving.done():
+            serving.result()  # it never returns by itself: this raises what ended it
+        else:
+            await _end(serving)
+    finally:
+        over.set()
+        await metrics  # raises what ended it first: its port is taken
+
+
+async def _end(serving: asyncio.Task[None]) -> None:
     serving.cancel()
     done, _ = await asyncio.wait({serving}, timeout=STOP_SECONDS)
     for task in done:
@@ -120,9 +132,16 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         logger.error("a server did not answer within %g s; it may be paused until the next start", STOP_SECONDS)
 
 
-async def _serve(settings: Settings) -> None:
+async def _serve_metrics(settings: FollowerSettings, shared: Shared, over: asyncio.Event) -> None:
+    if settings.port:
+        await serve_asgi(shared.metrics.app(), settings.host, settings.port, over, "follower")
+    else:
+        await over.wait()
+
+
+async def _serve(settings: Settings, shared: Shared) -> None:
     publisher = Publisher(settings.kafka, settings.producer)
-    follower = Follower(settings, publisher)
+    follower = Follower(settings, publisher, shared)
     timeout = aiohttp.ClientTimeout(total=None)  # PolicyServer bounds every call itself
     try:
         async with aiohttp.ClientSession(timeout=timeout) as session, asyncio.TaskGroup() as tasks:
@@ -131,14 +150,14 @@ async def _serve(settings: Settings) -> None:
             tasks.create_task(_read(settings, follower, publishing, settled), name="read")
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(settled.wait(), FIRST_READ_SECONDS)
-            verifier = Verifier()
+            api_key = settings.follower.api_key.get_secret_value()
             for url in settings.follower.servers:
-                server = PolicyServer(url, session, settings.follower.request_seconds)
-                check_seconds = settings.follower.check_seconds
-                loop = Convergence(server, follower.versions, verifier, follower.report, check_seconds)
+                server = PolicyServer(url, session, settings.follower.request_seconds, api_key)
+                loop = Convergence(server, shared, follower.report)
                 tasks.create_task(loop.run(), name=f"converge {url}")
             logger.info("ready; %s on %s", settings.follower.resource, ", ".join(settings.follower.servers))
     finally:
+        await shared.files.close()
         await publisher.close()
 
 

@@ -1,4 +1,4 @@
-"""The versions of the followed resource, newest known first, and whether their files are what was announced.
+"""The versions of the followed resource, newest known first.
 
 Promises: `newest` never goes back to a lower number; of two records with the same number the later one counts. Bounded:
 the newest few are kept, older ones cannot be wanted again. Knows neither servers nor Kafka.
@@ -7,11 +7,8 @@ the newest few are kept, older ones cannot be wanted again. Knows neither server
 from __future__ import annotations
 
 import asyncio
-from pathlib import Path
 from typing import Final
 
-from fulgurite.schemas.checksum import folder_of, folder_sha256
-from fulgurite.schemas.errors import ChecksumMismatch
 from fulgurite.schemas.resources import ResourceVersion
 
 MAX_KEPT: Final = 8
@@ -73,36 +70,3 @@ class Versions:
         event = asyncio.Event()
         self._subscribers.append(event)
         return event
-
-
-class Verifier:
-    """Checks files against their record; servers that want the same version at once share one reading of it."""
-
-    def __init__(self) -> None:
-        self._running: dict[Identity, asyncio.Task[Path]] = {}
-
-    async def verify(self, version: ResourceVersion) -> Path:
-        """The folder with the version's files. Raises ChecksumMismatch: what is wrong, and where."""
-        key = identity(version)
-        task = self._running.get(key)
-        if task is None:
-            task = asyncio.create_task(asyncio.to_thread(_verified_folder, version))
-            self._running[key] = task
-            task.add_done_callback(lambda _: self._running.pop(key, None))
-        return await asyncio.shield(task)
-
-
-def _verified_folder(version: ResourceVersion) -> Path:
-    what = f"{version.resource} version {version.version}"
-    if version.kind != "weights":
-        raise ChecksumMismatch(f"{what} is of kind {version.kind}; only weights can be loaded into a server")
-    try:
-        folder = folder_of(version.uri)
-        if not folder.is_dir():
-            raise ChecksumMismatch(f"{what}: {folder} is not a folder on this machine")
-        found = folder_sha256(folder)
-    except (ValueError, OSError) as error:
-        raise ChecksumMismatch(f"{what}: {version.uri} cannot be read: {error}") from None
-    if found != version.sha256:
-        raise ChecksumMismatch(f"{what}: the files in {folder} have checksum {found}, announced was {version.sha256}")
-    return folder
