@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import AsyncGenerator, Sequence
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass
@@ -14,6 +15,8 @@ import torch
 from starlette.applications import Starlette
 
 from examples.calculator.model import new_model, train_tokenizer
+from fulgurite.infra.ports import free_port
+from fulgurite.producers.service import serve_asgi
 from fulgurite.schemas.settings import PolicyServerSettings
 from fulgurite.streams.policy_server.app import create_app
 from fulgurite.streams.policy_server.policy import Policy
@@ -54,6 +57,26 @@ def assert_exact(
         expected = plain_logprobs(policies[span["version"]], prompt, tokens)
         for at in range(span["start"], span["end"]):
             assert abs(float(expected[at, tokens[at]]) - logprobs[at]) < TOLERANCE, (span, at)
+
+
+def events(stream: str) -> list[dict[str, Any]]:
+    """The chunks of a stream of server-sent events that came to its end."""
+    parts = stream.split("\n\n")
+    assert parts[-2:] == ["data: [DONE]", ""]
+    assert all(part.startswith("data: ") for part in parts[:-1])
+    return [json.loads(part.removeprefix("data: ")) for part in parts[:-2]]
+
+
+def folded(chunks: Sequence[dict[str, Any]], index: int = 0) -> dict[str, Any]:
+    """One choice of a chat completion's stream, in the shape of an answer that was not streamed."""
+    choices = [choice for chunk in chunks for choice in chunk["choices"] if choice["index"] == index]
+    assert [choice["finish_reason"] is None for choice in choices] == [True] * (len(choices) - 1) + [False]
+    whole: dict[str, Any] = dict(choices[-1])
+    whole["content"] = "".join(choice["delta"]["content"] for choice in choices)
+    whole["token_ids"] = [token for choice in choices for token in choice.get("token_ids") or []]
+    found = [choice["logprobs"]["content"] for choice in choices if choice["logprobs"]]
+    whole["logprobs"] = [entry["logprob"] for content in found for entry in content]
+    return whole
 
 
 @dataclass
@@ -102,3 +125,24 @@ async def served(**settings: Any) -> AsyncGenerator[Served]:
     stepping.cancel()
     with suppress(asyncio.CancelledError):
         await stepping
+
+
+@asynccontextmanager
+async def listening(server: Served) -> AsyncGenerator[str]:
+    """The server behind a socket, for clients that hang up; gives its URL."""
+    port = free_port()
+    stop = asyncio.Event()
+    serving = asyncio.create_task(serve_asgi(server.app, "127.0.0.1", port, stop, "policy-server"))
+    url = f"http://127.0.0.1:{port}"
+    try:
+        async with httpx.AsyncClient(base_url=url) as client, asyncio.timeout(20):
+            while True:
+                try:
+                    await client.get("/health")
+                    break
+                except httpx.TransportError:
+                    await asyncio.sleep(0.01)
+        yield url
+    finally:
+        stop.set()
+        await serving

@@ -6,7 +6,8 @@
 
 Promises: the logprob of a token is the model's own log-softmax at that token, the distribution it was sampled from
 when the temperature is 1; every token carries the version that was set when it was sampled; after `swap` no token is
-computed from keys or values of the old weights. A step takes one forward for what is new and one for what runs.
+computed from keys or values of the old weights; a stop string ends a generation at the token that completes it. A step
+takes one forward for what is new and one for what runs.
 
 Why not transformers' ContinuousBatchingManager: it takes sampling or greedy for a whole manager (temperature alone is
 per request), reports logprobs after its temperature, does not say where weights changed, and was measured at three
@@ -24,6 +25,7 @@ import torch
 
 from fulgurite.streams.policy_server.cache import decode_mask, prefill_mask
 from fulgurite.streams.policy_server.policy import Policy
+from fulgurite.streams.policy_server.text import GeneratedText
 
 MAX_ROWS = 64
 """Generations under way at once."""
@@ -44,11 +46,15 @@ class Generation:
     temperature: float = 1.0
     """0 is greedy."""
     seed: int | None = None
+    text: GeneratedText | None = None
+    """Reads along, where somebody wants text; its stop strings end the generation."""
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
     versions: list[tuple[str, int]] = field(default_factory=list)
     """(version, index of the first token sampled by it), in order."""
     finish_reason: FinishReason | None = None
+    stop_reason: str | None = None
+    """The stop string that ended it."""
     generator: torch.Generator | None = field(init=False, default=None)
 
     def __post_init__(self) -> None:
@@ -68,6 +74,8 @@ class Engine:
     def __init__(self, policy: Policy, version: str) -> None:
         self.policy = policy
         self.version = version
+        self.tokens_sampled = 0
+        """In all, those of cancelled generations included."""
         self.waiting: deque[Generation] = deque()
         self.running: list[Generation] = []
         self._cache = policy.new_cache()
@@ -184,9 +192,13 @@ class Engine:
             raise ArithmeticError(f"version {self.version} gave a logprob of {logprob}")
         if not generation.versions or generation.versions[-1][0] != self.version:
             generation.versions.append((self.version, len(generation.tokens)))
+        self.tokens_sampled += 1
         generation.tokens.append(token)
         generation.logprobs.append(logprob)
-        if token in self.policy.stop_ids:
+        ended = token in self.policy.stop_ids
+        if generation.text is not None and not ended:
+            generation.stop_reason = generation.text.append(token)
+        if ended or generation.stop_reason is not None:
             generation.finish_reason = "stop"
         elif len(generation.tokens) >= generation.max_tokens:
             generation.finish_reason = "length"

@@ -1,44 +1,56 @@
-"""The shapes of the wire: OpenAI's chat completions with vLLM's additions, and errors as OpenAI writes them.
+"""What all generating routes have in common on the wire: errors as OpenAI writes them, sampling parameters, spans.
 
-Promises: a request becomes a Generation or a BadRequest that names the field; parameters that would change what is
+Promises: a request becomes Generations or a BadRequest that names the field; parameters that would change what is
 sampled and are not supported are refused, all others are ignored. Knows nothing of HTTP or of the engine's state.
 """
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 from typing import Any, Final
-from uuid import uuid4
 
 import orjson
-from jinja2.exceptions import TemplateError
 
-from fulgurite.streams.policy_server.engine import Generation
+from fulgurite.streams.policy_server.engine import MAX_ROWS, Generation
 from fulgurite.streams.policy_server.policy import Policy
+from fulgurite.streams.policy_server.text import GeneratedText
 
 MAX_BODY_BYTES: Final = 8 * 1024 * 1024
-MAX_MESSAGES: Final = 4_096
+MAX_STOP_STRINGS: Final = 16
+MAX_STOP_CHARS: Final = 256
 _MAX_TEMPERATURE = 100.0
+_MAX_SEED = 2**63 - 1
 
 Json = dict[str, Any]
 
 # Parameters with one value that means "as usual": any other would need sampling that this server does not do.
 _ONLY: dict[str, tuple[Any, ...]] = {
-    "n": (1,),
-    "stream": (False,),
     "top_p": (1,),
     "top_k": (-1, 0),
     "min_p": (0,),
     "presence_penalty": (0,),
     "frequency_penalty": (0,),
     "repetition_penalty": (1,),
-    "top_logprobs": (0,),
     "logit_bias": ({},),
-    "stop": ([],),
     "stop_token_ids": ([],),
+    "allowed_token_ids": ([],),
+    "bad_words": ([],),
+    "include_stop_str_in_output": (False,),
+    "skip_special_tokens": (True,),
     "min_tokens": (0,),
     "ignore_eos": (False,),
+    "use_beam_search": (False,),
+    "best_of": (1,),
+    "suffix": ("",),
+    "echo": (False,),
+    "prompt_logprobs": (None,),
+    "top_logprobs": (0,),
+    "tool_choice": ("auto", "none"),
+    "response_format": ({"type": "text"},),
+    "structured_outputs": (None,),
+    "continue_final_message": (False,),
+    "chat_template": (None,),
+    "chat_template_kwargs": ({},),
 }
 
 
@@ -66,87 +78,86 @@ def parse_json(body: bytes) -> Json:
     return value
 
 
+def check_model(body: Json, served_model_name: str) -> None:
+    model = body.get("model")
+    if model is not None and model != served_model_name:
+        raise BadRequest(f"there is no model {model!r}; served is {served_model_name!r}", "model", "model_not_found")
+
+
 @dataclass(frozen=True)
-class ChatRequest:
-    generation: Generation
-    logprobs: bool
-    token_ids: bool
-    weight_versions: bool
+class Sampling:
+    n: int
+    max_tokens: int | None
+    temperature: float
+    seed: int | None
+    stop: tuple[str, ...]
+
+    def most(self, prompt: list[int], policy: Policy, max_new_tokens: int) -> int:
+        """Tokens of an answer: as asked, within the setting and the context."""
+        return min(self.max_tokens or max_new_tokens, max_new_tokens, policy.max_positions - len(prompt))
+
+    def generations(self, prompt: list[int], policy: Policy, max_new_tokens: int, text: bool) -> list[Generation]:
+        """One for each of n. `text` is what the answer shows; stop strings need it in any case."""
+        with_text = text or bool(self.stop)
+        return [
+            Generation(
+                prompt=prompt,
+                max_tokens=self.most(prompt, policy, max_new_tokens),
+                temperature=self.temperature,
+                seed=None if self.seed is None else self.seed + index,
+                text=GeneratedText(policy.tokenizer.backend_tokenizer, prompt, self.stop) if with_text else None,
+            )
+            for index in range(self.n)
+        ]
 
 
-def parse_chat(body: Json, policy: Policy, served_model_name: str, max_new_tokens: int) -> ChatRequest:
-    """Raises BadRequest."""
+def parse_sampling(params: Json, max_tokens: int | None) -> Sampling:
+    """`max_tokens` is what the route's own names and defaults make of the request. Raises BadRequest."""
     for name, allowed in _ONLY.items():
-        value = body.get(name)
+        value = params.get(name)
         if value is not None and value not in allowed:
             raise BadRequest(f"{name} = {value!r} is not supported here, only {allowed[0]!r}", name)
-    model = body.get("model", served_model_name)
-    if model != served_model_name:
-        raise BadRequest(f"there is no model {model!r}; served is {served_model_name!r}", "model", "model_not_found")
-    prompt = _prompt_ids(body, policy)
-    room = policy.max_positions - len(prompt)
-    if room < 1:
-        raise BadRequest(
-            f"the prompt has {len(prompt)} tokens; the context of {policy.max_positions} leaves no room for an answer",
-            "messages",
-            "context_length_exceeded",
-        )
-    asked = _integer(body, "max_completion_tokens", 1) or _integer(body, "max_tokens", 1) or max_new_tokens
-    return ChatRequest(
-        generation=Generation(
-            prompt=prompt,
-            max_tokens=min(asked, max_new_tokens, room),
-            temperature=_temperature(body),
-            seed=_integer(body, "seed", None),
-        ),
-        logprobs=body.get("logprobs") is True,
-        token_ids=body.get("return_token_ids") is True,
-        weight_versions=body.get("return_weight_versions") is True,
+    return Sampling(
+        n=integer(params, "n", 1, MAX_ROWS) or 1,
+        max_tokens=max_tokens,
+        temperature=_temperature(params),
+        seed=integer(params, "seed", -_MAX_SEED, _MAX_SEED),
+        stop=_stop(params),
     )
 
 
-def _prompt_ids(body: Json, policy: Policy) -> list[int]:
-    messages = body.get("messages")
-    if not isinstance(messages, list) or not messages or not all(isinstance(message, dict) for message in messages):
-        raise BadRequest("messages must be a list of at least one object", "messages")
-    if len(messages) > MAX_MESSAGES:
-        raise BadRequest(f"more than {MAX_MESSAGES} messages", "messages")
-    plain = [_with_text(message, index) for index, message in enumerate(messages)]
-    tools = body.get("tools") or None
-    try:
-        # TypeError: what a template raises when it adds a text and something that is none.
-        text = policy.tokenizer.apply_chat_template(plain, tools=tools, tokenize=False, add_generation_prompt=True)
-    except (TemplateError, TypeError, ValueError) as error:
-        raise BadRequest(f"the chat template refuses these messages: {error}", "messages") from None
-    assert isinstance(text, str)
-    ids: list[int] = policy.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
-    if not ids:
-        raise BadRequest("the messages make an empty prompt", "messages")
-    return ids
+def parse_usage_asked(body: Json) -> bool:
+    """Whether a stream ends with the usage."""
+    options = body.get("stream_options")
+    if options is None:
+        return False
+    if not isinstance(options, dict):
+        raise BadRequest("stream_options must be an object", "stream_options")
+    return flag(options, "include_usage", False)
 
 
-def _with_text(message: Json, index: int) -> Json:
-    """Content given as parts becomes one text: templates know texts."""
-    if not isinstance(message.get("role"), str):
-        raise BadRequest("a message needs a role", f"messages[{index}].role")
-    content = message.get("content")
-    if content is None or isinstance(content, str):
-        return message
-    parts = content if isinstance(content, list) else [None]
-    found = [part.get("text") for part in parts if isinstance(part, dict) and part.get("type") == "text"]
-    texts = [text for text in found if isinstance(text, str)]
-    if len(texts) != len(parts):
-        raise BadRequest("content must be a text or a list of text parts", f"messages[{index}].content")
-    return {**message, "content": "".join(texts)}
+def flag(body: Json, name: str, default: bool) -> bool:
+    value = body.get(name)
+    if value is None:
+        return default
+    if not isinstance(value, bool):
+        raise BadRequest(f"{name} must be true or false", name)
+    return value
 
 
-def _integer(body: Json, name: str, least: int | None) -> int | None:
+def integer(body: Json, name: str, least: int, most: int | None = None) -> int | None:
     value = body.get(name)
     if value is None:
         return None
-    if not isinstance(value, int) or isinstance(value, bool) or (least is not None and value < least):
-        raise BadRequest(f"{name} must be an integer" + (f" of at least {least}" if least is not None else ""), name)
+    if not isinstance(value, int) or isinstance(value, bool) or value < least or (most is not None and value > most):
+        allowed = f"of at least {least}" if most is None else f"from {least} to {most}"
+        raise BadRequest(f"{name} must be an integer {allowed}", name)
     return value
+
+
+def only_sampled_logprob(params: Json) -> bool:
+    """`logprobs` where it is the number of alternatives: whether the sampled token's own is asked for."""
+    return integer(params, "logprobs", 0, 0) is not None
 
 
 def _temperature(body: Json) -> float:
@@ -158,36 +169,15 @@ def _temperature(body: Json) -> float:
     return float(value)
 
 
-def chat_body(request: ChatRequest, policy: Policy, served_model_name: str) -> Json:
-    """The answer. Token ids include the end-of-sequence token, the text does not, as with vLLM."""
-    generation = request.generation
-    choice: Json = {
-        "index": 0,
-        "message": {
-            "role": "assistant",
-            "content": policy.tokenizer.decode(generation.tokens, skip_special_tokens=True),
-        },
-        "logprobs": {"content": _logprobs(generation, policy)} if request.logprobs else None,
-        "finish_reason": generation.finish_reason,
-    }
-    body: Json = {
-        "id": f"chatcmpl-{uuid4().hex}",
-        "object": "chat.completion",
-        "created": int(time.time()),
-        "model": served_model_name,
-        "choices": [choice],
-        "usage": {
-            "prompt_tokens": len(generation.prompt),
-            "completion_tokens": len(generation.tokens),
-            "total_tokens": generation.length,
-        },
-    }
-    if request.token_ids:
-        body["prompt_token_ids"] = generation.prompt
-        choice["token_ids"] = generation.tokens
-    if request.weight_versions:
-        choice["weight_versions"] = version_spans(generation)
-    return body
+def _stop(body: Json) -> tuple[str, ...]:
+    value = body.get("stop")
+    strings = [value] if isinstance(value, str) else [] if value is None else value
+    if not isinstance(strings, list) or len(strings) > MAX_STOP_STRINGS:
+        raise BadRequest(f"stop must be a text or a list of at most {MAX_STOP_STRINGS}", "stop")
+    found = [one for one in strings if isinstance(one, str) and 1 <= len(one) <= MAX_STOP_CHARS]
+    if len(found) != len(strings):
+        raise BadRequest(f"a stop string has 1 to {MAX_STOP_CHARS} characters", "stop")
+    return tuple(found)
 
 
 def version_spans(generation: Generation) -> list[Json]:
@@ -197,11 +187,3 @@ def version_spans(generation: Generation) -> list[Json]:
         {"version": version, "start": start, "end": end}
         for (version, start), end in zip(generation.versions, starts[1:], strict=True)
     ]
-
-
-def _logprobs(generation: Generation, policy: Policy) -> list[Json]:
-    found: list[Json] = []
-    for token, logprob in zip(generation.tokens, generation.logprobs, strict=True):
-        text = policy.token_text(token)
-        found.append({"token": text, "logprob": logprob, "bytes": list(text.encode()), "top_logprobs": []})
-    return found

@@ -1,8 +1,8 @@
 """Drives the engine from the event loop: the queue of requests, pauses, and the swap of weights between two steps.
 
-    generate ──► waiting ──► engine.step ──► answer          run(): steps while there is work and no pause
-                   ▲              ▲
-         pause ────┘   reload ────┘ (between two steps)
+    submit ──► waiting ──► engine.step ──► Underway          run(): steps while there is work and no pause
+                 ▲              ▲
+       pause ────┘   reload ────┘ (between two steps)
 
 State: `policy` (None until the first load), `version` (a label), `paused`. What a pause does with requests under way:
 
@@ -24,6 +24,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Literal
@@ -31,6 +32,7 @@ from typing import Literal
 from fulgurite.schemas.errors import FulguriteError
 from fulgurite.streams.policy_server.engine import MAX_ROWS, Engine, Generation
 from fulgurite.streams.policy_server.policy import Policy, load_policy
+from fulgurite.streams.policy_server.underway import Underway
 
 logger = logging.getLogger(__name__)
 
@@ -50,11 +52,12 @@ class QueueFull(FulguriteError):
 class Worker:
     def __init__(self, max_waiting_requests: int) -> None:
         self.paused = False
-        self.tokens_sampled = 0
         self.requests_finished = 0
         self._max_under_way = max_waiting_requests + MAX_ROWS
         self._engine: Engine | None = None
-        self._answers: dict[Generation, asyncio.Future[None]] = {}
+        self._underway: dict[Generation, Underway] = {}
+        # Nobody waits for them any more; the engine forgets them before its next step.
+        self._gone: list[Generation] = []
         # One reload after the other: the last one asked for is the one that serves.
         self._reload_lock = asyncio.Lock()
         # Held around every step and swap: whoever has it may touch the engine's rows.
@@ -75,8 +78,12 @@ class Worker:
         return len(self._engine.running) if self._engine else 0
 
     @property
+    def tokens_sampled(self) -> int:
+        return self._engine.tokens_sampled if self._engine else 0
+
+    @property
     def waiting(self) -> int:
-        return len(self._answers) - self.running
+        return len(self._engine.waiting) if self._engine else 0
 
     async def set_version(self, version: str) -> None:
         """Names the weights that are served. Raises NotReady."""
@@ -85,31 +92,32 @@ class Worker:
                 raise NotReady("there are no weights to name: load some first")
             self._engine.version = version
 
-    async def generate(self, generation: Generation) -> None:
-        """Returns at its end; cancelled, it is forgotten. Raises NotReady, QueueFull."""
-        engine = self._engine
-        if engine is None:
+    def submit(self, generations: Sequence[Generation], streamed: bool) -> Underway:
+        """Whoever submits closes, whatever happens in between. Raises NotReady, QueueFull."""
+        if self._engine is None:
             raise NotReady("no weights are loaded yet")
-        if len(self._answers) >= self._max_under_way:
+        if len(self._underway) + len(generations) > self._max_under_way:
             raise QueueFull(f"{self.waiting} requests wait already (policy_server.max_waiting_requests)")
-        answer = self._answers[generation] = asyncio.get_running_loop().create_future()
-        engine.submit(generation)
+        underway = Underway(generations, streamed)
+        for generation in generations:
+            self._underway[generation] = underway
+            self._engine.submit(generation)
         self._wake.set()
-        try:
-            await answer
-        except asyncio.CancelledError:
-            async with self._engine_lock:
-                engine.cancel(generation)
-            raise
-        finally:
-            self._answers.pop(generation, None)
+        return underway
+
+    def close(self, underway: Underway) -> None:
+        """What is not finished ends here: nobody pays for the answer of a client that went away. Never waits."""
+        for generation in underway.generations:
+            if self._underway.pop(generation, None) is not None:
+                self._gone.append(generation)
+        self._wake.set()
 
     async def pause(self, mode: PauseMode) -> None:
         """Returns when no token is sampled any more; see the table above."""
         self.paused = True
         async with self._engine_lock:  # a step that began before ends before
             if mode == "abort" and self._engine is not None:
-                self._deliver(self._engine.abort())
+                self._publish(self._engine.abort())
         if mode == "wait":
             await self._drain()
 
@@ -117,6 +125,7 @@ class Worker:
         # The lock is given up between steps: an abort, a resume or a swap need not wait for the end.
         while self.paused and self._engine is not None and self._engine.running:
             async with self._engine_lock:
+                self._forget_gone(self._engine)
                 if self.paused:
                     await self._step(self._engine, admit=False)
 
@@ -141,18 +150,28 @@ class Worker:
         while True:
             await self._wake.wait()
             self._wake.clear()
-            while (engine := self._engine) is not None and not self.paused and not engine.idle:
+            while (engine := self._engine) is not None:
                 async with self._engine_lock:
-                    if not self.paused:
-                        await self._step(engine, admit=True)
+                    self._forget_gone(engine)
+                    if self.paused or engine.idle:
+                        break
+                    await self._step(engine, admit=True)
 
     async def _step(self, engine: Engine, admit: bool) -> None:
-        self._deliver(await asyncio.get_running_loop().run_in_executor(self._stepping, engine.step, admit))
+        finished = await asyncio.get_running_loop().run_in_executor(self._stepping, engine.step, admit)
+        self._publish([*engine.running, *finished])
 
-    def _deliver(self, finished: list[Generation]) -> None:
-        for generation in finished:
-            self.tokens_sampled += len(generation.tokens)
-            self.requests_finished += 1
-            answer = self._answers.get(generation)
-            if answer is not None and not answer.done():
-                answer.set_result(None)
+    def _forget_gone(self, engine: Engine) -> None:
+        for generation in self._gone:
+            engine.cancel(generation)
+        self._gone.clear()
+
+    def _publish(self, generations: Iterable[Generation]) -> None:
+        for generation in generations:
+            finished = generation.finish_reason is not None
+            self.requests_finished += finished
+            underway = self._underway.get(generation)
+            if underway is not None:
+                underway.publish(generation)
+                if finished:
+                    del self._underway[generation]
