@@ -18,9 +18,9 @@ from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.settings import Settings, TrainerSettings
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
 from fulgurite.streams.evaluate import evaluation_rollouts
+from fulgurite.streams.learners.learner import UNCHECKED_STEPS, Learner, NonFinite, load_learner
 from fulgurite.streams.learners.packing import pack
 from fulgurite.streams.trainer.checkpoints import Checkpoints, RunState, copy_companions
-from fulgurite.streams.trainer.learner import UNCHECKED_STEPS, Learner, NonFinite
 from fulgurite.streams.trainer.plan import make_plan
 from fulgurite.streams.trainer.samples import ModelLimits, Sample, member_of, read_limits, training_set
 from fulgurite.streams.trainer.tasks import group_records, load_tasks
@@ -109,7 +109,7 @@ def samples_from(folder: Path, version: int = 3) -> list[Sample]:
 def test_a_token_counts_also_where_it_is_what_others_pad_with(model_folder: Path) -> None:
     samples = samples_from(model_folder)
     sampled_padding = replace(samples[0], token_ids=[*samples[0].token_ids[:-1], 0])
-    learner = Learner(model_folder, TrainerSettings())
+    learner = load_learner(model_folder, TrainerSettings())
     together, _ = learner.logprobs(pack([sampled_padding, *samples[1:]]))
     alone = torch.cat([learner.logprobs(pack([s]))[0] for s in [sampled_padding, *samples[1:]]])
     assert len(together) == 6 * 3, "all sampled tokens count, the zeros too"
@@ -120,7 +120,7 @@ def test_a_token_counts_also_where_it_is_what_others_pad_with(model_folder: Path
 def test_a_step_moves_towards_what_was_good_and_does_not_depend_on_micro_batches(model_folder: Path) -> None:
     samples = samples_from(model_folder)
     settings = TrainerSettings(learning_rate=1e-3, warmup_steps=0)
-    learner = Learner(model_folder, settings)
+    learner = load_learner(model_folder, settings)
     before, _ = learner.logprobs(pack(samples))
     result = learner.step(samples, 3)
     after, _ = learner.logprobs(pack(samples))
@@ -130,13 +130,13 @@ def test_a_step_moves_towards_what_was_good_and_does_not_depend_on_micro_batches
     assert result.metrics["rollout_corr/rollout_is_eff_sample_size"] == pytest.approx(1.0, abs=1e-4)
     assert result.metrics["actor/lr"] == 1e-3
 
-    split = Learner(model_folder, settings.model_copy(update={"micro_batch_tokens": 7}))
+    split = load_learner(model_folder, settings.model_copy(update={"micro_batch_tokens": 7}))
     again = split.step(samples, 3)
     assert (again.loss, again.grad_norm) == pytest.approx((result.loss, result.grad_norm), abs=1e-5)
 
 
 def test_warm_up_is_linear(model_folder: Path) -> None:
-    learner = Learner(model_folder, TrainerSettings(learning_rate=1e-3, warmup_steps=4))
+    learner = load_learner(model_folder, TrainerSettings(learning_rate=1e-3, warmup_steps=4))
     samples = [replace(s, versions=[0] * len(s.versions)) for s in samples_from(model_folder)]
     rates = [learner.step(samples, 9).metrics["actor/lr"] for _ in range(5)]
     assert rates == pytest.approx([2.5e-4, 5e-4, 7.5e-4, 1e-3, 1e-3])
@@ -146,8 +146,8 @@ def test_mismatch_is_an_error_for_this_version_and_a_correction_for_older_ones(m
     samples = samples_from(model_folder)
     samples[2].behaviour_logprobs[-1] -= 0.01
     with pytest.raises(LogprobMismatch, match=f"rollout r2, position {len(samples[2].token_ids) - 1}, "):
-        Learner(model_folder, TrainerSettings()).step(samples, 3)
-    assert Learner(model_folder, TrainerSettings()).step(samples, 4).tokens == 18
+        load_learner(model_folder, TrainerSettings()).step(samples, 3)
+    assert load_learner(model_folder, TrainerSettings()).step(samples, 4).tokens == 18
 
 
 def stale(samples: list[Sample], shift: float) -> list[Sample]:
@@ -160,7 +160,7 @@ def test_the_clip_decides_about_stale_tokens(model_folder: Path) -> None:
 
     def norm(**changes: Any) -> float:
         settings = TrainerSettings.model_validate({"max_grad_norm": 1e9, **changes})
-        result = Learner(model_folder, settings).step(samples, 4)
+        result = load_learner(model_folder, settings).step(samples, 4)
         clipped.append(result.metrics["actor/pg_clipfrac"])
         return result.grad_norm
 
@@ -176,7 +176,7 @@ def test_the_clip_decides_about_stale_tokens(model_folder: Path) -> None:
 def test_on_policy_both_corrections_are_the_same(model_folder: Path) -> None:
     samples = samples_from(model_folder)
     norms = [
-        Learner(model_folder, TrainerSettings(correction=correction)).step(samples, 3).grad_norm
+        load_learner(model_folder, TrainerSettings(correction=correction)).step(samples, 3).grad_norm
         for correction in ("clip", "truncate")
     ]
     assert norms[0] == pytest.approx(norms[1], rel=1e-4)
@@ -187,7 +187,7 @@ def test_same_version_tokens_are_measured_apart_and_missed_when_there_are_none(
 ) -> None:
     fresh = samples_from(model_folder)
     old = [replace(s, versions=[min(v, 2) for v in s.versions]) for s in stale(fresh, 0.5)]
-    learner = Learner(model_folder, TrainerSettings(learning_rate=1e-9))
+    learner = load_learner(model_folder, TrainerSettings(learning_rate=1e-9))
     metrics = learner.step([*fresh[:3], *old[3:]], 3).metrics
     assert metrics["sampling/same_version_tokens"] == 9
     assert metrics["sampling/same_version_logp_difference/max"] < 1e-4
@@ -202,7 +202,7 @@ def test_same_version_tokens_are_measured_apart_and_missed_when_there_are_none(
 
 def test_what_is_no_number_changes_nothing(model_folder: Path, tmp_path: Path) -> None:
     samples = [replace(s, advantage=float("inf")) for s in samples_from(model_folder)]
-    learner = Learner(model_folder, TrainerSettings())
+    learner = load_learner(model_folder, TrainerSettings())
     with pytest.raises(NonFinite, match="nothing was published"):
         learner.step(samples, 3)
     learner.save_weights(tmp_path)
@@ -215,11 +215,11 @@ def test_a_learner_goes_on_from_its_files_bit_for_bit(model_folder: Path, tmp_pa
         return (tmp_path / name / "model.safetensors").read_bytes()
 
     samples = samples_from(model_folder)
-    straight = Learner(model_folder, TrainerSettings())
+    straight = load_learner(model_folder, TrainerSettings())
     straight.step(samples, 3)
     straight.save_weights(tmp_path / "half")
     straight.save_state(tmp_path / "state.pt")
-    resumed = Learner(tmp_path / "half", TrainerSettings(), tmp_path / "state.pt")
+    resumed = load_learner(tmp_path / "half", TrainerSettings(), tmp_path / "state.pt")
     straight.step(samples, 9)
     resumed.step(samples, 9)
     assert save(straight, "a") == save(resumed, "b")

@@ -17,7 +17,7 @@ from fulgurite.streams.trainer.samples import TrainingSet
 from fulgurite.streams.trainer.windows import Window, Windows
 
 if TYPE_CHECKING:
-    from fulgurite.streams.trainer.learner import StepResult
+    from fulgurite.streams.learners.learner import StepResult
 
 logger = logging.getLogger(__name__)
 

@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING
 
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.ids import now_ns
+from fulgurite.streams.learners.launch import launched_ranks
 from fulgurite.streams.trainer.checkpoints import OPTIMIZER, Checkpoints
 from fulgurite.streams.trainer.events import Marker
 from fulgurite.streams.trainer.log import committed_run
@@ -30,7 +31,7 @@ from fulgurite.streams.trainer.windows import Windows
 from fulgurite.streams.transactions import Transactions
 
 if TYPE_CHECKING:
-    from fulgurite.streams.trainer.learner import Learner
+    from fulgurite.streams.learners.ranks import AnyLearner
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +44,7 @@ class Run:
     """The newest committed version; for a new run the one its first transaction will make."""
     step: int
     windows: Windows
-    learner: Learner
+    learner: AnyLearner
     companions: Path
     """Where tokenizer and chat template are copied from: the start model, or the last version."""
     committed_offsets: dict[int, int]
@@ -115,11 +116,15 @@ async def _begin(plan: Plan, reader: TrajectoryReader, checkpoints: Checkpoints,
     )
 
 
-async def _load(plan: Plan, folder: Path, state: Path | None) -> Learner:
+async def _load(plan: Plan, folder: Path, state: Path | None) -> AnyLearner:
     # Here and not at the top: torch and transformers take seconds, and settings are checked before.
-    def load() -> Learner:
-        from fulgurite.streams.trainer.learner import Learner
+    def load() -> AnyLearner:
+        if launched_ranks() > 1:
+            from fulgurite.streams.learners.ranks import Lead
 
-        return Learner(folder, plan.trainer, state)
+            return Lead(folder, plan.trainer, state)
+        from fulgurite.streams.learners.learner import load_learner
+
+        return load_learner(folder, plan.trainer, state)
 
     return await asyncio.to_thread(load)

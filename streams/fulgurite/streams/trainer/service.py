@@ -44,11 +44,13 @@ import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from fulgurite.producers.logs import configure_logging
 from fulgurite.producers.service import run_service
 from fulgurite.schemas.ids import now_ns
 from fulgurite.schemas.settings import Settings
 from fulgurite.schemas.topics import TRAINING
 from fulgurite.schemas.training import RunFinished
+from fulgurite.streams.learners.launch import launched_rank, launched_ranks
 from fulgurite.streams.trainer.checkpoints import Checkpoint, Checkpoints, RunState, copy_companions
 from fulgurite.streams.trainer.ending import cancel_outstanding
 from fulgurite.streams.trainer.events import Marker, outgoing, started_event
@@ -65,7 +67,7 @@ from fulgurite.streams.trainer.windows import Window
 from fulgurite.streams.transactions import Transactions
 
 if TYPE_CHECKING:
-    from fulgurite.streams.trainer.learner import StepResult
+    from fulgurite.streams.learners.learner import StepResult
 
 logger = logging.getLogger(__name__)
 
@@ -83,8 +85,14 @@ DRAIN_SECONDS = 60.0
 
 
 def main(settings: Settings) -> int:
-    """`fulgurite train`: exit code 0 when the run is over, or was asked to stop."""
-    return run_service("trainer", settings.log, lambda stop: serve(settings, stop))
+    """`fulgurite train`: exit code 0 when the run is over, or was asked to stop. Under torchrun one process of many."""
+    if launched_rank() == 0:
+        return run_service("trainer", settings.log, lambda stop: serve(settings, stop))
+    from fulgurite.streams.learners.ranks import follow
+
+    configure_logging(f"trainer-{launched_rank()}", settings.log)
+    follow(settings.trainer)
+    return 0
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
@@ -113,13 +121,23 @@ async def _train(plan: Plan) -> None:
         await reader.start()
         ownership = Ownership(kafka, plan.trainer.resource, plan.run_id)
         run = await recover(plan, transactions, reader, checkpoints, ownership)
-        if run is None:
-            return
-        trainer = Trainer(plan, run, Publishing(plan, transactions), reader, checkpoints, ownership)
-        await trainer.train()
+        if run is not None:
+            trainer = Trainer(plan, run, Publishing(plan, transactions), reader, checkpoints, ownership)
+            await trainer.train()
+        await _release_ranks(run)
     finally:
         await reader.close()
         await transactions.close()
+
+
+async def _release_ranks(run: Run | None) -> None:
+    """The other processes of torchrun end too; after an error torchrun ends them."""
+    if run is not None:
+        await asyncio.to_thread(run.learner.close)
+    elif launched_ranks() > 1:
+        from fulgurite.streams.learners.ranks import dismiss
+
+        await asyncio.to_thread(dismiss)
 
 
 class Trainer:

@@ -1,0 +1,74 @@
+"""One life of a learner, alone or as one rank under torchrun: load, some steps, save. Run by test_engines.py.
+
+    python engine_lives.py '{"zero_stage": 3, "model": …, "state": …, "steps": 3, "out": …, "poisoned": [1]}' …
+Each argument is one life, one after the other in the same process; rank 0 writes out/lives.json and the model.
+"""
+
+from __future__ import annotations
+
+import json
+import random
+import sys
+from pathlib import Path
+from typing import Any
+
+from fulgurite.schemas.errors import LogprobMismatch
+from fulgurite.schemas.settings import TrainerSettings
+from fulgurite.streams.learners.learner import NonFinite, load_learner
+from fulgurite.streams.trainer.samples import Sample
+
+VOCABULARY = 97
+
+
+def samples(count: int = 13) -> list[Sample]:
+    chance = random.Random(0)
+    found: list[Sample] = []
+    for number in range(count):
+        length = chance.randint(5, 40)
+        found.append(
+            Sample(
+                rollout_id=f"r{number}",
+                token_ids=[chance.randrange(VOCABULARY) for _ in range(length)],
+                loss_mask=[0, 0] + [1] * (length - 2),
+                behaviour_logprobs=[-4.5] * length,
+                versions=[0] * length,
+                advantage=chance.uniform(-1, 1),
+            )
+        )
+    return found
+
+
+def live(life: dict[str, Any]) -> None:
+    settings = TrainerSettings(
+        zero_stage=life["zero_stage"],
+        dtype=life.get("dtype", "float32"),
+        learning_rate=3e-3,
+        warmup_steps=4,
+        weight_decay=0.01,
+        max_grad_norm=0.5,
+        micro_batch_tokens=60,
+        importance_cap=1_000.0,
+        correction="truncate",
+    )
+    state = Path(life["state"]) if life.get("state") else None
+    learner = load_learner(Path(life["model"]), settings, state)
+    steps: list[Any] = []
+    for number in range(life["steps"]):
+        # Version 0 is that of the samples, whose logprobs are made up: asked for, the comparison refuses the step.
+        version = 0 if number in life.get("poisoned", []) else 1
+        try:
+            result = learner.step(samples(life.get("samples", 13)), version)
+            steps.append([result.loss, result.grad_norm, result.tokens, result.metrics["actor/entropy"]])
+        except (LogprobMismatch, NonFinite) as error:
+            steps.append(type(error).__name__)
+    out = Path(life["out"])
+    out.mkdir(exist_ok=True)
+    learner.save_weights(out)
+    learner.save_state(out / "optimizer.pt")
+    if learner.engine.rank == 0:
+        (out / "steps.json").write_text(json.dumps(steps))
+
+
+if __name__ == "__main__":
+    for argument in sys.argv[1:]:
+        live(json.loads(argument))
