@@ -175,6 +175,23 @@ def test_calls_not_sampled_from_the_policy_as_it_is_are_not_trained_on(name: str
     assert joined([call]).partial == ("" if neutral else "sampling"), "calls there were"
 
 
+def test_calls_with_forced_or_forbidden_tokens_are_not_trained_on() -> None:
+    call = with_attributes(llm_call("r", 1, [1], [2]), fulgurite__request__constraints=["response_format"])
+    assert joined([call]).partial == "sampling"
+    assert joined([call]).sequences == []
+
+
+@pytest.mark.parametrize("end", [{"status": "error", "finish_reason": ""}, {"finish_reason": "abort"}])
+def test_a_call_that_broke_off_is_left_out_and_forgotten_where_it_was_asked_again(end: dict[str, str]) -> None:
+    broken = llm_call("r", 1, [1], [2, 3]).model_copy(update=end)
+    other = llm_call("r", 2, [7], [8])
+    assert joined([broken, other]).partial == "unfinished"
+    assert [sequence.token_ids for sequence in joined([broken, other]).sequences] == [[7, 8]]
+    again = retry(llm_call("r", 2, [1], [2, 4]), 1)
+    assert joined([broken, again]).partial == ""
+    assert [sequence.token_ids for sequence in joined([broken, again]).sequences] == [[1, 2, 4]]
+
+
 def test_evaluations_may_sample_as_they_like() -> None:
     call = value(with_attributes(llm_call("r", 1, [1], [2]), gen_ai__request__temperature=0))
     for mode in ("val", "test"):

@@ -9,12 +9,8 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fulgurite.streams.trainer.losses import (
-    MAX_LOG_RATIO,
-    behaviour_kl,
-    effective_sample_fraction,
-    policy_loss,
-)
+from fulgurite.streams.objectives.ratios import MAX_LOG_RATIO
+from fulgurite.streams.trainer.losses import behaviour_kl, policy_loss
 
 LOW, HIGH, CAP = 0.2, 0.28, 2.0
 logprob = st.floats(-6, -1e-3)
@@ -112,12 +108,6 @@ def test_micro_batches_add_up_to_the_window() -> None:
         ).loss.item()  # fmt: skip
 
     assert loss(slice(0, 3)) + loss(slice(3, 10)) == pytest.approx(loss(slice(0, 10)), rel=1e-5)
-
-
-def test_effective_sample_fraction() -> None:
-    assert effective_sample_fraction(torch.ones(7)) == pytest.approx(1.0)
-    assert effective_sample_fraction(torch.tensor([1.0, 0.0, 0.0, 0.0])) == pytest.approx(0.25)
-    assert effective_sample_fraction(torch.zeros(3)) == 0.0
 
 
 def test_kl_estimators_agree_with_the_exact_divergence() -> None:

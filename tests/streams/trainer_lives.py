@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from fulgurite.schemas.settings import load_settings
-from fulgurite.streams.trainer import checkpoints, learner, service
+from fulgurite.streams.learners import learner
+from fulgurite.streams.trainer import checkpoints, service
 from fulgurite.streams.transactions import Transactions
 
 assert learner  # imported before the forks

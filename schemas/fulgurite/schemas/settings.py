@@ -262,7 +262,7 @@ class TrainerSettings(Section):
     """Largest |difference| between trainer and sampler for tokens of the same version; beyond it the run stops."""
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 16_384
     """Tokens of one forward pass."""
-    zero_stage: Literal[0, 1, 2, 3] = 0
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """DeepSpeed's ZeRO stage, for several processes under torchrun; 0: plain torch on one device."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """Of the forward pass and of published weights; the optimizer's own copy is float32 always."""

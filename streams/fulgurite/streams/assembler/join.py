@@ -11,7 +11,9 @@ Does not know Kafka, offsets, or when a rollout is complete.
 
 `partial` is a comma-separated list of:
     no_calls         it succeeded without an LLM call that carries sampled tokens
-    sampling         in mode train, a call was not sampled from the policy as it is (NEUTRAL_SAMPLING); it is left out
+    sampling         in mode train, a call was not sampled from the policy as it is (NEUTRAL_SAMPLING, or tokens were
+                     forbidden or forced: a grammar, a tool that must be called); it is left out
+    unfinished       a call broke off before its end, and was not asked again; it is left out
     no_reward        it succeeded, and no reward named `reward` came for it
     missing_logprobs a call has sampled tokens but not their logprobs; it is left out
     missing_prompt   a call has sampled tokens but not its prompt's; it is left out
@@ -47,6 +49,10 @@ from fulgurite.schemas.trajectories import TokenSequence, Trajectory, Trajectory
 E = TypeVar("E", Span, Reward)
 
 
+CONSTRAINTS: Final = "fulgurite.request.constraints"
+"""Attribute of a call: what of its request forbade or forced tokens."""
+ABORTED: Final = "abort"
+"""vLLM's finish_reason of a call that was ended from outside."""
 EXPIRED = b""
 """Stands for a record that Kafka had deleted before it could be joined."""
 
@@ -178,11 +184,16 @@ def select_calls(spans: Sequence[Span], finished: RolloutFinished, partial: list
         calls.sort(key=lambda span: (span.sequence_id, span.start_ns, span.span_id))
     else:
         calls.sort(key=lambda span: (span.start_ns, span.end_ns, span.span_id))
-    return without_superseded(calls)
+    wanted = without_superseded(calls)
+    finished_calls = [call for call in wanted if call.status != "error" and call.finish_reason != ABORTED]
+    partial += ["unfinished"] * (len(wanted) - len(finished_calls))
+    return finished_calls
 
 
 def sampled_neutrally(call: Span) -> bool:
     """Whether nothing recorded of the request made the sampled distribution another than the policy's."""
+    if call.attributes.get(CONSTRAINTS):
+        return False
     for name, neutral in NEUTRAL_SAMPLING.items():
         value = call.attributes.get(name)
         if value is not None and _number(value) not in neutral:

@@ -17,11 +17,13 @@ import logging
 import os
 import warnings
 from pathlib import Path
-from typing import Any, Literal, TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.distributed_c10d import PrefixStore
+from torch.distributed.rendezvous import rendezvous
 
 from fulgurite.streams.learners.engine import AdamW, OptimizerState, check_names, trainable
 from fulgurite.streams.learners.packing import PackedBatch
@@ -35,9 +37,8 @@ FIRST, SECOND = "exp_avg", "exp_avg_sq"
 class DeepSpeedEngine:
     """Made on every rank alike, after torchrun's environment is there."""
 
-    def __init__(
-        self, policy: Policy, adamw: AdamW, *, stage: Literal[1, 2, 3], dtype: torch.dtype = torch.float32
-    ) -> None:
+    def __init__(self, policy: Policy, adamw: AdamW, *, stage: int, dtype: torch.dtype = torch.float32) -> None:
+        """`stage`: 1, 2 or 3."""
         self._stage = stage
         self._dtype = dtype
         self._deepspeed = _deepspeed()
@@ -152,10 +153,16 @@ class DeepSpeedEngine:
 
 def start_processes() -> None:
     """Joins the other ranks that torchrun started; again: nothing."""
-    if not dist.is_initialized():
-        _deepspeed().init_distributed(dist_backend="nccl" if torch.cuda.is_available() else "gloo")
-        if torch.cuda.is_available():
-            torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    if dist.is_initialized():
+        return
+    store, rank, ranks = next(iter(rendezvous("env://")))
+    # Torchrun's store outlives the ranks: after a restart they would find the addresses of those that died.
+    store = PrefixStore(f"restart_{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}", store)
+    on_gpu = torch.cuda.is_available()
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    dist.init_process_group("nccl" if on_gpu else "gloo", store=store, rank=rank, world_size=ranks)
+    _deepspeed().init_distributed(dist_backend="nccl" if on_gpu else "gloo")
 
 
 def _deepspeed() -> Any:

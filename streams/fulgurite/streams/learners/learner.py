@@ -23,7 +23,8 @@ from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.engine import AdamW, Engine, OptimizerState, TorchEngine
 from fulgurite.streams.learners.packing import PackedBatch, pack, plan
 from fulgurite.streams.learners.policy import load_policy
-from fulgurite.streams.trainer.losses import behaviour_kl, effective_sample_fraction, policy_loss
+from fulgurite.streams.objectives.importance import effective_sample_fraction
+from fulgurite.streams.trainer.losses import behaviour_kl, policy_loss
 from fulgurite.streams.trainer.samples import Sample
 
 logger = logging.getLogger(__name__)

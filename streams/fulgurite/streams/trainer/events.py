@@ -12,7 +12,7 @@ from fulgurite.schemas.resources import ResourceVersion
 from fulgurite.schemas.settings import KafkaSettings, TrainerSettings
 from fulgurite.schemas.topics import Topic
 from fulgurite.schemas.training import RunStarted
-from fulgurite.streams.trainer.advantages import mean_and_std
+from fulgurite.streams.objectives.advantages import mean_and_std
 from fulgurite.streams.trainer.checkpoints import Checkpoint
 from fulgurite.streams.trainer.samples import TrainingSet
 from fulgurite.streams.trainer.windows import Window

@@ -23,8 +23,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-MAX_LOG_RATIO = 20.0
-"""Log-ratios are clamped to +-20 before exp (as verl does): e^20 is past any clip or cap, e^100 is not a float32."""
+from fulgurite.streams.objectives.ratios import MAX_LOG_RATIO, bounded_exp
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,21 +52,13 @@ def policy_loss(
     importance_cap: float,
 ) -> LossTerms:
     """All of [N]; only `logprobs` carries a gradient."""
-    weights_raw = _exp(proximal_logprobs - behaviour_logprobs).detach()
+    weights_raw = bounded_exp(proximal_logprobs - behaviour_logprobs).detach()
     weights = weights_raw.clamp(max=importance_cap)
-    ratio = _exp(logprobs - proximal_logprobs.detach())
+    ratio = bounded_exp(logprobs - proximal_logprobs.detach())
     free = ratio * advantages
     held = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
     loss = -(weights * torch.minimum(free, held)).sum() / token_count
     return LossTerms(loss, weights, ratio.detach(), (held < free).detach(), weights_raw > importance_cap)
-
-
-def effective_sample_fraction(weights: Tensor) -> float:
-    """[N] importance weights -> (sum w)^2 / (N sum w^2): 1 when all are equal, towards 1/N when one has it all."""
-    squares = weights.square().sum().item()
-    if squares == 0.0:
-        return 0.0
-    return weights.sum().item() ** 2 / (weights.numel() * squares)
 
 
 def behaviour_kl(current: Tensor, behaviour: Tensor) -> tuple[float, float]:
@@ -78,7 +69,3 @@ def behaviour_kl(current: Tensor, behaviour: Tensor) -> tuple[float, float]:
     """
     difference = (current - behaviour).clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO)
     return (-difference).mean().item(), (difference.exp() - 1.0 - difference).mean().item()
-
-
-def _exp(log_ratio: Tensor) -> Tensor:
-    return log_ratio.clamp(-MAX_LOG_RATIO, MAX_LOG_RATIO).exp()

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from fulgurite.schemas.ids import now_ns
 from fulgurite.schemas.training import TrainingStep
-from fulgurite.streams.trainer.advantages import mean_and_std
+from fulgurite.streams.objectives.advantages import mean_and_std
 from fulgurite.streams.trainer.checkpoints import Checkpoint
 from fulgurite.streams.trainer.events import staleness, window_metrics
 from fulgurite.streams.trainer.plan import Plan

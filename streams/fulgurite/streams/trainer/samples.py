@@ -13,7 +13,7 @@ from pathlib import Path
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.training import DroppedRollout
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
-from fulgurite.streams.trainer.advantages import group_advantages, has_signal
+from fulgurite.streams.objectives.advantages import group_advantages, has_signal
 from fulgurite.streams.trainer.windows import Member, Window
 
 UNKNOWN_VERSION = -1

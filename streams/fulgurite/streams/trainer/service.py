@@ -40,6 +40,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import os
+import signal
 import time
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -103,6 +105,8 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
         await asyncio.wait({training, stopping}, return_when=asyncio.FIRST_COMPLETED)
         if not training.done():
             logger.info("stopping; started again with the same trainer.run_id, the run goes on from its last version")
+            if launched_ranks() > 1:
+                os._exit(128 + signal.SIGTERM)  # a collective that waits for another rank cannot be interrupted
     finally:
         stopping.cancel()
         training.cancel()

@@ -1,4 +1,4 @@
-"""Advantages against numpy and by hand."""
+"""The advantages of a group, against numpy and by hand."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from fulgurite.streams.trainer.advantages import EPS, group_advantages, has_signal, mean_and_std
+from fulgurite.streams.objectives.advantages import EPS, group_advantages, has_signal, mean_and_std
 
 rewards = st.lists(st.floats(-1e3, 1e3).map(lambda x: round(x, 3)), min_size=2, max_size=32)
 
