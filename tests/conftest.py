@@ -9,12 +9,18 @@ import secrets
 from collections.abc import Iterator
 
 import pytest
+from hypothesis import settings as hypothesis_settings
 
 from fulgurite.infra.clickhouse import EmbeddedClickHouse
 from fulgurite.infra.kafka import EmbeddedKafka
 from fulgurite.infra.kafka_probe import run_in_thread
 from fulgurite.infra.topics import create_topics, delete_topics
 from fulgurite.schemas.settings import ClickHouseSettings, KafkaSettings, Settings
+
+
+# A busy machine stops a test for longer than any deadline of an example.
+hypothesis_settings.register_profile("fulgurite", deadline=None)
+hypothesis_settings.load_profile("fulgurite")
 
 
 @pytest.fixture(scope="session")

@@ -9,16 +9,19 @@ from __future__ import annotations
 
 import asyncio
 import json
-from collections.abc import Callable
+from collections.abc import AsyncGenerator, Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import uvicorn
 from starlette.applications import Starlette
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
+
+from tests.producers import fake_answers
+from tests.producers.fake_answers import Sampled
 
 Fault = Callable[[], Response | None]
 
@@ -46,6 +49,15 @@ class FakePolicyServer:
     held: asyncio.Event = field(default_factory=asyncio.Event)
     mend: Callable[[dict[str, Any]], Any] = lambda body: body
     """Changes an answer before it goes out: a broken backend."""
+    mend_event: Callable[[int, bytes], bytes] = lambda _, event: event
+    """The same for the events of a stream, by their number."""
+    event_seconds: float = 0.0
+    """Pause before each event of a stream but the first."""
+    cut_after: int | None = None
+    """A stream's connection breaks instead of this event."""
+    streams: int = 0
+    """Under way."""
+    sent_events: int = 0
     hold: tuple[str, int] | None = None
     """(route, n): the nth call of the route from now on is done, but never answered: where a caller is killed."""
     port: int = 0
@@ -56,7 +68,7 @@ class FakePolicyServer:
     def url(self) -> str:
         return f"http://127.0.0.1:{self.port}"
 
-    async def __aenter__(self) -> FakePolicyServer:
+    async def __aenter__(self) -> Self:
         await self.start()
         return self
 
@@ -65,7 +77,11 @@ class FakePolicyServer:
 
     async def start(self) -> None:
         routes = [
-            ("/v1/chat/completions", "POST", self._chat),
+            ("/v1/chat/completions", "POST", self._answering(fake_answers.chat, fake_answers.chat_events)),
+            ("/v1/completions", "POST", self._answering(fake_answers.completion, fake_answers.completion_events)),
+            ("/v1/responses", "POST", self._answering(fake_answers.response, fake_answers.response_events)),
+            ("/v1/messages", "POST", self._answering(fake_answers.message, fake_answers.message_events)),
+            ("/v1/messages/count_tokens", "POST", self._count_tokens),
             ("/v1/models", "GET", self._models),
             ("/health", "GET", self._health),
             ("/pause", "POST", self._pause),
@@ -74,6 +90,7 @@ class FakePolicyServer:
             ("/collective_rpc", "POST", self._collective_rpc),
             ("/update_weight_version", "POST", self._update_weight_version),
             ("/weight_info", "GET", self._weight_info),
+            *self.more_routes(),
         ]
         app = Starlette(routes=[Route(path, self._faulty(path, run), methods=[verb]) for path, verb, run in routes])
         config = uvicorn.Config(
@@ -84,6 +101,10 @@ class FakePolicyServer:
         server = self._server
         await until(lambda: server.started)
         self.port = self._server.servers[0].sockets[0].getsockname()[1]
+
+    def more_routes(self) -> list[tuple[str, str, Callable[[Request], Any]]]:
+        """(path, method, handler) of what a subclass serves besides."""
+        return []
 
     async def stop(self) -> None:
         """As a kill: connections are cut."""
@@ -116,35 +137,37 @@ class FakePolicyServer:
 
         return endpoint
 
-    async def _chat(self, request: Request) -> Response:
-        asked = await request.json()
-        self.requests.append(asked)
-        await asyncio.sleep(self.delay_seconds)
-        await until(lambda: not self.paused)
-        body = self.completion(asked)
-        # json, not orjson: NaN passes, as a broken backend would send it.
-        return Response(json.dumps(self.mend(body)), media_type="application/json")
+    def _answering(
+        self, whole: Callable[[Any, Sampled], Any], events: Callable[[Any, Sampled], Iterator[bytes]]
+    ) -> Callable[[Request], Any]:
+        async def answer(request: Request) -> Response:
+            asked = await request.json()
+            self.requests.append(asked)
+            await asyncio.sleep(self.delay_seconds)
+            await until(lambda: not self.paused)
+            sampled = Sampled([self.weights] * self.reply_tokens, self.label, self.gives_versions)
+            if asked.get("stream"):
+                return StreamingResponse(self._streamed(events(asked, sampled)), media_type="text/event-stream")
+            # json, not orjson: NaN passes, as a broken backend would send it.
+            return Response(json.dumps(self.mend(whole(asked, sampled))), media_type="application/json")
 
-    def completion(self, asked: dict[str, Any]) -> dict[str, Any]:
-        ids = [self.weights] * self.reply_tokens
-        logprobs = [{"token": "x", "logprob": -0.125 * (at + 1), "top_logprobs": []} for at in range(len(ids))]
-        versions = [{"version": str(self.label), "start": 0, "end": len(ids)}]
-        choices: list[dict[str, Any]] = []
-        for index in range(asked.get("n") or 1):
-            choice: dict[str, Any] = {
-                "index": index,
-                "message": {"role": "assistant", "content": f"answer {index}"},
-                "finish_reason": "stop",
-                "logprobs": {"content": logprobs} if asked.get("logprobs") else None,
-            }
-            if asked.get("return_token_ids"):
-                choice["token_ids"] = ids
-            if asked.get("return_weight_versions") and self.gives_versions:
-                choice["weight_versions"] = versions
-            choices.append(choice)
-        usage = {"prompt_tokens": 4, "completion_tokens": len(ids), "total_tokens": 4 + len(ids)}
-        body = {"id": "chatcmpl-1", "object": "chat.completion", "created": 1, "model": "policy"}
-        return body | {"choices": choices, "usage": usage, "prompt_token_ids": [1, 2, 3, 4]}
+        return answer
+
+    async def _streamed(self, events: Iterator[bytes]) -> AsyncGenerator[bytes]:
+        self.streams += 1
+        try:
+            for number, event in enumerate(events):
+                if self.cut_after == number:
+                    raise ConnectionAbortedError("as a backend that dies")
+                if number and self.event_seconds:
+                    await asyncio.sleep(self.event_seconds)
+                yield self.mend_event(number, event)
+                self.sent_events += 1
+        finally:
+            self.streams -= 1
+
+    async def _count_tokens(self, request: Request) -> Response:
+        return JSONResponse({"input_tokens": 4})
 
     async def _models(self, request: Request) -> Response:
         return JSONResponse(

@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 import aiohttp
+import httpx
 import openai
 import pytest
 from aiokafka import AIOKafkaConsumer
@@ -67,6 +68,12 @@ async def ask(agent: openai.AsyncOpenAI) -> str | None:
     return answer.choices[0].message.content
 
 
+async def ask_streamed(agent: openai.AsyncOpenAI) -> str:
+    """The text, once the stream came to its end. Raises httpx.HTTPError where it broke off."""
+    stream = await agent.chat.completions.create(model="policy", messages=MESSAGES, stream=True)
+    return "".join([chunk.choices[0].delta.content or "" async for chunk in stream])
+
+
 async def test_what_the_backend_sampled_is_on_the_topic(kafka_settings: KafkaSettings):
     stop = asyncio.Event()
     async with FakePolicyServer(weights=7, label="17") as backend:
@@ -77,7 +84,7 @@ async def test_what_the_backend_sampled_is_on_the_topic(kafka_settings: KafkaSet
         async with openai.AsyncOpenAI(base_url=f"{url}/rollout/r1/attempt/a1/v1", api_key="none") as agent:
             assert await ask(agent) == "answer 0"
             (first,) = await spans(kafka_settings)  # it is there as soon as the answer is
-            await asyncio.gather(*(ask(agent) for _ in range(20)))
+            await asyncio.gather(*(ask_streamed(agent) for _ in range(20)))
         async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none") as outside:
             await ask(outside)
         found = await spans(kafka_settings)
@@ -123,12 +130,16 @@ async def test_kill_9_loses_no_answered_call(kafka_settings: KafkaSettings):
         answered: list[str] = []
 
         async def agent(number: int) -> None:
+            """Every other one streams: its call counts once it saw the end."""
             base = f"{url}/rollout/r{number}/attempt/a1/v1"
             async with openai.AsyncOpenAI(base_url=base, api_key="none", max_retries=0) as client:
                 while True:
                     try:
-                        await ask(client)
-                    except openai.APIConnectionError:
+                        if number % 2:
+                            assert await ask_streamed(client) == "answer 0"
+                        else:
+                            await ask(client)
+                    except (openai.APIConnectionError, httpx.HTTPError):
                         return
                     answered.append(f"r{number}")
 

@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-from fulgurite.infra import cli_data, cli_demo, cli_dlq, cli_replay
+from fulgurite.infra import cli_data, cli_demo, cli_dlq, cli_gateway, cli_replay
 from fulgurite.infra.cli_common import (
     SERVICE_EXIT_CODES,
     DataOption,
@@ -34,6 +34,7 @@ app = typer.Typer(
 cli_data.add_to(app)
 cli_demo.add_to(app)
 cli_dlq.add_to(app)
+cli_gateway.add_to(app)
 cli_replay.add_to(app)
 
 

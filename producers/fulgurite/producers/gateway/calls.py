@@ -5,8 +5,8 @@ A request that is refused here never becomes a call: nothing was asked of the po
 
 from __future__ import annotations
 
-import json
 import re
+import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -15,17 +15,19 @@ from typing import Any, Final
 import orjson
 
 from fulgurite.producers.gateway.errors import ApiError
+from fulgurite.producers.gateway.exchange import BackendKind
+from fulgurite.producers.gateway.keys import parse_bearer
+from fulgurite.producers.gateway.protocols.base import Api
 from fulgurite.schemas.ids import MAX_ID_CHARS, attempt_trace_id, new_span_id, new_trace_id, now_ns
 
 HEADER_ROLLOUT = "x-rollout-id"
 HEADER_ATTEMPT = "x-attempt-id"
 HEADER_AGENT = "x-agent"
 HEADER_TRACEPARENT = "traceparent"
+HEADER_API_KEY = "x-api-key"
+"""Where Anthropic's clients put what others send as a bearer token."""
 HEADER_RETRY = "x-stainless-retry-count"
-"""Sent by OpenAI's clients: 0 at first, then how often they have asked the same again."""
-
-MAX_CHOICES: Final = 128
-"""Of one call (`n`), as OpenAI bounds it."""
+"""Sent by OpenAI's and Anthropic's clients: 0 at first, then how often they have asked the same again."""
 
 MAX_AGENT_CHARS: Final = 512
 
@@ -35,12 +37,24 @@ _TRACEPARENT = re.compile(r"[0-9a-f]{2}-(?!0{32})([0-9a-f]{32})-(?!0{16})([0-9a-
 
 
 @dataclass(slots=True, frozen=True)
-class Call:
-    """A chat completion that an agent asked for."""
+class Caller:
+    """Who asks: what path and headers say, before anything of the body is read."""
 
     rollout_id: str
     """Empty, as attempt_id, for a call outside any rollout: recorded as a trace, never trained on."""
     attempt_id: str
+    authorization: str
+    """The token as it came, as a bearer token; never logged, never recorded."""
+    key: str
+    """The API key in it."""
+
+
+@dataclass(slots=True, frozen=True)
+class Call:
+    """What an agent asked of the model."""
+
+    api: Api
+    caller: Caller
     sequence_ids: tuple[int, ...]
     """One a choice."""
     trace_id: str
@@ -50,13 +64,23 @@ class Call:
     agent: str
     retry_count: int
     """How often the agent's client had asked this before, as far as it says so."""
-    authorization: str
-    """Handed on to the backend as it came; never logged, never recorded."""
     start_ns: int
+    began: float
+    """The same instant, of the clock that never jumps."""
     body: dict[str, Any]
     """As the agent sent it."""
-    backend_body: bytes
-    """What the backend is asked."""
+    agent_body: bytes
+    """The same, byte for byte."""
+    policy_body: bytes
+    """What the policy's server is asked."""
+
+    @property
+    def rollout_id(self) -> str:
+        return self.caller.rollout_id
+
+    @property
+    def attempt_id(self) -> str:
+        return self.caller.attempt_id
 
     @property
     def choices(self) -> int:
@@ -66,8 +90,16 @@ class Call:
     def model(self) -> str:
         return str(self.body.get("model") or "")
 
-    def asked_for(self, field: str) -> bool:
-        return bool(self.body.get(field))
+    @property
+    def streamed(self) -> bool:
+        return bool(self.body.get("stream"))
+
+    def seconds(self) -> float:
+        """Since the agent asked."""
+        return time.perf_counter() - self.began
+
+    def body_for(self, kind: BackendKind) -> bytes:
+        return self.policy_body if kind == "vllm" else self.agent_body
 
 
 class Sequences:
@@ -94,33 +126,50 @@ class Sequences:
         return tuple(range(first, first + count))
 
 
-def parse_call(path_ids: Mapping[str, str], headers: Mapping[str, str], body: bytes, sequences: Sequences) -> Call:
-    """The call. Raises ApiError: 400 for the body, 422 for ids."""
+def identify(path_ids: Mapping[str, str], headers: Mapping[str, str]) -> Caller:
+    """The caller. Ids are taken from the path, else from headers, else from the token. Raises ApiError(422)."""
+    authorization = headers.get("authorization", "")
+    if not authorization and (token := headers.get(HEADER_API_KEY)):
+        authorization = f"Bearer {token}"
+    bearer = parse_bearer(authorization)
+    rollout_id = path_ids.get("rollout_id") or headers.get(HEADER_ROLLOUT) or ""
+    attempt_id = path_ids.get("attempt_id") or headers.get(HEADER_ATTEMPT) or ""
+    if not rollout_id and not attempt_id:
+        rollout_id, attempt_id = bearer.rollout_id, bearer.attempt_id
+    _check_ids(rollout_id, attempt_id)
+    return Caller(rollout_id, attempt_id, authorization, bearer.key)
+
+
+def parse_call(api: Api, caller: Caller, headers: Mapping[str, str], body: bytes, sequences: Sequences) -> Call:
+    """The call. Raises ApiError(400) for the body."""
     start_ns = now_ns()
-    rollout_id, attempt_id = _ids(path_ids, headers)
     request = _request(body)
-    count = _choices(request)
-    backend_body = _backend_body(request)
-    trace_id, parent_span_id = _trace(headers, rollout_id, attempt_id)
+    count = api.choices(request)
+    policy_body = _policy_body(api, request)
+    trace_id, parent_span_id = _trace(headers, caller.rollout_id, caller.attempt_id)
     return Call(
-        rollout_id=rollout_id,
-        attempt_id=attempt_id,
-        sequence_ids=sequences.take(rollout_id, attempt_id, count, start_ns),
+        api=api,
+        caller=caller,
+        sequence_ids=sequences.take(caller.rollout_id, caller.attempt_id, count, start_ns),
         trace_id=trace_id,
         parent_span_id=parent_span_id,
         span_ids=tuple(new_span_id() for _ in range(count)),
         agent=headers.get(HEADER_AGENT, "")[:MAX_AGENT_CHARS],
         retry_count=_retry_count(headers),
-        authorization=headers.get("authorization", ""),
         start_ns=start_ns,
+        began=time.perf_counter(),
         body=request,
-        backend_body=backend_body,
+        agent_body=body,
+        policy_body=policy_body,
     )
 
 
-def _ids(path_ids: Mapping[str, str], headers: Mapping[str, str]) -> tuple[str, str]:
-    rollout_id = path_ids.get("rollout_id") or headers.get(HEADER_ROLLOUT, "")
-    attempt_id = path_ids.get("attempt_id") or headers.get(HEADER_ATTEMPT, "")
+def model_of(body: bytes) -> str:
+    """Which model a body names. Raises ApiError(400) for what is no request."""
+    return str(_request(body).get("model") or "")
+
+
+def _check_ids(rollout_id: str, attempt_id: str) -> None:
     if bool(rollout_id) != bool(attempt_id):
         missing = "attempt_id" if rollout_id else "rollout_id"
         raise ApiError(422, "missing_id", f"rollout_id and attempt_id go together: {missing} is missing", param=missing)
@@ -130,7 +179,6 @@ def _ids(path_ids: Mapping[str, str], headers: Mapping[str, str]) -> tuple[str, 
                 f"{name} must be 1 to {MAX_ID_CHARS} of A-Z a-z 0-9 . _ : @ = + - and begin with a letter or digit"
             )
             raise ApiError(422, "invalid_id", message, param=name)
-    return rollout_id, attempt_id
 
 
 def _request(body: bytes) -> dict[str, Any]:
@@ -140,37 +188,16 @@ def _request(body: bytes) -> dict[str, Any]:
         raise ApiError(400, "invalid_json", f"the body is not JSON: {error}") from None
     if not isinstance(request, dict):
         raise ApiError(400, "invalid_body", "the body must be a JSON object")
-    messages = request.get("messages")
-    if not isinstance(messages, list) or not messages:
-        raise ApiError(400, "invalid_messages", "messages must be a list with at least one message", param="messages")
-    if request.get("stream"):
-        message = "this gateway does not stream: leave `stream` out or set it to false"
-        raise ApiError(400, "stream_unsupported", message, param="stream")
     if not isinstance(request.get("model", ""), str | None):
         raise ApiError(400, "invalid_model", "model must be a string", param="model")
     return request
 
 
-def _backend_body(request: dict[str, Any]) -> bytes:
-    """The agent's request and the fields that make its answer recordable.
-
-    Without `seed`: it makes samples of a group alike, and vLLM's CPU engine dies of it (chunked prefill).
-    """
-    asked = {name: value for name, value in request.items() if name != "seed"}
-    asked |= {"logprobs": True, "return_token_ids": True, "return_weight_versions": True}
+def _policy_body(api: Api, request: dict[str, Any]) -> bytes:
     try:
-        return orjson.dumps(asked)
+        return orjson.dumps(api.for_policy(request))
     except orjson.JSONEncodeError as error:
         raise ApiError(400, "invalid_json", f"the body cannot be handed on: {error}") from None
-
-
-def _choices(request: dict[str, Any]) -> int:
-    count = request.get("n")
-    if count is None:
-        return 1
-    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= MAX_CHOICES:
-        raise ApiError(400, "invalid_n", f"n must be a whole number from 1 to {MAX_CHOICES}", param="n")
-    return count
 
 
 def _retry_count(headers: Mapping[str, str]) -> int:
@@ -185,15 +212,3 @@ def _trace(headers: Mapping[str, str], rollout_id: str, attempt_id: str) -> tupl
     if match and not match[0].startswith("ff"):
         return match[1], match[2]
     return (attempt_trace_id(rollout_id, attempt_id) if rollout_id else new_trace_id()), ""
-
-
-def loads_lenient(data: bytes) -> Any:
-    """JSON as Python's json module writes it: NaN, Infinity and half surrogate pairs included. Raises ValueError."""
-    try:
-        return orjson.loads(data)
-    except orjson.JSONDecodeError:
-        pass
-    try:
-        return json.loads(json.dumps(json.loads(data), ensure_ascii=False).encode("utf-8", "replace"))
-    except RecursionError:
-        raise ValueError("nested too deep") from None

@@ -1,14 +1,18 @@
 """Refusals and failures in OpenAI's error shape, so that any OpenAI client raises its own exception for them.
 
-    400 not a chat completion we can record     openai.BadRequestError
-    404 no such route                           openai.NotFoundError
+    400 not a call we can record                openai.BadRequestError
+    401 no API key of this gateway              openai.AuthenticationError
+    404 no such route, or model                 openai.NotFoundError
     405 another method                          openai.APIStatusError
     413 body over gateway.max_body_bytes        openai.APIStatusError
     422 ids that cannot be ids                  openai.UnprocessableEntityError
-    429 gateway.max_concurrent_requests reached openai.RateLimitError
+    429 a bound is reached                      openai.RateLimitError
     502 the backend's answer is no answer       openai.InternalServerError
     503 backend or broker away for too long     openai.InternalServerError
     504 the backend took too long               openai.InternalServerError
+
+Within a stream, whose status was told long before: an event with the same body, for which its clients raise APIError.
+Anthropic's clients get the same in their shape (protocols/messages.py).
 
 `type` and `code` say whose failure it is: a program can tell ours from the model's. Knows nothing of HTTP servers.
 """
@@ -18,6 +22,9 @@ from __future__ import annotations
 import orjson
 
 _INVALID = "invalid_request_error"
+
+BACKEND_ERROR = "backend_error"
+"""Code of what a backend refused, with its own status and message."""
 
 Headers = list[tuple[bytes, bytes]]
 
@@ -36,6 +43,11 @@ class ApiError(Exception):
         self.param = param
 
     @property
+    def of_backend(self) -> bool:
+        """Whether a backend said it: its words, not ours."""
+        return self.code == BACKEND_ERROR
+
+    @property
     def retriable(self) -> bool:
         return self.status in (429, 503)
 
@@ -45,3 +57,10 @@ class ApiError(Exception):
 
     def headers(self) -> Headers:
         return [(b"retry-after", str(RETRY_AFTER_SECONDS).encode())] if self.retriable else []
+
+
+class AgentGone(ApiError):
+    """The agent hung up, or takes nothing of its answer: recorded, and told to nobody."""
+
+    def __init__(self, code: str, message: str) -> None:
+        super().__init__(499, code, message)

@@ -68,7 +68,8 @@ class Exchange(Protocol):
         ...
 
     def chunks(self) -> AsyncIterator[bytes]:
-        """The body as it arrives, bounded. Raises ApiError(502) when the connection breaks or the body is too large."""
+        """The body as it arrives, bounded. Raises ApiError: 502 when the connection breaks or the body is too large,
+        504 when nothing comes for too long."""
         ...
 
     async def version_after(self) -> str | None:
@@ -77,7 +78,8 @@ class Exchange(Protocol):
 
 
 class Backends(Protocol):
-    """The pool. `open` raises ApiError: 404 for a model nobody serves, 429 where a bound is reached, 503 when nobody
-    could answer until the deadline, 504 when somebody was still at it."""
+    """The pool. `open` raises ApiError: 404 for a model nobody serves, 429 where a bound is reached, 502 when backends
+    broke their connection over this request again and again, 503 when nobody could answer until the deadline, 504 when
+    somebody was still at it."""
 
     def open(self, ask: Ask) -> AbstractAsyncContextManager[Exchange]: ...

@@ -1,0 +1,35 @@
+"""From a call to an Ask, and from an Exchange to what is recorded of it. Shared by whole and streamed answers."""
+
+from __future__ import annotations
+
+from fulgurite.producers.gateway.calls import Call
+from fulgurite.producers.gateway.exchange import Ask, Exchange
+from fulgurite.producers.gateway.outcome import Served
+
+
+def ask_for(call: Call, deadline: float) -> Ask:
+    return Ask(
+        model=call.model,
+        route=call.api.route,
+        body_for=call.body_for,
+        authorization=call.caller.authorization,
+        pin=call.rollout_id,
+        deadline=deadline,
+    )
+
+
+def served_by(exchange: Exchange) -> Served:
+    return Served(
+        kind=exchange.kind,
+        endpoint=exchange.endpoint,
+        resource=exchange.resource,
+        tries=exchange.tries,
+        status=exchange.status,
+        version_before=exchange.version_before,
+    )
+
+
+async def read_all(exchange: Exchange) -> bytes:
+    """The whole body. Raises ApiError when it breaks off."""
+    parts = [part async for part in exchange.chunks()]
+    return parts[0] if len(parts) == 1 else b"".join(parts)

@@ -1,0 +1,108 @@
+"""The attributes of a call's spans: what was asked, who answered, how long it took. Pure.
+
+Names are OpenTelemetry's `gen_ai.*` where it has one; `fulgurite.*` elsewhere.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+from fulgurite.producers.gateway.calls import Call
+from fulgurite.producers.gateway.errors import ApiError
+from fulgurite.producers.gateway.outcome import Served
+from fulgurite.producers.gateway.protocols.base import to_json
+
+REQUEST_ATTRIBUTES: Final = {
+    "temperature": "gen_ai.request.temperature",
+    "top_p": "gen_ai.request.top_p",
+    "top_k": "gen_ai.request.top_k",
+    "min_p": "gen_ai.request.min_p",
+    "max_tokens": "gen_ai.request.max_tokens",
+    "max_completion_tokens": "gen_ai.request.max_tokens",
+    "max_output_tokens": "gen_ai.request.max_tokens",
+    "frequency_penalty": "gen_ai.request.frequency_penalty",
+    "presence_penalty": "gen_ai.request.presence_penalty",
+    "repetition_penalty": "gen_ai.request.repetition_penalty",
+    "stop": "gen_ai.request.stop_sequences",
+    "stop_sequences": "gen_ai.request.stop_sequences",
+    "n": "gen_ai.request.choice.count",
+}
+"""Field of the request -> OpenTelemetry's name; min_p and repetition_penalty, which it does not know, in its manner.
+
+Logprobs are the policy's only where those that shape the distribution are neutral: the assembler reads them here."""
+
+CONSTRAINTS: Final = frozenset(
+    {
+        "response_format",
+        "structured_outputs",
+        "guided_json",
+        "guided_regex",
+        "guided_choice",
+        "guided_grammar",
+        "tool_choice",
+        "logit_bias",
+        "bad_words",
+        "allowed_token_ids",
+        "min_tokens",
+        "text",
+    }
+)
+"""Fields of a request that forbid or shift tokens: logprobs are not those of the distribution that was sampled from."""
+
+ATTRIBUTE_CONSTRAINTS: Final = "fulgurite.request.constraints"
+"""Which of them the request has."""
+ATTRIBUTE_STREAM: Final = "gen_ai.request.stream"
+ATTRIBUTE_FIRST_CHUNK: Final = "gen_ai.response.time_to_first_chunk"
+ATTRIBUTE_TOOLS: Final = "gen_ai.tool.definitions"
+ATTRIBUTE_ERROR: Final = "error.type"
+ATTRIBUTE_BACKEND_STATUS: Final = "http.response.status_code"
+ATTRIBUTE_BACKEND_SECONDS: Final = "fulgurite.backend_seconds"
+ATTRIBUTE_TRIES: Final = "fulgurite.backend_tries"
+ATTRIBUTE_RETRY: Final = "fulgurite.retry_count"
+"""Above 0, how often the agent's client had asked this before; the assembler leaves out the calls it gave up."""
+ATTRIBUTE_CHOICE: Final = "fulgurite.choice"
+ATTRIBUTE_VERSION_LABELS: Final = "fulgurite.weight_version_labels"
+"""Labels that could not be recorded as the version: not numbers, or different before and after the call."""
+
+
+def request_attributes(call: Call) -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    constraints: list[str] = []
+    for key, value in call.body.items():
+        if value is None:
+            continue
+        if name := REQUEST_ATTRIBUTES.get(key):
+            found[name] = value
+        elif key in CONSTRAINTS and _constrains(key, value):
+            constraints.append(key)
+    if constraints:
+        found[ATTRIBUTE_CONSTRAINTS] = constraints
+    if call.retry_count:
+        found[ATTRIBUTE_RETRY] = call.retry_count
+    if call.streamed:
+        found[ATTRIBUTE_STREAM] = True
+    if call.body.get("tools"):
+        found[ATTRIBUTE_TOOLS] = to_json(call.body["tools"])
+    return found
+
+
+def _constrains(key: str, value: Any) -> bool:
+    if key == "tool_choice":  # a tool that must be called is called by a grammar
+        return value not in ("auto", "none") and value not in ({"type": "auto"}, {"type": "none"})
+    if key == "text":  # of the Responses API
+        value = value.get("format") if isinstance(value, dict) else None
+    return bool(value) and value != {"type": "text"}
+
+
+def served_attributes(served: Served) -> dict[str, Any]:
+    found: dict[str, Any] = {ATTRIBUTE_BACKEND_SECONDS: served.seconds}
+    if served.first_chunk_seconds is not None:
+        found[ATTRIBUTE_FIRST_CHUNK] = served.first_chunk_seconds
+    if served.tries > 1:
+        found[ATTRIBUTE_TRIES] = served.tries
+    return found
+
+
+def error_attributes(error: ApiError, served: Served | None) -> dict[str, Any]:
+    attributes: dict[str, Any] = {ATTRIBUTE_ERROR: error.code, ATTRIBUTE_BACKEND_STATUS: error.status}
+    return attributes | (served_attributes(served) if served else {})

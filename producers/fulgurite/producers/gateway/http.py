@@ -1,0 +1,110 @@
+"""The gateway's small ASGI tools: headers, bodies within a bound, answers whole or streamed, agents that hang up."""
+
+from __future__ import annotations
+
+import asyncio
+from types import TracebackType
+from typing import Any, Final
+
+from starlette.types import Message, Receive, Scope, Send
+
+from fulgurite.producers.gateway.errors import ApiError, Headers
+from fulgurite.producers.gateway.sse import MEDIA_TYPE
+
+DRAIN_BYTES: Final = 64 * 1024 * 1024
+"""A refused body is read up to here: a client that is still sending would see a reset instead of the 413."""
+
+
+class Gone(Exception):
+    """The agent closed its connection."""
+
+
+class Present:
+    """A block that ends, raising Gone, when the agent closes its connection meanwhile. After the body was read."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._gone = False
+        self._inside = True
+
+    async def __aenter__(self) -> Present:
+        task = asyncio.current_task()
+        assert task
+        self._task = task
+        self._cancelling = task.cancelling()
+        self._watch = asyncio.ensure_future(_hung_up(self._receive))
+        self._watch.add_done_callback(self._left)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
+    ) -> None:
+        self._inside = False
+        self._watch.cancel()
+        if not self._gone:
+            return
+        # Takes back our own cancellation; somebody else's goes on.
+        if self._task.uncancel() <= self._cancelling and (kind is None or kind is asyncio.CancelledError):
+            raise Gone from error
+
+    def _left(self, watch: asyncio.Future[None]) -> None:
+        if self._inside and not watch.cancelled():
+            self._gone = True
+            self._task.cancel()
+
+
+async def _hung_up(receive: Receive) -> None:
+    while (await receive())["type"] != "http.disconnect":
+        pass
+
+
+class EventStream:
+    """A streamed answer, begun with its first bytes. `send` returns when the connection can take more."""
+
+    def __init__(self, send: Send) -> None:
+        self._send = send
+        self.begun = False
+
+    async def send(self, events: bytes, *, last: bool = False) -> None:
+        if not self.begun:
+            self.begun = True
+            headers = [(b"content-type", MEDIA_TYPE.encode() + b"; charset=utf-8"), (b"cache-control", b"no-cache")]
+            await self._send({"type": "http.response.start", "status": 200, "headers": headers})
+        await self._send({"type": "http.response.body", "body": events, "more_body": not last})
+
+
+async def read_body(receive: Receive, headers: dict[str, str], limit: int) -> bytes:
+    """The whole body. Raises ApiError(413) over `limit` bytes, after the client has sent it."""
+    parts: list[bytes] = []
+    size = 0
+    more = True
+    while more:
+        message: Message = await receive()
+        if message["type"] == "http.disconnect":
+            raise Gone
+        part = message.get("body", b"")
+        more = message.get("more_body", False) and size <= DRAIN_BYTES
+        size += len(part)
+        if size <= limit:
+            parts.append(part)
+        else:
+            parts.clear()
+    if size > limit:
+        said = headers.get("content-length", "more")
+        raise ApiError(413, "body_too_large", f"the body is {said} bytes; the bound gateway.max_body_bytes is {limit}")
+    return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+def headers_of(scope: Scope) -> dict[str, str]:
+    return {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
+
+
+async def respond(send: Send, status: int, body: bytes, extra: Headers | None = None) -> None:
+    headers: Headers = [
+        (b"content-type", b"application/json"),
+        (b"content-length", str(len(body)).encode()),
+        *(extra or []),
+    ]
+    start: dict[str, Any] = {"type": "http.response.start", "status": status, "headers": headers}
+    await send(start)
+    await send({"type": "http.response.body", "body": body})

@@ -1,0 +1,119 @@
+"""An answer of a backend that is still coming: the Exchange of exchange.py over HTTP.
+
+Its connection goes back to be used again only when all of the answer was read. Else it is closed, which is how a
+backend learns that nobody wants the rest: an agent that hangs up ends the generation. Its seat is left either way.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import AsyncIterator, Mapping
+from typing import TYPE_CHECKING, Final
+
+import aiohttp
+
+from fulgurite.producers.gateway.errors import ApiError
+from fulgurite.producers.gateway.exchange import BackendKind
+from fulgurite.producers.gateway.places import Seat
+
+if TYPE_CHECKING:
+    from fulgurite.producers.gateway.replica import Replica
+
+logger = logging.getLogger(__name__)
+
+_VERSIONS_MARK: Final = b'"weight_versions"'
+"""Cannot stand within a text of the answer: there its quotes are escaped."""
+_MARK_BYTES: Final = len(_VERSIONS_MARK)
+
+
+class HttpExchange:
+    """An answer that is still coming. Close it."""
+
+    def __init__(
+        self,
+        replica: Replica,
+        seat: Seat,
+        response: aiohttp.ClientResponse,
+        route: str,
+        tries: int,
+        version_before: str | None,
+        silence_seconds: float,
+    ) -> None:
+        self._replica = replica
+        self._seat = seat
+        self._response = response
+        self._route = route
+        self._silence_seconds = silence_seconds
+        self._says_versions = False
+        self.version_before = version_before
+        self.tries = tries
+
+    @property
+    def status(self) -> int:
+        return self._response.status
+
+    @property
+    def headers(self) -> Mapping[str, str]:
+        return {name.lower(): value for name, value in self._response.headers.items()}
+
+    @property
+    def kind(self) -> BackendKind:
+        return self._replica.kind
+
+    @property
+    def endpoint(self) -> str:
+        return self._replica.url
+
+    @property
+    def resource(self) -> str:
+        return self._replica.settings.resource if self.kind == "vllm" else ""
+
+    async def chunks(self) -> AsyncIterator[bytes]:
+        """The body as it arrives. Raises ApiError: 502 when it breaks or is too large, 504 when nothing comes."""
+        content = self._response.content
+        size, tail = 0, b""
+        while True:
+            try:
+                chunk = content.read_nowait()
+                if not chunk and not content.at_eof():
+                    async with asyncio.timeout(self._silence_seconds):
+                        chunk = await content.readany()
+            except aiohttp.ClientError as error:
+                self._failed(type(error).__name__)
+                raise ApiError(502, "backend_broken", "the backend broke off in the middle of its answer") from None
+            except TimeoutError:
+                self._failed("silence")
+                message = f"the backend said nothing for {self._silence_seconds:g} s (gateway.silence_seconds)"
+                raise ApiError(504, "backend_timeout", message) from None
+            if not chunk:
+                return
+            size += len(chunk)
+            if size > self._replica.max_answer_bytes:
+                message = f"the backend's answer is over {self._replica.max_answer_bytes} bytes"
+                raise ApiError(502, "backend_invalid", f"{message} (gateway.max_answer_bytes)")
+            if not self._says_versions:
+                self._says_versions = _VERSIONS_MARK in chunk or _VERSIONS_MARK in tail + chunk[:_MARK_BYTES]
+                tail = (tail + chunk[-_MARK_BYTES:])[-_MARK_BYTES:]
+            yield chunk
+
+    async def version_after(self) -> str | None:
+        """Asks, unless the answer said itself which version sampled it."""
+        if self.kind != "vllm" or self.status != 200:
+            return None
+        if self._is_whole():
+            self._replica.learned(self._route, gives_versions=self._says_versions)
+        return None if self._says_versions else await self._replica.label()
+
+    def close(self) -> None:
+        """Ends it: what the backend has not said yet is not wanted."""
+        if not self._is_whole():
+            self._response.close()
+        self._seat.leave()
+
+    def _is_whole(self) -> bool:
+        return self._response.content.at_eof()
+
+    def _failed(self, why: str) -> None:
+        logger.warning("backend %s broke off in the middle of an answer (%s)", self.endpoint, why)
+        self._seat.capacity.breaker.failed(asyncio.get_running_loop().time(), self._seat.era)

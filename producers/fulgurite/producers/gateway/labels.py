@@ -1,0 +1,69 @@
+"""Which version a server's weights have, asked as seldom as that allows: GET /weight_info around calls.
+
+For servers that do not say in their answers which version sampled. Versions only grow, so the same label at any time
+before a call and at any time after it means that this version sampled all of it. Hence:
+- before: what was seen last will do; if it is old it is asked for again, since an old label bounds less;
+- after: the question must leave after the answer came; one question serves all calls that wait for it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from typing import Final
+
+FRESH_SECONDS: Final = 0.05
+"""A call that began so soon after a swap may go without a version; older labels are asked for again."""
+ABSENT_SECONDS: Final = 30.0
+"""A server without the route is asked again after this: it may have been replaced."""
+
+
+class NoSuchRoute(Exception):
+    """The server does not have it."""
+
+
+class Labels:
+    """Of one server. `read` gives the label, None when it cannot be had now; raises NoSuchRoute."""
+
+    def __init__(self, read: Callable[[], Awaitable[str | None]]) -> None:
+        self._read = read
+        self._label: str | None = None
+        self._seen_at = -FRESH_SECONDS
+        self._absent_until = 0.0
+        self._asking: asyncio.Task[str | None] | None = None
+        self._next: asyncio.Task[str | None] | None = None
+
+    async def before(self) -> str | None:
+        """A label the server had at some time before now."""
+        if asyncio.get_running_loop().time() - self._seen_at < FRESH_SECONDS:
+            return self._label
+        return await self.after()
+
+    async def after(self) -> str | None:
+        """A label the server has at some time after now."""
+        loop = asyncio.get_running_loop()
+        if loop.time() < self._absent_until:
+            return None
+        if self._next is None:
+            # What is being asked left too early for us. The task begins only once we wait, and so after now.
+            self._next = loop.create_task(self._ask_after(self._asking))
+        return await asyncio.shield(self._next)
+
+    def close(self) -> None:
+        for task in (self._asking, self._next):
+            if task:
+                task.cancel()
+
+    async def _ask_after(self, earlier: asyncio.Task[str | None] | None) -> str | None:
+        if earlier is not None:
+            await asyncio.wait({earlier})
+        self._asking, self._next = self._next, None
+        loop = asyncio.get_running_loop()
+        asked_at = loop.time()
+        try:
+            self._label = await self._read()
+        except NoSuchRoute:
+            self._label, self._absent_until = None, loop.time() + ABSENT_SECONDS
+        # Of the time it was asked: it is at least so old.
+        self._seen_at = asked_at
+        return self._label

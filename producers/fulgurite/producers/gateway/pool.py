@@ -1,0 +1,298 @@
+"""The pool of backends: an Ask goes in, the answer of whichever backend could give one comes out (see exchange.py).
+
+    Ask ─► route allowed? ─► who serves the model? ─► room, or a place in line ─► one backend ─► status known: Exchange
+               │ 404             │ 404                  │ 429, 503          ▲        │ away: another one, or a pause
+                                                                            └────────┘        503, 504 at the deadline
+
+The parts: routing.py (who serves a model), places.py (who takes a request now, who waits), breaker.py (who is left
+alone), replica.py (HTTP), labels.py (versions).
+
+Asked again, on another backend first, or after a pause: refused and broken connections, 502, 503, 504 (a swap, a
+restart, a full queue). That is safe: no byte of an answer has reached the agent, so what a dying server sampled is seen
+by nobody and recorded nowhere. Everything else is the model's answer to this request. A request that a backend had when
+its connection broke may be what killed it: after MAX_BROKEN_TRIES of those it is given up, before it kills the rest.
+
+Only the routes in ROUTES can be asked: what changes weights or shows a server's inside is out of reach, whatever an
+agent writes into a path.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import random
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from types import TracebackType
+from typing import Any, Final
+
+import aiohttp
+
+from fulgurite.producers.gateway.breaker import Breaker
+from fulgurite.producers.gateway.errors import ApiError
+from fulgurite.producers.gateway.exchange import Ask, Exchange
+from fulgurite.producers.gateway.http_exchange import HttpExchange
+from fulgurite.producers.gateway.metrics import BackendMetrics, Metrics
+from fulgurite.producers.gateway.places import Capacity, Places, QueueTimeout, Seat
+from fulgurite.producers.gateway.replica import CHECK_SECONDS, Away, Replica, open_session
+from fulgurite.producers.gateway.routing import ROUTES, named, others
+from fulgurite.schemas.settings import BackendSettings, GatewaySettings
+
+logger = logging.getLogger(__name__)
+
+BACKOFF_SECONDS: Final = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
+"""After every backend was tried: a swap takes tens of milliseconds, a restart seconds."""
+MAX_BROKEN_TRIES: Final = 4
+"""Of one request. More than a rolling restart of its backends breaks."""
+RECOVERY_SECONDS: Final = 0.25
+"""How often a backend that is not well is asked, at least: requests wait for it."""
+RELIST_SECONDS: Final = 1.0
+"""How often a model that nobody is known to serve makes us ask all servers what they serve, at most."""
+LOG_EVERY_SECONDS: Final = 5.0
+
+
+class Member(Replica):
+    """A backend in the pool, with its metrics."""
+
+    def __init__(
+        self, settings: BackendSettings, gateway: GatewaySettings, session: aiohttp.ClientSession, metrics: Metrics
+    ) -> None:
+        breaker = Breaker(gateway.breaker_failures, gateway.breaker_seconds, gateway.max_breaker_seconds)
+        capacity = Capacity(settings.url, breaker, settings.max_concurrent_requests, settings.max_queued_requests)
+        super().__init__(settings, capacity, session, gateway.max_answer_bytes)
+        self.metrics: BackendMetrics = metrics.backend(settings.url)
+        self.metrics.in_flight.set_function(lambda: capacity.in_flight)
+
+
+class Pool:
+    """Use as an async context manager. Implements `Backends`."""
+
+    def __init__(self, settings: GatewaySettings, metrics: Metrics | None = None) -> None:
+        self._settings = settings
+        self.metrics = metrics or Metrics()
+        self._members: dict[Capacity, Member] = {}
+        self._tasks = asyncio.TaskGroup()
+        self._looking: list[asyncio.Task[None]] = []
+        self._relisted_at = float("-inf")
+        self._relisting: asyncio.Task[None] | None = None
+        self._logged_at: dict[str, float] = {}
+
+    async def __aenter__(self) -> Pool:
+        self._loop = asyncio.get_running_loop()
+        self._session = open_session()
+        self._places = Places(self._settings.max_concurrent_requests, self._settings.max_queued_requests)
+        self.metrics.waiting.set_function(lambda: self._places.waiting)
+        await self._tasks.__aenter__()
+        for backend in self._settings.all_backends():
+            member = Member(backend, self._settings, self._session, self.metrics)
+            self._members[member.capacity] = member
+            self._looking.append(self._tasks.create_task(self._look_after(member)))
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        """An unexpected error of a task of ours has cancelled the block, and comes out here."""
+        for task in (*self._looking, self._relisting):
+            if task:
+                task.cancel()
+        for member in self._members.values():
+            member.close()
+        try:
+            await self._tasks.__aexit__(kind, error, trace)
+        finally:
+            self._places.close()
+            await self._session.close()
+
+    @asynccontextmanager
+    async def open(self, ask: Ask) -> AsyncGenerator[Exchange]:
+        """The answer of whichever backend could give one. Raises ApiError, see `Backends`.
+
+        However the block is left, also by cancellation, the backend's connection and the seat are free after it.
+        """
+        if ask.route.partition("?")[0] not in ROUTES:
+            raise ApiError(404, "not_found", f"no backend is asked for {ask.route[:200]}")
+        candidates = tuple(member.capacity for member in await self._serving(ask))
+        with self._places.admitted(candidates):
+            exchange = await self._answered(ask, candidates)
+            try:
+                yield exchange
+            finally:
+                exchange.close()
+
+    async def models(self, authorization: str = "") -> list[dict[str, Any]]:
+        """What all backends serve, as /v1/models describes it. Raises ApiError(503) when none of them could say."""
+        await self._relist(self._loop.time() + CHECK_SECONDS)
+        # Some say so only to who has a key of theirs.
+        silent = [member for member in self._members.values() if member.kind == "vllm" and not member.listed]
+        forwarded = [member for member in silent if member.settings.forward_authorization]
+        await asyncio.gather(*(member.list_models(authorization) for member in forwarded))
+        found: dict[str, dict[str, Any]] = {}
+        for member in self._members.values():
+            found |= {name: entry for name, entry in member.listed.items() if name not in found}
+            for name in member.settings.models:
+                found.setdefault(name, {"id": name, "object": "model", "created": 0, "owned_by": member.kind})
+        if not found and silent:
+            raise ApiError(503, "backend_unavailable", "no backend says which models it serves")
+        return list(found.values())
+
+    async def health(self, timeout_seconds: float) -> str:
+        """Empty when at least one backend is well, else what is wrong. Asked now, those that can be asked."""
+        problems = await asyncio.gather(*(self._problem(member, timeout_seconds) for member in self._members.values()))
+        return "" if "" in problems else "; ".join(dict.fromkeys(problems))
+
+    def state(self) -> list[dict[str, Any]]:
+        """Of each backend, for a report to whoever runs the gateway; agents should not see it."""
+        now = self._loop.time()
+        return [
+            {
+                "url": member.url,
+                "kind": member.kind,
+                "well": member.capacity.well,
+                "breaker": member.capacity.breaker.state(now),
+                "in_flight": member.capacity.in_flight,
+                "models": sorted(member.names),
+            }
+            for member in self._members.values()
+        ]
+
+    async def _serving(self, ask: Ask) -> list[Member]:
+        model, members = ask.model, list(self._members.values())
+        if found := named(members, model):
+            return found
+        await self._relist(ask.deadline)  # an adapter may have been loaded just now
+        if found := named(members, model) or others(members):
+            return found
+        raise ApiError(404, "model_not_found", f"no backend serves the model {model[:200]!r}", param="model")
+
+    async def _relist(self, deadline: float) -> None:
+        """Asks all servers what they serve; at most once a RELIST_SECONDS, and everybody waits for the same answer."""
+        if self._relisting is None:
+            if self._loop.time() - self._relisted_at < RELIST_SECONDS:
+                return
+            self._relisting = self._tasks.create_task(self._list_all())
+        await asyncio.wait({self._relisting}, timeout=deadline - self._loop.time())
+
+    async def _list_all(self) -> None:
+        try:
+            well = [member for member in self._members.values() if member.kind == "vllm" and member.capacity.well]
+            await asyncio.gather(*(member.list_models() for member in well))
+        finally:
+            self._relisted_at = self._loop.time()
+            self._relisting = None
+
+    async def _answered(self, ask: Ask, candidates: tuple[Capacity, ...]) -> HttpExchange:
+        """Tries until somebody answers. The seat is the exchange's; on an error it has been left."""
+        began = self._loop.time()
+        tried: set[Capacity] = set()
+        tries = rounds = broken = 0
+        away = ""
+        while True:
+            untried = [capacity for capacity in candidates if capacity not in tried]
+            seat = self._places.take_now(untried, ask.pin) if tries else None
+            if seat is None:
+                if tries:
+                    await self._pause(ask, rounds, away, began)
+                    rounds += 1
+                    tried.clear()
+                seat = await self._seat(ask, candidates, away)
+            tries += 1
+            member = self._members[seat.capacity]
+            if tries == 1:
+                self.metrics.queue_seconds.observe(self._loop.time() - began)
+            try:
+                return await self._try(member, ask, seat, tries)
+            except Away as error:
+                seat.leave()
+                away = str(error)
+                tried.add(seat.capacity)
+                broken += error.broken
+                self._log_away(member, away)
+            except BaseException:
+                seat.leave()
+                raise
+            if broken >= MAX_BROKEN_TRIES:
+                message = f"{broken} backends broke their connection over this request ({away}); it is given up"
+                raise ApiError(502, "backend_broken", message)
+
+    async def _try(self, member: Member, ask: Ask, seat: Seat, tries: int) -> HttpExchange:
+        """One try. Raises Away, and ApiError(504) at the deadline."""
+        began = self._loop.time()
+        try:
+            async with asyncio.timeout_at(ask.deadline):
+                exchange = await member.ask(ask, seat, tries, self._settings.silence_seconds)
+        except TimeoutError:
+            member.metrics.failures.inc()
+            took = self._loop.time() - began
+            # An agent that waits for less than the gateway would proves nothing.
+            if took >= self._settings.backend_seconds / 2:
+                self._failed(member, seat)
+            raise ApiError(504, "backend_timeout", f"the backend did not answer within {took:.3g} s") from None
+        except Away:
+            member.metrics.failures.inc()
+            self._failed(member, seat)
+            raise
+        member.metrics.answered(exchange.status, self._loop.time() - began)
+        if seat.capacity.breaker.succeeded():
+            self._places.changed()
+        return exchange
+
+    async def _seat(self, ask: Ask, candidates: tuple[Capacity, ...], away: str) -> Seat:
+        now = self._loop.time()
+        queue_seconds = self._settings.queue_seconds
+        try:
+            return await self._places.take(candidates, ask.pin, now + queue_seconds, ask.deadline)
+        except QueueTimeout as error:
+            waited = self._loop.time() - now
+            if error.busy:
+                message = f"every backend of this model stayed full for {waited:.3g} s (gateway.queue_seconds)"
+                raise ApiError(503, "queue_timeout", message) from None
+            raise _unavailable(away or "not well", waited) from None
+
+    async def _pause(self, ask: Ask, rounds: int, away: str, began: float) -> None:
+        """Before all are tried once more. Raises ApiError(503) when there is no time left for that."""
+        # Not all at once: those that failed together would come back together.
+        seconds = BACKOFF_SECONDS[min(rounds, len(BACKOFF_SECONDS) - 1)] * random.uniform(0.75, 1.25)
+        now = self._loop.time()
+        if now + seconds >= ask.deadline:
+            raise _unavailable(away, now - began)
+        await asyncio.sleep(seconds)
+
+    def _failed(self, member: Member, seat: Seat) -> None:
+        if member.capacity.breaker.failed(self._loop.time(), seat.era):
+            self._places.changed()  # sets the alarm for the next probe
+
+    async def _look_after(self, member: Member) -> None:
+        """Its health, models and key, for as long as the pool lives."""
+        usual = self._settings.health_seconds
+        while True:
+            member.read_key()
+            if member.kind == "vllm":
+                was_well = member.capacity.well
+                problem = await member.check()
+                if not problem:
+                    await member.list_models()
+                if was_well != member.capacity.well:
+                    self._places.changed()
+            member.metrics.stands(well=member.capacity.well, breaker=member.capacity.breaker.state(self._loop.time()))
+            seconds = usual if member.capacity.well else min(usual, RECOVERY_SECONDS)
+            await asyncio.sleep(seconds * random.uniform(0.9, 1.1))
+
+    async def _problem(self, member: Member, timeout_seconds: float) -> str:
+        if member.kind != "vllm":
+            return "" if member.capacity.answers(self._loop.time()) else "left alone after failures"
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                return await member.problem()
+        except TimeoutError:
+            return "TimeoutError"
+
+    def _log_away(self, member: Member, away: str) -> None:
+        now = self._loop.time()
+        if now - self._logged_at.get(member.url, float("-inf")) >= LOG_EVERY_SECONDS:
+            self._logged_at[member.url] = now
+            logger.warning("backend %s is away (%s); requests go elsewhere or wait and try again", member.url, away)
+
+
+def _unavailable(away: str, seconds: float) -> ApiError:
+    return ApiError(503, "backend_unavailable", f"no backend could answer within {seconds:.3g} s ({away})")

@@ -1,0 +1,125 @@
+"""What a protocol is to the gateway: what may be asked, what the policy's server is asked, how its answer is read.
+
+One object a protocol, without state; one Stream a streamed call. Pure: neither HTTP, nor Kafka, nor a clock.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar, Final
+
+import orjson
+
+from fulgurite.producers.gateway import sse
+from fulgurite.producers.gateway.errors import BACKEND_ERROR, ApiError
+from fulgurite.producers.gateway.outcome import Outcome
+from fulgurite.schemas.spans import OPERATION_CHAT
+
+Json = dict[str, Any]
+
+INVALID: Final = "backend_invalid"
+"""Code of an ApiError: what the backend said is no answer. Such a call is a dead letter."""
+MAX_CHOICES: Final = 128
+"""Of one call (`n`), as OpenAI bounds it."""
+
+
+class Stream(ABC):
+    """Folds the events of one streamed answer into an Outcome, and says of each what the agent gets, and when."""
+
+    def __init__(self) -> None:
+        self.outcome = Outcome()
+        self.ended = False
+        """The protocol's last event was seen."""
+
+    @property
+    @abstractmethod
+    def complete(self) -> bool:
+        """Whether the model has said all of its answer."""
+
+    @abstractmethod
+    def feed(self, event: sse.Event) -> tuple[bytes, bytes]:
+        """(what passes on at once, what waits until the call is recorded). Raises ApiError(502) for what is no part of
+        an answer: `backend_error` for a failure the backend reports, else `backend_invalid`."""
+
+    def close(self) -> None:  # noqa: B027 (most have nothing to put together)
+        """No more events come: puts together what was kept in pieces."""
+
+
+class Api(ABC):
+    """A protocol that agents speak."""
+
+    route: ClassVar[str]
+    operation: ClassVar[str] = OPERATION_CHAT
+    gives_ids: ClassVar[bool]
+    """Whether the policy's server gives token ids and logprobs on this route: without them an answer of it cannot be
+    recorded as it must be. Where it does not, the call is recorded by its texts."""
+
+    @abstractmethod
+    def choices(self, body: Json) -> int:
+        """How many answers this asks for. Raises ApiError(400) for what cannot be recorded."""
+
+    @abstractmethod
+    def for_policy(self, body: Json) -> Json:
+        """The agent's request and the fields that make its answer recordable."""
+
+    @abstractmethod
+    def input_of(self, body: Json, index: int) -> str:
+        """What is recorded as the input of choice `index`."""
+
+    @abstractmethod
+    def read(self, body: Json, response: Any) -> Outcome:
+        """A whole answer. Raises ApiError(502) `backend_invalid` when it is none."""
+
+    @abstractmethod
+    def strip(self, body: Json, response: Any) -> None:
+        """Takes out of a whole answer what the agent did not ask for."""
+
+    @abstractmethod
+    def stream(self, body: Json, *, strip: bool) -> Stream:
+        """For the answer to `body`. Without `strip` every event passes as it came."""
+
+    def error_body(self, error: ApiError) -> bytes:
+        return error.body()
+
+    def error_event(self, error: ApiError) -> bytes:
+        """What ends a stream that cannot go on, such that this protocol's clients raise."""
+        return sse.event(error.body())
+
+
+def invalid(message: str) -> ApiError:
+    return ApiError(502, INVALID, f"the policy server's answer {message}")
+
+
+def reported(error: Any) -> ApiError:
+    """A failure that the backend reports within a stream."""
+    message = error.get("message") if isinstance(error, dict) else error
+    return ApiError(502, BACKEND_ERROR, str(message or "the policy server failed within its answer")[:2_000])
+
+
+def parse_data(event: sse.Event) -> Json:
+    """The event's object. Raises ApiError(502)."""
+    try:
+        data = orjson.loads(event.data)
+    except orjson.JSONDecodeError:
+        raise invalid("has an event that is not JSON") from None
+    if not isinstance(data, dict):
+        raise invalid("has an event that is no object")
+    return data
+
+
+def without_seed(body: Json) -> Json:
+    """A copy. A seed makes the samples of a group alike, and vLLM's CPU engine dies of it (chunked prefill)."""
+    return {name: value for name, value in body.items() if name != "seed"}
+
+
+def whole_number(value: Any) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def to_json(value: Any) -> str:
+    return orjson.dumps(value).decode()
+
+
+def picked(body: Json, *names: str) -> str:
+    """These fields of a request as JSON, as far as it has them."""
+    return to_json({name: body[name] for name in names if body.get(name) is not None})

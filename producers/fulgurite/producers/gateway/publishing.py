@@ -1,0 +1,71 @@
+"""A recording's way to the log: nothing counts as recorded before the broker has acknowledged it. Bounded in time."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from typing import Protocol
+
+from fulgurite.producers.gateway.calls import Call
+from fulgurite.producers.gateway.errors import ApiError
+from fulgurite.producers.gateway.recording import Recorder, Recording
+from fulgurite.producers.publisher import Acknowledgement
+from fulgurite.schemas.dead_letters import DeadLetter
+from fulgurite.schemas.errors import BufferFull, RecordTooLarge
+from fulgurite.schemas.spans import Span
+
+logger = logging.getLogger(__name__)
+
+
+class SpanPublisher(Protocol):
+    """What the gateway needs of a publisher."""
+
+    async def publish_span(self, span: Span) -> Acknowledgement: ...
+
+    async def publish_dead_letter(self, dead: DeadLetter) -> Acknowledgement: ...
+
+
+class Log:
+    """Where recordings go."""
+
+    def __init__(self, publisher: SpanPublisher, recorder: Recorder, publish_seconds: float) -> None:
+        self._publisher = publisher
+        self._recorder = recorder
+        self._seconds = publish_seconds
+
+    async def publish(self, call: Call, recording: Recording) -> None:
+        """Returns when the broker has all of it, else raises ApiError(503)."""
+        try:
+            async with asyncio.timeout(self._seconds):
+                sent = await self._send(call, recording)
+                # Not gather: cancelled by the timeout, it would cancel acknowledgements, and a record may still arrive.
+                await asyncio.wait(sent)
+        except (TimeoutError, BufferFull):
+            raise self._unacknowledged() from None
+        for acknowledgement in sent:
+            if problem := acknowledgement.exception():
+                logger.warning("a span was not delivered: %r", problem)
+                raise self._unacknowledged() from problem
+
+    async def _send(self, call: Call, recording: Recording) -> list[Acknowledgement]:
+        sent: list[Acknowledgement] = []
+        dead_letters = list(recording.dead_letters)
+        for index, span in enumerate(recording.spans):
+            try:
+                sent.append(await self._publisher.publish_span(span))
+            except RecordTooLarge as error:
+                small = self._recorder.too_large(call, recording, index, error)
+                sent += [await self._publisher.publish_span(rest) for rest in small.spans]
+                if not dead_letters:  # one a call: the answer is one
+                    dead_letters += small.dead_letters
+        for dead in dead_letters:
+            logger.warning("dead letter (%s): %s", dead.reason, dead.message)
+            sent.append(await self._publisher.publish_dead_letter(dead))
+        return sent
+
+    def _unacknowledged(self) -> ApiError:
+        message = (
+            f"the broker did not acknowledge the call's span within {self._seconds:g} s (gateway.publish_seconds); "
+            "ask again"
+        )
+        return ApiError(503, "broker_unavailable", message)

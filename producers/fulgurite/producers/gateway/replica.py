@@ -1,0 +1,220 @@
+"""One backend over HTTP: asked once, checked, listed. Whether it should be asked is not its business (places.py), nor
+is the body of its answer (http_exchange.py).
+
+Redirects are not followed: another server is not the one the settings name. Cookies are not kept: they would mix
+agents. Bodies and keys are never logged.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import logging
+from typing import Any, Final
+
+import aiohttp
+import orjson
+
+from fulgurite.producers.gateway.exchange import Ask, BackendKind
+from fulgurite.producers.gateway.http_exchange import HttpExchange
+from fulgurite.producers.gateway.keys import parse_bearer
+from fulgurite.producers.gateway.labels import Labels, NoSuchRoute
+from fulgurite.producers.gateway.places import Capacity, Seat
+from fulgurite.schemas.settings import BackendSettings
+
+logger = logging.getLogger(__name__)
+
+AWAY_STATUSES: Final = frozenset({502, 503, 504})
+"""A swap, a restart, a full queue: said before anything was sampled."""
+CONNECT_SECONDS: Final = 5.0
+KEEPALIVE_SECONDS: Final = 4.0
+"""Less than vLLM's and uvicorn's 5 s: a connection that the server is about to close must not be used again."""
+CHECK_SECONDS: Final = 5.0
+"""Longest that a question about health, models or version may take."""
+MAX_CHECK_BYTES: Final = 4 * 1024 * 1024
+MAX_LISTED: Final = 10_000
+"""Models of one backend."""
+HEALTH_FAILURES: Final = 2
+"""In a row, until a backend counts as not well: a busy one may miss one."""
+NO_ROUTE: Final = frozenset({404, 405, 501})
+LARGE_BODY_BYTES: Final = 1 << 20
+
+
+def open_session() -> aiohttp.ClientSession:
+    """For all replicas of a pool, which bounds connections by its seats. Close it."""
+    return aiohttp.ClientSession(
+        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
+        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
+        cookie_jar=aiohttp.DummyCookieJar(),
+        # Identity: a compressed stream comes in the compressor's time.
+        headers={"accept-encoding": "identity", "user-agent": "fulgurite-gateway"},
+    )
+
+
+class Away(Exception):
+    """A try that gave no answer. `broken`: the backend had the request, and may have died of it."""
+
+    def __init__(self, why: str, *, broken: bool) -> None:
+        super().__init__(why)
+        self.broken = broken
+
+
+class Replica:
+    """One backend."""
+
+    def __init__(
+        self, settings: BackendSettings, capacity: Capacity, session: aiohttp.ClientSession, max_answer_bytes: int
+    ) -> None:
+        self.settings = settings
+        self.capacity = capacity
+        self.listed: dict[str, dict[str, Any]] = {}
+        """What it serves by its own account, as it describes them; empty until it said so."""
+        self.max_answer_bytes = max_answer_bytes
+        self._named = frozenset(settings.models)
+        self._session = session
+        self._labels = Labels(self._read_label)
+        self._gives_versions: dict[str, bool] = {}
+        self._failed_checks = 0
+        self._key = settings.api_key.get_secret_value()
+        self.read_key()
+
+    @property
+    def kind(self) -> BackendKind:
+        return self.settings.kind
+
+    @property
+    def url(self) -> str:
+        return self.settings.url
+
+    @property
+    def names(self) -> set[str]:
+        """Models it is known to serve."""
+        return {*self._named, *self.listed}
+
+    def serves(self, model: str) -> bool:
+        return model in self._named or model in self.listed
+
+    @property
+    def takes_any(self) -> bool:
+        return not self.settings.models
+
+    def close(self) -> None:
+        self._labels.close()
+
+    def read_key(self) -> None:
+        """From its file, which may have changed; one that cannot be read just now leaves the key as it was."""
+        if self.settings.api_key_file is not None:
+            try:
+                key = self.settings.api_key_file.read_text(encoding="ascii").strip()
+            except (OSError, UnicodeDecodeError) as error:
+                logger.warning("the API key of backend %s cannot be read: %s", self.url, type(error).__name__)
+            else:
+                self._key = key if key.isprintable() else ""
+
+    async def ask(self, ask: Ask, seat: Seat, tries: int, silence_seconds: float) -> HttpExchange:
+        """Its answer, whatever the status, once that is known. Raises Away."""
+        route = ask.route.partition("?")[0]
+        gives_versions = self.kind != "vllm" or self._gives_versions.get(route, False)
+        before = None if gives_versions else await self._labels.before()
+        body = ask.body_for(self.kind)
+        headers = {"content-type": "application/json"} | self._authorization(ask.authorization)
+        try:
+            response = await self._session.post(
+                f"{self.url}{ask.route}",
+                # aiohttp would write a large body in one piece, and warns of it.
+                data=body if len(body) < LARGE_BODY_BYTES else io.BytesIO(body),
+                headers=headers,
+                allow_redirects=False,
+            )
+        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
+            raise Away(type(error).__name__, broken=False) from None
+        except aiohttp.ClientError as error:
+            raise Away(type(error).__name__, broken=True) from None
+        if response.status in AWAY_STATUSES:
+            response.close()
+            raise Away(f"status {response.status}", broken=False)
+        return HttpExchange(self, seat, response, route, tries, before, silence_seconds)
+
+    async def label(self) -> str | None:
+        """The version its weights have at some time after now."""
+        return await self._labels.after()
+
+    def learned(self, route: str, *, gives_versions: bool) -> None:
+        """Whether an answer of this route said which version sampled it. While all do, nobody asks before a call."""
+        self._gives_versions[route] = gives_versions and self._gives_versions.get(route, True)
+
+    async def check(self) -> str:
+        """Empty when it is well, else what is wrong. Counts for `capacity.well`."""
+        problem = await self.problem()
+        if not problem:
+            self._failed_checks = 0
+            if not self.capacity.well:
+                logger.info("backend %s is well again", self.url)
+                self.capacity.well = True
+                self.capacity.breaker.succeeded()
+                self._gives_versions.clear()  # it may be another server now
+        else:
+            self._failed_checks += 1
+            if self._failed_checks >= HEALTH_FAILURES and self.capacity.well:
+                logger.warning("backend %s is not well (%s); requests wait or go elsewhere", self.url, problem)
+                self.capacity.well = False
+        return problem
+
+    async def problem(self) -> str:
+        """Empty when /health says that it is well, or when there is no such route."""
+        try:
+            status, _ = await self._get("/health")
+        except (TimeoutError, aiohttp.ClientError) as error:
+            return type(error).__name__
+        return "" if status == 200 or status in NO_ROUTE else f"status {status}"
+
+    async def list_models(self, authorization: str = "") -> bool:
+        """Asks which models it serves; what it said before stands where it does not answer. Whether it did."""
+        try:
+            status, data = await self._get("/v1/models", authorization)
+            answer = orjson.loads(data) if status == 200 else None
+        except (TimeoutError, aiohttp.ClientError, ValueError):
+            return False
+        entries = answer.get("data") if isinstance(answer, dict) else None
+        if not isinstance(entries, list):
+            return False
+        named = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
+        self.listed = {entry["id"]: entry for entry in named[:MAX_LISTED]}
+        return True
+
+    async def _read_label(self) -> str | None:
+        try:
+            status, data = await self._get("/weight_info")
+            info = orjson.loads(data) if status == 200 else None
+        except (TimeoutError, aiohttp.ClientError, ValueError):
+            return None
+        if status in NO_ROUTE:
+            raise NoSuchRoute
+        label = info.get("weight_version") if isinstance(info, dict) else None
+        return str(label) if label is not None else None
+
+    async def _get(self, path: str, authorization: str = "") -> tuple[int, bytes]:
+        """A short question. Raises TimeoutError and aiohttp.ClientError; a long answer is one."""
+        async with (
+            asyncio.timeout(CHECK_SECONDS),
+            self._session.get(
+                f"{self.url}{path}", headers=self._authorization(authorization), allow_redirects=False
+            ) as response,
+        ):
+            data = bytearray()
+            async for part in response.content.iter_any():
+                data += part
+                if len(data) > MAX_CHECK_BYTES:
+                    response.close()
+                    raise aiohttp.ClientPayloadError(f"over {MAX_CHECK_BYTES} bytes")
+            return response.status, bytes(data)
+
+    def _authorization(self, of_agent: str) -> dict[str, str]:
+        if self._key:
+            return {"authorization": f"Bearer {self._key}"}
+        if not self.settings.forward_authorization or not of_agent or not of_agent.isprintable():
+            return {}
+        bearer = parse_bearer(of_agent)
+        if bearer.rollout_id or bearer.attempt_id:
+            return {"authorization": f"Bearer {bearer.key}"} if bearer.key else {}
+        return {"authorization": of_agent}

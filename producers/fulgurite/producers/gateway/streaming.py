@@ -1,0 +1,171 @@
+"""A streamed answer: events pass on as they arrive, its end waits for the broker (the contract is in `app.py`).
+
+    backend ──► event ──► folded into the Outcome ──► passed on, stripped
+                   └──► the end of the answer ──► held ──► recorded, acknowledged ──► passed on
+
+Promises: nothing is read of the backend while the agent's connection is full, so a slow agent costs what the sockets
+hold, and one that takes nothing for gateway.silence_seconds counts as gone; what is held is bounded. An answer that
+breaks off has a span of its own, and an error event in place of its end.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Final
+
+from starlette.types import Receive, Send
+
+from fulgurite.producers.gateway import sse
+from fulgurite.producers.gateway.answers import backend_error
+from fulgurite.producers.gateway.asking import ask_for, read_all, served_by
+from fulgurite.producers.gateway.calls import Call
+from fulgurite.producers.gateway.errors import AgentGone, ApiError
+from fulgurite.producers.gateway.exchange import Backends, Exchange
+from fulgurite.producers.gateway.http import EventStream, Gone, Present
+from fulgurite.producers.gateway.outcome import Served
+from fulgurite.producers.gateway.protocols.base import INVALID, Stream, invalid
+from fulgurite.producers.gateway.publishing import Log
+from fulgurite.producers.gateway.recording import Recorder, Recording
+from fulgurite.schemas.settings import GatewaySettings
+
+logger = logging.getLogger(__name__)
+
+MAX_HELD_BYTES: Final = 16 * 1024 * 1024
+"""The end of an answer: a last event a choice, the count of tokens; the Responses API repeats the answer in it."""
+TAIL_SECONDS: Final = 0.2
+"""After its last event a backend closes the stream: waited for, so that its connection can be used again."""
+
+
+class Streaming:
+    """Answers streamed calls."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        backends: Backends,
+        recorder: Recorder,
+        log: Log,
+        spent: Callable[[Call, Recording], None],
+    ) -> None:
+        self._silence_seconds = settings.silence_seconds
+        self._backends = backends
+        self._recorder = recorder
+        self._log = log
+        self._spent = spent
+
+    async def answer(self, call: Call, deadline: float, receive: Receive, send: Send) -> None:
+        """Steps 2 to 5. Raises ApiError only while nothing was passed on, and AgentGone."""
+        run = _Run(call, EventStream(send))
+        failure: ApiError | None = None
+        try:
+            async with Present(receive), self._backends.open(ask_for(call, deadline)) as exchange:  # 2
+                await self._relay(run, exchange)
+        except ApiError as error:
+            failure = error
+        except Gone:
+            failure = AgentGone("client_disconnected", "the agent closed its connection within its answer")
+        if run.served:
+            run.served.seconds = call.seconds()
+        recording = self._record(run, failure)  # 3
+        self._spent(call, recording)
+        try:
+            await self._log.publish(call, recording)  # 4
+        except ApiError as error:
+            failure = error
+        if failure is None:
+            await run.out.send(b"".join(run.held), last=True)  # 5
+        elif run.out.begun and not isinstance(failure, AgentGone):
+            logger.info("a stream ended with an error: %s", failure.code)
+            await run.out.send(call.api.error_event(failure), last=True)
+        else:
+            raise failure
+
+    async def _relay(self, run: _Run, exchange: Exchange) -> None:
+        """Step 2: until the answer is whole. Raises ApiError for an end of another kind."""
+        run.served = served = served_by(exchange)
+        if exchange.status != 200:
+            raise backend_error(exchange.status, await read_all(exchange))
+        if not exchange.headers.get("content-type", "").startswith(sse.MEDIA_TYPE):
+            run.rejected = await read_all(exchange)
+            raise invalid("is no stream, though one was asked for")
+        stream = run.stream = run.call.api.stream(run.call.body, strip=exchange.kind == "vllm")
+        try:
+            await self._pass_on(run, stream, exchange)
+        finally:
+            stream.close()
+        if not stream.complete:
+            raise ApiError(502, "backend_broken", "the backend's stream ended before its answer did")
+        served.version_after = await exchange.version_after()
+
+    async def _pass_on(self, run: _Run, stream: Stream, exchange: Exchange) -> None:
+        """All events of the answer. The exchange bounds how long a backend may pause, the timer the rest."""
+        loop = asyncio.get_running_loop()
+        parser = sse.Parser()
+        try:
+            async with asyncio.timeout(None) as timer:
+                async for chunk in exchange.chunks():
+                    passed, failure = run.fold(stream, parser.feed(chunk))
+                    if passed:
+                        timer.reschedule(loop.time() + self._silence_seconds)
+                        await run.out.send(passed)
+                        timer.reschedule(None)
+                    if failure:
+                        raise failure
+                    if stream.ended:
+                        timer.reschedule(loop.time() + TAIL_SECONDS)
+        except TimeoutError:
+            if not stream.ended:
+                raise AgentGone("client_stalled", "the agent stopped taking its answer") from None
+        except ApiError:
+            if not stream.ended:  # else it broke where nothing was left to come
+                raise
+
+    def _record(self, run: _Run, failure: ApiError | None) -> Recording:
+        call, served, stream = run.call, run.served, run.stream
+        if failure and (served is None or stream is None):
+            if served and run.rejected is not None:
+                return self._recorder.unreadable(call, served, run.rejected, failure)
+            return self._recorder.failed(call, failure, served)
+        assert served
+        assert stream
+        if failure is None or (isinstance(failure, AgentGone) and stream.complete):
+            return self._recorder.answered(call, served, stream.outcome)
+        return self._recorder.interrupted(call, served, stream.outcome, failure, run.rejected)
+
+
+@dataclass(slots=True)
+class _Run:
+    """One streamed call while it runs."""
+
+    call: Call
+    out: EventStream
+    served: Served | None = None
+    stream: Stream | None = None
+    rejected: bytes | None = None
+    """What is no answer, for the dead letter."""
+    held: list[bytes] = field(default_factory=list[bytes])
+    held_bytes: int = 0
+
+    def fold(self, stream: Stream, events: list[sse.Event]) -> tuple[bytes, ApiError | None]:
+        """(what passes on, what stops it there)."""
+        passed: list[bytes] = []
+        for event in events:
+            try:
+                now, later = stream.feed(event)
+                self.held_bytes += len(later)
+                if self.held_bytes > MAX_HELD_BYTES:
+                    raise invalid(f"has more than {MAX_HELD_BYTES} bytes after its end")
+            except ApiError as error:
+                if error.code == INVALID:
+                    self.rejected = event.raw
+                return b"".join(passed), error
+            if now:
+                passed.append(now)
+            if later:
+                self.held.append(later)
+        if events and self.served and self.served.first_chunk_seconds is None:
+            self.served.first_chunk_seconds = self.call.seconds()
+        return b"".join(passed), None

@@ -1,0 +1,85 @@
+"""The tokens of a choice, checked: ids, one logprob each, and which version sampled them. Pure.
+
+Where the backend must give them, what is missing or does not add up is an InvalidEvent; where it need not, or where the
+answer broke off, what is whole is taken and the rest left out.
+"""
+
+from __future__ import annotations
+
+import re
+from dataclasses import dataclass, field
+from typing import Final
+
+from pydantic import ValidationError
+
+from fulgurite.producers.gateway.outcome import Choice, Outcome, Served
+from fulgurite.schemas.errors import InvalidEvent
+from fulgurite.schemas.event import VersionSpan
+
+_VERSION_LABEL: Final = re.compile(r"[0-9]{1,18}")
+
+
+@dataclass(slots=True, frozen=True)
+class Tokens:
+    """What of a choice one can train on, checked."""
+
+    prompt_ids: list[int] = field(default_factory=list)
+    ids: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    versions: list[VersionSpan] = field(default_factory=list[VersionSpan])
+    labels: list[str] = field(default_factory=list)
+
+    @classmethod
+    def of(cls, choice: Choice, served: Served, *, required: bool) -> Tokens:
+        """Raises InvalidEvent where what must be there is not, or does not add up; where it need not be, takes what is
+        whole."""
+        prompt_ids, ids, logprobs = choice.prompt_ids, choice.token_ids, choice.logprobs
+        if prompt_ids is None or ids is None:
+            if required:
+                raise InvalidEvent("no_token_ids", "the backend gave no token ids (does it know return_token_ids?)")
+            return cls()
+        if logprobs is None and ids and required:
+            raise InvalidEvent("no_logprobs", "the backend gave no logprobs, or not one of each token")
+        if logprobs is not None and len(logprobs) != len(ids):
+            if required:
+                raise InvalidEvent("wrong_length", f"{len(logprobs)} logprobs for {len(ids)} tokens")
+            # A stream that broke off between the two: the ids are right, what the rest says of them is not known.
+            return cls(prompt_ids, ids)
+        versions, labels = _versions(choice, served, len(ids), required=required)
+        return cls(prompt_ids, ids, logprobs or [], versions, labels)
+
+
+def check_count(outcome: Outcome) -> None:
+    """Raises InvalidEvent where the backend counted other tokens than it gave: some were kept from us."""
+    given = [choice.token_ids for choice in outcome.choices.values()]
+    if outcome.output_tokens is None or any(ids is None for ids in given):
+        return
+    found = sum(len(ids) for ids in given if ids is not None)
+    if found != outcome.output_tokens:
+        raise InvalidEvent("wrong_length", f"{found} token ids, but the backend counts {outcome.output_tokens} tokens")
+
+
+def _versions(choice: Choice, served: Served, tokens: int, *, required: bool) -> tuple[list[VersionSpan], list[str]]:
+    """(versions of the tokens, labels that are no versions).
+
+    Without versions of its own the answer is bounded from outside: versions only grow, so the same label before and
+    after means that it sampled every token.
+    """
+    given = choice.versions
+    if given is None:
+        labels = [label for label in (served.version_before, served.version_after) if label is not None]
+        if len(labels) == 2 and labels[0] == labels[1] and _VERSION_LABEL.fullmatch(labels[0]):
+            return ([VersionSpan(version=int(labels[0]), start=0, end=tokens)] if tokens else []), []
+        return [], labels
+    try:
+        parts = [(str(part["version"]), part["start"], part["end"]) for part in given]
+        if not required and (not parts or parts[-1][2] != tokens):
+            return [], []
+        labels = [label for label, _, _ in parts]
+        if not all(_VERSION_LABEL.fullmatch(label) for label in labels):
+            return [], labels  # "default": a server whose weights nobody has numbered
+        return [
+            VersionSpan(version=int(label), start=start, end=end) for label, start, end in parts if start != end
+        ], []
+    except (TypeError, KeyError, ValidationError):
+        raise InvalidEvent("bad_field", "weight_versions is not a list of {version, start, end}") from None

@@ -1,0 +1,291 @@
+"""Completions, responses and messages through the gateway; ids by path, header and token; external providers."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator
+from contextlib import asynccontextmanager
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+from starlette.responses import JSONResponse
+
+from fulgurite.schemas.event import VersionSpan
+from fulgurite.schemas.settings import BackendSettings
+from tests.producers.fake_policy_server import FakePolicyServer
+from tests.producers.gateway_support import FakePublisher, client, gateway
+from tests.producers.test_gateway_streaming import data_of, raw
+
+BASE = "/rollout/r1/attempt/a1"
+TOOL: Any = {"type": "function", "name": "weather", "parameters": {}, "strict": False}
+
+
+@asynccontextmanager
+async def posted(url: str, path: str, body: Any, **headers: str) -> AsyncGenerator[aiohttp.ClientResponse]:
+    async with (
+        aiohttp.ClientSession(headers=headers) as session,
+        session.post(f"{url}{path}", json=body) as response,
+    ):
+        yield response
+
+
+async def answered(url: str, path: str, body: Any, **headers: str) -> Any:
+    async with posted(url, path, body, **headers) as response:
+        assert response.status == 200, await response.text()
+        return await response.json()
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("prompt", ["2+2?", [5, 6]])
+async def test_a_completion_is_recorded(prompt: Any, stream: bool):
+    publisher = FakePublisher()
+    async with (
+        FakePolicyServer(weights=7, label="17") as backend,
+        gateway(publisher, backend.url) as url,
+        client(url) as agent,
+    ):
+        answer: Any = await agent.completions.create(model="policy", prompt=prompt, stream=stream)
+        chunks = [chunk async for chunk in answer] if stream else [answer]
+    assert "".join(chunk.choices[0].text for chunk in chunks) == "answer 0"
+    assert all(chunk.choices[0].logprobs is None for chunk in chunks)
+    assert all("token_ids" not in chunk.choices[0].model_dump() for chunk in chunks)
+    (span,) = publisher.spans
+    assert (span.operation, span.name, span.status) == ("text_completion", "text_completion policy", "ok")
+    assert (span.prompt_token_ids, span.response_token_ids) == ([1, 2, 3, 4], [7, 7, 7])
+    assert span.logprobs == [-0.125, -0.25, -0.375]
+    assert span.weight_versions == [VersionSpan(version=17, start=0, end=3)]
+    assert (span.input, span.output) == (prompt if isinstance(prompt, str) else "[5,6]", "answer 0")
+    assert (span.finish_reason, span.input_tokens, span.output_tokens) == ("length", 4, 3)
+    assert backend.requests[0]["logprobs"] == 0
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_each_prompt_of_a_list_is_a_span_with_its_own_input(stream: bool):
+    publisher = FakePublisher()
+    asked = {"model": "policy", "prompt": ["one", "two"], "n": 2, "stream": stream, "echo": True, "logprobs": 1}
+    async with (
+        FakePolicyServer(weights=7, label="1") as backend,
+        gateway(publisher, backend.url) as url,
+        posted(url, f"{BASE}/v1/completions", asked) as response,
+    ):
+        assert response.status == 200
+        await response.read()
+    assert [span.input for span in publisher.spans] == ["one", "one", "two", "two"]
+    assert all(span.logprobs == [-0.125, -0.25, -0.375] for span in publisher.spans), "without the echoed prompt's"
+    assert not publisher.dead
+
+
+@pytest.mark.parametrize("prompt", [None, "", [], {}, [[1]] * 2_000])
+async def test_what_is_no_prompt_is_refused(prompt: Any):
+    async with (
+        FakePolicyServer() as backend,
+        gateway(FakePublisher(), backend.url) as url,
+        posted(url, f"{BASE}/v1/completions", {"model": "policy", "prompt": prompt}) as response,
+    ):
+        body = await response.json()
+    if prompt == "":
+        assert response.status == 200
+    else:
+        assert (response.status, body["error"]["param"]) == (400, "prompt")
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_response_is_recorded_with_what_vllm_gives(stream: bool):
+    publisher = FakePublisher()
+    async with (
+        FakePolicyServer(weights=7, label="9", gives_versions=False) as backend,
+        gateway(publisher, backend.url) as url,
+        client(url) as agent,
+    ):
+        answer: Any = await agent.responses.create(model="policy", input="2+2?", instructions="Be brief", stream=stream)
+        events = [event async for event in answer] if stream else []
+    final = events[-1].response if stream else answer
+    assert final.output_text == "answer 0"
+    assert final.output[0].content[0].logprobs is None
+    assert final.model_dump()["output_messages"] is None
+    assert not any(event.logprobs for event in events if event.type == "response.output_text.delta")
+    (span,) = publisher.spans
+    assert (span.operation, span.status, span.finish_reason) == ("chat", "ok", "stop")
+    assert (span.prompt_token_ids, span.response_token_ids) == ([1, 2, 3, 4], [7, 7, 7])
+    assert span.logprobs == [-0.125, -0.25, -0.375]
+    assert span.weight_versions == [VersionSpan(version=9, start=0, end=3)]
+    assert json.loads(span.input) == {"instructions": "Be brief", "input": "2+2?"}
+    assert json.loads(span.output)[0]["content"][0]["text"] == "answer 0"
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_response_that_calls_a_tool_has_ids_but_no_logprobs(stream: bool):
+    publisher = FakePublisher()
+    async with (
+        FakePolicyServer(label="9") as backend,
+        gateway(publisher, backend.url) as url,
+        client(url) as agent,
+    ):
+        answer: Any = await agent.responses.create(model="policy", input="2+2?", tools=[TOOL], stream=stream)
+        if stream:
+            async for _ in answer:
+                pass
+    (span,) = publisher.spans
+    assert (span.status, span.finish_reason, len(span.response_token_ids)) == ("ok", "tool_calls", 3)
+    assert not span.is_llm_call
+    assert not publisher.dead
+
+
+async def test_a_response_in_the_background_is_refused():
+    async with FakePolicyServer() as backend, gateway(FakePublisher(), backend.url) as url, client(url) as agent:
+        with pytest.raises(openai.BadRequestError) as refused:
+            await agent.responses.create(model="policy", input="2+2?", background=True)
+    assert refused.value.param == "background"
+
+
+async def test_a_response_that_breaks_off_raises_in_openais_client():
+    publisher = FakePublisher()
+    async with (
+        FakePolicyServer(label="9", cut_after=6) as backend,
+        gateway(publisher, backend.url) as url,
+        client(url) as agent,
+    ):
+        stream = await agent.responses.create(model="policy", input="2+2?", stream=True)
+        with pytest.raises(openai.APIError):
+            async for _ in stream:
+                pass
+    (span,) = publisher.spans
+    assert (span.status, span.finish_reason, span.output) == ("error", "", "answ")
+    assert span.attributes["error.type"] == "backend_broken"
+
+
+MESSAGE: Any = {"model": "policy", "max_tokens": 9, "messages": [{"role": "user", "content": "2+2?"}]}
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_message_is_recorded_by_its_texts_and_passes_unchanged(stream: bool):
+    publisher = FakePublisher()
+    asked = MESSAGE | {"system": "Be brief", "stream": stream}
+    async with FakePolicyServer(weights=7, label="1") as backend, gateway(publisher, backend.url) as url:
+        async with posted(url, f"{BASE}/v1/messages", asked) as response:
+            through = await response.read()
+        async with posted(backend.url, "/v1/messages", asked) as response:
+            past = await response.read()
+    assert (data_of(through) == data_of(past)) if stream else (json.loads(through) == json.loads(past))
+    assert backend.requests[0] == asked
+    (span,) = publisher.spans
+    assert (span.operation, span.status, span.finish_reason) == ("chat", "ok", "end_turn")
+    assert (span.response_token_ids, span.input_tokens, span.output_tokens) == ([], 4, 3)
+    assert json.loads(span.input) == {"system": "Be brief", "messages": MESSAGE["messages"]}
+    assert json.loads(span.output) == {"role": "assistant", "content": [{"type": "text", "text": "answer 0"}]}
+    assert span.attributes["gen_ai.request.max_tokens"] == 9
+    assert not publisher.dead
+
+
+async def test_a_message_that_uses_a_tool_is_put_together():
+    publisher = FakePublisher()
+    tool = {"name": "weather", "input_schema": {"type": "object"}}
+    async with FakePolicyServer(label="1") as backend, gateway(publisher, backend.url) as url:
+        await raw(url, f"{BASE}/v1/messages", tools=[tool], max_tokens=9)
+    (span,) = publisher.spans
+    assert span.finish_reason == "tool_use"
+    assert json.loads(span.output)["content"] == [
+        {"type": "tool_use", "id": "toolu_1", "name": "weather", "input": {"city": "Bern"}}
+    ]
+
+
+async def test_anthropics_clients_get_errors_in_their_shape():
+    async with FakePolicyServer(cut_after=3) as backend, gateway(FakePublisher(), backend.url) as url:
+        async with posted(url, f"{BASE}/v1/messages", {"model": "policy", "messages": []}) as response:
+            refused = await response.json()
+        _, body = await raw(url, f"{BASE}/v1/messages", max_tokens=9)
+    assert (response.status, refused["type"]) == (400, "error")
+    assert refused["error"]["type"] == "invalid_request_error"
+    assert data_of(body)[-1]["error"]["type"] == "api_error"
+    assert b"event: error\n" in body
+    assert b"message_stop" not in body
+
+
+@pytest.mark.parametrize(
+    ("path", "headers"),
+    [
+        (f"{BASE}/v1/chat/completions", {}),
+        ("/v1/chat/completions", {"x-rollout-id": "r1", "x-attempt-id": "a1"}),
+        ("/v1/chat/completions", {"authorization": "Bearer fg-r1/a1"}),
+        ("/v1/chat/completions", {"authorization": "Bearer fg-r1/a1/some-key"}),
+        ("/v1/chat/completions", {"x-api-key": "fg-r1/a1"}),
+        (f"{BASE}/v1/chat/completions", {"authorization": "Bearer fg-r2/a2"}),
+    ],
+)
+async def test_ids_come_by_path_header_or_token(path: str, headers: dict[str, str]):
+    publisher = FakePublisher()
+    asked = {"model": "policy", "messages": [{"role": "user", "content": "2+2?"}]}
+    async with FakePolicyServer(label="1") as backend, gateway(publisher, backend.url) as url:
+        await answered(url, path, asked, **headers)
+    (span,) = publisher.spans
+    assert (span.rollout_id, span.attempt_id, span.status) == ("r1", "a1", "ok")
+    assert "some-key" not in span.model_dump_json()
+
+
+async def test_without_ids_it_is_a_proxy_that_records():
+    publisher = FakePublisher()
+    asked = {"model": "policy", "messages": [{"role": "user", "content": "2+2?"}]}
+    async with FakePolicyServer(label="1") as backend, gateway(publisher, backend.url) as url:
+        await answered(url, "/v1/chat/completions", asked, authorization="Bearer sk-any")
+    assert (publisher.spans[0].rollout_id, len(publisher.spans[0].response_token_ids)) == ("", 3)
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_an_external_provider_is_asked_what_the_agent_asked_and_is_no_dead_letter(stream: bool):
+    publisher = FakePublisher()
+    asked = {"model": "gpt", "messages": [{"role": "user", "content": "2+2?"}], "seed": 3, "stream": stream}
+    async with FakePolicyServer() as provider:
+        backends = [BackendSettings(url=provider.url, kind="openai", models=["gpt"])]
+        async with (
+            gateway(publisher, provider.url, backends=backends) as url,
+            posted(url, f"{BASE}/v1/chat/completions", asked) as response,
+        ):
+            through = await response.read()
+    assert provider.requests == [asked]
+    assert (b"[DONE]" in through) is stream
+    (span,) = publisher.spans
+    assert (span.status, span.finish_reason, span.resource) == ("ok", "stop", "")
+    assert (span.response_token_ids, span.prompt_token_ids) == ([], [])
+    assert json.loads(span.output)["content"] == "answer 0"
+    assert span.endpoint == provider.url
+    assert not publisher.dead
+
+
+@pytest.mark.parametrize(
+    ("changes", "constraints"),
+    [
+        ({"response_format": {"type": "json_object"}}, ["response_format"]),
+        ({"response_format": {"type": "text"}, "tool_choice": "auto", "logit_bias": {}}, None),
+        ({"tool_choice": "required", "logit_bias": {"5": 1}}, ["tool_choice", "logit_bias"]),
+    ],
+)
+async def test_what_forbids_tokens_is_named(changes: Any, constraints: list[str] | None):
+    publisher = FakePublisher()
+    asked = {"model": "policy", "messages": [{"role": "user", "content": "2+2?"}]} | changes
+    async with FakePolicyServer(label="1") as backend, gateway(publisher, backend.url) as url:
+        await answered(url, f"{BASE}/v1/chat/completions", asked)
+    assert {name: backend.requests[0][name] for name in changes} == changes, "JSON mode and the like pass on"
+    assert publisher.spans[0].attributes.get("fulgurite.request.constraints") == constraints
+
+
+async def test_nothing_but_the_models_routes_is_reached():
+    async with (
+        FakePolicyServer() as backend,
+        gateway(FakePublisher(), backend.url) as url,
+        aiohttp.ClientSession() as session,
+    ):
+        backend.faults["/pause"] = lambda: JSONResponse({"reached": True})
+        for path in ("/pause", "/collective_rpc", "/v1/../pause", f"{BASE}/pause", f"{BASE}/v1/%2e%2e/pause"):
+            async with session.post(f"{url}{path}", json={}) as response:
+                assert response.status == 404, path
+    assert "/pause" not in backend.log
+
+
+async def test_tokens_of_a_message_are_counted_without_a_record():
+    publisher = FakePublisher()
+    async with FakePolicyServer() as backend, gateway(publisher, backend.url) as url:
+        counted = await answered(url, f"{BASE}/v1/messages/count_tokens", MESSAGE)
+    assert counted == {"input_tokens": 4}
+    assert not publisher.spans
