@@ -5,13 +5,14 @@ PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed
+ORACLES := .venv-oracles
 SOURCES := schemas producers consumers streams infra examples tests
 # What the command line adds, for example: make demo ARGS="--steps 20"
 ARGS ?=
 # Tests mostly wait for brokers and processes: three at a time keep two cores busy. Each worker has stores of its own.
 WORKERS ?= 3
 
-.PHONY: help demo test lint format docs setup chaos chaos-outage bench-ingest bench-queries clean
+.PHONY: help demo test vllm test-vllm test-oracles lint format docs setup chaos chaos-outage bench-ingest bench-queries clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -19,8 +20,17 @@ help: ## this list
 demo: $(STAMP) ## train the calculator agent online, end to end, on this machine (about 5 minutes)
 	@$(BIN)/fulgurite demo $(ARGS)
 
-test: $(STAMP) ## all tests but those that need a GPU
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not gpu" --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+test: $(STAMP) ## all tests but those that need a GPU or a vLLM
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not gpu and not vllm and not oracles" --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+
+vllm: $(STAMP) ## vLLM's CPU build in an environment of its own, .venv-vllm (about 1 GB, Linux on x86_64)
+	@$(BIN)/python infra/vllm/environment.py .venv-vllm
+
+test-vllm: vllm ## the tests against a real vLLM (about 5 minutes)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
+
+test-oracles: $(ORACLES)/.installed ## our losses against the code of verl, TRL, AReaL, OpenRLHF, SkyRL, Liger (about 1 minute)
+	@$(ORACLES)/bin/python -m pytest -m oracles -W ignore tests/oracles $(ARGS)
 
 lint: $(STAMP) ## format, lint and types
 	@$(BIN)/ruff format --check $(SOURCES)
@@ -60,5 +70,13 @@ $(STAMP): pyproject.toml constraints.txt
 	  { echo "Installing the packages failed (network? disk?). What was downloaded is cached; run make again."; exit 1; }
 	@touch $(STAMP)
 
+# The libraries go on top of this project's environment, without their dependencies: torch is not installed twice.
+$(ORACLES)/.installed: tests/oracles/requirements.txt $(STAMP)
+	@rm -rf $(ORACLES) && $(BIN)/python -m venv --without-pip $(ORACLES)
+	@$(BIN)/python -c 'import sysconfig; print("import site; site.addsitedir(%r)" % sysconfig.get_path("purelib"))' \
+	  >"$$($(ORACLES)/bin/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))')/project.pth"
+	@$(ORACLES)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps -r tests/oracles/requirements.txt
+	@touch $@
+
 clean: ## remove the environment and build results; demo data in .fulgurite stays
-	@rm -rf $(VENV) build .pytest_cache .ruff_cache .hypothesis
+	@rm -rf $(VENV) .venv-vllm $(ORACLES) build .pytest_cache .ruff_cache .hypothesis

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from typing import Any
 
 import pytest
@@ -144,6 +145,15 @@ def test_the_largest_tensor_has_one_chunk_of_logits() -> None:
     assert max(saved, default=0) <= 32 * 4_000
     logprobs.sum().backward()
     assert hidden.grad is not None
+
+
+def test_the_entropy_of_ruled_out_tokens_has_a_gradient_without_nan() -> None:
+    logits = torch.tensor([[0.0, -50.0, -200.0, -torch.inf], [1.0, 1.0, -torch.inf, -torch.inf]], requires_grad=True)
+    _, entropy = token_scores(logits, lambda x: x, torch.tensor([0, 1]), chunk_tokens=8, entropy_gradient=True)
+    assert entropy.tolist() == pytest.approx([0.0, math.log(2)], abs=1e-6)
+    entropy.sum().backward()
+    assert logits.grad is not None
+    assert logits.grad.isfinite().all()
 
 
 def test_a_nan_stays_one_and_no_tokens_are_no_error() -> None:

@@ -11,10 +11,14 @@ alone makes trainer and sampler disagree. Knows neither models nor losses.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Final
 
 import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
+
+_LEAST_LOG_P: Final = -1e4
+"""exp of it is 0."""
 
 Head = Callable[[Tensor], Tensor]
 """[C, H] hidden states -> [C, V] logits."""
@@ -40,8 +44,9 @@ def token_scores(
         log_p = torch.log_softmax(head(states).float() / temperature, dim=-1)
         chosen = log_p.gather(1, targets.unsqueeze(1)).squeeze(1)
         with torch.set_grad_enabled(entropy_gradient and torch.is_grad_enabled()):
-            # entr(0) is 0 where a model rules tokens out; a NaN stays one.
-            entropy = torch.special.entr(log_p.exp()).sum(dim=-1)
+            # A ruled out token adds nothing, and has no gradient: without the bound both would be NaN. A NaN stays one.
+            bounded = log_p.clamp(min=_LEAST_LOG_P)
+            entropy = -(bounded.exp() * bounded).sum(dim=-1)
         return chosen, entropy
 
     parts: list[tuple[Tensor, Tensor]] = []

@@ -1,0 +1,135 @@
+"""Our advantages and whole recipes, from rewards to gradients, against the libraries' own code."""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from dataclasses import replace
+from types import SimpleNamespace
+
+import pytest
+import torch
+from torch import Tensor
+
+from fulgurite.streams.objectives.advantages import ESTIMATORS as OURS
+from fulgurite.streams.objectives.aggregation import token_weights, window_totals
+from fulgurite.streams.objectives.credit import discounted_returns, span_returns
+from fulgurite.streams.objectives.policy_losses import POLICY_LOSSES, PolicyTokens, policy_loss
+from fulgurite.streams.objectives.rewards import overlong_penalty
+from tests.oracles.case import GROUP, LENGTHS, Case, cases
+from tests.oracles.comparison import compare_losses, compare_values
+from tests.oracles.estimators import ESTIMATORS
+from tests.oracles.libraries import LIBRARIES, Asked
+from tests.oracles.standins import load
+
+pytestmark = pytest.mark.oracles
+
+COMPARED = {
+    "group_normalised": "verl skyrl openrlhf areal",
+    "mean_centred": "verl skyrl openrlhf areal",
+    "leave_one_out": "verl skyrl openrlhf areal",
+    "batch_normalised": "verl skyrl openrlhf",
+    "group_mean_batch_normalised": "verl openrlhf",
+}
+RECIPES = {
+    "rloo": "verl skyrl openrlhf",
+    "reinforce_plus_plus": "verl skyrl openrlhf",
+    "reinforce_plus_plus_baseline": "verl openrlhf",
+}
+
+
+def our_advantages(case: Case, name: str) -> Tensor:
+    counts = case.sequences.lengths.view(-1, GROUP).tolist()
+    return torch.tensor(OURS[name](case.groups, counts), dtype=torch.float64).flatten()
+
+
+def prepared(library: str, name: str) -> list[Case]:
+    """SkyRL's REINFORCE++ starts anew after each gap; elsewhere gaps stay."""
+    found = cases()
+    return [case.without_gaps() for case in found] if (library, name) == ("skyrl", "batch_normalised") else found
+
+
+@pytest.mark.parametrize(
+    ("name", "library"), [(name, library) for name, names in COMPARED.items() for library in names.split()]
+)
+def test_advantages(name: str, library: str) -> None:
+    compare_values(
+        f"advantage {name}",
+        library,
+        (
+            (case.sequences.spread(our_advantages(case, name)), case.packed(ESTIMATORS[library](case, name)))
+            for case in prepared(library, name)
+        ),
+    )
+
+
+@pytest.mark.parametrize(
+    ("name", "library"), [(name, library) for name, names in RECIPES.items() for library in names.split()]
+)
+def test_from_rewards_to_gradients(name: str, library: str) -> None:
+    recipe = POLICY_LOSSES[name]
+
+    def ours(case: Case) -> Tensor:
+        advantages = case.sequences.spread(our_advantages(case, recipe.advantage))
+        weights = token_weights("token_mean", case.sequences, window_totals(LENGTHS), dtype=torch.float64)
+        tokens = PolicyTokens(case.logprobs, case.proximal, advantages, case.sequences)
+        return policy_loss(name, tokens, weights)[0]
+
+    def theirs(case: Case) -> Tensor:
+        table = ESTIMATORS[library](case, recipe.advantage)
+        last = case.sequences.lengths.cumsum(0) - 1
+        told = replace(case, advantages=case.packed(table)[last])
+        return LIBRARIES[library](told, Asked("clipped", "token_mean", recipe.clip.low, recipe.clip.high))
+
+    compare_losses(name, library, ours, theirs, prepared(library, recipe.advantage))
+
+
+def our_returns(case: Case, discount: float) -> Tensor:
+    rewards = torch.zeros(len(case.columns), dtype=torch.float64)
+    last = case.sequences.lengths.cumsum(0) - 1
+    return discounted_returns(rewards.index_put((last,), case.rewards), case.sequences, discount)
+
+
+def test_discounted_returns() -> None:
+    algorithms = load("verl.trainer.ppo.core_algos")
+    maker = load("openrlhf.trainer.ppo_utils.experience_maker").RemoteExperienceMaker
+
+    def rewards(case: Case) -> Tensor:
+        return case.padded(our_returns(case, 0.0))
+
+    def of_verl(case: Case) -> Tensor:
+        estimate = algorithms.get_adv_estimator_fn("reinforce_plus_plus")
+        return estimate(rewards(case), case.mask, config=SimpleNamespace(gamma=0.9))[1]
+
+    def of_openrlhf(case: Case) -> Tensor:
+        return maker.get_cumulative_returns(None, rewards(case), case.mask, 0.9)
+
+    compare_values("discounted returns", "verl", ((our_returns(c, 0.9), c.packed(of_verl(c))) for c in cases()))
+    # OpenRLHF discounts over gaps too.
+    dense = [case.without_gaps() for case in cases()]
+    compare_values("discounted returns", "openrlhf", ((our_returns(c, 0.9), c.packed(of_openrlhf(c))) for c in dense))
+
+
+def test_span_returns() -> None:
+    """AReaL's cache of calls, newest last; a call without a reward counts as 0."""
+    rewards = [0.5, 0.0, -1.0, 2.0]
+    cache = load("areal.experimental.openai.cache").InteractionCache()
+    for number, reward in enumerate(rewards):
+        OrderedDict.__setitem__(cache, str(number), SimpleNamespace(reward=reward))
+    cache.apply_reward_discount(0.9)
+    found = [call.reward for call in cache.values()]
+    compare_values("span returns", "areal", [(torch.tensor(span_returns(rewards, 0.9)), torch.tensor(found))])
+
+
+def test_overlong_penalty() -> None:
+    lengths = torch.tensor([1, 80, 81, 95, 100])
+    ours = torch.tensor([overlong_penalty(n, max_length=100, buffer=20, factor=0.5) for n in lengths.tolist()])
+    experience = SimpleNamespace(rewards=torch.zeros(5), response_length=lengths)
+    load("openrlhf.trainer.ppo_utils.length_penalty").apply_overlong_penalty([experience], 100, 20, 0.5)
+    compare_values("overlong penalty", "openrlhf", [(ours, experience.rewards)])
+    data = {
+        "rewards": torch.zeros(5),
+        "input_ids": torch.zeros((5, 100)),
+        "loss_mask": torch.arange(100).unsqueeze(0) < lengths.unsqueeze(1),
+    }
+    found = load("areal.utils.functional.functional").reward_overlong_penalty(data, 20, 0.5, 100)
+    compare_values("overlong penalty", "areal", [(ours, found["rewards"])])
