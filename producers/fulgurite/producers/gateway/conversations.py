@@ -1,0 +1,162 @@
+"""Remembers the turns of running attempts, and finds the one that a new call continues.
+
+Promises: a turn is found only for messages that are the turn's own, then its answer as the agent got it, then whatever
+came after; of several, the longest. What may differ on the way through an agent's framework without a difference in
+meaning does not count (null or empty content, spaces in the JSON of a tool call, fields that no template reads);
+everything else does, so an answer that was shortened, reworded or stripped of its reasoning is not found.
+
+Memory is bounded in tokens: the attempt silent for longest is forgotten first. A restart, or another gateway, knows
+nothing of the turns before: prompts are then as the template writes them. Knows neither HTTP nor chat templates.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from hashlib import blake2b
+from typing import Any, Final
+
+import orjson
+
+from fulgurite.producers.gateway.continuation import Turn, tokens
+
+MAX_TOKENS: Final = 64_000_000
+"""Over all attempts: 256 MB."""
+MAX_TURNS: Final = 256
+"""Of one attempt; the oldest is forgotten first."""
+
+Messages = Sequence[Any]
+"""As the agent sent them: whether they are messages, the backend says."""
+
+
+@dataclass(slots=True)
+class _Attempt:
+    turns: OrderedDict[bytes, Turn] = field(default_factory=OrderedDict[bytes, Turn])
+    ends: dict[int, str] = field(default_factory=dict[int, str])
+    """End-of-turn tokens that its responses closed with, and how they are written."""
+    tokens: int = 0
+
+
+class Conversations:
+    """Of one gateway. `attempt` is whatever names an attempt and a model: turns of one are never found for another."""
+
+    def __init__(self, max_tokens: int = MAX_TOKENS) -> None:
+        self._max_tokens = max_tokens
+        self._attempts: OrderedDict[tuple[str, ...], _Attempt] = OrderedDict()
+        self._tokens = 0
+
+    @property
+    def tokens(self) -> int:
+        """Remembered now."""
+        return self._tokens
+
+    def find(self, attempt: tuple[str, ...], messages: Messages) -> Turn | None:
+        """The longest turn that the messages continue."""
+        known = self._attempts.get(attempt)
+        if known is None:
+            return None
+        self._attempts.move_to_end(attempt)
+        found = None
+        for digest in _digests(messages):
+            found = known.turns.get(digest, found)
+        return found
+
+    def remember(
+        self,
+        attempt: tuple[str, ...],
+        messages: Messages,
+        answer: Mapping[str, Any],
+        *,
+        rendered: list[int],
+        prompt: list[int],
+        response: list[int],
+        end_text: str | None,
+    ) -> None:
+        """One choice's answer, as the agent got it. `end_text` is how the response's last token is written, where that
+        ended the turn; None for a response that was cut off."""
+        known = self._attempts.setdefault(attempt, _Attempt())
+        self._attempts.move_to_end(attempt)
+        if end_text and response:
+            known.ends[response[-1]] = end_text
+        if _spells_out(answer, known.ends.values()):
+            return  # where the template closes this answer could not be told from what it says
+        before = tokens(rendered)
+        turn = Turn(
+            rendered=before,
+            prompt=before if prompt == rendered else tokens(prompt),
+            response=tokens(response),
+            finished=bool(end_text and response),
+            ends=frozenset(known.ends),
+        )
+        *_, digest = _digests([*messages, answer])
+        self._forget(known, digest)
+        known.turns[digest] = turn
+        self._count(known, _size(turn))
+        if len(known.turns) > MAX_TURNS:
+            self._forget(known, next(iter(known.turns)))
+        while self._tokens > self._max_tokens and self._attempts:
+            _, oldest = self._attempts.popitem(last=False)
+            self._tokens -= oldest.tokens
+
+    def _forget(self, attempt: _Attempt, digest: bytes) -> None:
+        if turn := attempt.turns.pop(digest, None):
+            self._count(attempt, -_size(turn))
+
+    def _count(self, attempt: _Attempt, more: int) -> None:
+        attempt.tokens += more
+        self._tokens += more
+
+
+def _size(turn: Turn) -> int:
+    return len(turn.rendered) + len(turn.response) + (0 if turn.prompt is turn.rendered else len(turn.prompt))
+
+
+def _digests(messages: Messages) -> Iterator[bytes]:
+    """One for each beginning of the list, the shortest first."""
+    digest = blake2b(digest_size=16)
+    for message in messages:
+        part = orjson.dumps(_meaning(message), option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
+        digest.update(len(part).to_bytes(8, "little") + part)
+        yield digest.copy().digest()
+
+
+def _meaning(message: Any) -> list[Any]:
+    """What a chat template may make a difference of."""
+    if not isinstance(message, Mapping):
+        return [message]
+    return [
+        message.get("role"),
+        _content(message.get("content")),
+        [_tool_call(call) for call in message.get("tool_calls") or ()],
+        message.get("tool_call_id"),
+        message.get("name"),
+        message.get("reasoning") or message.get("reasoning_content") or "",
+    ]
+
+
+def _content(content: Any) -> Any:
+    match content:
+        case None:
+            return ""
+        case [{"type": "text", "text": str(text)}]:
+            return text
+        case _:
+            return content
+
+
+def _tool_call(call: Any) -> Any:
+    match call:
+        case {"function": {"name": name, "arguments": str(arguments)}}:
+            try:
+                return [call.get("id"), name, orjson.loads(arguments)]
+            except orjson.JSONDecodeError:
+                return [call.get("id"), name, arguments]
+        case _:
+            return call
+
+
+def _spells_out(answer: Mapping[str, Any], ends: Iterable[str]) -> bool:
+    """Whether the answer spells out an end-of-turn token, which the template's tokenizer would take for one."""
+    said = orjson.dumps(_meaning(answer), option=orjson.OPT_NON_STR_KEYS)
+    return any(orjson.dumps(end)[1:-1] in said for end in ends)

@@ -1,0 +1,149 @@
+"""A chat completion by token ids: what to ask of a vLLM whose routes for it are on, and the answer put together. Pure.
+
+    agent's body ──► 1 render ──► ids, sampling parameters
+                                   │ the prompt begins with the tokens of the turn before (continuation.py)
+                     2 generate ◄──┘──► ids, logprobs, weight versions per token
+                                   │
+                     3 derender ◄──┘──► message, tool calls parsed        (only where a parser has to see it)
+
+The chat route takes no token ids as a prompt and says no version; these routes take and say both, and cost as much as
+the chat route with a question for the version before and after it. The answer has the shape of the chat route's, with
+`prompt_token_ids`, and `token_ids` and `weight_versions` in every choice, so it is recorded and stripped like one.
+
+Where this differs from the routes it uses (vLLM 0.32):
+- Derendering where a parser is configured spells out special tokens and does not cut at stop strings. So it is given
+  the response without the token that ends the turn, and what comes after a stop string is cut here.
+- It leaves finish_reason "stop" beside tool calls, and refuses a response of no tokens.
+- Rendering counts max_tokens from the prompt as it was rendered.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Final
+
+RENDER: Final = "/v1/chat/completions/render"
+GENERATE: Final = "/inference/v1/generate"
+DERENDER: Final = "/v1/chat/completions/derender"
+DETOKENIZE: Final = "/detokenize"
+
+_EMPTY_MESSAGE: Final = {"role": "assistant", "content": "", "refusal": None}
+
+
+def can_splice(rendered: dict[str, Any]) -> bool:
+    """Whether the prompt is text alone: positions of images stand beside the ids."""
+    return not rendered.get("features") and not rendered.get("content_parts")
+
+
+def generate_request(body: dict[str, Any], rendered: dict[str, Any], prompt: list[int]) -> dict[str, Any]:
+    """For GENERATE: what was rendered of the agent's body, on the prompt's own tokens."""
+    sampling = dict(rendered["sampling_params"])
+    sampling.pop("seed", None)
+    if body.get("max_tokens") is None and body.get("max_completion_tokens") is None:
+        room = sampling["max_tokens"] + len(rendered["token_ids"]) - len(prompt)
+        sampling["max_tokens"] = max(1, room)
+    if sampling.get("logprobs") is None:
+        sampling["logprobs"] = 0
+    mode = "text" if is_plain(body, rendered) else "tokens"
+    return rendered | {"token_ids": prompt, "sampling_params": sampling, "output_mode": mode}
+
+
+def is_plain(body: dict[str, Any], rendered: dict[str, Any]) -> bool:
+    """Whether the text is the message: no tools to parse calls of, no parser of reasoning."""
+    return not body.get("tools") and rendered.get("reasoning_parser_kwargs") is None
+
+
+def ends_turn(body: dict[str, Any], choice: dict[str, Any]) -> bool:
+    """Whether the response closes with the policy's own end of a turn, not with what the agent asked to stop at."""
+    reason = choice.get("stop_reason")
+    if choice.get("finish_reason") != "stop" or not choice.get("token_ids"):
+        return False
+    return reason is None or (isinstance(reason, int) and reason not in (body.get("stop_token_ids") or ()))
+
+
+def derender_request(body: dict[str, Any], generated: dict[str, Any], prompt: list[int]) -> dict[str, Any] | None:
+    """For DERENDER; None where there is nothing to derender."""
+    choices: list[dict[str, Any]] = []
+    for choice in generated["choices"]:
+        ids = choice["token_ids"] or []
+        kept = len(ids) - ends_turn(body, choice)
+        if kept:
+            logprobs = (choice.get("logprobs") or {}).get("content")
+            cut = {"content": logprobs[:kept]} if logprobs else None
+            choices.append(choice | {"token_ids": ids[:kept], "logprobs": cut})
+    if not choices:
+        return None
+    return {
+        "model": generated.get("model"),
+        "generate_response": generated | {"choices": choices},
+        "prompt_token_ids": prompt,
+        "prompt_tokens": len(prompt),
+        "chat_request": {name: value for name, value in body.items() if name not in ("stream", "stream_options")},
+    }
+
+
+def chat_completion(
+    body: dict[str, Any],
+    rendered: dict[str, Any],
+    prompt: list[int],
+    generated: dict[str, Any],
+    derendered: dict[str, Any] | None,
+    end_texts: dict[int, str],
+) -> dict[str, Any]:
+    """The answer in the chat route's shape. `derendered` is None in text mode, or where nothing was to be derendered;
+    `end_texts` says how tokens that end a turn are written, as far as that is known."""
+    messages = {choice["index"]: choice for choice in derendered["choices"]} if derendered else {}
+    choices = [
+        _text_choice(body, choice)
+        if "text" in choice
+        else _parsed_choice(body, choice, messages.get(choice["index"]), end_texts)
+        for choice in generated["choices"]
+    ]
+    return {
+        "id": rendered["request_id"],
+        "object": "chat.completion",
+        "created": generated.get("created") or 0,
+        "model": generated.get("model") or rendered.get("model") or "",
+        "choices": choices,
+        "usage": generated.get("usage"),
+        "prompt_token_ids": prompt,
+    }
+
+
+def _text_choice(body: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
+    logprobs = choice.get("logprobs")
+    if logprobs and not body.get("top_logprobs"):
+        logprobs = {"content": [token | {"top_logprobs": []} for token in logprobs["content"] or ()]}
+    return _choice(choice, _EMPTY_MESSAGE | {"content": choice["text"]}, logprobs)
+
+
+def _parsed_choice(
+    body: dict[str, Any], choice: dict[str, Any], parsed: dict[str, Any] | None, end_texts: dict[int, str]
+) -> dict[str, Any]:
+    message = dict(parsed["message"]) if parsed else dict(_EMPTY_MESSAGE)
+    stop, content = choice.get("stop_reason"), message.get("content")
+    if isinstance(stop, str) and isinstance(content, str) and not body.get("include_stop_str_in_output"):
+        message["content"] = content.partition(stop)[0]
+    written = ((parsed.get("logprobs") or {}).get("content") or []) if parsed else []
+    if not body.get("top_logprobs"):
+        written = [token | {"top_logprobs": []} for token in written]
+    sampled = (choice.get("logprobs") or {}).get("content") or []
+    for token in sampled[len(written) :]:  # the end of the turn
+        text = end_texts.get(token["token_id"], "")
+        entry = {"token": text, "logprob": token["logprob"], "bytes": list(text.encode()), "top_logprobs": []}
+        written.append(entry)
+    finished = _choice(choice, message, {"content": written})
+    if message.get("tool_calls") and finished["finish_reason"] == "stop":
+        finished["finish_reason"] = "tool_calls"
+    return finished
+
+
+def _choice(choice: dict[str, Any], message: dict[str, Any], logprobs: dict[str, Any] | None) -> dict[str, Any]:
+    return {
+        "index": choice["index"],
+        "message": message,
+        "logprobs": logprobs,
+        "finish_reason": choice.get("finish_reason"),
+        "stop_reason": choice.get("stop_reason"),
+        "token_ids": choice["token_ids"],
+        "weight_versions": choice.get("weight_versions"),
+    }

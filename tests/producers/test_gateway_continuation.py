@@ -1,0 +1,264 @@
+"""Prompts that begin with exactly the earlier tokens, where writing the conversation again gives others.
+
+A byte-level BPE and responses of arbitrary tokens: decoded and encoded again they are hardly ever what they were, as
+with a policy that does not write a text the tokenizer's way.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
+
+from fulgurite.producers.gateway.continuation import NotContinued, Turn, splice, tokens
+from fulgurite.producers.gateway.conversations import Conversations
+from fulgurite.schemas.spans import Span
+from fulgurite.streams.assembler.join import merge_calls
+
+END_TEXT = "<|end|>"
+END, FIRST_PLAIN = 0, 4
+ATTEMPT = ("rollout-1", "attempt-1", "policy")
+
+
+@cache
+def tokenizer() -> Tokenizer:
+    made = Tokenizer(models.BPE())
+    made.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    made.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=330,
+        special_tokens=[END_TEXT, "<|user|>", "<|assistant|>", "<|tool|>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        min_frequency=1,
+        show_progress=False,
+    )
+    made.train_from_iterator(["the tool answers with numbers\n\n", "why not, 12 + 34 = 46\n", "<| end |>"], trainer)
+    return made
+
+
+def encode(text: str) -> list[int]:
+    return tokenizer().encode(text, add_special_tokens=False).ids
+
+
+def decode(ids: list[int]) -> str:
+    return tokenizer().decode(ids, skip_special_tokens=False)
+
+
+def written(messages: list[dict[str, Any]]) -> str:
+    """The chat template."""
+    return "".join(f"<|{message['role']}|>\n{message['content']}{END_TEXT}" for message in messages)
+
+
+def render(messages: list[dict[str, Any]]) -> list[int]:
+    return encode(written(messages) + "<|assistant|>\n")
+
+
+def said(response: list[int]) -> str:
+    """The answer's text, as servers give it: without the token that ends it."""
+    return decode(response[:-1] if response[-1] == END else response)
+
+
+PLAIN = st.lists(st.integers(FIRST_PLAIN, 320), min_size=1, max_size=12)
+RESPONSES = st.lists(
+    st.one_of(PLAIN, PLAIN.map(lambda ids: [*ids, END]), st.just([END]), st.just([*encode("\n\n"), END])),
+    min_size=1,
+    max_size=5,
+)
+
+
+class Exchange:
+    """An agent that goes on with every answer, and a gateway that remembers."""
+
+    def __init__(self) -> None:
+        self.conversations = Conversations()
+        self.messages: list[dict[str, Any]] = [{"role": "user", "content": "what is 12 + 34?"}]
+        self.calls: list[Span] = []
+        self.naive: list[Span] = []
+        self.continued = 0
+
+    def turn(self, response: list[int], result: str) -> None:
+        rendered = render(self.messages)
+        found = self.conversations.find(ATTEMPT, self.messages)
+        prompt = rendered
+        if found:
+            prompt = splice(found, tokens(rendered)).tolist()
+            self.continued += 1
+        self.calls.append(span(len(self.calls), prompt, response))
+        self.naive.append(span(len(self.calls), rendered, response))
+        answer = {"role": "assistant", "content": said(response), "refusal": None}
+        end_text = END_TEXT if response[-1] == END else None
+        self.conversations.remember(
+            ATTEMPT, self.messages, answer, rendered=rendered, prompt=prompt, response=response, end_text=end_text
+        )
+        self.messages = [*self.messages, answer, {"role": "tool", "content": result}]
+
+
+def span(number: int, prompt: list[int], response: list[int]) -> Span:
+    return Span(
+        rollout_id="rollout-1",
+        attempt_id="attempt-1",
+        sequence_id=number + 1,
+        trace_id="1" * 32,
+        span_id=f"{number + 1:016x}",
+        name="chat",
+        kind="client",
+        status="ok",
+        start_ns=number + 1,
+        end_ns=number + 2,
+        operation="chat",
+        prompt_token_ids=prompt,
+        response_token_ids=response,
+        logprobs=[-1.0] * len(response),
+    )
+
+
+@settings(max_examples=200, deadline=None)
+@given(RESPONSES, st.text(max_size=20))
+def test_a_prompt_begins_with_the_tokens_of_the_turn_before_and_goes_on_as_the_template_says(
+    responses: list[list[int]], result: str
+):
+    exchange = Exchange()
+    exchange.turn([*encode("46"), END], result)  # one that ended by itself: the end-of-turn token is known from here
+    for response in responses:
+        exchange.turn(response, result)
+    for earlier, later in zip(exchange.calls, exchange.calls[1:], strict=False):
+        before = [*earlier.prompt_token_ids, *earlier.response_token_ids]
+        if END_TEXT in said(earlier.response_token_ids):
+            continue  # never remembered, see below
+        assert later.prompt_token_ids[: len(before)] == before
+        closing = "" if before[-1] == END else END_TEXT
+        tail = f"{closing}{written([{'role': 'tool', 'content': result}])}<|assistant|>\n"
+        assert decode(later.prompt_token_ids[len(before) :]) == decode(encode(tail))
+
+
+def test_tokens_drift_when_the_conversation_is_written_again_and_do_not_when_continued():
+    numbers, other = encode(" numbers"), [encode(letter)[0] for letter in "numbers"]
+    exchange = Exchange()
+    exchange.turn([*encode("the tool"), *other, END], "12")
+    exchange.turn([*numbers, END], "34")
+    exchange.turn([*other, END], "46")
+    exchange.turn([*encode("46"), END], "")
+    assert exchange.continued == 3
+    (sequence,) = merge_calls(exchange.calls)
+    assert sum(sequence.loss_mask) == sum(len(call.response_token_ids) for call in exchange.calls)
+    assert len(merge_calls(exchange.naive)) > 1  # the drift: what was sampled is not in the next prompt
+
+
+def test_an_answer_that_spells_out_the_end_of_turn_is_written_again_and_those_before_it_are_kept():
+    exchange = Exchange()
+    first = [*encode("4"), *encode("6"), END]
+    spelled = [*(encode(letter)[0] for letter in END_TEXT), *encode("more"), END]
+    assert END not in spelled[:-1]
+    exchange.turn(first, "ok")
+    exchange.turn(spelled, "ok")
+    exchange.turn([*encode("46"), END], "ok")
+    one, two, three = (call.prompt_token_ids for call in exchange.calls)
+    assert three[: len(two)] == two == [*one, *first, *two[len(one) + len(first) :]]
+    assert three[: len(two) + len(spelled)] != [*two, *spelled]
+    assert decode(three) == decode(exchange.naive[2].prompt_token_ids)
+
+
+def a_turn(rendered: list[int], response: list[int], ends: set[int], finished: bool = True) -> Turn:
+    before = tokens(rendered)
+    return Turn(before, before, tokens(response), finished, frozenset(ends))
+
+
+def test_a_history_that_is_written_differently_is_not_continued():
+    turn = a_turn([9, 9, END, 2, 5], [8, 8, END], {END})
+    assert splice(turn, tokens([9, 9, END, 2, 5, 7, END, 3])).tolist() == [9, 9, END, 2, 5, 8, 8, END, 3]
+    assert splice(turn, tokens([9, 9, END, 2, 6, 7, END, 3])).tolist() == [9, 9, END, 2, 5, 8, 8, END, 3]  # merged
+    for rendered in ([9, 1, END, 2, 5, 7, END, 3], [9, 9, END, 1, 5, 7, END, 3], [9, 9, 9, END, 2, 5, 7, END], [9]):
+        with pytest.raises(NotContinued) as caught:
+            splice(turn, tokens(rendered))
+        assert caught.value.reason == "history"
+
+
+def test_without_an_end_of_turn_there_is_nothing_to_hold_on_to():
+    for turn in (a_turn([9, 2], [8], set(), finished=False), a_turn([9, 2], [8, END], {END})):
+        with pytest.raises(NotContinued) as caught:
+            splice(turn, tokens([9, 2, 7, 7, 7]))
+        assert caught.value.reason == "end_of_turn"
+
+
+def test_any_known_end_of_turn_closes_an_answer():
+    """A policy may end a turn with another token than the template closes it with: what it sampled stays."""
+    turn = a_turn([9, END, 2], [8, 1], {END, 1})
+    assert splice(turn, tokens([9, END, 2, 8, END, 3])).tolist() == [9, END, 2, 8, 1, 3]
+    cut = a_turn([9, END, 2], [8], {END, 1}, finished=False)
+    assert splice(cut, tokens([9, END, 2, 8, END, 3])).tolist() == [9, END, 2, 8, END, 3]
+
+
+QUESTION = {"role": "user", "content": "2 + 2?"}
+CALL = {"id": "c1", "type": "function", "function": {"name": "add", "arguments": '{"a": 2,"b":2}'}}
+ANSWER = {"role": "assistant", "content": None, "tool_calls": [CALL], "reasoning": None}
+
+
+def remembering(answer: dict[str, Any], **more: Any) -> Conversations:
+    conversations = Conversations()
+    ids: dict[str, Any] = {"rendered": [9, 2], "prompt": [9, 2], "response": [8, END], "end_text": END_TEXT} | more
+    conversations.remember(ATTEMPT, [QUESTION], answer, **ids)
+    return conversations
+
+
+@pytest.mark.parametrize(
+    "sent_back",
+    [
+        ANSWER,
+        {"role": "assistant", "content": "", "tool_calls": [CALL]},
+        {"role": "assistant", "tool_calls": [CALL], "refusal": None, "audio": None},
+        ANSWER | {"tool_calls": [CALL | {"function": {"name": "add", "arguments": '{"b": 2, "a": 2}'}}]},
+    ],
+)
+def test_an_answer_is_recognised_whatever_its_way_through_a_framework(sent_back: dict[str, Any]):
+    tool = {"role": "tool", "content": "4", "tool_call_id": "c1"}
+    assert remembering(ANSWER).find(ATTEMPT, [QUESTION, sent_back, tool])
+
+
+@pytest.mark.parametrize(
+    "messages",
+    [
+        [QUESTION],
+        [QUESTION | {"content": "2 + 3?"}, ANSWER],
+        [QUESTION, ANSWER | {"content": "so"}],
+        [QUESTION, ANSWER | {"tool_calls": []}],
+        [QUESTION, ANSWER | {"tool_calls": [CALL | {"function": {"name": "add", "arguments": '{"a": 2}'}}]}],
+        [QUESTION, ANSWER | {"reasoning": "hm"}],
+        [{"role": "system", "content": "be brief"}, QUESTION, ANSWER],
+        ["no message"],
+        [],
+    ],
+)
+def test_what_is_not_the_answer_is_not_found(messages: list[Any]):
+    assert remembering(ANSWER).find(ATTEMPT, messages) is None
+
+
+def test_reasoning_must_come_back():
+    thought = ANSWER | {"reasoning": "two and two"}
+    conversations = remembering(thought)
+    assert conversations.find(ATTEMPT, [QUESTION, ANSWER]) is None
+    assert conversations.find(ATTEMPT, [QUESTION, ANSWER | {"reasoning_content": "two and two"}])
+
+
+def test_attempts_and_models_are_strangers_to_each_other():
+    assert remembering(ANSWER).find(("rollout-1", "attempt-2", "policy"), [QUESTION, ANSWER]) is None
+    assert remembering(ANSWER).find(("rollout-1", "attempt-1", "other"), [QUESTION, ANSWER]) is None
+
+
+def test_memory_is_bounded_and_the_attempt_silent_for_longest_goes_first():
+    conversations = Conversations(max_tokens=100)
+    for number in range(50):
+        conversations.remember(
+            (str(number),), [QUESTION], ANSWER, rendered=[9] * 8, prompt=[9] * 8, response=[END], end_text=END_TEXT
+        )
+        assert conversations.tokens <= 100
+        assert conversations.find(("0",), [QUESTION, ANSWER]), number  # asked for, so not silent
+    assert conversations.find(("1",), [QUESTION, ANSWER]) is None
+    for number in range(2_000):
+        conversations.remember(
+            ("0",), [QUESTION], {"content": number}, rendered=[9], prompt=[9], response=[8], end_text=None
+        )
+    assert conversations.tokens <= 100

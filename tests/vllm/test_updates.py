@@ -1,0 +1,137 @@
+"""New weights under a running vLLM: which version gave which token, and that nothing of the old one is left behind."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any
+
+import httpx
+import pytest
+
+from fulgurite.schemas.event import VersionSpan
+from tests.vllm.tiny_model import Oracle, make_tokenizer, worst_error
+from tests.vllm.world import TOLERANCE, World, until
+
+pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
+
+LONG = 600
+"""Tokens of an answer that an update comes in the middle of: some seconds."""
+
+
+async def test_an_update_in_the_middle_of_requests_gives_each_token_its_version(
+    world: World, models: dict[int, Path], oracles: dict[int, Oracle]
+):
+    """Asked by token ids, vLLM itself says where the versions changed."""
+    prompts = [make_tokenizer().encode("again and again, " * (number + 1)) for number in range(6)]
+    sampling = {"max_tokens": LONG, "ignore_eos": True, "logprobs": 0}
+
+    async def ask(client: httpx.AsyncClient, prompt: list[int]) -> dict[str, Any]:
+        body = {"model": "policy", "token_ids": prompt, "sampling_params": sampling}
+        return (await client.post("/inference/v1/generate", json=body)).raise_for_status().json()["choices"][0]
+
+    async with httpx.AsyncClient(base_url=world.vllm.url, timeout=120) as client:
+        asking = [asyncio.create_task(ask(client, prompt)) for prompt in prompts]
+        await world.half_way(len(prompts))
+        applied = await world.serve(2, models[2])
+        assert not any(one.done() for one in asking)
+        choices = await asyncio.gather(*asking)
+    assert {"verify", "pause", "load", "resume"} <= set(applied.seconds)
+    for prompt, choice in zip(prompts, choices, strict=True):
+        versions = [VersionSpan(version=int(part.pop("version")), **part) for part in choice["weight_versions"]]
+        assert [span.version for span in versions] == [1, 2]
+        assert versions[0].end > 10
+        logprobs = [token["logprob"] for token in choice["logprobs"]["content"]]
+        assert worst_error(oracles, prompt, choice["token_ids"], logprobs, versions) < TOLERANCE
+        swapped = {1: oracles[2], 2: oracles[1]}
+        assert worst_error(swapped, prompt, choice["token_ids"], logprobs, versions) > 0.5  # the bound can fail
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+async def test_calls_through_the_gateway_go_on_over_an_update_and_claim_no_wrong_version(
+    world: World, models: dict[int, Path], oracles: dict[int, Oracle], streamed: bool
+):
+    async def ask(number: int) -> None:
+        async with world.agent(f"r{number}", max_retries=0) as agent:
+            answer = await agent.chat.completions.create(
+                model="policy",
+                messages=[{"role": "user", "content": f"again {number}"}],
+                max_tokens=LONG,
+                stream=streamed,
+                extra_body={"ignore_eos": True},
+            )
+            if streamed:
+                async for _ in answer:  # pyright: ignore[reportGeneralTypeIssues]
+                    pass
+
+    over = [asyncio.create_task(ask(number)) for number in range(4)]
+    await world.half_way(len(over))
+    await world.serve(2, models[2])
+    assert not any(one.done() for one in over)
+    await asyncio.gather(*over)
+    await ask(4)
+    spans = {span.rollout_id: span for span in await world.spans()}
+    assert len(spans) == 5
+    assert [part.version for part in spans["r4"].weight_versions] == [2]
+    for span in spans.values():
+        assert span.status == "ok", span.status_message
+        assert len(span.response_token_ids) == len(span.logprobs) == LONG
+        if span.weight_versions:
+            tokens = (span.prompt_token_ids, span.response_token_ids, span.logprobs)
+            assert worst_error(oracles, *tokens, span.weight_versions) < TOLERANCE
+    assert not any(
+        len({part.version for part in span.weight_versions}) == 1 for key, span in spans.items() if key != "r4"
+    )
+
+
+async def test_no_cached_prefix_outlives_its_weights(world: World, models: dict[int, Path], oracles: dict[int, Oracle]):
+    """A prompt of several cache blocks, asked before and after an update, and again back to the first version."""
+    content = "what was said is said again, and again: 0123456789 (a+b)*c " * 20
+
+    async def ask(rollout: str) -> None:
+        async with world.agent(rollout) as agent:
+            messages: Any = [{"role": "user", "content": content}]
+            await agent.chat.completions.create(model="policy", messages=messages, max_tokens=30)
+
+    await ask("cold")
+    hits = await world.vllm.metric("vllm:prefix_cache_hits_total")
+    await ask("warm")
+    assert await world.vllm.metric("vllm:prefix_cache_hits_total") >= hits + 256, (
+        "the prompt was not cached: nothing is shown"
+    )
+    await world.serve(2, models[2])
+    await ask("updated")
+    await world.serve(3, models[1])  # the weights of 1 again, as version 3
+    await ask("back")
+    spans = {span.rollout_id: span for span in await world.spans()}
+    of = {1: oracles[1], 2: oracles[2], 3: oracles[1]}
+    for rollout, version in {"cold": 1, "warm": 1, "updated": 2, "back": 3}.items():
+        span = spans[rollout]
+        assert [part.version for part in span.weight_versions] == [version]
+        tokens = (span.prompt_token_ids, span.response_token_ids, span.logprobs)
+        assert worst_error(of, *tokens, span.weight_versions) < TOLERANCE
+
+
+async def test_a_version_that_is_none_is_refused_and_the_one_before_it_is_served_again(
+    world: World, oracles: dict[int, Oracle], tmp_path: Path
+):
+    """vLLM notices it in the middle of loading; what it has then is nobody's."""
+    files = tmp_path / "broken"
+    files.mkdir()
+    (files / "model.safetensors").write_bytes(b"no weights")
+    await world.publish(2, files)
+    refused = await world.reported(2)
+    assert not refused.ok
+    assert refused.error
+
+    async def serves_1() -> bool:
+        return await world.vllm.label() == "1"
+
+    await until(serves_1, "version 1 is not served again")
+    async with world.agent("r1") as agent:
+        messages: Any = [{"role": "user", "content": "why not?"}]
+        await agent.chat.completions.create(model="policy", messages=messages, max_tokens=20)
+    (span,) = await world.spans()
+    assert [part.version for part in span.weight_versions] == [1]
+    tokens = (span.prompt_token_ids, span.response_token_ids, span.logprobs)
+    assert worst_error(oracles, *tokens, span.weight_versions) < TOLERANCE
