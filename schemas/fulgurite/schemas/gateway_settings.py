@@ -162,6 +162,9 @@ class GatewaySettings(Section):
     may ask for less by the header x-request-timeout; OpenAI's clients say theirs."""
     silence_seconds: Seconds = 120.0
     """Longest pause within an answer, a weight swap included."""
+    exact_prompts: bool = True
+    """Whether a conversation goes on with exactly the tokens it was sampled with, where a backend takes token ids (vLLM
+    with --enable-scale-out, the embedded server); off: every prompt is tokenised anew, in one request instead of two."""
     publish_seconds: Seconds = 30.0
     """Longest that an answer waits for the broker to acknowledge its span; then 503."""
     health_seconds: Seconds = 2.0

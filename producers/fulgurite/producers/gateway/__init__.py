@@ -14,13 +14,15 @@ fg-<rollout_id>/<attempt_id>, it is the same; without any the call is recorded a
 | `streaming.py`, `sse.py` | the flow of a streamed call; server-sent events |
 | `calls.py`, `keys.py`, `budgets.py` | who asks, what a request may be, how much one may ask |
 | `protocols/` | chat completions, completions, responses, messages: what to ask, how to read it, what to strip |
+| `token_flow.py`, `token_route.py`, `conversations.py`, `continuation.py` | conversations that go on with their own tokens |
 | `exchange.py`, `asking.py` | what the flow and the pool say to each other |
 | `pool.py`, `routing.py`, `places.py`, `breaker.py`, `replica.py`, `labels.py` | who is asked |
 | `outcome.py`, `tokens.py`, `attributes.py`, `recording.py`, `publishing.py` | from an answer to the log |
 | `answers.py`, `errors.py` | refusals and failures in the protocols' shapes |
 | `http.py`, `metrics.py` | ASGI's small tools; what Prometheus is told |
 
-Keeps nothing that a restart would miss: any number of gateways may run side by side, behind one address.
+Keeps nothing that a restart would miss but the turns of conversations, which then begin anew: any number of gateways
+may run side by side, behind one address that sends a rollout's calls to the same one.
 """
 
 from __future__ import annotations

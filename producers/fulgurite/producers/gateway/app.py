@@ -7,7 +7,8 @@
 The contract, and what a crash of this process after each step leaves:
 1. Check ids, key, bounds, size and body. Refused requests are answered at once and are no calls. Crash: nothing
    happened.
-2. Ask a backend, again or another while nobody answers, for at most gateway.backend_seconds until the first byte.
+2. Ask a backend, again or another while nobody answers, for at most gateway.backend_seconds until the first byte; a
+   chat completion by token ids where a backend takes them (`token_flow.py`).
    Crash: tokens nobody saw and nobody recorded; the agent sees a broken connection and may ask again.
 3. Make the span: exactly what the backend says it sampled. Failed calls make one too. Crash: as 2.
 4. Publish it and wait for the broker's acknowledgement, at most gateway.publish_seconds, then 503. Crash, or 503: the
@@ -52,6 +53,7 @@ from fulgurite.producers.gateway.publishing import Log, SpanPublisher
 from fulgurite.producers.gateway.recording import Recorder, Recording
 from fulgurite.producers.gateway.routes import split
 from fulgurite.producers.gateway.streaming import Streaming
+from fulgurite.producers.gateway.token_flow import Sampled, TokenRoute
 from fulgurite.schemas.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
@@ -92,7 +94,8 @@ class Gateway:
         self._log = Log(publisher, self._recorder, settings.publish_seconds)
         self._keys = Keys(settings.api_keys)
         self._budgets = Budgets(settings.max_rollout_tokens)
-        self._streaming = Streaming(settings, backends, self._recorder, self._log, self._spent)
+        self._tokens = TokenRoute(backends, backends.metrics, enabled=settings.exact_prompts)
+        self._streaming = Streaming(settings, backends, self._recorder, self._log, self._spent, self._tokens)
         self._sequences = Sequences()
         # Those that wait are the pool's to bound; here it is the memory that bodies and answers take.
         self._most = settings.max_concurrent_requests + settings.max_queued_requests
@@ -164,19 +167,21 @@ class Gateway:
 
     async def _complete(self, call: Call, deadline: float, receive: Receive) -> bytes:
         """Steps 2 to 4. The body for the agent; raises ApiError for every other outcome, which is recorded as well."""
-        served: Served | None = None
+        asked: list[Served] = []
+        sampled: Sampled | None = None
         failure: ApiError | None = None
         answer = b""
         try:
-            async with Present(receive), self._backends.open(ask_for(call, deadline)) as exchange:  # 2
-                served = served_by(exchange)
-                answer = await read_all(exchange)
-                if exchange.status == 200:
-                    served.version_after = await exchange.version_after()
+            async with Present(receive):  # 2
+                if self._tokens.takes(call):
+                    sampled = await self._tokens.sample(call, deadline, asked)
+                if sampled is None:
+                    answer = await self._ask(call, deadline, asked)
         except ApiError as error:
             failure = error
         except Gone:
             failure = AgentGone("client_disconnected", "the agent closed its connection before the answer")
+        served = sampled.served if sampled else asked[-1] if asked else None
         if served:
             served.seconds = call.seconds()
             if failure is None and served.status != 200:
@@ -186,17 +191,29 @@ class Gateway:
             await self._log.publish(call, self._recorder.failed(call, failure, served))
             raise failure
         try:
-            response = parse_answer(answer)
+            response = sampled.response if sampled else parse_answer(answer)
             outcome = call.api.read(call.body, response)
         except ApiError as error:
-            await self._log.publish(call, self._recorder.unreadable(call, served, answer, error))
+            said = orjson.dumps(sampled.response) if sampled else answer
+            await self._log.publish(call, self._recorder.unreadable(call, served, said, error))
             raise
         if served.kind == "vllm":
             call.api.strip(call.body, response)
         recording = self._recorder.answered(call, served, outcome, answer)  # 3
         self._spent(call, recording)
         await self._log.publish(call, recording)  # 4
+        if sampled:
+            self._tokens.remember(call, sampled)
         return orjson.dumps(response) if served.kind == "vllm" else answer
+
+    async def _ask(self, call: Call, deadline: float, asked: list[Served]) -> bytes:
+        async with self._backends.open(ask_for(call, deadline)) as exchange:
+            served = served_by(exchange)
+            asked.append(served)
+            answer = await read_all(exchange)
+            if exchange.status == 200:
+                served.version_after = await exchange.version_after()
+        return answer
 
     async def _pass_on(self, route: str, ids: dict[str, str], scope: Scope, receive: Receive, send: Send) -> None:
         headers = headers_of(scope)

@@ -15,6 +15,7 @@ from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from types import MappingProxyType
 from typing import Any, Final
 
 import orjson
@@ -72,11 +73,13 @@ class Conversations:
         prompt: list[int],
         response: list[int],
         end_text: str | None,
+        ends: Mapping[int, str] = MappingProxyType({}),
     ) -> None:
         """One choice's answer, as the agent got it. `end_text` is how the response's last token is written, where that
-        ended the turn; None for a response that was cut off."""
+        ended the turn; None for a response that was cut off. `ends`: what is known of such tokens otherwise."""
         known = self._attempts.setdefault(attempt, _Attempt())
         self._attempts.move_to_end(attempt)
+        known.ends.update(ends)
         if end_text and response:
             known.ends[response[-1]] = end_text
         if _spells_out(answer, known.ends.values()):

@@ -83,3 +83,7 @@ class Backends(Protocol):
     somebody was still at it."""
 
     def open(self, ask: Ask) -> AbstractAsyncContextManager[Exchange]: ...
+
+    def follows_policy(self, model: str) -> bool:
+        """Whether only the policy's own servers are known to serve the model."""
+        ...

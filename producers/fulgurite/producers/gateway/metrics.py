@@ -63,6 +63,9 @@ class Metrics:
         self._answers = self._counter("answers", "answers of backends by status (2xx, …)", ("backend", "status"))
         self._failures = self._counter("failed_tries", "tries that were made again, or given up", backend)
         self._refused = self._counter("refused_requests", "requests that got an error of our own", ("code",))
+        self._prompts = self._counter(
+            "prompts", "prompts given by their tokens, by what they do with the turn before", ("turn",)
+        )
         self._key_requests = self._counter("key_requests", "requests by name of the API key", ("key",))
         self.waiting = Gauge(self._name("waiting_requests"), "requests that wait for a backend", registry=self.registry)
         self.queue_seconds = Histogram(
@@ -88,6 +91,10 @@ class Metrics:
     def refused(self, code: str) -> None:
         """`code` of an ApiError of ours, never a backend's."""
         self._refused.labels(code).inc()
+
+    def prompt(self, turn: str) -> None:
+        """begins: there is none; continues: exactly its tokens; else why the template's own prompt was used."""
+        self._prompts.labels(turn).inc()
 
     def asked_with(self, key: str) -> None:
         """A key's name, empty where there are no keys."""

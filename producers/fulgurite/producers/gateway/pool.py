@@ -120,6 +120,11 @@ class Pool:
             finally:
                 exchange.close()
 
+    def follows_policy(self, model: str) -> bool:
+        """Whether only the policy's own servers are known to serve the model."""
+        found = named(list(self._members.values()), model)
+        return bool(found) and all(member.kind == "vllm" for member in found)
+
     async def models(self, authorization: str = "") -> list[dict[str, Any]]:
         """What all backends serve, as /v1/models describes it. Raises ApiError(503) when none of them could say."""
         await self._relist(self._loop.time() + CHECK_SECONDS)

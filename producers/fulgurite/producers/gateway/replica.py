@@ -20,6 +20,7 @@ from fulgurite.producers.gateway.http_exchange import HttpExchange
 from fulgurite.producers.gateway.keys import parse_bearer
 from fulgurite.producers.gateway.labels import Labels, NoSuchRoute
 from fulgurite.producers.gateway.places import Capacity, Seat
+from fulgurite.producers.gateway.routing import UNVERSIONED
 from fulgurite.schemas.settings import BackendSettings
 
 logger = logging.getLogger(__name__)
@@ -114,8 +115,8 @@ class Replica:
     async def ask(self, ask: Ask, seat: Seat, tries: int, silence_seconds: float) -> HttpExchange:
         """Its answer, whatever the status, once that is known. Raises Away."""
         route = ask.route.partition("?")[0]
-        gives_versions = self.kind != "vllm" or self._gives_versions.get(route, False)
-        before = None if gives_versions else await self._labels.before()
+        asks_version = self.kind == "vllm" and route not in UNVERSIONED and not self._gives_versions.get(route, False)
+        before = await self._labels.before() if asks_version else None
         body = ask.body_for(self.kind)
         headers = {"content-type": "application/json"} | self._authorization(ask.authorization)
         try:

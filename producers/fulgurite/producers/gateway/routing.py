@@ -15,11 +15,16 @@ ROUTES: Final = frozenset(
         "/v1/responses",
         "/v1/messages",
         "/v1/messages/count_tokens",
-        # For the gateway itself: exact prompts of conversations that go on.
+        # For the gateway itself: exact prompts of conversations that go on (token_flow.py).
+        "/v1/chat/completions/render",
         "/inference/v1/generate",
-        "/tokenize",
+        "/v1/chat/completions/derender",
+        "/detokenize",
     }
 )
+
+UNVERSIONED: Final = frozenset({"/v1/chat/completions/render", "/v1/chat/completions/derender", "/detokenize"})
+"""Nothing is sampled there: which version the server has does not matter."""
 
 
 class Server(Protocol):

@@ -23,12 +23,14 @@ from fulgurite.producers.gateway.answers import backend_error
 from fulgurite.producers.gateway.asking import ask_for, read_all, served_by
 from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.errors import AgentGone, ApiError
-from fulgurite.producers.gateway.exchange import Backends, Exchange
+from fulgurite.producers.gateway.exchange import Ask, Backends, Exchange
 from fulgurite.producers.gateway.http import EventStream, Gone, Present
 from fulgurite.producers.gateway.outcome import Served
 from fulgurite.producers.gateway.protocols.base import INVALID, Stream, invalid
 from fulgurite.producers.gateway.publishing import Log
 from fulgurite.producers.gateway.recording import Recorder, Recording
+from fulgurite.producers.gateway.token_flow import UNSERVED, TokenRoute, Translation
+from fulgurite.producers.gateway.token_route import GENERATE, streamed_request
 from fulgurite.schemas.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
@@ -49,7 +51,9 @@ class Streaming:
         recorder: Recorder,
         log: Log,
         spent: Callable[[Call, Recording], None],
+        tokens: TokenRoute,
     ) -> None:
+        self._tokens = tokens
         self._silence_seconds = settings.silence_seconds
         self._backends = backends
         self._recorder = recorder
@@ -61,8 +65,11 @@ class Streaming:
         run = _Run(call, EventStream(send))
         failure: ApiError | None = None
         try:
-            async with Present(receive), self._backends.open(ask_for(call, deadline)) as exchange:  # 2
-                await self._relay(run, exchange)
+            async with Present(receive):  # 2
+                ask = await self._by_tokens(run, deadline)
+                if ask is None or not await self._relayed(run, ask):
+                    run.translation = None
+                    await self._relayed(run, ask_for(call, deadline))
         except ApiError as error:
             failure = error
         except Gone:
@@ -77,11 +84,37 @@ class Streaming:
             failure = error
         if failure is None:
             await run.out.send(b"".join(run.held), last=True)  # 5
+            if run.translation and run.stream:
+                await self._tokens.remember_stream(call, run.translation, run.stream.outcome, deadline)
         elif run.out.begun and not isinstance(failure, AgentGone):
             logger.info("a stream ended with an error: %s", failure.code)
             await run.out.send(call.api.error_event(failure), last=True)
         else:
             raise failure
+
+    async def _by_tokens(self, run: _Run, deadline: float) -> Ask | None:
+        """What to ask for the answer by token ids; None where it is asked of the chat route."""
+        if not self._tokens.takes(run.call):
+            return None
+        asked: list[Served] = []
+        try:
+            prepared = await self._tokens.prepare(run.call, deadline, asked)
+        except ApiError:
+            run.served = asked[-1] if asked else None
+            raise
+        if prepared is None:
+            return None
+        run.translation = Translation(run.call, prepared)
+        return self._tokens.ask_for(run.call, GENERATE, streamed_request(prepared.request), deadline)
+
+    async def _relayed(self, run: _Run, ask: Ask) -> bool:
+        """Whether this route could be asked; what is left to be asked of another has had no effect."""
+        async with self._backends.open(ask) as exchange:
+            if run.translation and exchange.status in UNSERVED:
+                self._tokens.is_unserved(run.call, f"{exchange.endpoint} answers {ask.route} with {exchange.status}")
+                return False
+            await self._relay(run, exchange)
+        return True
 
     async def _relay(self, run: _Run, exchange: Exchange) -> None:
         """Step 2: until the answer is whole. Raises ApiError for an end of another kind."""
@@ -144,6 +177,8 @@ class _Run:
     out: EventStream
     served: Served | None = None
     stream: Stream | None = None
+    translation: Translation | None = None
+    """Where the backend's events are not those of the agent's protocol."""
     rejected: bytes | None = None
     """What is no answer, for the dead letter."""
     held: list[bytes] = field(default_factory=list[bytes])
@@ -154,7 +189,7 @@ class _Run:
         passed: list[bytes] = []
         for event in events:
             try:
-                now, later = stream.feed(event)
+                now, later = stream.feed(self.translation(event) if self.translation else event)
                 self.held_bytes += len(later)
                 if self.held_bytes > MAX_HELD_BYTES:
                     raise invalid(f"has more than {MAX_HELD_BYTES} bytes after its end")

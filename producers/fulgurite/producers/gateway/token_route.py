@@ -29,6 +29,14 @@ DETOKENIZE: Final = "/detokenize"
 _EMPTY_MESSAGE: Final = {"role": "assistant", "content": "", "refusal": None}
 
 
+def after_answer(one: list[int], other: list[int]) -> list[int]:
+    """The tokens that follow an answer: those in which two conversations end alike that differ in their last answer."""
+    alike = 0
+    while alike < min(len(one), len(other)) and one[-1 - alike] == other[-1 - alike]:
+        alike += 1
+    return one[len(one) - alike :]
+
+
 def can_splice(rendered: dict[str, Any]) -> bool:
     """Whether the prompt is text alone: positions of images stand beside the ids."""
     return not rendered.get("features") and not rendered.get("content_parts")
@@ -109,11 +117,45 @@ def chat_completion(
     }
 
 
-def _text_choice(body: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
+def streamed_request(request: dict[str, Any]) -> dict[str, Any]:
+    """The same for GENERATE, as a stream that ends with its count of tokens."""
+    return request | {"stream": True, "stream_options": {"include_usage": True}}
+
+
+def chat_chunk(
+    body: dict[str, Any], rendered: dict[str, Any], generated: dict[str, Any], begun: set[int], created: int
+) -> dict[str, Any]:
+    """An event of GENERATE's stream in the shape of the chat route's. `begun`: the choices that have had one; this one
+    is added."""
+    choices: list[dict[str, Any]] = []
+    for choice in generated["choices"]:
+        delta = {} if choice["index"] in begun else {"role": "assistant"}
+        if choice["text"] or delta:
+            delta["content"] = choice["text"]
+        begun.add(choice["index"])
+        kept = ("index", "finish_reason", "stop_reason", "token_ids", "weight_versions")
+        choices.append(
+            {name: choice.get(name) for name in kept} | {"delta": delta, "logprobs": _logprobs(body, choice)}
+        )
+    chunk = {
+        "id": rendered["request_id"],
+        "object": "chat.completion.chunk",
+        "created": created,
+        "model": rendered.get("model") or "",
+        "choices": choices,
+    }
+    return chunk | {name: generated[name] for name in ("prompt_token_ids", "usage") if generated.get(name)}
+
+
+def _logprobs(body: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any] | None:
     logprobs = choice.get("logprobs")
     if logprobs and not body.get("top_logprobs"):
-        logprobs = {"content": [token | {"top_logprobs": []} for token in logprobs["content"] or ()]}
-    return _choice(choice, _EMPTY_MESSAGE | {"content": choice["text"]}, logprobs)
+        return {"content": [token | {"top_logprobs": []} for token in logprobs["content"] or ()]}
+    return logprobs
+
+
+def _text_choice(body: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any]:
+    return _choice(choice, _EMPTY_MESSAGE | {"content": choice["text"]}, _logprobs(body, choice))
 
 
 def _parsed_choice(

@@ -11,6 +11,5 @@ from fulgurite.producers.gateway.protocols.completions import CompletionsApi
 from fulgurite.producers.gateway.protocols.messages import MessagesApi
 from fulgurite.producers.gateway.protocols.responses import ResponsesApi
 
-BY_ROUTE: Final[dict[str, Api]] = {
-    api.route: api for api in (ChatApi(), CompletionsApi(), ResponsesApi(), MessagesApi())
-}
+CHAT: Final = ChatApi()
+BY_ROUTE: Final[dict[str, Api]] = {api.route: api for api in (CHAT, CompletionsApi(), ResponsesApi(), MessagesApi())}
