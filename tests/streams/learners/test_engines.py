@@ -25,7 +25,8 @@ Life = dict[str, Any]
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Holds the start model in m0 and, in whole/, six uninterrupted steps of the plain engine."""
+    """All lives, in three processes one after the other, since most of a life is the import of torch: alone, under two
+    ranks, and alone again with what those left. Each has a folder; m0 is the start model, whole six steps alone."""
     found = tmp_path_factory.mktemp("engines")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -39,7 +40,23 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=64,
     )
     LlamaForCausalLM(config).save_pretrained(found / "m0")
-    run(1, {"zero_stage": 0, "model": str(found / "m0"), "steps": 6, "out": str(found / "whole")})
+
+    def life(name: str, zero_stage: int, steps: int, after: str = "m0", **more: Any) -> Life:
+        state = {} if after == "m0" else {"state": str(found / after / "optimizer.pt")}
+        place = {"model": str(found / after), "out": str(found / name)}
+        return {"zero_stage": zero_stage, "steps": steps, **place, **state, **more}
+
+    run(1, life("whole", 0, 6), life("few0", 0, 2, samples=1))
+    run(
+        2,
+        *(life(f"half{stage}", stage, 3) for stage in (1, 2, 3)),
+        *(life(f"on{stage}", stage, 3, after) for stage, after in ((2, "half1"), (3, "half2"), (1, "half3"))),
+        *(life(f"refused{stage}", stage, 4, poisoned=[1]) for stage in (1, 3)),
+        life("few3", 3, 2, samples=1),
+        life("b3", 3, 3, dtype="bfloat16"),
+        life("b2", 2, 3, "b3", dtype="bfloat16"),
+    )
+    run(1, life("on0", 0, 3, "half3"), life("b0", 0, 3, "b3", dtype="bfloat16"))
     return found
 
 
@@ -63,63 +80,33 @@ def farthest(one: Path, other: Path) -> float:
     return max((mine[name].float() - theirs[name].float()).abs().max().item() for name in mine)
 
 
-def test_zero_on_two_ranks_trains_as_one_process_does_and_hands_over_to_any_other(folder: Path) -> None:
-    lives: list[Life] = []
+def test_zero_on_two_ranks_trains_as_one_process_does(folder: Path) -> None:
     for stage in (1, 2, 3):
-        first = {"zero_stage": stage, "model": str(folder / "m0"), "steps": 3, "out": str(folder / f"half{stage}")}
-        lives.append(first)
-    for stage, before in ((2, 1), (3, 2), (1, 3)):
-        half = folder / f"half{before}"
-        after = {"zero_stage": stage, "model": str(half), "state": str(half / "optimizer.pt"), "steps": 3}
-        lives.append({**after, "out": str(folder / f"on{stage}")})
-    run(2, *lives)
-    half = folder / "half3"
-    alone = {"zero_stage": 0, "model": str(half), "state": str(half / "optimizer.pt"), "steps": 3}
-    run(1, {**alone, "out": str(folder / "on0")})
-
-    expected = steps(folder / "whole")
-    for stage in (1, 2, 3):
-        assert steps(folder / f"half{stage}") == [pytest.approx(step, abs=1e-5) for step in expected[:3]]
-    for stage in (0, 1, 2, 3):
-        assert steps(folder / f"on{stage}") == [pytest.approx(step, abs=1e-5) for step in expected[3:]]
-        assert farthest(folder / f"on{stage}", folder / "whole") < 1e-5
+        assert steps(folder / f"half{stage}") == [pytest.approx(step, abs=1e-5) for step in steps(folder / "whole")[:3]]
 
 
-def test_a_refused_step_changes_nothing_on_any_rank_and_ranks_without_samples_take_part(folder: Path) -> None:
-    whole = {"model": str(folder / "m0"), "steps": 4, "poisoned": [1]}
-    run(
-        2,
-        *({**whole, "zero_stage": stage, "out": str(folder / f"refused{stage}")} for stage in (1, 3)),
-        {"zero_stage": 3, "model": str(folder / "m0"), "steps": 2, "samples": 1, "out": str(folder / "few3")},
-    )
-    run(1, {"zero_stage": 0, "model": str(folder / "m0"), "steps": 2, "samples": 1, "out": str(folder / "few0")})
-    expected = steps(folder / "whole")
-    for stage in (1, 3):
-        found = steps(folder / f"refused{stage}")
-        assert found.pop(1) == "LogprobMismatch"
-        assert found == [pytest.approx(step, abs=1e-5) for step in expected[:3]]
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_a_run_is_handed_from_one_engine_to_another_in_its_middle(folder: Path, stage: int) -> None:
+    assert steps(folder / f"on{stage}") == [pytest.approx(step, abs=1e-5) for step in steps(folder / "whole")[3:]]
+    assert farthest(folder / f"on{stage}", folder / "whole") < 1e-5
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_a_refused_step_changes_nothing_on_any_rank(folder: Path, stage: int) -> None:
+    found = steps(folder / f"refused{stage}")
+    assert found.pop(1) == "LogprobMismatch"
+    assert found == [pytest.approx(step, abs=1e-5) for step in steps(folder / "whole")[:3]]
+
+
+def test_a_rank_without_samples_takes_part(folder: Path) -> None:
     assert steps(folder / "few3") == [pytest.approx(step, abs=1e-5) for step in steps(folder / "few0")]
 
 
 def test_bfloat16_stays_near_float32_and_keeps_its_masters(folder: Path) -> None:
-    half = {"dtype": "bfloat16", "steps": 3}
-    run(2, {**half, "zero_stage": 3, "model": str(folder / "m0"), "out": str(folder / "b3")})
-    state = str(folder / "b3" / "optimizer.pt")
-    for stage, ranks in ((0, 1), (2, 2)):
-        run(
-            ranks,
-            {
-                **half,
-                "zero_stage": stage,
-                "model": str(folder / "b3"),
-                "state": state,
-                "out": str(folder / f"b{stage}"),
-            },
-        )
     expected = [step[0] for step in steps(folder / "whole")]
     assert [step[0] for step in steps(folder / "b3")] == pytest.approx(expected[:3], abs=1e-2)
-    for stage in (0, 2):
-        assert [step[0] for step in steps(folder / f"b{stage}")] == pytest.approx(expected[3:], abs=1e-2)
+    for name in ("b0", "b2"):
+        assert [step[0] for step in steps(folder / name)] == pytest.approx(expected[3:], abs=1e-2)
     assert load_file(folder / "b2" / "model.safetensors")["model.norm.weight"].dtype is torch.bfloat16
 
 
