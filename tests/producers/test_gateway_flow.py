@@ -100,6 +100,15 @@ async def test_the_answer_waits_for_the_acknowledgement():
         assert (await asking).choices[0].message.content == "answer 0"
 
 
+async def test_an_answer_goes_out_unrecorded_only_where_a_setting_says_so():
+    publisher = FakePublisher(acknowledges=False)
+    settings = {"publish_seconds": 0.2, "answer_unrecorded": True}
+    async with FakePolicyServer(label="1") as backend, gateway(publisher, backend.url, **settings) as url:
+        assert (await ask(url)).choices[0].message.content == "answer 0"
+        publisher.full = True
+        assert (await ask(url)).choices[0].message.content == "answer 1"
+
+
 @pytest.mark.parametrize("trouble", ["silent", "full", "refused"])
 async def test_without_an_acknowledgement_there_is_no_answer(trouble: str):
     publisher = FakePublisher(acknowledges=False)

@@ -167,6 +167,9 @@ class GatewaySettings(Section):
     with --enable-scale-out, the embedded server); off: every prompt is tokenised anew, in one request instead of two."""
     publish_seconds: Seconds = 30.0
     """Longest that an answer waits for the broker to acknowledge its span; then 503."""
+    answer_unrecorded: bool = False
+    """Whether an agent gets its answer although Kafka did not take its call within publish_seconds: for agents in
+    service that must go on. Off: 503."""
     health_seconds: Seconds = 2.0
     """How often a vllm is asked whether it is well, and which models it serves."""
     breaker_failures: Annotated[int, Field(ge=1, le=10_000)] = 5

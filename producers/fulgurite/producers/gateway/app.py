@@ -15,6 +15,7 @@ The contract, and what a crash of this process after each step leaves:
    span may be on the log although the agent never saw the answer. If the agent asks again, the log has both calls, with
    span ids of their own: that is what happened. OpenAI's clients count their retries; the count is recorded, and the
    assembler leaves the call out that was given up. From a client that does not count, both calls look wanted.
+   With gateway.answer_unrecorded the call is answered instead of the 503, and nobody may ever know of it.
 5. Answer, without what the agent did not ask for. So every answer an agent has is on the log, before it has it.
 
 A streamed call (`streaming.py`) passes each event on during 2, as it arrives; its end (what says that the answer is
@@ -91,7 +92,8 @@ class Gateway:
         self._metrics = backends.metrics
         self._broker = broker
         self._recorder = Recorder()
-        self._log = Log(publisher, self._recorder, settings.publish_seconds)
+        unrecorded = self._metrics.unrecorded.inc if settings.answer_unrecorded else None
+        self._log = Log(publisher, self._recorder, settings.publish_seconds, unrecorded)
         self._keys = Keys(settings.api_keys)
         self._budgets = Budgets(settings.max_rollout_tokens)
         self._tokens = TokenRoute(backends, backends.metrics, enabled=settings.exact_prompts)

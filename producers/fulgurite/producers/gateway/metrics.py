@@ -67,6 +67,9 @@ class Metrics:
             "prompts", "prompts given by their tokens, by what they do with the turn before", ("turn",)
         )
         self._key_requests = self._counter("key_requests", "requests by name of the API key", ("key",))
+        self.unrecorded = Counter(
+            self._name("unrecorded_answers"), "calls answered although Kafka did not take them", registry=self.registry
+        )
         self.waiting = Gauge(self._name("waiting_requests"), "requests that wait for a backend", registry=self.registry)
         self.queue_seconds = Histogram(
             self._name("queue_seconds"),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Protocol
 
 from fulgurite.producers.gateway.calls import Call
@@ -28,13 +29,30 @@ class SpanPublisher(Protocol):
 class Log:
     """Where recordings go."""
 
-    def __init__(self, publisher: SpanPublisher, recorder: Recorder, publish_seconds: float) -> None:
+    def __init__(
+        self,
+        publisher: SpanPublisher,
+        recorder: Recorder,
+        publish_seconds: float,
+        unrecorded: Callable[[], None] | None = None,
+    ) -> None:
+        """With `unrecorded` a call that could not be recorded is answered all the same, and counted by it."""
         self._publisher = publisher
         self._recorder = recorder
         self._seconds = publish_seconds
+        self._unrecorded = unrecorded
 
     async def publish(self, call: Call, recording: Recording) -> None:
-        """Returns when the broker has all of it, else raises ApiError(503)."""
+        """Returns when the broker has all of it, else raises ApiError(503): or not, by gateway.answer_unrecorded."""
+        try:
+            await self._publish(call, recording)
+        except ApiError as error:
+            if self._unrecorded is None:
+                raise
+            logger.warning("call %s of rollout %s is NOT recorded: %s", call.span_ids[0], call.rollout_id, error)
+            self._unrecorded()
+
+    async def _publish(self, call: Call, recording: Recording) -> None:
         try:
             async with asyncio.timeout(self._seconds):
                 sent = await self._send(call, recording)
