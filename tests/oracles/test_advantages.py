@@ -13,7 +13,8 @@ from torch import Tensor
 from fulgurite.streams.objectives.advantages import ESTIMATORS as OURS
 from fulgurite.streams.objectives.aggregation import token_weights, window_totals
 from fulgurite.streams.objectives.credit import discounted_returns, span_returns
-from fulgurite.streams.objectives.policy_losses import POLICY_LOSSES, PolicyTokens, policy_loss
+from fulgurite.streams.objectives.policy_losses import PolicyTokens, policy_loss
+from fulgurite.streams.objectives.recipes import POLICY_LOSSES
 from fulgurite.streams.objectives.rewards import overlong_penalty
 from tests.oracles.case import GROUP, LENGTHS, Case, cases
 from tests.oracles.comparison import compare_losses, compare_values

@@ -13,7 +13,8 @@ from fulgurite.streams.objectives.aggregation import token_weights, window_total
 from fulgurite.streams.objectives.entropy import entropy_loss
 from fulgurite.streams.objectives.importance import importance_weights
 from fulgurite.streams.objectives.kl import kl_penalty
-from fulgurite.streams.objectives.policy_losses import Clip, PolicyTokens, cispo, clipped, policy_loss, sequence_clipped
+from fulgurite.streams.objectives.policy_losses import PolicyTokens, cispo, clipped, policy_loss, sequence_clipped
+from fulgurite.streams.objectives.recipes import Clip
 from tests.oracles.case import LENGTHS, Case, cases
 from tests.oracles.comparison import compare_losses
 from tests.oracles.libraries import CONSTANT, LIBRARIES, Asked, Correction, skyrl_correction

@@ -9,7 +9,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fulgurite.streams.trainer.losses import LossTerms, policy_loss
+from fulgurite.schemas.settings import TrainerSettings
+from fulgurite.streams.objectives.aggregation import window_totals
+from fulgurite.streams.objectives.packing import Sequences
+from fulgurite.streams.trainer.losses import LossTerms, ScoredTokens, micro_batch_loss
 
 token = st.tuples(st.floats(-4, -1e-3), st.floats(-4, -1e-3), st.floats(-3, 3))
 bound = st.floats(0.05, 0.5)
@@ -18,11 +21,9 @@ bound = st.floats(0.05, 0.5)
 def clip_loss(
     current: torch.Tensor, behaviour: torch.Tensor, advantages: torch.Tensor, low: float, high: float
 ) -> LossTerms:
-    """As the learner calls it for trainer.correction = clip: the proximal policy is the behaviour policy."""
-    return policy_loss(
-        current, behaviour, behaviour, advantages,
-        token_count=len(current), clip_low=low, clip_high=high, importance_cap=2.0,
-    )  # fmt: skip
+    sequences = Sequences.from_lengths(torch.tensor([len(current)]))
+    tokens = ScoredTokens(current, torch.zeros_like(current), behaviour, advantages, sequences)
+    return micro_batch_loss(TrainerSettings(clip_low=low, clip_high=high), tokens, window_totals([len(current)]))
 
 
 def by_hand(tokens: list[tuple[float, float, float]], low: float, high: float) -> tuple[float, list[float]]:
@@ -56,5 +57,4 @@ def test_value_and_gradient_are_those_of_ppo(tokens: list[tuple[float, float, fl
     assert terms.loss.item() == pytest.approx(loss, rel=1e-9, abs=1e-12)
     assert current.grad.tolist() == pytest.approx(gradients, rel=1e-9, abs=1e-12)
     assert terms.ratios.tolist() == pytest.approx(ratios.tolist(), rel=1e-9)
-    assert terms.importance_weights.tolist() == [1.0] * len(tokens)
-    assert not terms.capped.any(), "the cap is the other correction's"
+    assert not terms.held.any(), "bounds on weights are the other corrections'"

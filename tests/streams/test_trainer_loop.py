@@ -164,6 +164,29 @@ async def test_a_sampler_that_disagrees_about_the_same_version_stops_the_run(
     assert len(await read_topic(kafka_settings, RESOURCES)) == 1
 
 
+async def test_a_bad_step_is_skipped_and_the_ledger_says_why(
+    kafka_settings: KafkaSettings, trainer_settings: TrainerSettings
+) -> None:
+    """A version is made all the same, of the same weights, so that agents and offsets go on."""
+
+    def alter(trajectory: Trajectory) -> Trajectory:
+        return trajectory.model_copy(update={"reward": float(trajectory.rollout_id.rpartition("r")[2])})
+
+    bounds = {"steps": 2, "groups_per_step": 1, "group_size": 2, "grad_norm_limit": 1e-9, "on_bad_step": "skip"}
+    async with World(kafka_settings, alter).running() as world:
+        await train(kafka_settings, trainer_settings.model_copy(update=bounds))
+    events = await training_events(kafka_settings, RUN)
+    steps = [event for event in events if isinstance(event, TrainingStep)]
+    assert [(step.step, step.version_out, step.rollout_ids, step.tokens) for step in steps] == [
+        (1, 2, [], 0), (2, 3, [], 0),
+    ]  # fmt: skip
+    assert all(step.grad_norm > 1e-9 and step.metrics["rollouts/dropped/grad_norm"] == 2.0 for step in steps)
+    fates = all_once(events)
+    assert set(fates) == set(world.queued)
+    assert all(fate.startswith("grad_norm:") and "trainer.grad_norm_limit = 1e-09" in fate for fate in fates.values())
+    assert len({version.sha256 for version in world.versions}) == 1
+
+
 async def test_stragglers_poison_and_broken_groups_do_not_stop_it(
     kafka_settings: KafkaSettings, trainer_settings: TrainerSettings, unused_tcp_port: int
 ) -> None:

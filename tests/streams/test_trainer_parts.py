@@ -18,7 +18,7 @@ from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.settings import Settings, TrainerSettings
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
 from fulgurite.streams.evaluate import evaluation_rollouts
-from fulgurite.streams.learners.learner import UNCHECKED_STEPS, Learner, NonFinite, load_learner
+from fulgurite.streams.learners.learner import UNCHECKED_STEPS, BadStep, Learner, load_learner
 from fulgurite.streams.learners.packing import pack
 from fulgurite.streams.trainer.checkpoints import Checkpoints, RunState, copy_companions
 from fulgurite.streams.trainer.plan import make_plan
@@ -85,7 +85,7 @@ def test_one_advantage_a_rollout_broadcast_to_its_sequences_and_silent_groups_dr
         return Member(trajectory(*[sequence()] * sequences, rollout_id=f"r-g{group}-r{index}", reward=reward))
 
     groups = [[member(0, 0, 1.0, 3), member(0, 1, 0.0, 1)], [member(1, 0, 0.5, 1), member(1, 1, 0.5, 1)]]
-    found = training_set(Window(3, groups, []), "policy")
+    found = training_set(Window(3, groups, []), TrainerSettings())
     assert found.rollout_ids == ["r-g0-r0", "r-g0-r1"]
     assert [s.advantage for s in found.samples] == pytest.approx([math.sqrt(0.5)] * 3 + [-math.sqrt(0.5)], abs=1e-5)
     assert [(d.rollout_id, d.reason) for d in found.dropped] == [(f"r-g1-r{i}", "zero_variance") for i in (0, 1)]
@@ -203,7 +203,7 @@ def test_same_version_tokens_are_measured_apart_and_missed_when_there_are_none(
 def test_what_is_no_number_changes_nothing(model_folder: Path, tmp_path: Path) -> None:
     samples = [replace(s, advantage=float("inf")) for s in samples_from(model_folder)]
     learner = load_learner(model_folder, TrainerSettings())
-    with pytest.raises(NonFinite, match="nothing was published"):
+    with pytest.raises(BadStep, match="nothing was published"):
         learner.step(samples, 3)
     learner.save_weights(tmp_path)
     assert (tmp_path / "model.safetensors").read_bytes() == (model_folder / "model.safetensors").read_bytes()

@@ -32,6 +32,7 @@ from fulgurite.schemas.retention import RetentionSettings
 from fulgurite.schemas.sections import Port, Seconds, Url
 from fulgurite.schemas.sections import Section as Section
 from fulgurite.schemas.setting_names import section_of, wrong_name, wrong_variable
+from fulgurite.schemas.trainer_settings import TrainerSettings as TrainerSettings
 
 ENV_PREFIX = "FULGURITE_"
 ENV_CONFIG = "FULGURITE_CONFIG"
@@ -101,7 +102,7 @@ class ProducerSettings(Section):
     buffer_wait_seconds: Seconds = 30.0
     """Longest that publish waits for room before it raises BufferFull."""
     linger_ms: Annotated[int, Field(ge=0, le=10_000)] = 2
-    """How long a batch waits for company."""
+    """How long a batch waits for company; the gateway, whose answers wait for it, does not unless this is set."""
     compression: Literal["none", "gzip", "lz4", "zstd"] = "lz4"
     """Of batches on the wire and on disk."""
     delivery_seconds: Seconds = 120.0
@@ -210,72 +211,6 @@ class AssemblerSettings(Section):
     """Spans and rewards of a rollout nobody announced become dead letters after this."""
     commit_ms: Annotated[int, Field(ge=1, le=60_000)] = 50
     """Longest that a finished trajectory waits for its transaction."""
-
-
-class TrainerSettings(Section):
-    run_id: str = ""
-    """Name of the run; a restart with the same name goes on where it stood. Required."""
-    resource: str = "policy"
-    """Which policy it makes versions of."""
-    model: Path | None = None
-    """Folder of the model to start from (Hugging Face format)."""
-    output: Path = Path(".fulgurite/policy")
-    """Where checkpoints and versions are written; servers must be able to read it."""
-    tasks: str = ""
-    """Where tasks come from, as module:function; function(index) gives the task's input as JSON-able value."""
-    agent: str = ""
-    """Recorded on its rollouts, for streams with several agents."""
-    steps: Annotated[int, Field(ge=1)] = 60
-    """Versions to make."""
-    groups_per_step: Annotated[int, Field(ge=1, le=65_536)] = 16
-    """Complete groups in a window."""
-    group_size: Annotated[int, Field(ge=2, le=1_024)] = 8
-    """Rollouts of one task."""
-    group_deadline_seconds: Seconds = 120.0
-    """After its first trajectory a group waits this long for the rest; then it closes with at least two survivors."""
-    max_staleness: Annotated[int, Field(ge=0, le=1_000)] = 4
-    """Rollouts with a token more versions behind are dropped."""
-    pacing_staleness: Annotated[int, Field(ge=0, le=1_000)] = 1
-    """How many versions rollouts may run ahead: new ones are asked for only so far."""
-    learning_rate: Annotated[float, Field(gt=0, le=1)] = 4e-4
-    """AdamW's."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 10
-    """Linear warm-up of the learning rate."""
-    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
-    """AdamW's first."""
-    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
-    """AdamW's second."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
-    """AdamW's."""
-    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
-    """Gradients are clipped to this norm."""
-    clip_low: Annotated[float, Field(gt=0, lt=1)] = 0.2
-    """PPO clip below: ratio >= 1 - clip_low."""
-    clip_high: Annotated[float, Field(gt=0)] = 0.28
-    """PPO clip above: ratio <= 1 + clip_high (DAPO's clip-higher)."""
-    correction: Literal["clip", "truncate"] = "clip"
-    """For stale tokens. clip: PPO's clip on the ratio of current to behaviour policy; truncate: that ratio as a capped
-    weight, no clip."""
-    importance_cap: Annotated[float, Field(gt=0)] = 2.0
-    """Cap of that weight, per token; for `truncate` only."""
-    max_logprob_difference: Annotated[float, Field(gt=0)] = 1e-3
-    """Largest |difference| between trainer and sampler for tokens of the same version; beyond it the run stops."""
-    micro_batch_tokens: Annotated[int, Field(ge=1)] = 16_384
-    """Tokens of one forward pass."""
-    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
-    """DeepSpeed's ZeRO stage, for several processes under torchrun; 0: plain torch on one device."""
-    dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the forward pass and of published weights; the optimizer's own copy is float32 always."""
-    sampling_parameters: dict[str, Any] = Field(default_factory=lambda: {"temperature": 1.0})
-    """For the agent's LLM calls. Temperature must be 1 for the recorded logprobs to be the policy's."""
-    rollout_timeout_seconds: Seconds = 60.0
-    """Longest one attempt may take."""
-    keep_versions: Annotated[int, Field(ge=2)] = 8
-    """Newest versions' files that are kept on disk."""
-    threads: Annotated[int, Field(ge=1, le=256)] = 1
-    """torch threads."""
-    seed: int = 1
-    """Of everything random in the trainer."""
 
 
 class Settings(Section):

@@ -1,6 +1,7 @@
 """One life of a learner, alone or as one rank under torchrun: load, some steps, save. Run by test_engines.py.
 
-    python engine_lives.py '{"zero_stage": 3, "model": …, "state": …, "steps": 3, "out": …, "poisoned": [1]}' …
+    python engine_lives.py '{"zero_stage": 3, "model": …, "state": …, "steps": 3, "out": …, "poisoned": [1],
+                             "settings": {"loss": "gspo"}}' …
 Each argument is one life, one after the other in the same process; rank 0 writes out/lives.json and the model.
 """
 
@@ -14,7 +15,7 @@ from typing import Any
 
 from fulgurite.schemas.errors import LogprobMismatch
 from fulgurite.schemas.settings import TrainerSettings
-from fulgurite.streams.learners.learner import NonFinite, load_learner
+from fulgurite.streams.learners.learner import BadStep, load_learner
 from fulgurite.streams.trainer.samples import Sample
 
 VOCABULARY = 97
@@ -39,17 +40,18 @@ def samples(count: int = 13) -> list[Sample]:
 
 
 def live(life: dict[str, Any]) -> None:
-    settings = TrainerSettings(
-        zero_stage=life["zero_stage"],
-        dtype=life.get("dtype", "float32"),
-        learning_rate=3e-3,
-        warmup_steps=4,
-        weight_decay=0.01,
-        max_grad_norm=0.5,
-        micro_batch_tokens=60,
-        importance_cap=1_000.0,
-        correction="truncate",
-    )
+    fields: dict[str, Any] = {
+        "zero_stage": life["zero_stage"],
+        "dtype": life.get("dtype", "float32"),
+        "learning_rate": 3e-3,
+        "warmup_steps": 4,
+        "weight_decay": 0.01,
+        "max_grad_norm": 0.5,
+        "micro_batch_tokens": 60,
+        "importance_cap": 1_000.0,
+        "correction": "truncate",
+    }
+    settings = TrainerSettings.model_validate(fields | life.get("settings", {}))
     state = Path(life["state"]) if life.get("state") else None
     learner = load_learner(Path(life["model"]), settings, state)
     steps: list[Any] = []
@@ -59,7 +61,7 @@ def live(life: dict[str, Any]) -> None:
         try:
             result = learner.step(samples(life.get("samples", 13)), version)
             steps.append([result.loss, result.grad_norm, result.tokens, result.metrics["actor/entropy"]])
-        except (LogprobMismatch, NonFinite) as error:
+        except (BadStep, LogprobMismatch) as error:
             steps.append(type(error).__name__)
     out = Path(life["out"])
     out.mkdir(exist_ok=True)
@@ -67,6 +69,7 @@ def live(life: dict[str, Any]) -> None:
     learner.save_state(out / "optimizer.pt")
     if learner.engine.rank == 0:
         (out / "steps.json").write_text(json.dumps(steps))
+    learner.engine.gather(None)  # the next life may begin with what rank 0 has written
 
 
 if __name__ == "__main__":

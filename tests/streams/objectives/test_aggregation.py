@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 
 from fulgurite.streams.objectives.aggregation import Aggregation, token_weights, unit_mean, window_totals
 from fulgurite.streams.objectives.packing import Sequences
-from fulgurite.streams.objectives.policy_losses import POLICY_LOSSES, PolicyTokens, policy_loss
+from fulgurite.streams.objectives.policy_losses import PolicyTokens, policy_loss
+from fulgurite.streams.objectives.recipes import POLICY_LOSSES
 from tests.streams.objectives.batch import Batch, batches
 
 LOSSES = torch.tensor([1.0, 2.0, 3.0, 10.0])

@@ -12,21 +12,17 @@ from torch import Tensor
 
 from fulgurite.streams.objectives.advantages import ESTIMATORS
 from fulgurite.streams.objectives.aggregation import token_weights, window_totals
-from fulgurite.streams.objectives.importance import importance_weights
 from fulgurite.streams.objectives.packing import Sequences
 from fulgurite.streams.objectives.policy_losses import (
-    POLICY_LOSSES,
-    Clip,
+    SURROGATES,
     PolicyTokens,
     cispo,
     clipped,
-    find,
     policy_loss,
-    reinforce,
     sequence_clipped,
 )
-from fulgurite.streams.trainer.losses import policy_loss as trainer_loss
-from tests.streams.objectives.batch import Batch, batches, random_batch
+from fulgurite.streams.objectives.recipes import POLICY_LOSSES, Clip, find
+from tests.streams.objectives.batch import Batch, batches
 
 ONE = Sequences.from_lengths(torch.tensor([1]))
 names = st.sampled_from(sorted(POLICY_LOSSES))
@@ -145,8 +141,8 @@ def test_at_ratio_one_every_loss_has_reinforces_gradient(batch: Batch, name: str
 @given(batches, names)
 def test_gradients_are_those_of_finite_differences(batch: Batch, name: str) -> None:
     """Where nothing is stopped on purpose: CISPO's and GSPO's stopped parts are not what the value says."""
-    surrogate = POLICY_LOSSES[name].surrogate
-    if surrogate not in (clipped, reinforce):
+    surrogate = SURROGATES[POLICY_LOSSES[name].surrogate]
+    if POLICY_LOSSES[name].surrogate not in ("clipped", "reinforce"):
         return
     clip = POLICY_LOSSES[name].clip
     ratios = (batch.logprobs - batch.old).exp()
@@ -180,29 +176,6 @@ def test_absurd_ratios_stay_finite() -> None:
         (gradient,) = torch.autograd.grad(loss, logprobs)
         assert torch.isfinite(loss), name
         assert torch.isfinite(gradient).all(), name
-
-
-@pytest.mark.parametrize("correction", ["clip", "truncate", "decoupled"])
-def test_the_trainers_loss_is_dapos_with_truncated_weights(correction: str) -> None:
-    """trainer/losses.py is one of these losses: bit-equal, so that it can be put in its place."""
-    batch = random_batch([5, 1, 8, 3], seed=3, spread=0.8)
-    behaviour = (batch.old + 0.4 * torch.randn(len(batch.old), dtype=torch.float64)).float()
-    logprobs = batch.logprobs.float().requires_grad_()
-    proximal = {"clip": behaviour, "truncate": logprobs.detach(), "decoupled": batch.old.float()}[correction]
-    advantages = batch.advantages.float()
-    terms = trainer_loss(
-        logprobs, proximal, behaviour, advantages, token_count=17, clip_low=0.2, clip_high=0.28, importance_cap=2.0
-    )
-    (expected,) = torch.autograd.grad(terms.loss, logprobs)
-    corrected = importance_weights(proximal, behaviour, batch.sequences, mode="truncate", high=2.0)
-    weights = token_weights("token_mean", batch.sequences, window_totals([5, 1, 8, 3]))
-    tokens = PolicyTokens(logprobs, proximal, advantages, batch.sequences)
-    loss, parts = policy_loss("dapo", tokens, weights, corrected.weights)
-    (gradient,) = torch.autograd.grad(loss, logprobs)
-    assert loss.item() == pytest.approx(terms.loss.item(), rel=1e-6)
-    assert gradient.tolist() == pytest.approx(expected.tolist(), rel=1e-6)
-    assert torch.equal(parts.clipped, terms.clipped)
-    assert torch.equal(corrected.held, terms.capped)
 
 
 def test_recipes_are_complete_and_named() -> None:

@@ -14,6 +14,7 @@ What of DeepSpeed is set aside, and why:
 from __future__ import annotations
 
 import logging
+import math
 import os
 import warnings
 from pathlib import Path
@@ -57,6 +58,8 @@ class DeepSpeedEngine:
         )
         self._named = trainable(self._engine.module)
         self._updates = 0
+        self._norm_limit, self._refused_norm = math.inf, math.nan
+        self._watch_norm(self._optimizer)
 
     def score(self, batch: PackedBatch, *, temperature: float, entropy_gradient: bool) -> tuple[Tensor, Tensor]:
         return self._engine(batch, temperature=temperature, entropy_gradient=entropy_gradient)
@@ -65,14 +68,41 @@ class DeepSpeedEngine:
         self._engine.set_gradient_accumulation_boundary(last)
         self._engine.backward(loss * self.ranks, scale_wrt_gas=False)
 
-    def update(self, learning_rate: float) -> float:
+    def update(self, learning_rate: float, norm_limit: float = math.inf) -> float:
         for group in self._optimizer.param_groups:
             group["lr"] = learning_rate
+        self._norm_limit, self._refused_norm = norm_limit, math.nan
         self._engine.step()
         if self._optimizer.overflow:
-            return float("nan")
+            return self._refused_norm
         self._updates += 1
         return float(self._engine.get_global_grad_norm())
+
+    def _watch_norm(self, zero: Any) -> None:
+        """A norm past the limit becomes infinite: DeepSpeed then leaves the update out, on every rank."""
+        combine = self._deepspeed.runtime.utils.combine_grad_norm_groups
+
+        def is_past(norm: Tensor) -> bool:
+            past = float(norm) > self._norm_limit
+            self._refused_norm = float(norm) if past else math.nan
+            return past
+
+        if self._stage == 3:
+            groups = zero._get_norm_groups
+
+            def bounded_groups() -> list[Tensor]:
+                found = groups()
+                return [torch.tensor(math.inf)] if is_past(combine(found)) else found
+
+            zero._get_norm_groups = bounded_groups
+        else:
+            norm = zero.scaled_global_norm
+
+            def bounded_norm(*arguments: Any) -> Tensor:
+                found = norm(*arguments)
+                return torch.full_like(found, math.inf) if is_past(found) else found
+
+            zero.scaled_global_norm = bounded_norm
 
     def gather(self, mine: T) -> list[T]:
         found: list[Any] = [None] * self.ranks

@@ -1,8 +1,8 @@
 """What applies gradients: the part of a learner that differs between one device and many.
 
 Promises of every engine: `update` applies the sum of all gradients given to `backward` on all ranks since the last one,
-clipped, or, where their norm is no number, nothing at all; its state can be read by every other engine with any number
-of ranks (`OptimizerState`). Knows neither samples nor losses.
+clipped, or, where their norm is no number or past a limit, nothing at all; its state can be read by every other engine
+with any number of ranks (`OptimizerState`). Knows neither samples nor losses.
 
     for each micro-batch: backward(loss, last=…)  ─►  update(learning_rate)  ─►  norm        on every rank alike
 """
@@ -74,8 +74,8 @@ class Engine(Protocol):
         """`loss`: this micro-batch's part of a sum over all ranks; `last`: none comes after it before `update`."""
         ...
 
-    def update(self, learning_rate: float) -> float:
-        """The norm of the gradient before it was clipped; not finite: nothing was changed."""
+    def update(self, learning_rate: float, norm_limit: float = math.inf) -> float:
+        """The norm of the gradient before it was clipped; not finite, or above `norm_limit`: nothing was changed."""
         ...
 
     def gather(self, mine: T) -> list[T]:
@@ -116,9 +116,9 @@ class TorchEngine:
     def backward(self, loss: Tensor, *, last: bool) -> None:
         loss.backward()
 
-    def update(self, learning_rate: float) -> float:
+    def update(self, learning_rate: float, norm_limit: float = math.inf) -> float:
         norm = nn.utils.clip_grad_norm_(self._named.values(), self._max_grad_norm).item()
-        if math.isfinite(norm):
+        if math.isfinite(norm) and norm <= norm_limit:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
             self._optimizer.step()

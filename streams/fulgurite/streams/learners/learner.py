@@ -1,10 +1,10 @@
 """The learner: one optimizer step a window, on whatever engine, one process or many.
 
-    samples ─► plan: my micro-batches ─► score ─► loss ─► backward … ─► every rank's faults ─► update ─► metrics
+    samples ─► plan: my micro-batches ─► score ─► loss ─► backward … ─► every rank's tokens, faults ─► update
 
 Promises: the same files, settings, samples and ranks give the same weights, bit for bit (on a CPU); nothing is changed
-when a step raises, and it raises on every rank or on none. Does not know Kafka, windows or versions on disk; knows the
-number of the version it trains only to compare its own logprobs with the sampler's.
+when a step raises or is skipped, and it does so on every rank or on none. Does not know Kafka, windows or versions on
+disk; knows the number of the version it trains only to compare its own logprobs with the sampler's.
 """
 
 from __future__ import annotations
@@ -21,26 +21,28 @@ from torch import Tensor
 from fulgurite.schemas.errors import FulguriteError, LogprobMismatch
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.engine import AdamW, Engine, OptimizerState, TorchEngine
+from fulgurite.streams.learners.metrics import SAME_VERSION_TOKENS, Seen, norm_fault, step_metrics, window_fault
 from fulgurite.streams.learners.packing import PackedBatch, pack, plan
 from fulgurite.streams.learners.policy import load_policy
-from fulgurite.streams.objectives.importance import effective_sample_fraction
-from fulgurite.streams.trainer.losses import behaviour_kl, policy_loss
-from fulgurite.streams.trainer.samples import Sample
+from fulgurite.streams.learners.reference import Reference, load_reference
+from fulgurite.streams.learners.schedule import learning_rate
+from fulgurite.streams.objectives.aggregation import WindowTotals, window_totals
+from fulgurite.streams.objectives.packing import Sequences
+from fulgurite.streams.trainer.losses import ScoredTokens, micro_batch_loss
+from fulgurite.streams.trainer.samples import Sample, read_limits
 
 logger = logging.getLogger(__name__)
 
-
-SAME_VERSION_TOKENS = "sampling/same_version_tokens"
-
 _NOTHING: Final = Sample("", [0, 0], [0, 1], [0.0, 0.0], [-1, -1], 0.0)
-"""What a rank works on that has no samples: it must take part in every collective of the others."""
+"""What a rank works on that has no samples, at weight 0: it must take part in every collective of the others."""
 
 UNCHECKED_STEPS = 20
 """So many steps in a row without one token of the current version are worth a warning: nothing was compared."""
 
 
-class NonFinite(FulguriteError):
-    """Loss or gradient is not a number: nothing was changed, the run stops with the evidence in the message."""
+class BadStep(FulguriteError):
+    """Loss or gradient is no number, or past a bound of the settings: nothing was changed, the run stops with the
+    evidence in the message (trainer.on_bad_step = stop)."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,29 +50,35 @@ class StepResult:
     loss: float
     grad_norm: float
     tokens: int
+    """That the weights were changed by."""
     metrics: dict[str, float]
+    skipped: str = ""
+    """Why nothing was changed, as `kind:figures` (trainer.on_bad_step = skip); empty where something was."""
 
 
 @dataclass(frozen=True, slots=True)
-class _Seen:
-    """What a micro-batch's tokens looked like under the current policy, [M] each on the CPU, for the metrics."""
+class _Accumulated:
+    """A window's micro-batches of all ranks, before the update. With a fault the gradients are no numbers."""
 
-    logprobs: Tensor
-    behaviour: Tensor
-    entropy: Tensor
-    same_version: Tensor
-    weights: Tensor
-    clipped: Tensor
-    capped: Tensor
+    loss: float
+    metrics: dict[str, float]
+    mismatch: str
+    """How trainer and sampler disagree; empty where they agree."""
+    fault: str
+    """What else forbids the update, see metrics.window_fault."""
 
 
 class Learner:
     """Every rank has one, and is asked the same at the same time."""
 
-    def __init__(self, engine: Engine, settings: TrainerSettings, updates: int = 0) -> None:
+    def __init__(
+        self, engine: Engine, settings: TrainerSettings, updates: int = 0, reference: Reference | None = None
+    ) -> None:
+        """`reference` is needed where trainer.kl_coefficient is not 0."""
         self.engine = engine
         self._settings = settings
         self._updates = updates
+        self._reference = reference
         self._unchecked = 0
 
     def save_weights(self, folder: Path) -> None:
@@ -87,75 +95,95 @@ class Learner:
         """Nothing to give back."""
 
     def step(self, samples: list[Sample], version_in: int) -> StepResult:
-        """One update from all samples of a window. Raises LogprobMismatch or NonFinite and then changes nothing."""
+        """One update from all samples of a window. Raises LogprobMismatch or BadStep and then changes nothing."""
         torch.set_num_threads(self._settings.threads)  # OpenMP's setting is the calling thread's own
-        token_count = sum(sum(sample.loss_mask) for sample in samples)
-        loss, seen, fault = self._accumulate(samples, version_in, token_count)
-        learning_rate = self._learning_rate()
-        norm = self.engine.update(learning_rate)
+        totals = window_totals(sum(sample.loss_mask) for sample in samples)
+        found = self._accumulate(samples, version_in, totals)
+        rate = learning_rate(self._settings, self._updates)
+        norm = self.engine.update(rate, self._settings.grad_norm_limit or math.inf)
+        if found.mismatch:
+            raise LogprobMismatch(found.mismatch)
+        self._watch_comparison(found.metrics[SAME_VERSION_TOKENS])
+        fault = found.fault or norm_fault(self._settings, norm)
         if fault:
-            raise LogprobMismatch(fault)
-        if not (math.isfinite(loss) and math.isfinite(norm)):
-            raise NonFinite(
-                f"loss {loss} and gradient norm {norm} of a window of {len(samples)} sequences, {token_count} tokens, "
-                f"version {version_in}; rollouts {', '.join(sorted({s.rollout_id for s in samples})[:8])}, …: "
-                "nothing was published; lower trainer.learning_rate, or look at these rollouts' logprobs"
-            )
+            return self._refuse(fault, found, math.nan if found.fault else norm, samples, version_in)
         self._updates += 1
-        metrics = _metrics(seen) | {"actor/lr": learning_rate}
-        self._watch_comparison(metrics[SAME_VERSION_TOKENS])
-        return StepResult(loss, norm, token_count, metrics)
+        return StepResult(found.loss, norm, totals.tokens, found.metrics | {"actor/lr": rate})
+
+    def _refuse(
+        self, fault: str, found: _Accumulated, norm: float, samples: list[Sample], version_in: int
+    ) -> StepResult:
+        """Says what was wrong, and stops or goes on without an update, as the settings say."""
+        rollouts = sorted({sample.rollout_id for sample in samples})
+        evidence = (
+            f"version {version_in}: {fault.replace(':', ' ', 1)}; loss {found.loss:g}, gradient norm {norm:g} of "
+            f"{len(samples)} sequences, rollouts {', '.join(rollouts[:8])}{', …' if len(rollouts) > 8 else ''}"
+        )
+        if self._settings.on_bad_step == "stop":
+            raise BadStep(
+                f"{evidence}: nothing was published; lower trainer.learning_rate, look at these rollouts' logprobs, or "
+                "set trainer.on_bad_step = skip to pass over such windows"
+            )
+        if self.engine.rank == 0:
+            logger.warning("%s: skipped, the weights stay as they are", evidence)
+        finite = {name: value for name, value in found.metrics.items() if math.isfinite(value)}
+        return StepResult(_finite(found.loss), _finite(norm), 0, finite, skipped=fault)
 
     def logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """[M] log p of each sampled token under the current policy, and the entropy of where it came from."""
         return self.engine.score(batch.to(self.engine.device), temperature=1.0, entropy_gradient=False)
 
-    def _accumulate(self, samples: list[Sample], version_in: int, token_count: int) -> tuple[float, list[_Seen], str]:
-        """The window's loss, its tokens, and what forbids the update (empty: nothing), the same on every rank.
+    def _accumulate(self, samples: list[Sample], version_in: int, totals: WindowTotals) -> _Accumulated:
+        """The window's loss, its tokens, and what forbids the update, the same on every rank.
 
         The gradients are poisoned where something does: `update` then changes nothing, and every engine cleans up.
         """
-        loss, seen, faults = 0.0, list[_Seen](), list[str]()
+        loss, seen, mismatches = 0.0, list[Seen](), list[str]()
         lengths = [len(sample.token_ids) for sample in samples]
         mine = plan(lengths, max_tokens=self._settings.micro_batch_tokens, ranks=self.engine.ranks)[self.engine.rank]
         for number, members in enumerate(mine, 1):
             batch = pack([samples[member] for member in members] or [_NOTHING]).to(self.engine.device)
-            part, tokens, fault = self._score(batch, version_in, token_count)
+            part, tokens, mismatch = self._score(batch, version_in, totals)
             if members:
                 loss += part.item()
                 seen.append(tokens)
-                faults += [fault] if fault else []
-            last = number == len(mine)
-            if last:
-                found = self.engine.gather((loss, seen, faults))
-                loss = math.fsum(each[0] for each in found)
-                seen = [tokens for each in found for tokens in each[1]]
-                faults = [fault for each in found for fault in each[2]]
-            poison = last and (faults or not math.isfinite(loss))
-            self.engine.backward(part * math.nan if poison else part, last=last)
-        return loss, seen, faults[0] if faults else ""
+                mismatches += [mismatch] if mismatch else []
+            else:
+                part = part * 0.0
+            if number < len(mine):
+                self.engine.backward(part, last=False)
+                continue
+            found = self._gather(loss, seen, mismatches)
+            self.engine.backward(part * math.nan if found.mismatch or found.fault else part, last=True)
+            return found
+        raise AssertionError("a window has samples, and so every rank a micro-batch")
 
-    def _score(self, batch: PackedBatch, version_in: int, token_count: int) -> tuple[Tensor, _Seen, str]:
-        logprobs, entropy = self.engine.score(batch, temperature=1.0, entropy_gradient=False)
+    def _gather(self, loss: float, seen: list[Seen], mismatches: list[str]) -> _Accumulated:
+        """What all ranks came to."""
+        found = self.engine.gather((loss, seen, mismatches))
+        loss = sum(each[0] for each in found)  # fsum refuses inf - inf, which is a fault like others
+        metrics = step_metrics([tokens for each in found for tokens in each[1]])
+        mismatch = next((mismatch for each in found for mismatch in each[2]), "")
+        return _Accumulated(loss, metrics, mismatch, window_fault(self._settings, loss, metrics))
+
+    def _score(self, batch: PackedBatch, version_in: int, totals: WindowTotals) -> tuple[Tensor, Seen, str]:
+        reference = self._reference.logprobs(batch) if self._reference else None
+        entropy_gradient = self._settings.entropy_coefficient > 0
+        logprobs, entropy = self.engine.score(batch, temperature=1.0, entropy_gradient=entropy_gradient)
+        sequences = Sequences.from_index(batch.sequences, len(batch.rollout_ids))
+        tokens = ScoredTokens(logprobs, entropy, batch.behaviour_logprobs, batch.advantages, sequences, reference)
+        terms = micro_batch_loss(self._settings, tokens, totals)
         current = logprobs.detach()
-        terms = policy_loss(
-            logprobs,
-            batch.behaviour_logprobs if self._settings.correction == "clip" else current,  # see losses.py
-            batch.behaviour_logprobs,
-            batch.advantages,
-            token_count=token_count,
-            clip_low=self._settings.clip_low,
-            clip_high=self._settings.clip_high,
-            importance_cap=self._settings.importance_cap,
-        )
-        seen = _Seen(
+        seen = Seen(
             current.cpu(),
             batch.behaviour_logprobs.cpu(),
             entropy.detach().cpu(),
             (batch.versions == version_in).cpu(),
-            (terms.importance_weights * terms.ratios).cpu(),
+            terms.ratios.cpu(),
             terms.clipped.cpu(),
-            terms.capped.cpu(),
+            terms.dual_clipped.cpu(),
+            terms.held.cpu(),
+            None if terms.kl is None else terms.kl.cpu(),
         )
         return terms.loss, seen, self._same_version_fault(batch, current, version_in)
 
@@ -189,34 +217,10 @@ class Learner:
                 self._unchecked,
             )
 
-    def _learning_rate(self) -> float:
-        """Linear warm-up, then constant."""
-        warmup = self._settings.warmup_steps
-        return self._settings.learning_rate * (min(1.0, (self._updates + 1) / warmup) if warmup else 1.0)
 
-
-def _metrics(seen: list[_Seen]) -> dict[str, float]:
-    """Names as verl and TRL users know them. `ppo_kl` is against the behaviour policy, the only older one there is."""
-    current = torch.cat([part.logprobs for part in seen])
-    behaviour = torch.cat([part.behaviour for part in seen])
-    weights = torch.cat([part.weights for part in seen])
-    kl, k3 = behaviour_kl(current, behaviour)
-    difference = (current - behaviour).abs()
-    same = difference[torch.cat([part.same_version for part in seen])]
-    return {
-        "actor/entropy": torch.cat([part.entropy for part in seen]).mean().item(),
-        "actor/pg_clipfrac": torch.cat([part.clipped for part in seen]).float().mean().item(),
-        "actor/ppo_kl": kl,
-        "rollout_corr/kl": kl,
-        "rollout_corr/k3_kl": k3,
-        "rollout_corr/rollout_is_mean": weights.mean().item(),
-        "rollout_corr/rollout_is_eff_sample_size": effective_sample_fraction(weights),
-        "rollout_corr/rollout_is_capped_fraction": torch.cat([part.capped for part in seen]).float().mean().item(),
-        "sampling/sampling_logp_difference/mean": difference.mean().item(),
-        "sampling/sampling_logp_difference/max": difference.max().item(),
-        SAME_VERSION_TOKENS: float(same.numel()),
-        **({"sampling/same_version_logp_difference/max": same.max().item()} if same.numel() else {}),
-    }
+def _finite(value: float) -> float:
+    """Records hold numbers only; what was none is in the reason."""
+    return value if math.isfinite(value) else 0.0
 
 
 def load_learner(folder: Path, settings: TrainerSettings, state: Path | None = None) -> Learner:
@@ -228,16 +232,27 @@ def load_learner(folder: Path, settings: TrainerSettings, state: Path | None = N
     engine = _engine(folder, settings)
     if saved is not None:
         engine.restore(saved)
-    return Learner(engine, settings, saved.updates if saved else 0)
+    return Learner(engine, settings, saved.updates if saved else 0, _reference(folder, settings, engine.device))
+
+
+def _reference(model: Path, settings: TrainerSettings, device: torch.device) -> Reference | None:
+    if not settings.kl_coefficient:
+        return None
+    folder = settings.reference or settings.model
+    assert folder is not None, "make_plan refuses a KL penalty without a reference"
+    return load_reference(folder, device=device, dtype=_dtype(settings), vocab_size=read_limits(model).vocab_size)
+
+
+def _dtype(settings: TrainerSettings) -> torch.dtype:
+    return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
 
 
 def _engine(folder: Path, settings: TrainerSettings) -> Engine:
     policy = load_policy(folder)
     adamw = AdamW((settings.adam_beta1, settings.adam_beta2), settings.weight_decay, settings.max_grad_norm)
-    dtype = torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
     if settings.zero_stage == 0:
-        return TorchEngine(policy, adamw, dtype=dtype)
+        return TorchEngine(policy, adamw, dtype=_dtype(settings))
     # Here and not at the top: it takes seconds to import, and one device does without it.
     from fulgurite.streams.learners.deepspeed_engine import DeepSpeedEngine
 
-    return DeepSpeedEngine(policy, adamw, stage=settings.zero_stage, dtype=dtype)
+    return DeepSpeedEngine(policy, adamw, stage=settings.zero_stage, dtype=_dtype(settings))

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from fulgurite.schemas.errors import LogprobMismatch
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.deepspeed_engine import start_processes
-from fulgurite.streams.learners.learner import Learner, NonFinite, StepResult, load_learner
+from fulgurite.streams.learners.learner import BadStep, Learner, StepResult, load_learner
 from fulgurite.streams.trainer.samples import Sample
 
 logger = logging.getLogger(__name__)
@@ -89,7 +89,7 @@ def follow(settings: TrainerSettings) -> None:
             continue
         try:
             getattr(learner, command)(*arguments)
-        except (LogprobMismatch, NonFinite) as error:
+        except (LogprobMismatch, BadStep) as error:
             # Refused on every rank alike; what follows from it rank 0 decides.
             logger.info("%s: %s", command, error)
 

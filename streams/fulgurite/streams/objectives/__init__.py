@@ -2,6 +2,7 @@
 
     rewards of groups ─► advantages.py, credit.py ─► one number a token      (rewards.py shapes and sieves before)
     log p now, log p old, advantages ─► policy_losses.py ─► a loss a token   (ratios.py, importance.py, kl.py)
+                                        recipes.py: which of these a paper combines
     loss a token x weight a token (aggregation.py) ─► sum ─► this micro-batch's share of the window's loss
 
 Tokens are packed: a tensor is [N] over the sampled tokens of a micro-batch, without padding and without prompt or

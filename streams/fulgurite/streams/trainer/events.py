@@ -90,7 +90,8 @@ def window_metrics(window: Window, training: TrainingSet) -> dict[str, float]:
         if 1 in sequence.loss_mask
     ]
     found = {
-        **_spread("critic/rewards", training.rewards),
+        **_spread("critic/score", training.rewards),
+        **_spread("critic/rewards", [sum(both) for both in zip(training.rewards, training.penalties, strict=True)]),
         **_spread("critic/advantages", training.advantages),
         **_spread("response_length", lengths),
         **_spread("prompt_length", prompts),

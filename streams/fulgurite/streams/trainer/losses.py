@@ -1,19 +1,13 @@
-"""The loss of a step, as pure functions of per-token tensors [N]: no padding, no mask, no model.
+"""The loss of a micro-batch, put together from the objectives as the settings say: no padding, no mask, no model.
 
-    w_t = min(pi_prox / pi_behaviour, importance_cap)            truncated importance weight, no gradient
-    u_t = pi_theta / pi_prox
-    L   = -1/N sum_t w_t * min(u_t A_t, clip(u_t, 1 - clip_low, 1 + clip_high) A_t)
+    L = sum_t weight_t * ( importance_t * surrogate_t  +  kl_coefficient * KL_t  -  entropy_coefficient * H_t )
 
-- Decoupled PPO (AReaL, arXiv:2505.24298): the clip is against the proximal policy (the one at the start of the step),
-  the weight corrects from the behaviour policy that sampled the token. TIS (fengyao.notion.site/off-policy-rl): the
-  weight is capped. Clip-higher and the mean over all tokens of the window: DAPO (arXiv:2503.14476).
-- With one optimizer step a window the callers' choice of the proximal policy is one of two (`trainer.correction`):
-  `clip`: the behaviour policy. w is 1, u = pi_theta / pi_behaviour: PPO's and GRPO's ratio against the recorded
-  logprobs. The clip acts on stale tokens; at staleness 0 u is 1 and the gradient is that of REINFORCE.
-  `truncate`: the current policy. u is 1 and the clip never acts; the capped weight is all that corrects.
-- As in PPO a ratio far above 1 is not held where A < 0; `trainer.max_grad_norm` bounds what it can do.
-- N is the number of sampled tokens of the whole window, not of a micro-batch: callers pass it as `token_count` and add
-  up.
+- weight_t makes the sum over all micro-batches of all ranks the window's loss (objectives/aggregation.py): its
+  denominators are of the whole window, callers add up.
+- importance_t, without gradient, is there for trainer.correction truncate and mask; objective.py says which policy the
+  surrogate's ratio is against. It is never on the KL penalty or the entropy bonus.
+- As in PPO a ratio far above 1 is not held where A < 0, unless trainer.dual_clip does; trainer.max_grad_norm bounds
+  what it can do.
 """
 
 from __future__ import annotations
@@ -23,42 +17,98 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from fulgurite.streams.objectives.ratios import MAX_LOG_RATIO, bounded_exp
+from fulgurite.schemas.settings import TrainerSettings
+from fulgurite.streams.objectives.aggregation import WindowTotals, token_weights
+from fulgurite.streams.objectives.entropy import entropy_loss
+from fulgurite.streams.objectives.importance import ImportanceWeights, importance_weights
+from fulgurite.streams.objectives.kl import kl_penalty
+from fulgurite.streams.objectives.packing import Sequences
+from fulgurite.streams.objectives.policy_losses import PolicyTokens, policy_loss
+from fulgurite.streams.objectives.ratios import MAX_LOG_RATIO
+from fulgurite.streams.trainer.objective import recipe_of
+
+
+@dataclass(frozen=True, slots=True)
+class ScoredTokens:
+    """The sampled tokens of a micro-batch; all tensors [N], only `logprobs` and `entropies` with a gradient."""
+
+    logprobs: Tensor
+    entropies: Tensor
+    behaviour_logprobs: Tensor
+    advantages: Tensor
+    sequences: Sequences
+    reference_logprobs: Tensor | None = None
+    """Needed where trainer.kl_coefficient is not 0."""
 
 
 @dataclass(frozen=True, slots=True)
 class LossTerms:
     loss: Tensor
-    """[] this micro-batch's share of the window's mean."""
-    importance_weights: Tensor
-    """[N] w, detached."""
+    """[] this micro-batch's share of the window's loss."""
     ratios: Tensor
-    """[N] u, detached."""
+    """[N] what the surrogate and its gradient were weighed by: ratio times importance weight, detached."""
     clipped: Tensor
     """[N] bool: the clip took the gradient away."""
-    capped: Tensor
-    """[N] bool: the cap held the weight."""
+    dual_clipped: Tensor
+    """[N] bool: the dual clip did."""
+    held: Tensor
+    """[N] bool: the importance weight was truncated or masked."""
+    kl: Tensor | None
+    """[N] the penalty's value, detached; None without one."""
 
 
-def policy_loss(
-    logprobs: Tensor,
-    proximal_logprobs: Tensor,
-    behaviour_logprobs: Tensor,
-    advantages: Tensor,
-    *,
-    token_count: int,
-    clip_low: float,
-    clip_high: float,
-    importance_cap: float,
-) -> LossTerms:
-    """All of [N]; only `logprobs` carries a gradient."""
-    weights_raw = bounded_exp(proximal_logprobs - behaviour_logprobs).detach()
-    weights = weights_raw.clamp(max=importance_cap)
-    ratio = bounded_exp(logprobs - proximal_logprobs.detach())
-    free = ratio * advantages
-    held = ratio.clamp(1.0 - clip_low, 1.0 + clip_high) * advantages
-    loss = -(weights * torch.minimum(free, held)).sum() / token_count
-    return LossTerms(loss, weights, ratio.detach(), (held < free).detach(), weights_raw > importance_cap)
+def micro_batch_loss(settings: TrainerSettings, tokens: ScoredTokens, totals: WindowTotals) -> LossTerms:
+    """totals: of the whole window, over all ranks."""
+    recipe = recipe_of(settings)
+    current = tokens.logprobs.detach()
+    weights = token_weights(
+        recipe.aggregation, tokens.sequences, totals, constant=settings.length_constant, dtype=current.dtype
+    )
+    proximal = tokens.behaviour_logprobs if settings.correction == "clip" else current
+    importance = _importance(settings, current, tokens)
+    policy_tokens = PolicyTokens(tokens.logprobs, proximal, tokens.advantages, tokens.sequences)
+    loss, parts = policy_loss(recipe, policy_tokens, weights, importance.weights if importance else None)
+    kl = _kl(settings, tokens)
+    if kl is not None:
+        loss = loss + settings.kl_coefficient * (weights * kl).sum()
+    if settings.entropy_coefficient:
+        loss = loss + entropy_loss(tokens.entropies, weights, settings.entropy_coefficient)
+    return LossTerms(
+        loss,
+        parts.ratios * importance.weights if importance else parts.ratios,
+        parts.clipped,
+        parts.dual_clipped,
+        importance.held if importance else torch.zeros_like(parts.clipped),
+        None if kl is None else kl.detach(),
+    )
+
+
+def _importance(settings: TrainerSettings, current: Tensor, tokens: ScoredTokens) -> ImportanceWeights | None:
+    if settings.correction in ("clip", "none"):
+        return None
+    return importance_weights(
+        current,
+        tokens.behaviour_logprobs,
+        tokens.sequences,
+        mode=settings.correction,
+        high=settings.importance_cap,
+        low=settings.importance_low,
+        level=settings.importance_level,
+        gate=settings.importance_gate,
+    )
+
+
+def _kl(settings: TrainerSettings, tokens: ScoredTokens) -> Tensor | None:
+    if not settings.kl_coefficient:
+        return None
+    assert tokens.reference_logprobs is not None, "the learner scores with the reference where there is a coefficient"
+    return kl_penalty(
+        tokens.logprobs,
+        tokens.reference_logprobs,
+        settings.kl_estimator,
+        settings.kl_gradient,
+        old_logprobs=tokens.behaviour_logprobs,
+    )
 
 
 def behaviour_kl(current: Tensor, behaviour: Tensor) -> tuple[float, float]:

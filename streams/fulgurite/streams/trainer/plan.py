@@ -9,6 +9,7 @@ from pathlib import Path
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.settings import Settings, TrainerSettings
 from fulgurite.schemas.topics import TRAJECTORIES
+from fulgurite.streams.trainer.objective import check_objective
 from fulgurite.streams.trainer.tasks import TaskFunction, load_tasks
 from fulgurite.streams.trainer.windows import Shape
 
@@ -63,6 +64,11 @@ def make_plan(settings: Settings) -> Plan:
                 f"trainer.sampling_parameters: {name} = {value!r}; it must be {neutral}, otherwise the recorded "
                 "logprobs are not the policy's"
             )
+    check_objective(trainer)
+    if trainer.kl_coefficient and trainer.reference and not (trainer.reference / "config.json").is_file():
+        raise SettingsError(
+            f"trainer.reference = {trainer.reference}: no model there (a folder with config.json is needed)"
+        )
     shape = Shape(
         run_id=run_id,
         group_size=trainer.group_size,

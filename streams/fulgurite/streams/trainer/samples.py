@@ -7,13 +7,16 @@ it.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.schemas.training import DroppedRollout
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
-from fulgurite.streams.objectives.advantages import group_advantages, has_signal
+from fulgurite.streams.objectives.advantages import ESTIMATORS, has_signal
+from fulgurite.streams.objectives.rewards import overlong_penalty
+from fulgurite.streams.trainer.objective import recipe_of
 from fulgurite.streams.trainer.windows import Member, Window
 
 UNKNOWN_VERSION = -1
@@ -52,10 +55,17 @@ class TrainingSet:
     dropped: list[DroppedRollout]
     rewards: list[float]
     """Of every survivor of the window, also of groups without signal."""
+    penalties: list[float]
+    """What was added to each of them for its length, before it became an advantage."""
     advantages: list[float]
     """One per rollout trained on."""
     groups: int
     groups_without_signal: int
+
+    def skipped(self, reason: str) -> TrainingSet:
+        """The same window, not trained on after all: its rollouts are dropped with this reason."""
+        dropped = [DroppedRollout(rollout_id=rollout_id, reason=reason[:512]) for rollout_id in self.rollout_ids]
+        return replace(self, samples=[], rollout_ids=[], dropped=[*self.dropped, *dropped])
 
 
 def read_limits(model: Path) -> ModelLimits:
@@ -86,29 +96,42 @@ def trained_sequences(trajectory: Trajectory, resource: str) -> list[TokenSequen
     return [s for s in trajectory.sequences if s.resource in ("", resource) and any(s.loss_mask)]
 
 
-def training_set(window: Window, resource: str) -> TrainingSet:
-    """Advantages per group; groups without signal are dropped as `zero_variance`, their rewards still count."""
+def training_set(window: Window, settings: TrainerSettings) -> TrainingSet:
+    """Advantages over the whole window, as the settings say; then groups without signal are dropped as `zero_variance`,
+    or kept: their rewards count either way. Whether a group has one its rewards say, not what length costs."""
+    trained = [[trained_sequences(m.trajectory, settings.resource) for m in group] for group in window.groups]
+    tokens = [[sum(sum(s.loss_mask) for s in sequences) for sequences in group] for group in trained]
+    rewards = [[_reward(member.trajectory) for member in group] for group in window.groups]
+    penalties = [[_penalty(count, settings) for count in group] for group in tokens]
+    shaped = [
+        [reward + penalty for reward, penalty in zip(*both, strict=True)]
+        for both in zip(rewards, penalties, strict=True)
+    ]
+    advantages = ESTIMATORS[recipe_of(settings).advantage](shaped, tokens)
     samples: list[Sample] = []
     rollout_ids: list[str] = []
     dropped = list(window.dropped)
-    rewards: list[float] = []
     trained_advantages: list[float] = []
-    silent = 0
-    for group in window.groups:
-        group_rewards = [_reward(member.trajectory) for member in group]
-        rewards += group_rewards
-        if not has_signal(group_rewards):
-            silent += 1
+    silent = [not has_signal(group) for group in rewards]
+    for group, sequences, numbers, is_silent in zip(window.groups, trained, advantages, silent, strict=True):
+        if is_silent and settings.zero_variance == "drop":
             dropped += [DroppedRollout(rollout_id=m.trajectory.rollout_id, reason="zero_variance") for m in group]
             continue
-        for member, advantage in zip(group, group_advantages(group_rewards), strict=True):
-            rollout_ids.append(member.trajectory.rollout_id)
+        for member, own, advantage in zip(group, sequences, numbers, strict=True):
+            rollout_id = member.trajectory.rollout_id
+            rollout_ids.append(rollout_id)
             trained_advantages.append(advantage)
-            samples += [
-                _sample(member.trajectory.rollout_id, sequence, advantage)
-                for sequence in trained_sequences(member.trajectory, resource)
-            ]
-    return TrainingSet(samples, rollout_ids, dropped, rewards, trained_advantages, len(window.groups), silent)
+            samples += [_sample(rollout_id, sequence, advantage) for sequence in own]
+    return TrainingSet(
+        samples=samples,
+        rollout_ids=rollout_ids,
+        dropped=dropped,
+        rewards=[reward for group in rewards for reward in group],
+        penalties=[penalty for group in penalties for penalty in group],
+        advantages=trained_advantages,
+        groups=len(window.groups),
+        groups_without_signal=sum(silent),
+    )
 
 
 def _reason(trajectory: Trajectory, sequences: list[TokenSequence], fault: str) -> str:
@@ -161,3 +184,15 @@ def _sample(rollout_id: str, sequence: TokenSequence, advantage: float) -> Sampl
 def _reward(trajectory: Trajectory) -> float:
     assert trajectory.reward is not None, "a survivor has a reward: member_of saw to it"
     return trajectory.reward
+
+
+def _penalty(tokens: int, settings: TrainerSettings) -> float:
+    if not settings.overlong_buffer_tokens:
+        return 0.0
+    assert settings.overlong_max_tokens is not None, "make_plan refuses a buffer without it"
+    return overlong_penalty(
+        tokens,
+        max_length=settings.overlong_max_tokens,
+        buffer=settings.overlong_buffer_tokens,
+        factor=settings.overlong_penalty,
+    )

@@ -210,16 +210,17 @@ class Trainer:
                 logger.info("step %d: %s", self._run.step + 1, waiting_for(self._run.windows))
 
     async def optimize(self, window: Window) -> tuple[TrainingSet, StepResult | None]:
-        """2. One optimizer step; None where no group of the window has a signal: then the weights stay as they are.
+        """2. One optimizer step; None where no group of the window has a signal: then the weights stay as they are, and
+        so they do where the learner skips a bad step.
 
         Such a window still makes a version (of the same weights), so that versions, steps and pacing stay in step.
         """
-        training = training_set(window, self._plan.trainer.resource)
+        training = training_set(window, self._plan.trainer)
         if not training.samples:
             logger.warning("step %d: no group's rewards differ; the weights stay as they are", self._run.step + 1)
             return training, None
         result = await asyncio.to_thread(self._run.learner.step, training.samples, window.version_in)
-        return training, result
+        return (training.skipped(result.skipped) if result.skipped else training), result
 
     async def _optimize_and_check(self, window: Window) -> tuple[TrainingSet, StepResult | None]:
         """2, and meanwhile the look for another writer: a round trip or two that cost the step no time."""

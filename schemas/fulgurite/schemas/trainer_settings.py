@@ -1,0 +1,156 @@
+"""The trainer's settings: the run, its windows, the objective, what makes a step unfit, the optimizer, the machine.
+
+What cannot go together is refused by the trainer's plan before anything is loaded. Knows nothing of the trainer's code.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
+
+from fulgurite.schemas.sections import Seconds, Section
+
+LossName = Literal[
+    "dapo",
+    "grpo",
+    "dr_grpo",
+    "gspo",
+    "cispo",
+    "rloo",
+    "reinforce_plus_plus",
+    "reinforce_plus_plus_baseline",
+    "ppo",
+    "ppo_dual_clip",
+    "reinforce",
+]
+AdvantageName = Literal[
+    "recipe", "group_normalised", "mean_centred", "leave_one_out", "batch_normalised", "group_mean_batch_normalised"
+]
+RatioLevel = Literal["token", "sequence_mean", "sequence_product"]
+
+
+class TrainerSettings(Section):
+    run_id: str = ""
+    """Name of the run; a restart with the same name goes on where it stood. Required."""
+    resource: str = "policy"
+    """Which policy it makes versions of."""
+    model: Path | None = None
+    """Folder of the model to start from (Hugging Face format)."""
+    output: Path = Path(".fulgurite/policy")
+    """Where checkpoints and versions are written; servers must be able to read it."""
+    tasks: str = ""
+    """Where tasks come from, as module:function; function(index) gives the task's input as JSON-able value."""
+    agent: str = ""
+    """Recorded on its rollouts, for streams with several agents."""
+    steps: Annotated[int, Field(ge=1)] = 60
+    """Versions to make."""
+    groups_per_step: Annotated[int, Field(ge=1, le=65_536)] = 16
+    """Complete groups in a window."""
+    group_size: Annotated[int, Field(ge=2, le=1_024)] = 8
+    """Rollouts of one task."""
+    group_deadline_seconds: Seconds = 120.0
+    """After its first trajectory a group waits this long for the rest; then it closes with at least two survivors."""
+    max_staleness: Annotated[int, Field(ge=0, le=1_000)] = 4
+    """Rollouts with a token more versions behind are dropped."""
+    pacing_staleness: Annotated[int, Field(ge=0, le=1_000)] = 1
+    """How many versions rollouts may run ahead: new ones are asked for only so far."""
+    zero_variance: Literal["drop", "keep"] = "drop"
+    """Groups whose rewards do not differ. drop: not trained on (DAPO's dynamic sampling), though they count in means
+    over the window; keep: trained on like others, in the denominators of the loss and under its KL and entropy."""
+    loss: LossName = "dapo"
+    """The published objective: how a token's ratio is made and clipped, and what trainer.advantage,
+    trainer.aggregation, trainer.clip_low, trainer.clip_high and trainer.dual_clip are where they are not set."""
+    advantage: AdvantageName = "recipe"
+    """How much better a rollout was than its baseline, from its group's or its window's rewards; recipe: as
+    trainer.loss."""
+    aggregation: Literal["recipe", "token_mean", "sequence_mean", "sequence_sum"] = "recipe"
+    """How losses of tokens become the window's: every token counts the same, every sequence does, or sums of sequences
+    over trainer.length_constant; recipe: as trainer.loss."""
+    length_constant: Annotated[int, Field(ge=1)] | None = None
+    """Tokens: what sequence_sum (of dr_grpo) divides by, the most that can be sampled in a sequence. Required there."""
+    clip_low: Annotated[float, Field(ge=0, le=1)] | None = None
+    """Clip of the ratio below: ratio >= 1 - clip_low. Not set: as trainer.loss (dapo: 0.2)."""
+    clip_high: Annotated[float, Field(ge=0)] | None = None
+    """Clip of the ratio above: ratio <= 1 + clip_high. Not set: as trainer.loss (dapo: 0.28)."""
+    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    """Largest ratio that counts where the advantage is negative. Not set: as trainer.loss (ppo_dual_clip: 3, others
+    have none)."""
+    correction: Literal["clip", "truncate", "mask", "none"] = "clip"
+    """For tokens of older versions. clip: the loss's ratio is that of current to sampling policy, and its clip holds
+    it; truncate: that ratio as a weight without gradient, at most importance_cap; mask: as a weight that is 0 outside
+    [importance_low, importance_cap]; none: no correction, to see what it is worth."""
+    importance_level: RatioLevel = "token"
+    """Of the weight of truncate and mask: each token's ratio, its sequence's geometric mean, or its sequence's
+    product."""
+    importance_gate: RatioLevel | None = None
+    """For mask: the ratio that the bounds are for, where it is not the weight itself."""
+    importance_low: Annotated[float, Field(ge=0)] = 0.0
+    """Bound of the weight below, for truncate and mask."""
+    importance_cap: Annotated[float, Field(gt=0)] = 2.0
+    """Bound of the weight above, for truncate and mask."""
+    kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the KL penalty against a frozen reference policy; 0: none, and no reference is loaded."""
+    kl_estimator: Literal["k1", "k2", "k3"] = "k3"
+    """Its value on sampled tokens, with d = log p_ref - log p: k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d."""
+    kl_gradient: Literal["estimator", "k2", "ratio"] = "estimator"
+    """Its gradient. estimator: its formula's own; k2: that of KL(p || p_ref) on tokens of the current policy; ratio:
+    the same on tokens of older ones too, as they are weighed by p / p_old."""
+    reference: Path | None = None
+    """Folder of the reference policy, whole on every rank. Not set: trainer.model."""
+    entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    """Weight of the entropy bonus, in nats a token; 0: none."""
+    overlong_buffer_tokens: Annotated[int, Field(ge=0)] = 0
+    """Over the last so many tokens before overlong_max_tokens the reward falls by up to overlong_penalty (DAPO); 0: it
+    does not."""
+    overlong_max_tokens: Annotated[int, Field(ge=1)] | None = None
+    """Sampled tokens of a rollout at which it has fallen all the way. Required with overlong_buffer_tokens."""
+    overlong_penalty: Annotated[float, Field(gt=0)] = 1.0
+    """By how much, in units of the reward."""
+    max_logprob_difference: Annotated[float, Field(gt=0)] = 1e-3
+    """Largest |difference| between trainer and sampler for tokens of the same version; beyond it the run stops."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """A step whose loss or gradient is no number, or past one of the next three bounds, changes nothing. stop: the run
+    ends with the reason; skip: it makes a version of the same weights, and the ledger names its rollouts and the
+    reason."""
+    grad_norm_limit: Annotated[float, Field(gt=0)] | None = None
+    """Largest gradient norm, before it is clipped to max_grad_norm. Not set: any number."""
+    max_mismatch_kl: Annotated[float, Field(gt=0)] | None = None
+    """Largest KL(sampler || trainer) over a window's tokens, in nats a token (estimator k3). Not set: any."""
+    min_effective_sample_size: Annotated[float, Field(gt=0, lt=1)] | None = None
+    """Least share of its n tokens that a window is worth, by the ratios r of current to sampling policy:
+    (sum r)^2 / (n sum r^2). Not set: any."""
+    learning_rate: Annotated[float, Field(gt=0, le=1)] = 4e-4
+    """AdamW's, at its highest."""
+    schedule: Literal["constant", "linear", "cosine"] = "constant"
+    """Of the learning rate after the warm-up: how it falls to min_learning_rate_ratio until trainer.steps updates are
+    done."""
+    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    """Updates over which the learning rate rises from 0, linearly."""
+    min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
+    """What of learning_rate is left at the end, for linear and cosine."""
+    adam_beta1: Annotated[float, Field(ge=0, lt=1)] = 0.9
+    """AdamW's first."""
+    adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
+    """AdamW's second."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    """AdamW's."""
+    max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
+    """Gradients are clipped to this norm."""
+    micro_batch_tokens: Annotated[int, Field(ge=1)] = 16_384
+    """Tokens of one forward pass."""
+    zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
+    """DeepSpeed's ZeRO stage, for several processes under torchrun; 0: plain torch on one device."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """Of the forward pass and of published weights; the optimizer's own copy is float32 always."""
+    sampling_parameters: dict[str, Any] = Field(default_factory=lambda: {"temperature": 1.0})
+    """For the agent's LLM calls. Temperature must be 1 for the recorded logprobs to be the policy's."""
+    rollout_timeout_seconds: Seconds = 60.0
+    """Longest one attempt may take."""
+    keep_versions: Annotated[int, Field(ge=2)] = 8
+    """Newest versions' files that are kept on disk."""
+    threads: Annotated[int, Field(ge=1, le=256)] = 1
+    """torch threads."""
+    seed: int = 1
+    """Of everything random in the trainer."""

@@ -1,0 +1,117 @@
+"""What the settings of the objective add up to, and which of them cannot go together. Pure, no torch.
+
+    trainer.loss names a recipe; what else is set replaces its parts one by one.
+
+The proximal policy follows from `trainer.correction`, as a window is one optimizer step: for `clip` it is the policy
+that sampled (PPO's and GRPO's ratio against the recorded log p), else the current one (the ratio is 1, its clip never
+acts, and the weight alone corrects: REINFORCE under importance weights).
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.settings import TrainerSettings
+from fulgurite.streams.objectives.recipes import PolicyLoss, find
+
+
+def recipe_of(settings: TrainerSettings) -> PolicyLoss:
+    """The published recipe with what the settings replace. Raises SettingsError for a clip that makes no sense."""
+    recipe = find(settings.loss)
+    try:
+        recipe = recipe.with_clip(settings.clip_low, settings.clip_high, settings.dual_clip)
+    except ValueError as error:
+        raise SettingsError(f"trainer.clip_low, trainer.clip_high, trainer.dual_clip: {error}") from None
+    if settings.advantage != "recipe":
+        recipe = replace(recipe, advantage=settings.advantage)
+    if settings.aggregation != "recipe":
+        recipe = replace(recipe, aggregation=settings.aggregation)
+    return recipe
+
+
+def check_objective(settings: TrainerSettings) -> None:
+    """Raises SettingsError, naming the setting, for what would be ignored or could not be computed."""
+    recipe = recipe_of(settings)
+    for wrong in (_loss_fault(settings, recipe), _correction_fault(settings, recipe), _terms_fault(settings)):
+        if wrong:
+            raise SettingsError(wrong)
+
+
+def _loss_fault(settings: TrainerSettings, recipe: PolicyLoss) -> str:
+    if recipe.aggregation == "sequence_sum" and settings.length_constant is None:
+        return (
+            f"trainer.length_constant is not set: trainer.loss = {settings.loss} with aggregation sequence_sum divides "
+            "by it; set the most tokens that can be sampled in a sequence"
+        )
+    if recipe.aggregation != "sequence_sum" and settings.length_constant is not None:
+        return (
+            f"trainer.length_constant = {settings.length_constant}: aggregation {recipe.aggregation} has no such thing"
+        )
+    if settings.dual_clip is None:
+        return ""
+    if recipe.surrogate not in ("clipped", "sequence_clipped"):
+        return f"trainer.dual_clip = {settings.dual_clip:g}: trainer.loss = {settings.loss} has no dual clip"
+    if settings.correction != "clip":
+        return (
+            f"trainer.dual_clip = {settings.dual_clip:g} never acts with trainer.correction = {settings.correction}: "
+            "the ratio it bounds is 1"
+        )
+    return ""
+
+
+def _correction_fault(settings: TrainerSettings, recipe: PolicyLoss) -> str:
+    if settings.correction == "clip" and recipe.surrogate == "reinforce":
+        return (
+            f"trainer.correction = clip: trainer.loss = {settings.loss} has no ratio that could be clipped; set "
+            "truncate, mask or none"
+        )
+    if settings.importance_gate is not None and settings.correction != "mask":
+        return f"trainer.importance_gate = {settings.importance_gate}: only trainer.correction = mask has a gate"
+    if settings.correction in ("clip", "none"):
+        if settings.importance_level != "token":
+            return (
+                f"trainer.importance_level = {settings.importance_level}: trainer.correction = {settings.correction} "
+                "has no weights; set truncate or mask"
+            )
+        if settings.importance_low:
+            return (
+                f"trainer.importance_low = {settings.importance_low:g}: trainer.correction = {settings.correction} has "
+                "no weights; set truncate or mask"
+            )
+        return ""
+    if settings.importance_low >= settings.importance_cap:
+        return (
+            f"trainer.importance_low = {settings.importance_low:g} is not below trainer.importance_cap = "
+            f"{settings.importance_cap:g}"
+        )
+    return ""
+
+
+def _terms_fault(settings: TrainerSettings) -> str:
+    if settings.kl_coefficient:
+        if settings.kl_estimator == "k1" and settings.kl_gradient == "estimator":
+            return (
+                "trainer.kl_gradient = estimator: k1 has a gradient of 0 on average, no penalty at all; set k2 or ratio"
+            )
+        if (settings.reference or settings.model) is None:
+            return (
+                "trainer.reference is empty, and so is trainer.model: trainer.kl_coefficient needs a reference policy"
+            )
+    if settings.overlong_buffer_tokens:
+        if settings.overlong_max_tokens is None:
+            return (
+                f"trainer.overlong_max_tokens is not set: trainer.overlong_buffer_tokens = "
+                f"{settings.overlong_buffer_tokens} are the last before it"
+            )
+        if settings.overlong_buffer_tokens > settings.overlong_max_tokens:
+            return (
+                f"trainer.overlong_buffer_tokens = {settings.overlong_buffer_tokens} is more than "
+                f"trainer.overlong_max_tokens = {settings.overlong_max_tokens}"
+            )
+    if settings.schedule != "constant" and settings.warmup_steps >= settings.steps:
+        return (
+            f"trainer.warmup_steps = {settings.warmup_steps}: the learning rate cannot fall (trainer.schedule = "
+            f"{settings.schedule}) within trainer.steps = {settings.steps}"
+        )
+    return ""
