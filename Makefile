@@ -12,7 +12,7 @@ ARGS ?=
 # Tests mostly wait for brokers and processes: three at a time keep two cores busy. Each worker has stores of its own.
 WORKERS ?= 3
 
-.PHONY: help demo test vllm test-vllm test-oracles lint format docs setup chaos chaos-outage bench-ingest bench-queries clean
+.PHONY: help demo test vllm test-vllm test-oracles lint format docs setup chaos chaos-outage bench-ingest bench-queries bench-gateway clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -52,6 +52,9 @@ bench-ingest: $(STAMP) ## how fast Kafka becomes rows, next to the engine's ceil
 
 bench-queries: $(STAMP) ## how fast questions are answered on 10 million spans (about 15 minutes)
 	@$(BIN)/python tests/bench/queries.py $(ARGS)
+
+bench-gateway: $(STAMP) ## what the gateway adds to a call, next to calling the policy's server directly (about 5 minutes)
+	@$(BIN)/python -m tests.bench.gateway $(ARGS)
 
 docs: $(STAMP) ## render docs/reference.md and docs/asyncapi.json from the code
 	@$(BIN)/python -m fulgurite.infra.reference docs/reference.md

@@ -40,13 +40,13 @@ from fulgurite.producers.gateway.pool import Pool
 from fulgurite.producers.kafka import connection_options
 from fulgurite.producers.publisher import Publisher
 from fulgurite.producers.service import run_service, serve_asgi
-from fulgurite.schemas.settings import GatewaySettings, KafkaSettings, Settings
+from fulgurite.schemas.settings import GatewaySettings, KafkaSettings, ProducerSettings, Settings
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Waits for a broker, then serves until `stop`. Requests under way get 5 s to finish, their spans are flushed."""
     ensure_guarded(settings.gateway)
-    publisher = Publisher(settings.kafka, settings.producer, settings.redaction)
+    publisher = Publisher(settings.kafka, unlingering(settings.producer), settings.redaction)
     if not await _started(publisher, stop):
         return
     try:
@@ -55,6 +55,12 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             await _serve_all(gateway, pool, settings.gateway, stop)
     finally:
         await publisher.close()
+
+
+def unlingering(settings: ProducerSettings) -> ProducerSettings:
+    """Without a linger, unless one is set: every answer waits for its span, and spans that come while a batch is under
+    way are the next one."""
+    return settings if "linger_ms" in settings.model_fields_set else settings.model_copy(update={"linger_ms": 0})
 
 
 async def _serve_all(gateway: Gateway, pool: Pool, settings: GatewaySettings, stop: asyncio.Event) -> None:
