@@ -17,7 +17,6 @@ from fulgurite.infra.kafka_probe import run_in_thread
 from fulgurite.infra.topics import create_topics, delete_topics
 from fulgurite.schemas.settings import ClickHouseSettings, KafkaSettings, Settings
 
-
 # A busy machine stops a test for longer than any deadline of an example.
 hypothesis_settings.register_profile("fulgurite", deadline=None)
 hypothesis_settings.load_profile("fulgurite")

@@ -5,8 +5,10 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import hashlib
+import json
+import struct
 import tempfile
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -43,6 +45,22 @@ def make_version(
             "run_id": "run",
         }
     )
+
+
+def write_safetensors(path: Path, shapes: Mapping[str, tuple[int, ...]], fill: int = 0, dtype: str = "U8") -> Path:
+    """A safetensors file whose tensors are of these shapes and of one byte."""
+    header: dict[str, Any] = {}
+    end = 0
+    for name, shape in shapes.items():
+        size = 1
+        for length in shape:
+            size *= length
+        header[name] = {"dtype": dtype, "shape": list(shape), "data_offsets": [end, end + size]}
+        end += size
+    text = json.dumps(header).encode()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_bytes(struct.pack("<Q", len(text)) + text + bytes([fill]) * end)
+    return path
 
 
 def following(server: FakePolicyServer, **settings: Any) -> FollowerSettings:
@@ -146,3 +164,26 @@ class FakeVllm(FakePolicyServer):
         assert (await request.json())["action"] == "checksum"
         digest = hashlib.sha256(f"{self.weights}{self.salt}".encode()).hexdigest()
         return JSONResponse({"checksums": {"dp0:pp0:pcp0:tp0:model.embed_tokens.weight": digest}})
+
+
+HALF_LOADED = -1
+
+
+@dataclass
+class FragileVllm(FakeVllm):
+    """Breaks as vLLM does: a load that fails leaves nothing whole, and going on with that is the end."""
+
+    unreadable: set[str] = field(default_factory=set[str])
+    """Names of folders that cannot be loaded."""
+    died: bool = False
+
+    async def _collective_rpc(self, request: Request) -> Response:
+        folder = Path((await request.json())["kwargs"]["weights_path"])
+        if folder.name in self.unreadable:
+            self.weights = HALF_LOADED
+            return PlainTextResponse("Call to collective_rpc method failed", 500)
+        return await super()._collective_rpc(request)
+
+    async def _resume(self, request: Request) -> Response:
+        self.died |= self.weights == HALF_LOADED
+        return await super()._resume(request)

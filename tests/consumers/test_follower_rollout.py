@@ -15,7 +15,7 @@ from starlette.responses import Response
 from fulgurite.consumers.follower.converge import LOAD_TRIES
 from fulgurite.consumers.follower.loading import Shared
 from fulgurite.schemas.resources import ResourceVersion
-from tests.consumers.follower_support import FakeVllm, Follower, following, make_version
+from tests.consumers.follower_support import FakeVllm, Follower, following, make_version, write_safetensors
 from tests.producers.fake_policy_server import until
 
 
@@ -135,8 +135,7 @@ async def test_a_load_that_did_nothing_is_found_out_and_gets_no_label(session: a
     async with fleet(1, session) as fl:
         server = fl.servers[0]
         for number in (1, 2):
-            (tmp_path / f"v{number}").mkdir()
-            (tmp_path / f"v{number}" / "model.safetensors").write_text(str(number))
+            write_safetensors(tmp_path / f"v{number}" / "model.safetensors", {"w": (4,)}, fill=number)
         await fl.reach(make_version(tmp_path, 1))
         server.loads = False
         fl.shared.versions.add(make_version(tmp_path, 2))
@@ -150,8 +149,7 @@ async def test_a_load_that_did_nothing_is_found_out_and_gets_no_label(session: a
 async def test_files_with_the_same_weights_are_no_failed_load(session: aiohttp.ClientSession, tmp_path: Path):
     async with fleet(1, session) as fl:
         for number in (1, 2):
-            (tmp_path / f"v{number}").mkdir()
-            (tmp_path / f"v{number}" / "model.safetensors").write_text("same")
+            write_safetensors(tmp_path / f"v{number}" / "model.safetensors", {"w": (4,)})
             (tmp_path / f"v{number}" / "tokenizer.json").write_text(str(number))
         await fl.reach(make_version(tmp_path, 1, weights=5))
         await fl.reach(make_version(tmp_path, 2, weights=5))

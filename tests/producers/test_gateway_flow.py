@@ -10,6 +10,7 @@ import openai
 import pytest
 from starlette.responses import JSONResponse, Response
 
+from fulgurite.producers.gateway.app import HEALTH_SHARED_SECONDS
 from fulgurite.schemas.errors import Undelivered
 from fulgurite.schemas.event import VersionSpan
 from tests.producers.fake_policy_server import FakePolicyServer, until
@@ -346,6 +347,7 @@ async def test_models_and_health():
             async with session.get(f"{url}/health") as response:
                 assert (response.status, (await response.json())["status"]) == (200, "ok")
             backend.faults["/health"] = lambda: Response(status_code=503)
+            await asyncio.sleep(HEALTH_SHARED_SECONDS)
             async with session.get(f"{url}/health") as response:
                 assert response.status == 503
                 assert await response.json() == {"status": "unhealthy", "broker": "ok", "backend": "status 503"}

@@ -39,3 +39,4 @@ async def world(
     async with running(kafka_settings, vllm, tmp_path) as world:
         await world.serve(1, models[1])
         yield world
+    await vllm.unload_adapters()

@@ -90,6 +90,14 @@ class VllmServer:
         """Of the weights it serves."""
         return str((await self._get("/weight_info")).json()["weight_version"])
 
+    async def unload_adapters(self) -> None:
+        """All it has: the resource's name would mean the newest of them."""
+        async with httpx.AsyncClient(base_url=self.url) as client:
+            models = (await client.get("/v1/models")).raise_for_status().json()["data"]
+            for model in models:
+                if model.get("parent"):
+                    await client.post("/v1/unload_lora_adapter", json={"lora_name": model["id"]})
+
     async def _get(self, path: str) -> httpx.Response:
         async with httpx.AsyncClient(base_url=self.url) as client:
             return (await client.get(path)).raise_for_status()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ import pytest
 
 from fulgurite.schemas.event import VersionSpan
 from tests.vllm.tiny_model import Oracle, make_tokenizer, worst_error
-from tests.vllm.world import TOLERANCE, World, until
+from tests.vllm.world import TOLERANCE, World
 
 pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
@@ -112,26 +113,46 @@ async def test_no_cached_prefix_outlives_its_weights(world: World, models: dict[
         assert worst_error(of, *tokens, span.weight_versions) < TOLERANCE
 
 
-async def test_a_version_that_is_none_is_refused_and_the_one_before_it_is_served_again(
-    world: World, oracles: dict[int, Oracle], tmp_path: Path
+def damaged(folder: Path, good: Path, damage: str) -> Path:
+    """A version that is none. That of the dtype cannot be seen before vLLM loads it: then half of it is loaded."""
+    folder.mkdir()
+    data = (good / "model.safetensors").read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header: dict[str, Any] = json.loads(data[8 : 8 + length])
+    if damage == "a tensor is missing":
+        last = max((name for name in header if name != "__metadata__"), key=lambda name: header[name]["data_offsets"])
+        data = data[: 8 + length + header.pop(last)["data_offsets"][0]]
+    elif damage == "an unknown dtype":
+        header["lm_head.weight"]["dtype"] = "F33"
+    text = json.dumps(header).encode()
+    data = len(text).to_bytes(8, "little") + text + data[8 + length :]
+    (folder / "model.safetensors").write_bytes(b"no weights" if damage == "no file of weights" else data)
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["no file of weights", "a tensor is missing", "an unknown dtype"])
+async def test_requests_under_way_survive_a_broken_version(
+    world: World, models: dict[int, Path], oracles: dict[int, Oracle], tmp_path: Path, damage: str
 ):
-    """vLLM notices it in the middle of loading; what it has then is nobody's."""
-    files = tmp_path / "broken"
-    files.mkdir()
-    (files / "model.safetensors").write_bytes(b"no weights")
-    await world.publish(2, files)
+    async def ask(rollout: str) -> None:
+        messages: Any = [{"role": "user", "content": "why not?"}]
+        async with world.agent(rollout, max_retries=0) as agent:
+            await agent.chat.completions.create(
+                model="policy", messages=messages, max_tokens=LONG, extra_body={"ignore_eos": True}
+            )
+
+    asking = asyncio.create_task(ask("over"))
+    await world.half_way(1)
+    await world.publish(2, damaged(tmp_path / "broken", models[2], damage))
     refused = await world.reported(2)
     assert not refused.ok
-    assert refused.error
-
-    async def serves_1() -> bool:
-        return await world.vllm.label() == "1"
-
-    await until(serves_1, "version 1 is not served again")
-    async with world.agent("r1") as agent:
-        messages: Any = [{"role": "user", "content": "why not?"}]
-        await agent.chat.completions.create(model="policy", messages=messages, max_tokens=20)
-    (span,) = await world.spans()
-    assert [part.version for part in span.weight_versions] == [1]
-    tokens = (span.prompt_token_ids, span.response_token_ids, span.logprobs)
-    assert worst_error(oracles, *tokens, span.weight_versions) < TOLERANCE
+    assert ("/collective_rpc" in refused.error) == (damage == "an unknown dtype")  # seen by vLLM, or before it
+    assert world.vllm.running, "vLLM ended"
+    await asyncio.wait_for(asking, 60)
+    await ask("after")
+    assert await world.vllm.label() == "1"
+    for span in await world.spans():
+        assert {part.version for part in span.weight_versions} <= {1}
+        whole = [VersionSpan(version=1, start=0, end=LONG)]
+        tokens = (span.prompt_token_ids, span.response_token_ids, span.logprobs)
+        assert worst_error({1: oracles[1]}, *tokens, whole) < TOLERANCE

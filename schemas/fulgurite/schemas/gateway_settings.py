@@ -158,13 +158,15 @@ class GatewaySettings(Section):
     queue_seconds: Seconds = 60.0
     """Longest that a request waits for room at a busy backend; then 503. One that is away is waited for longer."""
     backend_seconds: Seconds = 120.0
-    """Longest that a call waits for the first byte of its answer, queue, retries and a weight swap included. An agent
-    may ask for less by the header x-request-timeout; OpenAI's clients say theirs."""
+    """Longest that a call waits for the first byte of its answer: its own body, queue, retries and a weight swap
+    included. An agent may ask for less by the header x-request-timeout; OpenAI's clients say theirs."""
     silence_seconds: Seconds = 120.0
-    """Longest pause within an answer, a weight swap included."""
+    """Longest pause within an answer, a weight swap included; comments within a stream do not end one."""
+    answer_seconds: Seconds = 3_600.0
+    """Longest that an answer takes from its first byte to its end, however steadily it comes; then 504."""
     exact_prompts: bool = True
     """Whether a conversation goes on with exactly the tokens it was sampled with, where a backend takes token ids (vLLM
-    with --enable-scale-out, the embedded server); off: every prompt is tokenised anew, in one request instead of two."""
+    with --enable-scale-out, the embedded server); off: each prompt is tokenised anew, in one request instead of two."""
     publish_seconds: Seconds = 30.0
     """Longest that an answer waits for the broker to acknowledge its span; then 503."""
     answer_unrecorded: bool = False

@@ -10,6 +10,7 @@
 | `converge.py` | the loop and its numbered contract |
 | `weights.py` | full weights: pause, load, hash, label, resume |
 | `adapters.py` | LoRA adapters: load beside the others, unload old ones |
+| `layout.py` | which tensors files have, by their headers |
 | `loading.py` | what these two share |
 | `versions.py` | the newest versions |
 | `files.py` | a version's files, verified, where the server can read them |

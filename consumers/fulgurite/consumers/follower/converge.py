@@ -13,16 +13,24 @@ publisher). So a fresh follower loads the newest version once (25 to 100 ms paus
 
 The contract, and what a crash of this process after each step leaves for the next start, which remembers no load, so
 begins with 1 again and finds out by itself:
-1. Fetch the files where that is needed, verify their checksum. Crash: nothing has happened; what was fetched is kept.
+1. Fetch the files where that is needed, verify their checksum; read the headers of safetensors: they must be whole, and
+   have the tensors of the version loaded last (`layout.py`). Crash: nothing has happened; what was fetched is kept.
 2. When it is this server's turn, POST /pause?mode=keep: requests under way freeze, the caches are cleared. Crash: the
    server stays paused until the next start, which goes on with 1, or resumes the server if there is nothing to load.
-3. Label the weights "loading", if they have a version: until 6 nobody can take them for one. Crash: paused without a
-   version, so the newest one is loaded.
+3. Label the weights "loading": until 6 nobody can take them for a version, nor for whole. A paused server with this
+   label is never resumed, by whichever start, before a version was loaded into it. Crash: so it is with the newest.
 4. POST /collective_rpc reload_weights. Crash: as after 3, loaded again.
 5. POST /weight_checker, where there is one: do the weights hash to what they ought to (`digests.py`)? While it is
    paused, because hashing stops the engine anyway, and wrong weights get no label and no request. Crash: as after 4.
 6. Label them with the version, and remember number and checksum. Crash: paused with the right version; loaded again.
 7. POST /resume, in `finally`, tried again until it works or the server is gone. Crash: as 6, but not paused.
+   Not if 4 or 5 failed: what the server has then may be half of two versions, or nothing; vLLM would die of the first
+   request. So before: the version that was served is loaded again, else the newest other one whose files are usable,
+   checked and labelled as in 4 to 6, then resumed. Crash: as after 3. If none can be loaded, or the server does not
+   answer, it stays paused: requests wait, within the gateway's bound, rather than get nonsense that would be recorded
+   as a version's. This is logged as an error, /ready and a metric say so, and loading goes on for ever: what is wanted,
+   and when all was refused, every known version in turn. A server that restarts meanwhile ends it as well.
+   A stop of this process waits for 2 to 7 to end, as long as it may; killed within them it is a crash.
 8. Ask which version is served. Not the wanted one: begin again.
 9. Publish VersionApplied and wait for the acknowledgement. Crash before or after: the next start loads the version
    again and publishes it; so at least once for every change, and a duplicate says the same.
@@ -47,6 +55,7 @@ from collections.abc import Awaitable, Callable
 from typing import Final
 
 from fulgurite.consumers.follower.adapters import Adapters
+from fulgurite.consumers.follower.layout import read_layout
 from fulgurite.consumers.follower.loading import LoadFailed, Phases, Shared
 from fulgurite.consumers.follower.server import PolicyServer, Refused, State, Unreachable
 from fulgurite.consumers.follower.store import StoreTrouble, Unusable
@@ -67,7 +76,7 @@ Report = Callable[[VersionApplied], Awaitable[None]]
 
 
 class Convergence:
-    """One server's loop. `run` ends only by cancellation, and never leaves the server paused if it can help it."""
+    """One server's loop. `run` ends only by cancellation; the server stays paused only where it has nothing whole."""
 
     def __init__(self, server: PolicyServer, shared: Shared, report: Report) -> None:
         self._server = server
@@ -81,6 +90,7 @@ class Convergence:
         self._refused: set[Identity] = set()
         self._failures: dict[Identity, int] = {}
         self._reported: Identity | None = None
+        self._rescues = 0
         self._changed = shared.versions.subscribe()
         self._logged_at = -LOG_EVERY_SECONDS
         self._metrics.follows(server.url)
@@ -111,6 +121,9 @@ class Convergence:
         state = await self._observe(wanted)
         served = wanted is not None and self._serves(wanted)
         self._observed(state, wanted if served else None)
+        if state.held and (wanted is None or wanted.kind != "weights"):
+            await self._rescue(state)
+            return
         if wanted is None or served or self._keeps_newer(wanted, state):
             if state.paused:
                 logger.warning("%s was left paused; resuming it", self._server.url)
@@ -120,16 +133,36 @@ class Convergence:
                 await self._applied(wanted, {})
             return
         try:
-            seconds = await self._apply(wanted, state)
+            seconds = await self._apply(wanted, state, lambda: self._still(wanted))
         except Unusable as error:
             await self._refuse(wanted, str(error))
             return
         if seconds:
-            self._log_served(wanted, seconds)
-            self._metrics.applied(self._server.url, seconds)
-            self._observed(state, wanted)
-            await self._applied(wanted, seconds)  # 9
-            await self._collect()
+            await self._done(wanted, state, seconds)
+
+    async def _rescue(self, state: State) -> None:
+        """The server holds nothing whole, and what is wanted is not what could help: each try another of the known
+        versions. They were refused, but a server or a disk may do today what it did not yesterday."""
+        known = [version for version in self._versions.all() if version.kind == "weights"]
+        if not known:
+            raise Unreachable("is paused without whole weights, and no version is known", answered=True)
+        version = known[self._rescues % len(known)]
+        self._rescues += 1
+        try:
+            seconds = await self._apply(version, state, lambda: True)
+        except Unusable as error:
+            raise Unreachable(f"is paused without whole weights: {error}", answered=True) from None
+        if seconds:
+            self._refused.discard(identity(version))
+            await self._done(version, state, seconds)
+
+    async def _done(self, version: ResourceVersion, state: State, seconds: dict[str, float]) -> None:
+        self._log_served(version, seconds)
+        self._metrics.applied(self._server.url, seconds)
+        self._metrics.holds(self._server.url, nothing=False)
+        self._observed(state, version)
+        await self._applied(version, seconds)  # 9
+        await self._collect()
 
     async def _observe(self, wanted: ResourceVersion | None) -> State:
         """What the server says of itself."""
@@ -142,6 +175,7 @@ class Convergence:
                 state = State(label=None, paused=False)
             await self._adapters.observe()
         self._weights.observe(state)
+        self._metrics.holds(self._server.url, nothing=state.held)
         return state
 
     def _observed(self, state: State, current: ResourceVersion | None) -> None:
@@ -151,6 +185,8 @@ class Convergence:
             versions.add(current.version)
         elif state.version is not None:
             versions.add(state.version)
+        elif self._weights.good is not None:
+            versions.add(self._weights.good.version)  # it may be needed again
         self._files.cache.claim(self._server.url, versions)
         version = current.version if current else state.version if state.version is not None else self._newest_adapter()
         self._metrics.observed(self._server.url, version, current)
@@ -161,20 +197,26 @@ class Convergence:
     def _serves(self, wanted: ResourceVersion) -> bool:
         return self._adapters.serves(wanted) if wanted.kind == "lora" else self._weights.loaded == content(wanted)
 
-    async def _apply(self, wanted: ResourceVersion, state: State) -> dict[str, float]:
+    async def _apply(self, wanted: ResourceVersion, state: State, still_wanted: Callable[[], bool]) -> dict[str, float]:
         """Steps 1 to 8; the duration of each phase, none where another version was wanted when it was this server's
         turn. Raises Unusable, Unreachable, Refused, StoreTrouble."""
         clock = Phases()
-        has = self._adapters.versions | ({state.version} if state.version is not None else set[int]())
+        good = self._weights.good.version if self._weights.good else None
+        has = {number for number in (state.version, good) if number is not None} | self._adapters.versions
         self._files.cache.claim(self._server.url, has | {wanted.version})
         folder = await self._files.ready(wanted)  # 1
+        layout = await asyncio.to_thread(read_layout, folder)
+        if wanted.kind != "lora":
+            await self._weights.check(folder, layout)
         clock.end("verify")
         try:
             if wanted.kind == "lora":
                 await self._adapters.load(wanted, folder, clock)
-            elif not await self._weights.load(wanted, folder, state, clock, lambda: self._still(wanted)):
+            elif not await self._weights.load(wanted, folder, layout, state, clock, still_wanted):
                 return {}
         except LoadFailed as error:
+            if wanted.kind != "lora":
+                self._reported = None  # the server had something else meanwhile, whatever it has now
             key = identity(wanted)
             self._failures[key] = self._failures.get(key, 0) + error.answered
             if self._failures[key] >= LOAD_TRIES:

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 from fulgurite.consumers.follower.digests import Digests
 from fulgurite.consumers.follower.files import Files
+from fulgurite.consumers.follower.layout import Layout
 from fulgurite.consumers.follower.metrics import Metrics
 from fulgurite.consumers.follower.server import Unreachable
 from fulgurite.consumers.follower.turns import Turns
@@ -15,7 +16,8 @@ from fulgurite.schemas.settings import FollowerSettings
 
 
 class LoadFailed(Unreachable):
-    """The server did not get the version, whether it answered or not: it may be asked again a few times."""
+    """The server did not get the version, whether it answered or not: it may be asked again a few times. What it has
+    instead is not known."""
 
 
 class Phases:
@@ -41,6 +43,8 @@ class Shared:
     settings: FollowerSettings
     versions: Versions = field(default_factory=Versions)
     digests: Digests = field(default_factory=Digests)
+    layout: Layout = field(default_factory=dict[str, tuple[int, ...]])
+    """Of the weights that were loaded last without trouble, into whichever server; empty where that is not known."""
     files: Files = field(init=False)
     turns: Turns = field(init=False)
     metrics: Metrics = field(init=False)

@@ -37,6 +37,9 @@ class Metrics:
             "time since the newest version was published, while a server does not have it",
             ("server",),
         )
+        self._held = self._gauge(
+            "held", "1 while a server is kept paused because its weights are not known to be whole", ("server",)
+        )
         self._applied = self._counter("applied", "versions loaded")
         self._refused = self._counter("refused", "versions refused: a server keeps what it has")
         self._troubles = self._counter("troubles", "failed tries at something that may pass")
@@ -45,6 +48,7 @@ class Metrics:
             registry=self.registry,
         )  # fmt: skip
         self._current: dict[str, ResourceVersion | None] = {}
+        self._without: set[str] = set()
 
     def _gauge(self, name: str, what: str, labels: tuple[str, ...]) -> Gauge:
         return Gauge(f"fulgurite_follower_{name}", what, labels, registry=self.registry)
@@ -57,6 +61,7 @@ class Metrics:
         self._current[server] = None
         self._served.labels(server).set(-1)
         self._behind.labels(server).set_function(lambda: self.behind_seconds(server))
+        self._held.labels(server)
         for counter in (self._applied, self._refused, self._troubles):
             counter.labels(server)
 
@@ -64,6 +69,11 @@ class Metrics:
         """The server has `version`; `current` is the record it was loaded from, where that is known."""
         self._served.labels(server).set(-1 if version is None else version)
         self._current[server] = current
+
+    def holds(self, server: str, *, nothing: bool) -> None:
+        """Whether the server is kept paused, with nothing that could be served."""
+        self._held.labels(server).set(nothing)
+        (self._without.add if nothing else self._without.discard)(server)
 
     def applied(self, server: str, seconds: dict[str, float]) -> None:
         self._applied.labels(server).inc()
@@ -87,14 +97,15 @@ class Metrics:
 
     def not_ready(self) -> dict[str, str]:
         """Server -> what it lacks. Empty: ready."""
+        held = dict.fromkeys(sorted(self._without), "is kept paused: its weights are not known to be whole")
         newest = self._versions.newest
         if newest is None:
-            return {}
+            return held
         return {
             server: f"does not serve version {newest.version}"
             for server, current in self._current.items()
             if current is None or current.version < newest.version
-        }
+        } | held
 
     def app(self) -> Starlette:
         async def ready(request: Request) -> JSONResponse:

@@ -29,6 +29,8 @@ MAX_ANSWER_BYTES: Final = 64 << 20
 LOAD_ADAPTER: Final = "/v1/load_lora_adapter"
 UNLOAD_ADAPTER: Final = "/v1/unload_lora_adapter"
 CHECK_WEIGHTS: Final = "/weight_checker"
+LABEL_LOADING: Final = "loading"
+"""The label of weights that are being replaced. Not a decimal number: what is sampled under it has no known version."""
 
 
 class Refused(FulguriteError):
@@ -42,9 +44,10 @@ class Refused(FulguriteError):
 class Unreachable(FulguriteError):
     """No answer, or 5xx. `answered` says whether the server is there at all."""
 
-    def __init__(self, message: str, *, answered: bool) -> None:
+    def __init__(self, message: str, *, answered: bool, status: int = 0) -> None:
         super().__init__(message)
         self.answered = answered
+        self.status = status
 
 
 class TimedOut(Unreachable):
@@ -63,6 +66,16 @@ class State:
     def version(self) -> int | None:
         return int(self.label) if self.label and self.label.isascii() and self.label.isdecimal() else None
 
+    @property
+    def whole(self) -> bool:
+        """Whether its weights are all of one model, and not what a load left behind that did not come to its end."""
+        return self.label != LABEL_LOADING
+
+    @property
+    def held(self) -> bool:
+        """Whether it must stay paused until a version was loaded."""
+        return self.paused and not self.whole
+
 
 class PolicyServer:
     """The routes, one method each. Every call takes at most `request_seconds`."""
@@ -74,10 +87,12 @@ class PolicyServer:
         self._headers = {"Authorization": f"Bearer {api_key}"} if api_key else {}
         self._hashes_weights = True
         self._hashes_in_time = True
+        self._on_cpu: bool | None = None
 
     def forget(self) -> None:
         """The server was started anew, or may have been: it may be another version of vLLM, started another way."""
         self._hashes_weights = True
+        self._on_cpu = None
 
     async def state(self) -> State:
         try:
@@ -124,6 +139,16 @@ class PolicyServer:
             return None
         return hashlib.sha256(json.dumps(found, sort_keys=True).encode()).hexdigest()
 
+    async def on_cpu(self) -> bool:
+        """Whether it is a vLLM on a CPU, as far as it says so. Asked once: vLLM takes seconds for it."""
+        if self._on_cpu is None:
+            try:
+                config = (await self._call("GET", "/server_info")).get("vllm_config")
+            except (Refused, Unreachable):
+                config = None
+            self._on_cpu = isinstance(config, str) and "device_config=cpu" in config
+        return self._on_cpu
+
     async def models(self) -> dict[str, str]:
         """Every served model's name, and where its files are."""
         found = (await self._call("GET", "/v1/models")).get("data")
@@ -168,7 +193,7 @@ class PolicyServer:
         message = f"{path}: status {status}: {text[:MAX_MESSAGE_CHARS]}"
         if 400 <= status < 500 and status not in (408, 429):
             raise Refused(message, status)
-        raise Unreachable(message, answered=True)
+        raise Unreachable(message, answered=True, status=status)
 
 
 async def _text(path: str, response: aiohttp.ClientResponse) -> str:

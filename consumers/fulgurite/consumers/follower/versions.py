@@ -53,10 +53,11 @@ class Versions:
 
     def wanted(self, refused: set[Identity]) -> ResourceVersion | None:
         """The newest version that is not among `refused`."""
-        for number in sorted(self._kept, reverse=True):
-            if identity(self._kept[number]) not in refused:
-                return self._kept[number]
-        return None
+        return next((version for version in self.all() if identity(version) not in refused), None)
+
+    def all(self) -> list[ResourceVersion]:
+        """Newest first."""
+        return [self._kept[number] for number in sorted(self._kept, reverse=True)]
 
     async def settled(self, silence_seconds: float) -> None:
         """Returns when nothing has arrived for `silence_seconds`."""

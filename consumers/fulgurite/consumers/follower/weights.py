@@ -2,6 +2,9 @@
 
 It remembers what it loaded, since a label says nothing of the files: `loaded` is number and checksum, and None as soon
 as it cannot know any more. The steps are numbered in `converge.py`.
+
+Promises: a server is resumed only with weights that are known to be whole: those it had, if no load began; those of the
+version; those of a version before it, where the load failed. With anything else it stays paused.
 """
 
 from __future__ import annotations
@@ -9,25 +12,27 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
 
-from fulgurite.consumers.follower.digests import same_weights
+from fulgurite.consumers.follower.digests import WEIGHT_SUFFIXES, same_weights
+from fulgurite.consumers.follower.layout import Layout, check_alike, is_tied, read_layout
 from fulgurite.consumers.follower.loading import LoadFailed, Phases, Shared
-from fulgurite.consumers.follower.server import PolicyServer, Refused, State, Unreachable
-from fulgurite.consumers.follower.store import Unusable
+from fulgurite.consumers.follower.server import LABEL_LOADING, PolicyServer, Refused, State, Unreachable
+from fulgurite.consumers.follower.store import StoreTrouble, Unusable
 from fulgurite.consumers.follower.turns import Turn
-from fulgurite.consumers.follower.versions import Content, content
+from fulgurite.consumers.follower.versions import Content, content, identity
+from fulgurite.schemas.errors import FulguriteError
 from fulgurite.schemas.resources import ResourceVersion
 
 logger = logging.getLogger(__name__)
 
-LABEL_LOADING: Final = "loading"
-"""Not a decimal number: what is sampled under it has no known version."""
 RESUME_TRIES: Final = 10
 RESUME_BACKOFF_SECONDS: Final = 0.1
+NO_WEIGHTS: Final = 503
+"""The answer to a label where there are no weights to put it on."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,9 +47,16 @@ class _Hashed:
 class Weights:
     def __init__(self, server: PolicyServer, shared: Shared) -> None:
         self.loaded: Content | None = None
+        self.good: ResourceVersion | None = None
+        """The last version that this process loaded into the server without trouble."""
         self._server = server
         self._shared = shared
         self._hashed: _Hashed | None = None
+        self._whole = False
+        """While it is paused: whether the server has all of some version's weights."""
+        self._held = False
+        """Whether it was left paused, and that was said; the loop's own warnings say that it goes on."""
+        self._warned = False
 
     def observe(self, state: State) -> None:
         """Forgets what was loaded when the server says something else: it was restarted, or somebody else was here."""
@@ -53,38 +65,76 @@ class Weights:
             self._server.forget()
             self._shared.digests.forget(self._server.url)
 
+    async def check(self, folder: Path, layout: Layout) -> None:
+        """The rest of step 1. Raises Unusable where its tensors are not those of the version before it."""
+        before = self._shared.layout
+        if before and (layout or not _has_weights(folder)):
+            check_alike(layout, before)
+        if not self._warned and is_tied(folder) and await self._server.on_cpu():
+            self._warned = True
+            logger.error(
+                "%s is a vLLM on a CPU and the model's embeddings are tied: it keeps the old output layer when weights "
+                "are loaded, and its logprobs are wrong from then on; export with tie_word_embeddings: false, or "
+                "restart it for each version (docs/vllm.md)",
+                self._server.url,
+            )
+
     async def load(
-        self, wanted: ResourceVersion, folder: Path, state: State, clock: Phases, still_wanted: Callable[[], bool]
+        self,
+        wanted: ResourceVersion,
+        folder: Path,
+        layout: Layout,
+        state: State,
+        clock: Phases,
+        still_wanted: Callable[[], bool],
     ) -> bool:
         """Steps 2 to 8; whether it was still wanted when its turn came. Raises Unusable, Unreachable, Refused."""
         async with self._shared.turns.turn() as turn:
             clock.end("turn")
             if not still_wanted():
                 return False
-            try:
-                await self._server.pause()  # 2
-                clock.end("pause")
-                await self._swap(wanted, folder, state, clock)  # 3 to 6
-            except Unreachable as error:
-                if not error.answered:
-                    turn.give_back()
-                raise
-            finally:
-                await self._resume(turn)  # 7
+            await _to_its_end(self._update(wanted, folder, state, clock, turn))
         clock.end("resume")
+        self._shared.layout = layout
         served = await self._server.state()  # 8
         if served.version != wanted.version:
             raise Unreachable(f"serves {served.label!r} after version {wanted.version} was loaded", answered=True)
         return True
 
+    async def _update(self, wanted: ResourceVersion, folder: Path, state: State, clock: Phases, turn: Turn) -> None:
+        """Steps 2 to 7."""
+        self._whole = state.whole
+        try:
+            await self._server.pause()  # 2
+            clock.end("pause")
+            await self._swap(wanted, folder, state, clock)  # 3 to 6
+        except Unreachable as error:
+            if not error.answered:
+                turn.give_back()
+            elif isinstance(error, LoadFailed):
+                await self._restore(wanted)  # 7
+            raise
+        finally:
+            if self._whole:
+                await self._resume(turn)  # 7
+            elif not self._held:
+                self._held = True
+                logger.error(
+                    "%s STAYS PAUSED: what it has after loading version %d did not succeed is not known to be whole; "
+                    "its requests wait until a version is loaded, which is tried for ever",
+                    self._server.url,
+                    wanted.version,
+                )
+
     async def _swap(self, wanted: ResourceVersion, folder: Path, state: State, clock: Phases) -> None:
-        if state.version is not None:  # else the label names no version, or there are no weights to label
-            await self._server.set_label(LABEL_LOADING)  # 3
+        await self._unlabel(state)  # 3
         loaded, self.loaded = self.loaded, None
+        self._whole = False
         try:
             await self._server.reload_weights(str(folder))  # 4
         except Refused as error:
             # Refused means untouched: the weights are what they were.
+            self._whole = state.whole
             if state.version is not None:
                 await self._server.set_label(str(state.version))
             self.loaded = loaded
@@ -95,11 +145,25 @@ class Weights:
         if self._shared.settings.check_weights:
             await self._check(wanted, folder)  # 5
             clock.end("check")
-        await self._server.set_label(str(wanted.version))  # 6
-        self.loaded = content(wanted)
+        await self._label(wanted)  # 6
+
+    async def _unlabel(self, state: State) -> None:
+        if state.label is None:
+            return
+        try:
+            await self._server.set_label(LABEL_LOADING)
+        except Unreachable as error:
+            if error.status != NO_WEIGHTS or state.version is not None:
+                raise
+
+    async def _label(self, version: ResourceVersion) -> None:
+        self._whole, self._held = True, False
+        self.good = version
+        await self._server.set_label(str(version.version))
+        self.loaded = content(version)
 
     async def _check(self, wanted: ResourceVersion, folder: Path) -> None:
-        digest = await self._server.weights_digest()
+        digest = await self._digest()
         if digest is None:
             return
         before = self._hashed  # stays after a problem, for the next try to be compared with
@@ -118,17 +182,43 @@ class Weights:
             raise LoadFailed(f"version {wanted.version} was loaded, but {problem}", answered=True)
         self._hashed = _Hashed(digest, wanted.sha256, folder)
 
-    async def _resume(self, turn: Turn) -> None:
-        """Step 7. Shielded: a stop of this process waits for it."""
-        resuming = asyncio.ensure_future(self._resume_until_done(turn))
+    async def _digest(self) -> str | None:
         try:
-            await asyncio.shield(resuming)
-        except asyncio.CancelledError:
-            with contextlib.suppress(Unreachable, Refused):
-                await resuming
-            raise
+            return await self._server.weights_digest()
+        except Unreachable as error:
+            raise LoadFailed(str(error), answered=error.answered) from None
 
-    async def _resume_until_done(self, turn: Turn) -> None:
+    async def _restore(self, failed: ResourceVersion) -> None:
+        """Loads the last good version over what is left of `failed`, or else the newest of the others that can be."""
+        for version in self._others(failed):
+            try:
+                folder = await self._shared.files.ready(version)
+                await asyncio.to_thread(read_layout, folder)
+                await self._server.reload_weights(str(folder))
+                if self._shared.settings.check_weights:
+                    await self._check(version, folder)
+                await self._label(version)
+            except (Unusable, StoreTrouble, Refused, Unreachable) as error:
+                level = logging.DEBUG if self._held else logging.WARNING
+                logger.log(level, "%s cannot be given version %d back: %s", self._server.url, version.version, error)
+                if self._whole or (isinstance(error, Unreachable) and not error.answered):
+                    return
+            else:
+                logger.warning(
+                    "%s has version %d again, after a failed load of %d",
+                    self._server.url,
+                    version.version,
+                    failed.version,
+                )
+                return
+
+    def _others(self, failed: ResourceVersion) -> list[ResourceVersion]:
+        known = [version for version in (self.good, *self._shared.versions.all()) if version is not None]
+        others = {identity(version): version for version in known if version.kind == "weights"}
+        others.pop(identity(failed), None)
+        return list(others.values())
+
+    async def _resume(self, turn: Turn) -> None:
         for tries in range(1, RESUME_TRIES + 1):
             try:
                 await self._server.resume()
@@ -140,3 +230,19 @@ class Weights:
                 await asyncio.sleep(RESUME_BACKOFF_SECONDS)
             else:
                 return
+
+
+def _has_weights(folder: Path) -> bool:
+    """In any format."""
+    return any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir())
+
+
+async def _to_its_end(update: Coroutine[None, None, None]) -> None:
+    """A stop of this process waits for an update that has begun: nobody else would resume the server."""
+    running = asyncio.ensure_future(update)
+    try:
+        await asyncio.shield(running)
+    except asyncio.CancelledError:
+        with contextlib.suppress(FulguriteError):
+            await running
+        raise

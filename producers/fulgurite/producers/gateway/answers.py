@@ -7,10 +7,15 @@ from typing import Any
 
 import orjson
 
-from fulgurite.producers.gateway.errors import BACKEND_ERROR, ApiError
+from fulgurite.producers.gateway.errors import BACKEND_ERROR, ApiError, Headers, ProviderError
+from fulgurite.producers.gateway.exchange import Exchange
 from fulgurite.producers.gateway.protocols.base import invalid
 
 MAX_MESSAGE_CHARS = 2_000
+MAX_WORD_CHARS = 200
+"""Of a type, a code or a header of an error."""
+PASSED_HEADERS = ("retry-after", "x-should-retry")
+"""What OpenAI's clients ask of an error, beside its status."""
 
 
 def parse_answer(body: bytes) -> Any:
@@ -37,6 +42,33 @@ def backend_error(status: int, answer: bytes) -> ApiError:
         BACKEND_ERROR,
         message[:MAX_MESSAGE_CHARS],
         param=param if isinstance(param, str) else None,
+    )
+
+
+def refusal_of(exchange: Exchange, answer: bytes) -> ApiError:
+    """As `backend_error`; of an external provider with type, code and headers, where it is in OpenAI's shape."""
+    refusal = backend_error(exchange.status, answer)
+    if exchange.kind != "openai":
+        return refusal
+    try:
+        body = loads_lenient(answer)
+    except ValueError:
+        return refusal
+    error = body.get("error") if isinstance(body, dict) else None
+    if refusal.status != exchange.status or not isinstance(error, dict) or not isinstance(error.get("message"), str):
+        return refusal
+    kind, code = error.get("type"), error.get("code")
+    headers = exchange.headers
+    found: Headers = [
+        (name.encode(), value.encode("latin-1"))
+        for name in PASSED_HEADERS
+        if (value := headers.get(name)) and len(value) <= MAX_WORD_CHARS and value.isascii() and value.isprintable()
+    ]
+    return ProviderError(
+        refusal,
+        kind[:MAX_WORD_CHARS] if isinstance(kind, str) else None,
+        code[:MAX_WORD_CHARS] if isinstance(code, str) else code if isinstance(code, int) else None,
+        found,
     )
 
 

@@ -32,24 +32,25 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import Any, Final, Protocol
 
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from fulgurite.producers.gateway.answers import backend_error, parse_answer
+from fulgurite.producers.gateway.answers import parse_answer, refusal_of
 from fulgurite.producers.gateway.asking import ask_for, read_all, served_by
 from fulgurite.producers.gateway.budgets import Budgets, allowed_seconds
 from fulgurite.producers.gateway.calls import Call, Sequences, identify, model_of, parse_call
 from fulgurite.producers.gateway.errors import AgentGone, ApiError
 from fulgurite.producers.gateway.exchange import Ask, Backends
+from fulgurite.producers.gateway.hosts import Hosts
 from fulgurite.producers.gateway.http import Gone, Present, headers_of, read_body, respond
 from fulgurite.producers.gateway.keys import Keys
 from fulgurite.producers.gateway.metrics import Metrics
 from fulgurite.producers.gateway.outcome import Served
 from fulgurite.producers.gateway.protocols import BY_ROUTE
-from fulgurite.producers.gateway.protocols.base import Api, invalid
+from fulgurite.producers.gateway.protocols.base import Api, invalid, to_bytes, unreadable, where, written
 from fulgurite.producers.gateway.publishing import Log, SpanPublisher
 from fulgurite.producers.gateway.recording import Recorder, Recording
 from fulgurite.producers.gateway.routes import split
@@ -61,6 +62,8 @@ logger = logging.getLogger(__name__)
 
 HEALTH_SECONDS: Final = 2.0
 """Longest that one side of a health check may take."""
+HEALTH_SHARED_SECONDS: Final = 1.0
+"""For how long one check answers everybody: anybody may ask, and each costs a connection to the broker."""
 
 UNRECORDED: Final = frozenset({"/v1/messages/count_tokens"})
 """Nothing is sampled there, so nothing is recorded: what agents ask beside their calls."""
@@ -94,6 +97,7 @@ class Gateway:
         self._recorder = Recorder()
         unrecorded = self._metrics.unrecorded.inc if settings.answer_unrecorded else None
         self._log = Log(publisher, self._recorder, settings.publish_seconds, unrecorded)
+        self._hosts = Hosts(settings)
         self._keys = Keys(settings.api_keys)
         self._budgets = Budgets(settings.max_rollout_tokens)
         self._tokens = TokenRoute(backends, backends.metrics, enabled=settings.exact_prompts)
@@ -102,6 +106,8 @@ class Gateway:
         # Those that wait are the pool's to bound; here it is the memory that bodies and answers take.
         self._most = settings.max_concurrent_requests + settings.max_queued_requests
         self._running = 0
+        self._health_report: asyncio.Task[dict[str, str]] | None = None
+        self._health_until = float("-inf")
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -112,6 +118,7 @@ class Gateway:
         ids, route = split(scope["path"])
         api = BY_ROUTE.get(route)
         try:
+            self._hosts.check(scope["headers"])
             if api:
                 _ensure_method(scope, "POST")
                 await self._call(api, ids, scope, receive, send)
@@ -130,6 +137,11 @@ class Gateway:
             return  # nobody is there to answer
         except ApiError as error:
             await respond(send, error.status, api.error_body(error) if api else error.body(), error.headers())
+        except Exception as error:
+            logger.error("a call failed within the gateway: %s", where(error))
+            failed = ApiError(500, "internal_error", "the gateway failed; its log says where")
+            with suppress(RuntimeError):  # where the answer has begun, nothing more can be said
+                await respond(send, failed.status, api.error_body(failed) if api else failed.body())
 
     async def _call(self, api: Api, ids: dict[str, str], scope: Scope, receive: Receive, send: Send) -> None:
         headers = headers_of(scope)
@@ -138,10 +150,9 @@ class Gateway:
             with self._admitted(), self._keys.held(caller.key) as holder:
                 self._metrics.asked_with(holder)
                 self._budgets.check(caller.rollout_id)
-                seconds = allowed_seconds(headers, self._settings.backend_seconds)
-                body = await read_body(receive, headers, self._settings.max_body_bytes)
+                deadline = self._deadline(headers)
+                body = await read_body(receive, headers, self._settings.max_body_bytes, deadline)
                 call = parse_call(api, caller, headers, body, self._sequences)  # 1
-                deadline = asyncio.get_running_loop().time() + seconds
                 if call.streamed:
                     await self._streaming.answer(call, deadline, receive, send)
                     return
@@ -151,6 +162,10 @@ class Gateway:
                 self._metrics.refused(error.code)
             raise
         await respond(send, 200, answer)  # 5
+
+    def _deadline(self, headers: dict[str, str]) -> float:
+        """Until then the first byte of an answer may be waited for, from now: a slow body takes of its own time."""
+        return asyncio.get_running_loop().time() + allowed_seconds(headers, self._settings.backend_seconds)
 
     @contextmanager
     def _admitted(self) -> Generator[None]:
@@ -186,8 +201,6 @@ class Gateway:
         served = sampled.served if sampled else asked[-1] if asked else None
         if served:
             served.seconds = call.seconds()
-            if failure is None and served.status != 200:
-                failure = backend_error(served.status, answer)
         if failure or not served:
             failure = failure or invalid("is missing")
             await self._log.publish(call, self._recorder.failed(call, failure, served))
@@ -195,40 +208,44 @@ class Gateway:
         try:
             response = sampled.response if sampled else parse_answer(answer)
             outcome = call.api.read(call.body, response)
-        except ApiError as error:
-            said = orjson.dumps(sampled.response) if sampled else answer
-            await self._log.publish(call, self._recorder.unreadable(call, served, said, error))
-            raise
-        if served.kind == "vllm":
-            call.api.strip(call.body, response)
-        recording = self._recorder.answered(call, served, outcome, answer)  # 3
+            if served.kind == "vllm":
+                call.api.strip(call.body, response)
+            for_agent = to_bytes(response) if served.kind == "vllm" else answer
+            recording = self._recorder.answered(call, served, outcome, answer)  # 3
+        except Exception as error:
+            failure = error if isinstance(error, ApiError) else unreadable(error)
+            said = written(sampled.response) if sampled else answer
+            await self._log.publish(call, self._recorder.unreadable(call, served, said, failure))
+            raise failure from None
         self._spent(call, recording)
         await self._log.publish(call, recording)  # 4
         if sampled:
             self._tokens.remember(call, sampled)
-        return orjson.dumps(response) if served.kind == "vllm" else answer
+        return for_agent
 
     async def _ask(self, call: Call, deadline: float, asked: list[Served]) -> bytes:
         async with self._backends.open(ask_for(call, deadline)) as exchange:
             served = served_by(exchange)
             asked.append(served)
             answer = await read_all(exchange)
-            if exchange.status == 200:
-                served.version_after = await exchange.version_after()
+            if exchange.status != 200:
+                raise refusal_of(exchange, answer)
+            served.version_after = await exchange.version_after()
         return answer
 
     async def _pass_on(self, route: str, ids: dict[str, str], scope: Scope, receive: Receive, send: Send) -> None:
         headers = headers_of(scope)
         caller = identify(ids, headers)
         with self._admitted(), self._keys.held(caller.key):
-            body = await read_body(receive, headers, self._settings.max_body_bytes)
+            deadline = self._deadline(headers)
+            body = await read_body(receive, headers, self._settings.max_body_bytes, deadline)
             ask = Ask(
                 model=model_of(body),
                 route=route,
                 body_for=lambda _: body,
                 authorization=caller.authorization,
                 pin=caller.rollout_id,
-                deadline=asyncio.get_running_loop().time() + allowed_seconds(headers, self._settings.backend_seconds),
+                deadline=deadline,
             )
             async with Present(receive), self._backends.open(ask) as exchange:
                 answer = await read_all(exchange)
@@ -241,13 +258,21 @@ class Gateway:
         await respond(send, 200, orjson.dumps({"object": "list", "data": models}))
 
     async def _health(self, send: Send) -> None:
+        now = asyncio.get_running_loop().time()
+        if self._health_report is None or (self._health_report.done() and now >= self._health_until):
+            self._health_until = now + HEALTH_SHARED_SECONDS
+            self._health_report = asyncio.create_task(self._checked_health())
+        # Shielded: others wait for the same one.
+        report = await asyncio.shield(self._health_report)
+        await respond(send, 200 if report["status"] == "ok" else 503, orjson.dumps(report))
+
+    async def _checked_health(self) -> dict[str, str]:
         broker, backend = await asyncio.gather(self._broker(), self._backends.health(HEALTH_SECONDS))
-        report = {
+        return {
             "status": "unhealthy" if broker or backend else "ok",
             "broker": broker or "ok",
             "backend": backend or "ok",
         }
-        await respond(send, 503 if broker or backend else 200, orjson.dumps(report))
 
 
 def _ensure_method(scope: Scope, method: str) -> None:

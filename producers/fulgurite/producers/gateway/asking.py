@@ -25,6 +25,7 @@ def served_by(exchange: Exchange) -> Served:
         resource=exchange.resource,
         tries=exchange.tries,
         status=exchange.status,
+        adapter_version=exchange.adapter_version,
         version_before=exchange.version_before,
     )
 

@@ -61,6 +61,8 @@ ATTRIBUTE_TRIES: Final = "fulgurite.backend_tries"
 ATTRIBUTE_RETRY: Final = "fulgurite.retry_count"
 """Above 0, how often the agent's client had asked this before; the assembler leaves out the calls it gave up."""
 ATTRIBUTE_CHOICE: Final = "fulgurite.choice"
+ATTRIBUTE_INPUT_OF_CHOICE: Final = "fulgurite.input_of_choice"
+"""Where the input is left out, the number of the choice whose span has it."""
 ATTRIBUTE_VERSION_LABELS: Final = "fulgurite.weight_version_labels"
 """Labels that could not be recorded as the version: not numbers, or different before and after the call."""
 

@@ -3,7 +3,8 @@
 Promises: a turn is found only for messages that are the turn's own, then its answer as the agent got it, then whatever
 came after; of several, the longest. What may differ on the way through an agent's framework without a difference in
 meaning does not count (null or empty content, spaces in the JSON of a tool call, fields that no template reads);
-everything else does, so an answer that was shortened, reworded or stripped of its reasoning is not found.
+everything else does, so an answer that was shortened, reworded or stripped of its reasoning is not found. Whatever
+stands in a message, finding and remembering never raise: at worst nothing is found.
 
 Memory is bounded in tokens: the attempt silent for longest is forgotten first. A restart, or another gateway, knows
 nothing of the turns before: prompts are then as the template writes them. Knows neither HTTP nor chat templates.
@@ -11,10 +12,12 @@ nothing of the turns before: prompts are then as the template writes them. Knows
 
 from __future__ import annotations
 
+import json
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from hashlib import blake2b
+from os import urandom
 from types import MappingProxyType
 from typing import Any, Final
 
@@ -84,14 +87,17 @@ class Conversations:
             known.ends[response[-1]] = end_text
         if _spells_out(answer, known.ends.values()):
             return  # where the template closes this answer could not be told from what it says
-        before = tokens(rendered)
-        turn = Turn(
-            rendered=before,
-            prompt=before if prompt == rendered else tokens(prompt),
-            response=tokens(response),
-            finished=bool(end_text and response),
-            ends=frozenset(known.ends),
-        )
+        try:
+            before = tokens(rendered)
+            turn = Turn(
+                rendered=before,
+                prompt=before if prompt == rendered else tokens(prompt),
+                response=tokens(response),
+                finished=bool(end_text and response),
+                ends=frozenset(known.ends),
+            )
+        except (TypeError, OverflowError):
+            return  # no token ids: the recording has said so
         *_, digest = _digests([*messages, answer])
         self._forget(known, digest)
         known.turns[digest] = turn
@@ -119,7 +125,7 @@ def _digests(messages: Messages) -> Iterator[bytes]:
     """One for each beginning of the list, the shortest first."""
     digest = blake2b(digest_size=16)
     for message in messages:
-        part = orjson.dumps(_meaning(message), option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
+        part = _written(_meaning(message))
         digest.update(len(part).to_bytes(8, "little") + part)
         yield digest.copy().digest()
 
@@ -131,7 +137,7 @@ def _meaning(message: Any) -> list[Any]:
     return [
         message.get("role"),
         _content(message.get("content")),
-        [_tool_call(call) for call in message.get("tool_calls") or ()],
+        _tool_calls(message.get("tool_calls")),
         message.get("tool_call_id"),
         message.get("name"),
         message.get("reasoning") or message.get("reasoning_content") or "",
@@ -148,18 +154,41 @@ def _content(content: Any) -> Any:
             return content
 
 
+def _tool_calls(calls: Any) -> Any:
+    if not calls:
+        return []
+    return [_tool_call(call) for call in calls] if isinstance(calls, list) else calls
+
+
 def _tool_call(call: Any) -> Any:
     match call:
         case {"function": {"name": name, "arguments": str(arguments)}}:
-            try:
-                return [call.get("id"), name, orjson.loads(arguments)]
-            except orjson.JSONDecodeError:
-                return [call.get("id"), name, arguments]
+            return [call.get("id"), name, _arguments(arguments)]
         case _:
             return call
 
 
+def _arguments(text: str) -> str:
+    """JSON with its spaces and the order of its fields taken out; other texts as they are."""
+    try:
+        return orjson.dumps(orjson.loads(text), option=orjson.OPT_SORT_KEYS).decode()
+    except (orjson.JSONDecodeError, orjson.JSONEncodeError):  # orjson reads deeper than it writes
+        return text
+
+
+def _written(meaning: Any) -> bytes:
+    """The same bytes for the same meaning."""
+    try:
+        return orjson.dumps(meaning, option=orjson.OPT_SORT_KEYS | orjson.OPT_NON_STR_KEYS)
+    except orjson.JSONEncodeError:
+        pass
+    try:
+        return json.dumps(meaning, sort_keys=True, ensure_ascii=False, default=repr).encode("utf-8", "replace")
+    except (TypeError, ValueError, RecursionError):
+        return urandom(16)  # like no other message
+
+
 def _spells_out(answer: Mapping[str, Any], ends: Iterable[str]) -> bool:
     """Whether the answer spells out an end-of-turn token, which the template's tokenizer would take for one."""
-    said = orjson.dumps(_meaning(answer), option=orjson.OPT_NON_STR_KEYS)
+    said = _written(_meaning(answer))
     return any(orjson.dumps(end)[1:-1] in said for end in ends)

@@ -3,7 +3,9 @@
     400 not a call we can record                openai.BadRequestError
     401 no API key of this gateway              openai.AuthenticationError
     404 no such route, or model                 openai.NotFoundError
+    403 asked from another site's page          openai.PermissionDeniedError
     405 another method                          openai.APIStatusError
+    408 the body did not come                   openai.APIStatusError
     413 body over gateway.max_body_bytes        openai.APIStatusError
     422 ids that cannot be ids                  openai.UnprocessableEntityError
     429 a bound is reached                      openai.RateLimitError
@@ -56,7 +58,28 @@ class ApiError(Exception):
         return orjson.dumps({"error": {"message": self.message, "type": kind, "param": self.param, "code": self.code}})
 
     def headers(self) -> Headers:
+        if self.status == 408:
+            return [(b"connection", b"close")]  # what still comes of the body is no request
         return [(b"retry-after", str(RETRY_AFTER_SECONDS).encode())] if self.retriable else []
+
+
+class ProviderError(ApiError):
+    """What an external provider refused, with the type, code and headers that its clients act on.
+
+    `code` is BACKEND_ERROR all the same: metrics and spans hold no words of others."""
+
+    def __init__(self, refusal: ApiError, kind: str | None, code: str | int | None, headers: Headers) -> None:
+        super().__init__(refusal.status, BACKEND_ERROR, refusal.message, param=refusal.param)
+        self._kind = kind
+        self._code = code
+        self._headers = headers
+
+    def body(self) -> bytes:
+        error = {"message": self.message, "type": self._kind, "param": self.param, "code": self._code}
+        return orjson.dumps({"error": error})
+
+    def headers(self) -> Headers:
+        return self._headers
 
 
 class AgentGone(ApiError):

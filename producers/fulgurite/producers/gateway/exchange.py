@@ -31,6 +31,8 @@ class Ask:
     """What stays on one replica while that is well, for its prefix cache: the rollout_id, else empty."""
     deadline: float
     """Of the event loop's clock: until then a first byte may be waited for, over all tries."""
+    newest_adapter: bool = False
+    """Whether the model is a resource that is served as adapters: each replica means its newest. The pool says so."""
 
 
 class Exchange(Protocol):
@@ -60,6 +62,11 @@ class Exchange(Protocol):
     @property
     def tries(self) -> int:
         """How many were made until this one, over all replicas."""
+        ...
+
+    @property
+    def adapter_version(self) -> int | None:
+        """The version of the adapter that answers; None where the server's own weights do. Labels are theirs alone."""
         ...
 
     @property

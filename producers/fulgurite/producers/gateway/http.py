@@ -73,8 +73,17 @@ class EventStream:
         await self._send({"type": "http.response.body", "body": events, "more_body": not last})
 
 
-async def read_body(receive: Receive, headers: dict[str, str], limit: int) -> bytes:
-    """The whole body. Raises ApiError(413) over `limit` bytes, after the client has sent it."""
+async def read_body(receive: Receive, headers: dict[str, str], limit: int, deadline: float) -> bytes:
+    """The whole body. Raises ApiError: 413 over `limit` bytes, after the client has sent it; 408 where it has not all
+    come at the deadline, of the event loop's clock."""
+    try:
+        async with asyncio.timeout_at(deadline):
+            return await _whole_body(receive, headers, limit)
+    except TimeoutError:
+        raise ApiError(408, "request_timeout", "the body did not come within the time that the call has") from None
+
+
+async def _whole_body(receive: Receive, headers: dict[str, str], limit: int) -> bytes:
     parts: list[bytes] = []
     size = 0
     more = True

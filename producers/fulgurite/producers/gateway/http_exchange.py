@@ -38,6 +38,7 @@ class HttpExchange:
         route: str,
         tries: int,
         version_before: str | None,
+        adapter_version: int | None,
         silence_seconds: float,
     ) -> None:
         self._replica = replica
@@ -45,8 +46,11 @@ class HttpExchange:
         self._response = response
         self._route = route
         self._silence_seconds = silence_seconds
+        self._clock = asyncio.get_running_loop().time
+        self._ends_at = self._clock() + replica.answer_seconds
         self._says_versions = False
         self.version_before = version_before
+        self.adapter_version = adapter_version
         self.tries = tries
 
     @property
@@ -70,24 +74,27 @@ class HttpExchange:
         return self._replica.settings.resource if self.kind == "vllm" else ""
 
     async def chunks(self) -> AsyncIterator[bytes]:
-        """The body as it arrives. Raises ApiError: 502 when it breaks or is too large, 504 when nothing comes."""
+        """The body as it arrives. Raises ApiError: 502 when it breaks or is too large, 504 when nothing comes, or for
+        too long."""
         content = self._response.content
         size, tail = 0, b""
         while True:
             try:
                 chunk = content.read_nowait()
                 if not chunk and not content.at_eof():
-                    async with asyncio.timeout(self._silence_seconds):
+                    async with asyncio.timeout_at(min(self._clock() + self._silence_seconds, self._ends_at)):
                         chunk = await content.readany()
             except aiohttp.ClientError as error:
                 self._failed(type(error).__name__)
                 raise ApiError(502, "backend_broken", "the backend broke off in the middle of its answer") from None
             except TimeoutError:
+                self._ensure_in_time()
                 self._failed("silence")
                 message = f"the backend said nothing for {self._silence_seconds:g} s (gateway.silence_seconds)"
                 raise ApiError(504, "backend_timeout", message) from None
             if not chunk:
                 return
+            self._ensure_in_time()
             size += len(chunk)
             if size > self._replica.max_answer_bytes:
                 message = f"the backend's answer is over {self._replica.max_answer_bytes} bytes"
@@ -99,7 +106,7 @@ class HttpExchange:
 
     async def version_after(self) -> str | None:
         """Asks, unless the answer said itself which version sampled it."""
-        if self.kind != "vllm" or self.status != 200:
+        if self.kind != "vllm" or self.status != 200 or self.adapter_version is not None:
             return None
         if self._is_whole():
             self._replica.learned(self._route, gives_versions=self._says_versions)
@@ -111,9 +118,16 @@ class HttpExchange:
             self._response.close()
         self._seat.leave()
 
+    def _ensure_in_time(self) -> None:
+        """Raises ApiError(504) for an answer that goes on and on. Says nothing of how well the backend is."""
+        if self._clock() >= self._ends_at:
+            seconds = self._replica.answer_seconds
+            message = f"the answer was not over after {seconds:g} s (gateway.answer_seconds)"
+            raise ApiError(504, "backend_timeout", message)
+
     def _is_whole(self) -> bool:
         return self._response.content.at_eof()
 
     def _failed(self, why: str) -> None:
         logger.warning("backend %s broke off in the middle of an answer (%s)", self.endpoint, why)
-        self._seat.capacity.breaker.failed(asyncio.get_running_loop().time(), self._seat.era)
+        self._seat.capacity.breaker.failed(self._clock(), self._seat.era)

@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import hashlib
 import hmac
-import ipaddress
 import math
 import secrets
 import time
@@ -27,6 +26,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fulgurite.producers.gateway.errors import ApiError, Headers
+from fulgurite.producers.gateway.hosts import is_loopback
 from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.settings import ApiKeySettings, GatewaySettings
 
@@ -72,7 +72,7 @@ def new_key(name: str) -> tuple[str, str]:
 
 def ensure_guarded(settings: GatewaySettings) -> None:
     """Raises StartError where anybody on the network could ask: no keys, and not on loopback."""
-    if settings.api_keys or settings.insecure or _is_loopback(settings.host):
+    if settings.api_keys or settings.insecure or is_loopback(settings.host):
         return
     raise StartError(
         f"gateway.host is {settings.host or 'every address'}, there are no API keys: anybody who reaches it could ask. "
@@ -165,12 +165,3 @@ class _Holder:
 def _digest(salt: str, key: str) -> str:
     # "replace": what cannot be encoded is a wrong key, not an error of ours.
     return hashlib.sha256(salt.encode() + key.encode("utf-8", "replace")).hexdigest()
-
-
-def _is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False  # a name may resolve to anything

@@ -61,6 +61,8 @@ class Served:
     """From the first try to the end of the answer."""
     first_chunk_seconds: float | None = None
     """Of a stream: until its first event."""
+    adapter_version: int | None = None
+    """Of the adapter that answered: what a label says, and the answer's own versions, is of the weights below it."""
     version_before: str | None = None
     version_after: str | None = None
     """Labels around the call, where the server does not put versions into its answers."""

@@ -8,9 +8,11 @@ The parts: routing.py (who serves a model), places.py (who takes a request now, 
 alone), replica.py (HTTP), labels.py (versions).
 
 Asked again, on another backend first, or after a pause: refused and broken connections, 502, 503, 504 (a swap, a
-restart, a full queue). That is safe: no byte of an answer has reached the agent, so what a dying server sampled is seen
-by nobody and recorded nowhere. Everything else is the model's answer to this request. A request that a backend had when
-its connection broke may be what killed it: after MAX_BROKEN_TRIES of those it is given up, before it kills the rest.
+restart, a full queue), and a 500 of a vLLM: its engine died. That is safe: no byte of an answer has reached the agent,
+so what a dying server sampled is seen by nobody and recorded nowhere. Everything else is the model's answer to this
+request. A request that a backend had when it broke may be what killed it: after MAX_BROKEN_TRIES of those it is given
+up, before it kills the rest, and as soon as every replica said 500. An external provider is paid for what it worked on:
+after its 502 or 504 it is asked once more. Whoever is given up on so has the last word: its error is the agent's.
 
 Only the routes in ROUTES can be asked: what changes weights or shows a server's inside is out of reach, whatever an
 agent writes into a path.
@@ -23,6 +25,7 @@ import logging
 import random
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from dataclasses import replace
 from types import TracebackType
 from typing import Any, Final
 
@@ -34,16 +37,14 @@ from fulgurite.producers.gateway.exchange import Ask, Exchange
 from fulgurite.producers.gateway.http_exchange import HttpExchange
 from fulgurite.producers.gateway.metrics import BackendMetrics, Metrics
 from fulgurite.producers.gateway.places import Capacity, Places, QueueTimeout, Seat
-from fulgurite.producers.gateway.replica import CHECK_SECONDS, Away, Replica, open_session
-from fulgurite.producers.gateway.routing import ROUTES, named, others
+from fulgurite.producers.gateway.replica import CHECK_SECONDS, DEAD_STATUS, Away, Replica, open_session
+from fulgurite.producers.gateway.routing import ROUTES, named, others, with_newest_adapter
 from fulgurite.schemas.settings import BackendSettings, GatewaySettings
 
 logger = logging.getLogger(__name__)
 
 BACKOFF_SECONDS: Final = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
 """After every backend was tried: a swap takes tens of milliseconds, a restart seconds."""
-MAX_BROKEN_TRIES: Final = 4
-"""Of one request. More than a rolling restart of its backends breaks."""
 RECOVERY_SECONDS: Final = 0.25
 """How often a backend that is not well is asked, at least: requests wait for it."""
 RELIST_SECONDS: Final = 1.0
@@ -59,7 +60,7 @@ class Member(Replica):
     ) -> None:
         breaker = Breaker(gateway.breaker_failures, gateway.breaker_seconds, gateway.max_breaker_seconds)
         capacity = Capacity(settings.url, breaker, settings.max_concurrent_requests, settings.max_queued_requests)
-        super().__init__(settings, capacity, session, gateway.max_answer_bytes)
+        super().__init__(settings, capacity, session, gateway.max_answer_bytes, gateway.answer_seconds)
         self.metrics: BackendMetrics = metrics.backend(settings.url)
         self.metrics.in_flight.set_function(lambda: capacity.in_flight)
 
@@ -112,7 +113,8 @@ class Pool:
         """
         if ask.route.partition("?")[0] not in ROUTES:
             raise ApiError(404, "not_found", f"no backend is asked for {ask.route[:200]}")
-        candidates = tuple(member.capacity for member in await self._serving(ask))
+        ask, serving = await self._serving(ask)
+        candidates = tuple(member.capacity for member in serving)
         with self._places.admitted(candidates):
             exchange = await self._answered(ask, candidates)
             try:
@@ -122,7 +124,8 @@ class Pool:
 
     def follows_policy(self, model: str) -> bool:
         """Whether only the policy's own servers are known to serve the model."""
-        found = named(list(self._members.values()), model)
+        members = list(self._members.values())
+        found = with_newest_adapter(members, model) or named(members, model)
         return bool(found) and all(member.kind == "vllm" for member in found)
 
     async def models(self, authorization: str = "") -> list[dict[str, Any]]:
@@ -135,7 +138,8 @@ class Pool:
         found: dict[str, dict[str, Any]] = {}
         for member in self._members.values():
             found |= {name: entry for name, entry in member.listed.items() if name not in found}
-            for name in member.settings.models:
+            resource = member.settings.resource
+            for name in (*member.settings.models, *([resource] if member.newest_adapter(resource) is not None else ())):
                 found.setdefault(name, {"id": name, "object": "model", "created": 0, "owned_by": member.kind})
         if not found and silent:
             raise ApiError(503, "backend_unavailable", "no backend says which models it serves")
@@ -161,14 +165,21 @@ class Pool:
             for member in self._members.values()
         ]
 
-    async def _serving(self, ask: Ask) -> list[Member]:
-        model, members = ask.model, list(self._members.values())
-        if found := named(members, model):
-            return found
-        await self._relist(ask.deadline)  # an adapter may have been loaded just now
-        if found := named(members, model) or others(members):
-            return found
-        raise ApiError(404, "model_not_found", f"no backend serves the model {model[:200]!r}", param="model")
+    async def _serving(self, ask: Ask) -> tuple[Ask, list[Member]]:
+        """What is asked, and who may be."""
+        asked, found = self._known(ask)
+        if not found:
+            await self._relist(ask.deadline)  # an adapter may have been loaded just now
+            asked, found = self._known(ask)
+        if found := found or others(list(self._members.values())):
+            return asked, found
+        raise ApiError(404, "model_not_found", f"no backend serves the model {ask.model[:200]!r}", param="model")
+
+    def _known(self, ask: Ask) -> tuple[Ask, list[Member]]:
+        members = list(self._members.values())
+        if found := with_newest_adapter(members, ask.model):
+            return replace(ask, newest_adapter=True), found
+        return ask, named(members, ask.model)
 
     async def _relist(self, deadline: float) -> None:
         """Asks all servers what they serve; at most once a RELIST_SECONDS, and everybody waits for the same answer."""
@@ -190,6 +201,7 @@ class Pool:
         """Tries until somebody answers. The seat is the exchange's; on an error it has been left."""
         began = self._loop.time()
         tried: set[Capacity] = set()
+        dead: set[Capacity] = set()
         tries = rounds = broken = 0
         away = ""
         while True:
@@ -197,31 +209,38 @@ class Pool:
             seat = self._places.take_now(untried, ask.pin) if tries else None
             if seat is None:
                 if tries:
-                    await self._pause(ask, rounds, away, began)
+                    await self._pause(ask, rounds, f"{away}; {tries} tries", began)
                     rounds += 1
                     tried.clear()
-                seat = await self._seat(ask, candidates, away)
+                seat = await self._seat(ask, candidates, f"{away}; {tries} tries" if tries else "not well")
             tries += 1
             member = self._members[seat.capacity]
             if tries == 1:
                 self.metrics.queue_seconds.observe(self._loop.time() - began)
             try:
-                return await self._try(member, ask, seat, tries)
+                return await self._try(member, ask, seat, tries, away)
             except Away as error:
-                seat.leave()
                 away = str(error)
                 tried.add(seat.capacity)
-                broken += error.broken
+                broken += error.most_tries > 0
+                if error.said and error.said.status == DEAD_STATUS:
+                    dead.add(seat.capacity)
                 self._log_away(member, away)
+                given_up = 0 < error.most_tries <= broken or len(dead) == len(candidates)
+                if given_up and error.said:
+                    return error.said
+                if error.said:
+                    error.said.close()
+                seat.leave()
+                if given_up:
+                    message = f"{broken} tries of this request broke their backend ({away}); it is given up"
+                    raise ApiError(502, "backend_broken", message) from None
             except BaseException:
                 seat.leave()
                 raise
-            if broken >= MAX_BROKEN_TRIES:
-                message = f"{broken} backends broke their connection over this request ({away}); it is given up"
-                raise ApiError(502, "backend_broken", message)
 
-    async def _try(self, member: Member, ask: Ask, seat: Seat, tries: int) -> HttpExchange:
-        """One try. Raises Away, and ApiError(504) at the deadline."""
+    async def _try(self, member: Member, ask: Ask, seat: Seat, tries: int, away: str) -> HttpExchange:
+        """One try, after others that ended with `away`. Raises Away, and ApiError(504) at the deadline."""
         began = self._loop.time()
         try:
             async with asyncio.timeout_at(ask.deadline):
@@ -232,8 +251,11 @@ class Pool:
             # An agent that waits for less than the gateway would proves nothing.
             if took >= self._settings.backend_seconds / 2:
                 self._failed(member, seat)
-            raise ApiError(504, "backend_timeout", f"the backend did not answer within {took:.3g} s") from None
-        except Away:
+            before = f" (try {tries}; the one before: {away})" if away else ""
+            raise ApiError(504, "backend_timeout", f"the backend did not answer within {took:.3g} s{before}") from None
+        except Away as error:
+            if error.said:
+                member.metrics.answered(error.said.status, self._loop.time() - began)
             member.metrics.failures.inc()
             self._failed(member, seat)
             raise
@@ -252,7 +274,7 @@ class Pool:
             if error.busy:
                 message = f"every backend of this model stayed full for {waited:.3g} s (gateway.queue_seconds)"
                 raise ApiError(503, "queue_timeout", message) from None
-            raise _unavailable(away or "not well", waited) from None
+            raise _unavailable(away, waited) from None
 
     async def _pause(self, ask: Ask, rounds: int, away: str, began: float) -> None:
         """Before all are tried once more. Raises ApiError(503) when there is no time left for that."""

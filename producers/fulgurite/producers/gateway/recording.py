@@ -13,15 +13,15 @@ reason: a span without tokens, which is nothing to train on and no dead letter.
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Final
 
-import orjson
 from pydantic import ValidationError
 
 from fulgurite.producers.gateway.attributes import (
     ATTRIBUTE_CHOICE,
     ATTRIBUTE_ERROR,
+    ATTRIBUTE_INPUT_OF_CHOICE,
     ATTRIBUTE_VERSION_LABELS,
     error_attributes,
     request_attributes,
@@ -30,7 +30,7 @@ from fulgurite.producers.gateway.attributes import (
 from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.outcome import Choice, Outcome, Served
-from fulgurite.producers.gateway.protocols.base import to_json
+from fulgurite.producers.gateway.protocols.base import to_json, written
 from fulgurite.producers.gateway.tokens import Tokens, check_count
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import InvalidEvent
@@ -41,6 +41,8 @@ from fulgurite.schemas.spans import Span
 STAGE: Final = "gateway"
 
 MAX_ERROR_CHARS: Final = 2_000
+MAX_INPUT_CHARS: Final = 4_000_000
+"""Of all spans of a call together: beyond it, an input stands in the span of the first choice that it is of."""
 
 
 @dataclass(slots=True)
@@ -76,7 +78,8 @@ class Recorder:
 
     def failed(self, call: Call, error: ApiError, served: Served | None = None) -> Recording:
         """One error span for a call without an answer of the model."""
-        return Recording([_error_span(call, 0, error.message, error_attributes(error, served), served)])
+        given = _Input(0, call.api.input_of(call.body, 0))
+        return Recording([_error_span(call, given, error.message, error_attributes(error, served), served)])
 
     def unreadable(self, call: Call, served: Served, answer: bytes, error: ApiError) -> Recording:
         """A 200 that is no answer: error span and dead letter."""
@@ -87,7 +90,7 @@ class Recorder:
     def too_large(self, call: Call, recording: Recording, index: int, error: InvalidEvent) -> Recording:
         """What is left of a choice whose span exceeds the bound of a record: an error span without texts or tokens."""
         small = Recording(answer=recording.answer)
-        _reject(small, call, None, index, error, texts=False)
+        _reject(small, call, None, _Input(index), error, texts=False)
         return small
 
     def _spans(
@@ -95,6 +98,7 @@ class Recorder:
     ) -> Recording:
         recording = Recording(answer=answer or outcome)
         end_ns = max(now_ns(), call.start_ns)
+        inputs = _inputs(call)
         miscounted: InvalidEvent | None = None
         try:
             if not broken:
@@ -105,13 +109,36 @@ class Recorder:
             try:
                 if miscounted:
                     raise miscounted
-                recording.spans.append(_span(call, served, outcome, index, end_ns, broken))
+                recording.spans.append(_span(call, served, outcome, inputs[index], end_ns, broken))
             except InvalidEvent as error:
-                _reject(recording, call, served, index, error)
+                _reject(recording, call, served, inputs[index], error)
         return recording
 
 
-def _span(call: Call, served: Served, outcome: Outcome, index: int, end_ns: int, broken: ApiError | None) -> Span:
+@dataclass(slots=True, frozen=True)
+class _Input:
+    """Of one choice: its text, and what says where the text is when it is not here."""
+
+    index: int
+    text: str = ""
+    attributes: dict[str, Any] = field(default_factory=dict[str, Any])
+
+
+def _inputs(call: Call) -> list[_Input]:
+    """Of every choice: a long prompt with many answers is not copied into each."""
+    first = [call.api.first_with_input(call.body, index) for index in range(call.choices)]
+    texts = {at: call.api.input_of(call.body, at) for at in set(first)}
+    everywhere = sum(len(texts[at]) for at in first) <= MAX_INPUT_CHARS
+    return [
+        _Input(index, texts[at])
+        if everywhere or at == index
+        else _Input(index, attributes={ATTRIBUTE_INPUT_OF_CHOICE: at})
+        for index, at in enumerate(first)
+    ]
+
+
+def _span(call: Call, served: Served, outcome: Outcome, given: _Input, end_ns: int, broken: ApiError | None) -> Span:
+    index = given.index
     choice = outcome.choices.get(index)
     if choice is None:
         if not broken:
@@ -121,7 +148,7 @@ def _span(call: Call, served: Served, outcome: Outcome, index: int, end_ns: int,
         choice = Choice()
     ids_expected = served.kind == "vllm" and call.api.gives_ids
     tokens = Tokens.of(choice, served, required=ids_expected and not broken)
-    attributes = request_attributes(call) | served_attributes(served)
+    attributes = request_attributes(call) | served_attributes(served) | given.attributes
     if broken:
         attributes |= error_attributes(broken, served)
     if call.choices > 1:
@@ -151,7 +178,7 @@ def _span(call: Call, served: Served, outcome: Outcome, index: int, end_ns: int,
             logprobs=tokens.logprobs,
             weight_versions=tokens.versions,
             finish_reason="" if broken else choice.finish_reason,
-            input=call.api.input_of(call.body, index),
+            input=given.text,
             output=choice.output if isinstance(choice.output, str) else to_json(choice.output),
             input_tokens=len(tokens.prompt_ids) or counted[0],
             output_tokens=len(tokens.ids) or counted[1],
@@ -167,25 +194,25 @@ def _reject(
     recording: Recording,
     call: Call,
     served: Served | None,
-    index: int,
+    given: _Input,
     error: InvalidEvent,
     *,
     texts: bool = True,
 ) -> None:
     attributes: dict[str, Any] = {ATTRIBUTE_ERROR: error.reason}
     if call.choices > 1:
-        attributes[ATTRIBUTE_CHOICE] = index
+        attributes[ATTRIBUTE_CHOICE] = given.index
     message = f"{error.reason}: {error}"
-    recording.spans.append(_error_span(call, index, message, attributes, served, texts=texts))
+    recording.spans.append(_error_span(call, given, message, attributes, served, texts=texts))
     if not recording.dead_letters:  # one a call: the answer is one
         recording.dead_letters.append(_dead_letter(call, recording.answer, error.reason, str(error)))
 
 
 def _error_span(
-    call: Call, index: int, message: str, attributes: dict[str, Any], served: Served | None, *, texts: bool = True
+    call: Call, given: _Input, message: str, attributes: dict[str, Any], served: Served | None, *, texts: bool = True
 ) -> Span:
     return Span(
-        **_identity(call, index),
+        **_identity(call, given.index),
         name=_name(call),
         kind="client",
         status="error",
@@ -197,8 +224,8 @@ def _error_span(
         resource=served.resource if served else "",
         model=call.model[:512],
         endpoint=served.endpoint if served else "",
-        input=call.api.input_of(call.body, index)[:MAX_TEXT_CHARS] if texts else "",
-        attributes=attributes | (request_attributes(call) if texts else {}),
+        input=given.text[:MAX_TEXT_CHARS],
+        attributes=attributes | given.attributes | (request_attributes(call) if texts else {}),
     )
 
 
@@ -226,5 +253,14 @@ def _dead_letter(call: Call, answer: bytes | Outcome | None, reason: str, messag
         reason=reason,
         message=f"{call.rollout_id or '-'}/{call.attempt_id or '-'}, span {call.span_ids[0]}: {message}",
         key=call.rollout_id.encode() or None,
-        value=orjson.dumps(answer, option=orjson.OPT_NON_STR_KEYS) if isinstance(answer, Outcome) else answer,
+        value=_told(answer) if isinstance(answer, Outcome) else answer,
     )
+
+
+def _told(outcome: Outcome) -> bytes:
+    choices = {str(index): _fields(choice) for index, choice in outcome.choices.items()}
+    return written(_fields(outcome) | {"choices": choices})
+
+
+def _fields(part: Outcome | Choice) -> dict[str, Any]:
+    return {each.name: getattr(part, each.name) for each in fields(part)}

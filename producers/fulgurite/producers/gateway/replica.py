@@ -20,13 +20,22 @@ from fulgurite.producers.gateway.http_exchange import HttpExchange
 from fulgurite.producers.gateway.keys import parse_bearer
 from fulgurite.producers.gateway.labels import Labels, NoSuchRoute
 from fulgurite.producers.gateway.places import Capacity, Seat
-from fulgurite.producers.gateway.routing import UNVERSIONED
+from fulgurite.producers.gateway.routing import LOST_ADAPTERS, UNVERSIONED
+from fulgurite.schemas.resources import adapter_name, adapter_version
 from fulgurite.schemas.settings import BackendSettings
 
 logger = logging.getLogger(__name__)
 
 AWAY_STATUSES: Final = frozenset({502, 503, 504})
 """A swap, a restart, a full queue: said before anything was sampled."""
+DEAD_STATUS: Final = 500
+"""What a vLLM says whose engine died, until its process ends."""
+WORKED_STATUSES: Final = frozenset({502, 504})
+"""A provider's own gateway gave up waiting: the provider may have worked on the request, and want to be paid."""
+MAX_BROKEN_TRIES: Final = 4
+"""Of one request. More than a rolling restart of its backends breaks."""
+MAX_PROVIDER_TRIES: Final = 2
+"""Of one request, where a provider may have worked on each."""
 CONNECT_SECONDS: Final = 5.0
 KEEPALIVE_SECONDS: Final = 4.0
 """Less than vLLM's and uvicorn's 5 s: a connection that the server is about to close must not be used again."""
@@ -37,6 +46,7 @@ MAX_LISTED: Final = 10_000
 """Models of one backend."""
 HEALTH_FAILURES: Final = 2
 """In a row, until a backend counts as not well: a busy one may miss one."""
+NOT_FOUND: Final = 404
 NO_ROUTE: Final = frozenset({404, 405, 501})
 LARGE_BODY_BYTES: Final = 1 << 20
 
@@ -53,24 +63,34 @@ def open_session() -> aiohttp.ClientSession:
 
 
 class Away(Exception):
-    """A try that gave no answer. `broken`: the backend had the request, and may have died of it."""
+    """A try that gave no answer of the model."""
 
-    def __init__(self, why: str, *, broken: bool) -> None:
+    def __init__(self, why: str, *, most_tries: int = 0, said: HttpExchange | None = None) -> None:
         super().__init__(why)
-        self.broken = broken
+        self.most_tries = most_tries
+        """Of one request that may end with a backend that had it; 0: it had not, any number."""
+        self.said = said
+        """Its own error, for the agent where nobody else is asked. Whoever catches it closes it."""
 
 
 class Replica:
     """One backend."""
 
     def __init__(
-        self, settings: BackendSettings, capacity: Capacity, session: aiohttp.ClientSession, max_answer_bytes: int
+        self,
+        settings: BackendSettings,
+        capacity: Capacity,
+        session: aiohttp.ClientSession,
+        max_answer_bytes: int,
+        answer_seconds: float,
     ) -> None:
         self.settings = settings
         self.capacity = capacity
         self.listed: dict[str, dict[str, Any]] = {}
         """What it serves by its own account, as it describes them; empty until it said so."""
+        self._newest_adapter: int | None = None
         self.max_answer_bytes = max_answer_bytes
+        self.answer_seconds = answer_seconds
         self._named = frozenset(settings.models)
         self._session = session
         self._labels = Labels(self._read_label)
@@ -91,6 +111,13 @@ class Replica:
     def names(self) -> set[str]:
         """Models it is known to serve."""
         return {*self._named, *self.listed}
+
+    @property
+    def well(self) -> bool:
+        return self.capacity.well
+
+    def newest_adapter(self, resource: str) -> int | None:
+        return self._newest_adapter if self.kind == "vllm" and resource == self.settings.resource else None
 
     def serves(self, model: str) -> bool:
         return model in self._named or model in self.listed
@@ -115,9 +142,13 @@ class Replica:
     async def ask(self, ask: Ask, seat: Seat, tries: int, silence_seconds: float) -> HttpExchange:
         """Its answer, whatever the status, once that is known. Raises Away."""
         route = ask.route.partition("?")[0]
+        model = self._model(ask)
+        adapter = adapter_version(self.settings.resource, model) if self.kind == "vllm" else None
         asks_version = self.kind == "vllm" and route not in UNVERSIONED and not self._gives_versions.get(route, False)
-        before = await self._labels.before() if asks_version else None
+        before = await self._labels.before() if asks_version and adapter is None else None
         body = ask.body_for(self.kind)
+        if model != ask.model:
+            body = orjson.dumps(orjson.loads(body) | {"model": model})
         headers = {"content-type": "application/json"} | self._authorization(ask.authorization)
         try:
             response = await self._session.post(
@@ -128,13 +159,36 @@ class Replica:
                 allow_redirects=False,
             )
         except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise Away(type(error).__name__, broken=False) from None
+            raise Away(type(error).__name__) from None
         except aiohttp.ClientError as error:
-            raise Away(type(error).__name__, broken=True) from None
+            raise Away(type(error).__name__, most_tries=MAX_BROKEN_TRIES) from None
+        exchange = HttpExchange(self, seat, response, route, tries, before, adapter, silence_seconds)
+        most_tries = self._most_tries(response.status)
+        if most_tries:
+            raise Away(f"status {response.status}", most_tries=most_tries, said=exchange)
         if response.status in AWAY_STATUSES:
             response.close()
-            raise Away(f"status {response.status}", broken=False)
-        return HttpExchange(self, seat, response, route, tries, before, silence_seconds)
+            raise Away(f"status {response.status}")
+        if response.status == NOT_FOUND and ask.newest_adapter:
+            await self.list_models()  # it was started anew, perhaps, and gets its adapters back
+            if model not in self.listed:
+                response.close()
+                raise Away(f"it lost {model}")
+        return exchange
+
+    def _most_tries(self, status: int) -> int:
+        """Of one request that may end with this status from who had it; 0 where that does not bound them."""
+        if self.kind == "vllm":
+            return MAX_BROKEN_TRIES if status == DEAD_STATUS else 0
+        return MAX_PROVIDER_TRIES if status in WORKED_STATUSES else 0
+
+    def _model(self, ask: Ask) -> str:
+        """The name it is asked for. Raises Away where that is an adapter, and it has none any more."""
+        if not ask.newest_adapter:
+            return ask.model
+        if self._newest_adapter in (None, LOST_ADAPTERS):
+            raise Away(f"it has no adapter of {ask.model} now")
+        return adapter_name(self.settings.resource, self._newest_adapter)
 
     async def label(self) -> str | None:
         """The version its weights have at some time after now."""
@@ -181,6 +235,9 @@ class Replica:
             return False
         named = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
         self.listed = {entry["id"]: entry for entry in named[:MAX_LISTED]}
+        versions = (adapter_version(self.settings.resource, name) for name in self.listed)
+        lost = None if self._newest_adapter is None else LOST_ADAPTERS
+        self._newest_adapter = max((version for version in versions if version is not None), default=lost)
         return True
 
     async def _read_label(self) -> str | None:

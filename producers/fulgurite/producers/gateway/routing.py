@@ -27,11 +27,22 @@ UNVERSIONED: Final = frozenset({"/v1/chat/completions/render", "/v1/chat/complet
 """Nothing is sampled there: which version the server has does not matter."""
 
 
+LOST_ADAPTERS: Final = -1
+"""A server was started anew and will get its adapters back: what it has below them is not what was asked for."""
+
+
 class Server(Protocol):
     """What routing needs to know of a backend."""
 
     @property
     def kind(self) -> BackendKind: ...
+
+    @property
+    def well(self) -> bool: ...
+
+    def newest_adapter(self, resource: str) -> int | None:
+        """The newest version of the resource that it is known to have as an adapter; LOST_ADAPTERS if it had some."""
+        ...
 
     def serves(self, model: str) -> bool:
         """Whether it is known to."""
@@ -51,6 +62,17 @@ def named(servers: Sequence[S], model: str) -> list[S]:
     if not model:
         return [server for server in servers if server.kind == "vllm"] or list(servers)
     return [server for server in servers if server.serves(model)]
+
+
+def with_newest_adapter(servers: Sequence[S], resource: str) -> list[S]:
+    """Those known to have the newest adapter of a resource; of all that are well, if any is. None where none has one.
+
+    So its name alone, `policy`, means the newest of its adapters, also where the weights below them have that name.
+    """
+    having = {server: version for server in servers if (version := server.newest_adapter(resource)) is not None}
+    usable = [server for server in having if server.well] or list(having)
+    newest = max((having[server] for server in usable), default=None)
+    return [server for server in usable if having[server] == newest]
 
 
 def others(servers: Sequence[S]) -> list[S]:

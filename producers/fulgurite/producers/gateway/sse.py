@@ -1,7 +1,8 @@
 """Server-sent events, taken apart as they arrive. Pure: bytes in, events out.
 
 Promises: an event comes out once, as soon as its blank line is there, however its bytes were cut; what is not
-terminated yet is kept. Knows nothing of what events mean; the reader of the body bounds how much there can be.
+terminated yet is kept, for who asks at the end of the stream. A byte order mark at its beginning is passed over.
+Knows nothing of what events mean; the reader of the body bounds how much there can be.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from dataclasses import dataclass
 from typing import Final
 
 MEDIA_TYPE: Final = "text/event-stream"
+_BYTE_ORDER_MARK: Final = b"\xef\xbb\xbf"
 
 
 @dataclass(slots=True, frozen=True)
@@ -26,9 +28,18 @@ class Parser:
     def __init__(self) -> None:
         self._rest = bytearray()
         self._return = False
+        self._head: bytes | None = b""
+        """The stream's first bytes while they may be half of a byte order mark."""
 
     def feed(self, chunk: bytes) -> list[Event]:
         """The events that are complete with this chunk."""
+        if self._head is not None:
+            chunk = self._head + chunk
+            if len(chunk) < len(_BYTE_ORDER_MARK) and _BYTE_ORDER_MARK.startswith(chunk):
+                self._head = chunk
+                return []
+            self._head = None
+            chunk = chunk.removeprefix(_BYTE_ORDER_MARK)
         if self._return:
             chunk = b"\r" + chunk
         # A \r at the end may be half of a \r\n.
@@ -45,6 +56,17 @@ class Parser:
         complete = bytes(self._rest[:end])
         del self._rest[: end + 2]
         return [Event(block + b"\n\n", _data(block)) for block in complete.split(b"\n\n") if block]
+
+    def end(self) -> list[Event]:
+        """What came without its blank line before the stream ended: whole or half an event, or none."""
+        block = bytes(self._rest).strip(b"\n")
+        self._rest.clear()
+        return [Event(block + b"\n\n", _data(block))] if block else []
+
+
+def is_stream(content_type: str) -> bool:
+    """Whether a content-type header names a stream of events, in whatever letters."""
+    return content_type.partition(";")[0].strip().lower() == MEDIA_TYPE
 
 
 def event(data: bytes, name: str = "") -> bytes:

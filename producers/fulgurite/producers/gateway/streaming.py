@@ -4,8 +4,9 @@
                    └──► the end of the answer ──► held ──► recorded, acknowledged ──► passed on
 
 Promises: nothing is read of the backend while the agent's connection is full, so a slow agent costs what the sockets
-hold, and one that takes nothing for gateway.silence_seconds counts as gone; what is held is bounded. An answer that
-breaks off has a span of its own, and an error event in place of its end.
+hold, and one that takes nothing for gateway.silence_seconds counts as gone, also at the end; what is held is bounded. A
+backend that says only comments for that long has broken off. An answer that breaks off has a span of its own, and an
+error event in place of its end.
 """
 
 from __future__ import annotations
@@ -16,17 +17,19 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Final
 
+import orjson
 from starlette.types import Receive, Send
 
 from fulgurite.producers.gateway import sse
-from fulgurite.producers.gateway.answers import backend_error
+from fulgurite.producers.gateway.answers import refusal_of
 from fulgurite.producers.gateway.asking import ask_for, read_all, served_by
 from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.errors import AgentGone, ApiError
 from fulgurite.producers.gateway.exchange import Ask, Backends, Exchange
 from fulgurite.producers.gateway.http import EventStream, Gone, Present
 from fulgurite.producers.gateway.outcome import Served
-from fulgurite.producers.gateway.protocols.base import INVALID, Stream, invalid
+from fulgurite.producers.gateway.protocols.base import INVALID, Stream, invalid, unreadable
+from fulgurite.producers.gateway.protocols.choices import DONE
 from fulgurite.producers.gateway.publishing import Log
 from fulgurite.producers.gateway.recording import Recorder, Recording
 from fulgurite.producers.gateway.token_flow import UNSERVED, TokenRoute, Translation
@@ -38,7 +41,8 @@ logger = logging.getLogger(__name__)
 MAX_HELD_BYTES: Final = 16 * 1024 * 1024
 """The end of an answer: a last event a choice, the count of tokens; the Responses API repeats the answer in it."""
 TAIL_SECONDS: Final = 0.2
-"""After its last event a backend closes the stream: waited for, so that its connection can be used again."""
+"""After its last event a backend closes the stream: waited for, so that its connection can be used again. In all,
+whatever else it says."""
 
 
 class Streaming:
@@ -76,21 +80,29 @@ class Streaming:
             failure = AgentGone("client_disconnected", "the agent closed its connection within its answer")
         if run.served:
             run.served.seconds = call.seconds()
-        recording = self._record(run, failure)  # 3
+        recording, failure = self._recorded(run, failure)  # 3
         self._spent(call, recording)
         try:
             await self._log.publish(call, recording)  # 4
         except ApiError as error:
             failure = error
         if failure is None:
-            await run.out.send(b"".join(run.held), last=True)  # 5
+            await self._send_last(run, b"".join(run.held))  # 5
             if run.translation and run.stream:
                 await self._tokens.remember_stream(call, run.translation, run.stream.outcome, deadline)
         elif run.out.begun and not isinstance(failure, AgentGone):
             logger.info("a stream ended with an error: %s", failure.code)
-            await run.out.send(call.api.error_event(failure), last=True)
+            await self._send_last(run, call.api.error_event(failure))
         else:
             raise failure
+
+    async def _send_last(self, run: _Run, events: bytes) -> None:
+        """Raises AgentGone when the agent does not take it: its place is not held for that."""
+        try:
+            async with asyncio.timeout(self._silence_seconds):
+                await run.out.send(events, last=True)
+        except TimeoutError:
+            raise _stalled() from None
 
     async def _by_tokens(self, run: _Run, deadline: float) -> Ask | None:
         """What to ask for the answer by token ids; None where it is asked of the chat route."""
@@ -120,41 +132,78 @@ class Streaming:
         """Step 2: until the answer is whole. Raises ApiError for an end of another kind."""
         run.served = served = served_by(exchange)
         if exchange.status != 200:
-            raise backend_error(exchange.status, await read_all(exchange))
-        if not exchange.headers.get("content-type", "").startswith(sse.MEDIA_TYPE):
+            raise refusal_of(exchange, await read_all(exchange))
+        if not sse.is_stream(exchange.headers.get("content-type", "")):
             run.rejected = await read_all(exchange)
             raise invalid("is no stream, though one was asked for")
         stream = run.stream = run.call.api.stream(run.call.body, strip=exchange.kind == "vllm")
         try:
             await self._pass_on(run, stream, exchange)
         finally:
-            stream.close()
+            unclosed = run.close(stream)
+        if unclosed:
+            raise unclosed
         if not stream.complete:
             raise ApiError(502, "backend_broken", "the backend's stream ended before its answer did")
         served.version_after = await exchange.version_after()
 
     async def _pass_on(self, run: _Run, stream: Stream, exchange: Exchange) -> None:
-        """All events of the answer. The exchange bounds how long a backend may pause, the timer the rest."""
+        """All events of the answer. The exchange bounds how long a backend says nothing, and the whole; the timer the
+        agent's pauses, and what comes after the end."""
         loop = asyncio.get_running_loop()
         parser = sse.Parser()
+        quiet_since = loop.time()
+        tail_ends_at: float | None = None
         try:
             async with asyncio.timeout(None) as timer:
                 async for chunk in exchange.chunks():
-                    passed, failure = run.fold(stream, parser.feed(chunk))
+                    events = parser.feed(chunk)
+                    passed, failure = run.fold(stream, events)
                     if passed:
                         timer.reschedule(loop.time() + self._silence_seconds)
                         await run.out.send(passed)
-                        timer.reschedule(None)
+                        timer.reschedule(tail_ends_at)
                     if failure:
                         raise failure
-                    if stream.ended:
-                        timer.reschedule(loop.time() + TAIL_SECONDS)
+                    if stream.ended and tail_ends_at is None:
+                        tail_ends_at = loop.time() + TAIL_SECONDS
+                        timer.reschedule(tail_ends_at)
+                    if any(event.data for event in events):
+                        quiet_since = loop.time()
+                    elif not stream.ended and loop.time() - quiet_since > self._silence_seconds:
+                        raise self._quiet()
+                timer.reschedule(loop.time() + self._silence_seconds)
+                await self._pass_rest(run, stream, parser)
         except TimeoutError:
             if not stream.ended:
-                raise AgentGone("client_stalled", "the agent stopped taking its answer") from None
+                raise _stalled() from None
         except ApiError:
             if not stream.ended:  # else it broke where nothing was left to come
                 raise
+
+    @staticmethod
+    async def _pass_rest(run: _Run, stream: Stream, parser: sse.Parser) -> None:
+        """A last event without a blank line, where it is a whole one: half of one is of a backend that broke off."""
+        rest = [] if stream.ended else [event for event in parser.end() if _is_whole(event)]
+        passed, failure = run.fold(stream, rest)
+        if passed:
+            await run.out.send(passed)
+        if failure:
+            raise failure
+
+    def _recorded(self, run: _Run, failure: ApiError | None) -> tuple[Recording, ApiError | None]:
+        """(what is recorded, what the agent is told in place of its answer's end)."""
+        try:
+            return self._record(run, failure), failure
+        except Exception as error:
+            if run.served is None:
+                raise
+            found = unreadable(error)
+            return self._recorder.unreadable(run.call, run.served, b"".join(run.held), found), failure or found
+
+    def _quiet(self) -> ApiError:
+        message = f"the backend sent no event for {self._silence_seconds:g} s (gateway.silence_seconds)"
+        return ApiError(504, "backend_timeout", message)
 
     def _record(self, run: _Run, failure: ApiError | None) -> Recording:
         call, served, stream = run.call, run.served, run.stream
@@ -167,6 +216,10 @@ class Streaming:
         if failure is None or (isinstance(failure, AgentGone) and stream.complete):
             return self._recorder.answered(call, served, stream.outcome)
         return self._recorder.interrupted(call, served, stream.outcome, failure, run.rejected)
+
+
+def _stalled() -> AgentGone:
+    return AgentGone("client_stalled", "the agent stopped taking its answer")
 
 
 @dataclass(slots=True)
@@ -197,6 +250,9 @@ class _Run:
                 if error.code == INVALID:
                     self.rejected = event.raw
                 return b"".join(passed), error
+            except Exception as error:
+                self.rejected = event.raw
+                return b"".join(passed), unreadable(error)
             if now:
                 passed.append(now)
             if later:
@@ -204,3 +260,22 @@ class _Run:
         if events and self.served and self.served.first_chunk_seconds is None:
             self.served.first_chunk_seconds = self.call.seconds()
         return b"".join(passed), None
+
+    def close(self, stream: Stream) -> ApiError | None:
+        """No more events come. What is wrong with what came."""
+        try:
+            stream.close()
+        except Exception as error:
+            self.rejected = b"".join(self.held)
+            return unreadable(error)
+        return None
+
+
+def _is_whole(event: sse.Event) -> bool:
+    if event.data == DONE:
+        return True
+    try:
+        orjson.loads(event.data)
+    except orjson.JSONDecodeError:
+        return False
+    return True

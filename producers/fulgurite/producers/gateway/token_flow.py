@@ -6,7 +6,8 @@
 
 What is asked and how answers are put together is in token_route.py, what continues what in conversations.py and
 continuation.py. Promises: whatever a backend cannot do this way is asked of its chat route, as if this were not here;
-so is every call outside a rollout, which nobody trains on. Bounded: turns by their tokens, models by number.
+so is every call outside a rollout, which nobody trains on. That they can do it is found out before anything is sampled:
+once it is, the chat route is not asked too. Bounded: turns by their tokens, models by number.
 """
 
 from __future__ import annotations
@@ -26,11 +27,11 @@ from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.continuation import NotContinued, splice, tokens
 from fulgurite.producers.gateway.conversations import Conversations
 from fulgurite.producers.gateway.errors import ApiError
-from fulgurite.producers.gateway.exchange import Ask, Backends
+from fulgurite.producers.gateway.exchange import Ask, Backends, Exchange
 from fulgurite.producers.gateway.metrics import Metrics
 from fulgurite.producers.gateway.outcome import Outcome, Served
 from fulgurite.producers.gateway.protocols import CHAT
-from fulgurite.producers.gateway.protocols.base import Json, invalid, parse_data
+from fulgurite.producers.gateway.protocols.base import Json, invalid, parse_data, unreadable, where
 from fulgurite.producers.gateway.protocols.choices import DONE
 from fulgurite.producers.gateway.token_route import (
     DERENDER,
@@ -46,6 +47,7 @@ from fulgurite.producers.gateway.token_route import (
     generate_request,
     is_plain,
 )
+from fulgurite.producers.gateway.tokens import are_ids
 
 logger = logging.getLogger(__name__)
 
@@ -104,7 +106,7 @@ class Translation:
             raise invalid("has an event without choices")
         self.ends |= {choice["index"]: choice for choice in given["choices"] if choice.get("finish_reason")}
         created = self._call.start_ns // 10**9
-        if not self._begun:
+        if not self._begun.issuperset(choice["index"] for choice in given["choices"]):  # each choice begins by itself
             given["prompt_token_ids"] = self.prepared.prompt
         chunk = chat_chunk(self._call.body, self.prepared.rendered, given, self._begun, created)
         data = orjson.dumps(chunk)
@@ -120,6 +122,7 @@ class TokenRoute:
         self._metrics = metrics
         self._conversations = Conversations()
         self._unserved_until: dict[tuple[str, bool], float] = {}
+        self._probed: set[tuple[str, bool]] = set()
         self._end_texts: dict[str, dict[int, str]] = {}
         """How each model's end-of-turn tokens are written."""
 
@@ -139,6 +142,10 @@ class TokenRoute:
         except Unserved as error:
             self.is_unserved(call, str(error))
             return None
+        except ApiError:
+            raise
+        except Exception as error:
+            raise unreadable(error) from None
 
     async def prepare(self, call: Call, deadline: float, asked: list[Served]) -> Prepared | None:
         """What a stream of GENERATE is asked with; None and raises as `sample`."""
@@ -147,6 +154,10 @@ class TokenRoute:
         except Unserved as error:
             self.is_unserved(call, str(error))
             return None
+        except ApiError:
+            raise
+        except Exception as error:
+            raise unreadable(error) from None
         return prepared if prepared and is_plain(call.body, prepared.rendered) else None
 
     def ask_for(self, call: Call, route: str, body: Mapping[str, Any], deadline: float) -> Ask:
@@ -163,27 +174,32 @@ class TokenRoute:
     def is_unserved(self, call: Call, why: str) -> None:
         """For a while such calls are asked of the chat route."""
         logger.info("%s", why)
+        self._probed.discard(_kind(call))
         if len(self._unserved_until) >= MAX_MODELS:
             self._unserved_until.clear()
         self._unserved_until[_kind(call)] = asyncio.get_running_loop().time() + UNSERVED_SECONDS
 
     def remember(self, call: Call, sampled: Sampled) -> None:
-        """What the agent got: the next call may continue it."""
-        messages = {choice["index"]: choice["message"] for choice in sampled.response["choices"]}
-        for choice in sampled.generated:
-            self._remember(call, sampled.prepared, messages[choice["index"]], choice["token_ids"], choice)
+        """What the agent got: the next call may continue it. Raises nothing: the call is recorded."""
+        try:
+            messages = {choice["index"]: choice["message"] for choice in sampled.response["choices"]}
+            for choice in sampled.generated:
+                self._remember(call, sampled.prepared, messages[choice["index"]], choice["token_ids"], choice)
+        except Exception as error:
+            logger.error("an answer could not be remembered: %s", where(error))
 
     async def remember_stream(self, call: Call, translation: Translation, outcome: Outcome, deadline: float) -> None:
         """The same of a stream that came to its end. Raises nothing: the agent has its answer."""
         try:
             answers = {at: end | {"token_ids": outcome.choices[at].token_ids} for at, end in translation.ends.items()}
             await self._learn_ends(call, list(answers.values()), deadline)
+            for at, end in answers.items():
+                message = outcome.choices[at].output
+                self._remember(call, translation.prepared, message, end["token_ids"] or [], end)
         except (ApiError, Unserved) as error:
             logger.info("a conversation will go on with tokens written anew: %s", error)
-            return
-        for at, end in answers.items():
-            message = outcome.choices[at].output
-            self._remember(call, translation.prepared, message, end["token_ids"] or [], end)
+        except Exception as error:
+            logger.error("an answer could not be remembered: %s", where(error))
 
     def _remember(self, call: Call, prepared: Prepared, message: Json, response: list[int], end: Json) -> None:
         ends = self._end_texts.get(call.model, {})
@@ -205,6 +221,8 @@ class TokenRoute:
             return None  # the chat route says what is wrong with it
         if call.model not in self._end_texts:
             await self._probe_ends(call, deadline)
+        if _kind(call) not in self._probed:
+            await self._probe_routes(call, rendered, deadline)
         prompt = self._prompt(call, rendered["token_ids"])
         return Prepared(rendered, prompt, generate_request(call.body, rendered, prompt))
 
@@ -215,17 +233,30 @@ class TokenRoute:
         generated = await self._ask(call, GENERATE, prepared.request, deadline, asked)
         if generated is None:
             return None
-        await self._learn_ends(call, generated["choices"], deadline)
-        derendered: Json | None = None
-        if not is_plain(call.body, prepared.rendered) and (
-            wanted := derender_request(call.body, generated, prepared.prompt)
-        ):
-            derendered = await self._ask(call, DERENDER, wanted, deadline, [])
-            if derendered is None:
-                raise invalid("could not be put into words by the server that gave it")
+        derendered = await self._put_into_words(call, prepared, generated, deadline)
         ends = self._end_texts.get(call.model, {})
         response = chat_completion(call.body, prepared.rendered, prepared.prompt, generated, derendered, ends)
         return Sampled(asked[-1], response, prepared, generated["choices"])
+
+    async def _put_into_words(self, call: Call, prepared: Prepared, generated: Json, deadline: float) -> Json | None:
+        """None where its text is the answer. Raises ApiError, never Unserved: another route would sample again."""
+        wanted: Json | None = None
+        try:
+            await self._learn_ends(call, generated["choices"], deadline)
+        except Unserved as error:
+            self.is_unserved(call, str(error))  # this answer can do without
+        if not is_plain(call.body, prepared.rendered):
+            wanted = derender_request(call.body, generated, prepared.prompt)
+        if wanted is None:
+            return None
+        try:
+            derendered = await self._ask(call, DERENDER, wanted, deadline, [])
+        except Unserved as error:
+            self.is_unserved(call, str(error))
+            derendered = None
+        if derendered is None:
+            raise invalid("could not be put into words by the server that gave it")
+        return derendered
 
     def _prompt(self, call: Call, rendered: list[int]) -> list[int]:
         turn = self._conversations.find(_attempt(call), call.body["messages"])
@@ -252,6 +283,24 @@ class TokenRoute:
         closing = after_answer(*written) if len(written) == len(PROBES) else []
         await self._learn(call, set(closing[:1]), deadline)
 
+    async def _probe_routes(self, call: Call, rendered: Json, deadline: float) -> None:
+        """Whether the routes are there that are asked once an answer is sampled: with the prompt's last token as the
+        answer, of which only the status counts. Raises Unserved."""
+        ids = rendered["token_ids"][-1:]
+        asked: dict[str, Json] = {DETOKENIZE: {"model": call.model, "tokens": ids}}
+        choice: Json = {"index": 0, "token_ids": ids, "finish_reason": "length", "logprobs": None}
+        answer: Json = {"request_id": rendered.get("request_id"), "model": call.model, "choices": [choice]}
+        if not is_plain(call.body, rendered) and (wanted := derender_request(call.body, answer, ids)):
+            asked[DERENDER] = wanted
+        for route, body in asked.items():
+            async with self._backends.open(self.ask_for(call, route, body, deadline)) as exchange:
+                await read_all(exchange)
+            if exchange.status in UNSERVED:
+                raise _unserved(call, exchange, route)
+        if len(self._probed) >= MAX_MODELS:
+            self._probed.clear()
+        self._probed.add(_kind(call))
+
     async def _learn_ends(self, call: Call, choices: Sequence[Json], deadline: float) -> None:
         """Which tokens closed a turn here."""
         await self._learn(call, {each["token_ids"][-1] for each in choices if ends_turn(call.body, each)}, deadline)
@@ -274,7 +323,7 @@ class TokenRoute:
             asked.append(served_by(exchange))
             answer = await read_all(exchange)
         if exchange.status in UNSERVED:
-            raise Unserved(f"{exchange.endpoint} answers {route} with {exchange.status}: {call.model} is asked by text")
+            raise _unserved(call, exchange, route)
         if exchange.status in (400, 422):
             return None
         if exchange.status != 200:
@@ -285,8 +334,13 @@ class TokenRoute:
         return found
 
 
+def _unserved(call: Call, exchange: Exchange, route: str) -> Unserved:
+    return Unserved(f"{exchange.endpoint} answers {route} with {exchange.status}: {call.model} is asked by text")
+
+
 def _is_rendered(answer: Json) -> bool:
-    return isinstance(answer.get("token_ids"), list) and isinstance(answer.get("sampling_params"), dict)
+    ids = answer.get("token_ids")
+    return isinstance(ids, list) and are_ids(ids) and isinstance(answer.get("sampling_params"), dict)
 
 
 def _has_choices(answer: Json) -> bool:

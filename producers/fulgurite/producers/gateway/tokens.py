@@ -6,9 +6,11 @@ answer broke off, what is whole is taken and the rest left out.
 
 from __future__ import annotations
 
+import math
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Final
+from typing import Any, Final
 
 from pydantic import ValidationError
 
@@ -17,6 +19,8 @@ from fulgurite.schemas.errors import InvalidEvent
 from fulgurite.schemas.event import VersionSpan
 
 _VERSION_LABEL: Final = re.compile(r"[0-9]{1,18}")
+LOGPROB_TOLERANCE: Final = 1e-6
+"""How far above 0 rounding may take the logprob of a token that was certain."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -38,6 +42,10 @@ class Tokens:
             if required:
                 raise InvalidEvent("no_token_ids", "the backend gave no token ids (does it know return_token_ids?)")
             return cls()
+        if not (are_ids(prompt_ids) and are_ids(ids)):
+            if required:
+                raise InvalidEvent("bad_field", "a token id is no whole number from 0")
+            return cls()
         if logprobs is None and ids and required:
             raise InvalidEvent("no_logprobs", "the backend gave no logprobs, or not one of each token")
         if logprobs is not None and len(logprobs) != len(ids):
@@ -45,8 +53,21 @@ class Tokens:
                 raise InvalidEvent("wrong_length", f"{len(logprobs)} logprobs for {len(ids)} tokens")
             # A stream that broke off between the two: the ids are right, what the rest says of them is not known.
             return cls(prompt_ids, ids)
+        if logprobs and not _are_logprobs(logprobs):
+            if required:
+                raise InvalidEvent("bad_field", "a logprob is no finite number up to 0")
+            return cls(prompt_ids, ids)
         versions, labels = _versions(choice, served, len(ids), required=required)
         return cls(prompt_ids, ids, logprobs or [], versions, labels)
+
+
+def are_ids(given: Sequence[Any]) -> bool:
+    """Whether these can be token ids."""
+    return set(map(type, given)) <= {int} and min(given, default=0) >= 0
+
+
+def _are_logprobs(given: Sequence[Any]) -> bool:
+    return set(map(type, given)) <= {float, int} and all(map(math.isfinite, given)) and max(given) <= LOGPROB_TOLERANCE
 
 
 def check_count(outcome: Outcome) -> None:
@@ -65,6 +86,8 @@ def _versions(choice: Choice, served: Served, tokens: int, *, required: bool) ->
     Without versions of its own the answer is bounded from outside: versions only grow, so the same label before and
     after means that it sampled every token.
     """
+    if served.adapter_version is not None:
+        return ([VersionSpan(version=served.adapter_version, start=0, end=tokens)] if tokens else []), []
     given = choice.versions
     if given is None:
         labels = [label for label in (served.version_before, served.version_after) if label is not None]

@@ -21,7 +21,12 @@ def as_json(body: Json, status: int = 200, headers: dict[str, str] | None = None
 
 
 async def json_body(request: Request) -> Json:
-    """The body as JSON. Raises BadRequest, also when it is larger than MAX_BODY_BYTES, before all of it was read."""
+    """The body as JSON. Raises BadRequest, also when it is larger than MAX_BODY_BYTES."""
+    return protocol.parse_json(await read_body(request))
+
+
+async def read_body(request: Request) -> bytes:
+    """Raises BadRequest when it is larger than MAX_BODY_BYTES, before all of it was read."""
     chunks: list[bytes] = []
     size = 0
     async for chunk in request.stream():
@@ -29,4 +34,4 @@ async def json_body(request: Request) -> Json:
         if size > protocol.MAX_BODY_BYTES:
             raise BadRequest(f"the body is larger than {protocol.MAX_BODY_BYTES} bytes")
         chunks.append(chunk)
-    return protocol.parse_json(b"".join(chunks))
+    return b"".join(chunks)

@@ -2,25 +2,32 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
+from typing import TypeVar
 
 from starlette.requests import Request
 from starlette.responses import Response
 
 from fulgurite.schemas.settings import PolicyServerSettings
 from fulgurite.streams.policy_server.answers import Asked
-from fulgurite.streams.policy_server.bodies import Handlers, as_json, json_body
+from fulgurite.streams.policy_server.bodies import Handlers, as_json, read_body
 from fulgurite.streams.policy_server.chat import parse_chat, render_chat
 from fulgurite.streams.policy_server.completions import parse_completion
 from fulgurite.streams.policy_server.generate import parse_generate
 from fulgurite.streams.policy_server.policy import Policy
 from fulgurite.streams.policy_server.prompts import chat_prompt, text_prompt, token_ids
-from fulgurite.streams.policy_server.protocol import BadRequest, Json, check_model, flag
+from fulgurite.streams.policy_server.protocol import BadRequest, Json, check_model, flag, parse_json
 from fulgurite.streams.policy_server.streaming import EventStream, events, while_connected
 from fulgurite.streams.policy_server.worker import NotReady, Worker
 
 _CLIENT_CLOSED = 499
 """Nginx's number for a client that went away; nobody reads it."""
+
+Read = TypeVar("Read")
+
+_MAX_INLINE_BYTES = 8 * 1024
+"""Of a body that is read on the event loop: tokenising it takes a few milliseconds."""
 
 Parse = Callable[[Json, Policy, str, int], Asked]
 
@@ -30,6 +37,7 @@ class GenerationRoutes:
         self._worker = worker
         self._name = settings.served_model_name
         self._max_new_tokens = settings.max_new_tokens
+        self._reading_large = asyncio.Lock()
 
     def handlers(self) -> Handlers:
         return [
@@ -42,8 +50,7 @@ class GenerationRoutes:
         ]
 
     async def _answer(self, request: Request, parse: Parse) -> Response:
-        body = await json_body(request)
-        asked = parse(body, self._policy(), self._name, self._max_new_tokens)
+        asked = await self._read(request, lambda body, policy: parse(body, policy, self._name, self._max_new_tokens))
         underway = self._worker.submit(asked.generations, asked.stream)
         if asked.stream:
             return EventStream(events(asked, underway), lambda: self._worker.close(underway))
@@ -55,12 +62,14 @@ class GenerationRoutes:
         return as_json(asked.body())
 
     async def render(self, request: Request) -> Response:
-        body = await json_body(request)
-        return as_json(render_chat(body, self._policy(), self._name, self._max_new_tokens))
+        return as_json(
+            await self._read(request, lambda body, policy: render_chat(body, policy, self._name, self._max_new_tokens))
+        )
 
     async def tokenize(self, request: Request) -> Response:
-        body = await json_body(request)
-        policy = self._policy()
+        return as_json(await self._read(request, self._tokens))
+
+    def _tokens(self, body: Json, policy: Policy) -> Json:
         check_model(body, self._name)
         prompt = body.get("prompt")
         if isinstance(prompt, str):
@@ -70,14 +79,30 @@ class GenerationRoutes:
         else:
             raise BadRequest("prompt must be a text, or messages must be there", "prompt")
         names = policy.tokenizer.convert_ids_to_tokens(tokens) if flag(body, "return_token_strs", False) else None
-        answer = {"count": len(tokens), "max_model_len": policy.max_positions, "tokens": tokens, "token_strs": names}
-        return as_json(answer)
+        return {"count": len(tokens), "max_model_len": policy.max_positions, "tokens": tokens, "token_strs": names}
 
     async def detokenize(self, request: Request) -> Response:
-        body = await json_body(request)
-        policy = self._policy()
+        return as_json(await self._read(request, self._text))
+
+    def _text(self, body: Json, policy: Policy) -> Json:
         check_model(body, self._name)
-        return as_json({"prompt": policy.tokenizer.decode(token_ids(body.get("tokens"), policy, "tokens"))})
+        tokens = token_ids(body.get("tokens"), policy, "tokens")
+        if len(tokens) > policy.max_positions:
+            raise BadRequest(f"tokens has {len(tokens)}; the context holds {policy.max_positions}", "tokens")
+        return {"prompt": policy.tokenizer.decode(tokens)}
+
+    async def _read(self, request: Request, read: Callable[[Json, Policy], Read]) -> Read:
+        """What `read` makes of the body: of a large one on a thread, so that steps, small requests and /health go on.
+
+        One large body after the other: each may hold many times its size in tokens. A tokenizer may encode and decode
+        for several threads at once; nothing here changes one.
+        """
+        content = await read_body(request)
+        policy = self._policy()
+        if len(content) <= _MAX_INLINE_BYTES:
+            return read(parse_json(content), policy)
+        async with self._reading_large:
+            return await asyncio.to_thread(lambda: read(parse_json(content), policy))
 
     def _policy(self) -> Policy:
         policy = self._worker.policy

@@ -8,18 +8,20 @@ nothing of requests.
 from __future__ import annotations
 
 import hashlib
+import logging
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel, PreTrainedTokenizerFast
 from transformers.utils.logging import disable_progress_bar
 
 from fulgurite.schemas.errors import FulguriteError
 from fulgurite.streams.policy_server.cache import KeyValueCache, decode_mask, prefill_mask
 from fulgurite.streams.policy_server.forward import Forward, forward_of
+
+logger = logging.getLogger(__name__)
 
 _MAX_SELF_CHECK_DIFFERENCE = 1e-3
 """Between logits of our cached decoding and of a plain forward; fp32 rounding gives about 1e-6."""
@@ -40,6 +42,7 @@ class Policy:
     stop_ids: frozenset[int]
     max_positions: int
     vocabulary: int
+    longest_token_chars: int
     _token_texts: dict[int, str] = field(default_factory=dict, init=False)
 
     def token_text(self, token: int) -> str:
@@ -65,18 +68,25 @@ class Policy:
 
 def load_policy(folder: Path, like: Policy | None = None) -> Policy:
     """Reads the folder; with `like`, tensors must have the names and shapes of that policy's. Raises PolicyRefused."""
+    try:
+        return _load(folder, like)
+    except PolicyRefused:
+        raise
+    except Exception as error:
+        # A file that is broken can make the libraries raise anything, a ZeroDivisionError as well as an OSError.
+        logger.warning("%s cannot be loaded", folder, exc_info=True)
+        raise PolicyRefused(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
+
+
+def _load(folder: Path, like: Policy | None) -> Policy:
     if not (folder / "config.json").is_file():
         raise PolicyRefused(f"{folder} is not a model's folder: it has no config.json")
     disable_progress_bar()  # one would be written for every version
-    try:
-        # dtype: trainer and server must round alike for their logprobs to agree.
-        model: Any = AutoModelForCausalLM.from_pretrained(
-            folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
-        )
-        tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
-    except (OSError, ValueError, KeyError, RuntimeError, ImportError, SafetensorError) as error:
-        # What transformers raises for missing, truncated and unknown files. Anything else is a bug worth a trace.
-        raise PolicyRefused(f"{folder} cannot be loaded: {type(error).__name__}: {error}") from error
+    # dtype: trainer and server must round alike for their logprobs to agree.
+    model: Any = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, attn_implementation="sdpa", use_safetensors=True, local_files_only=True
+    )
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder, local_files_only=True)
     if not isinstance(tokenizer, PreTrainedTokenizerFast) or tokenizer.chat_template is None:
         raise PolicyRefused(
             f"{folder} has no fast tokenizer with a chat template (tokenizer.json, chat_template.jinja)"
@@ -90,11 +100,20 @@ def load_policy(folder: Path, like: Policy | None = None) -> Policy:
         forward=forward_of(model),
         tokenizer=tokenizer,
         stop_ids=_stop_ids(model, tokenizer),
-        max_positions=int(model.config.get_text_config().max_position_embeddings),
+        max_positions=_max_positions(folder, model),
         vocabulary=int(model.config.get_text_config().vocab_size),
+        longest_token_chars=max(len(token) for token in tokenizer.get_vocab()),
     )
     _self_check(policy)
+    _check_tokenizer(policy)
     return policy
+
+
+def _max_positions(folder: Path, model: Any) -> int:
+    found = int(model.config.get_text_config().max_position_embeddings)
+    if found < 2:
+        raise PolicyRefused(f"{folder} has max_position_embeddings = {found}: no room for a prompt and an answer")
+    return found
 
 
 def _stop_ids(model: Any, tokenizer: Any) -> frozenset[int]:
@@ -113,6 +132,21 @@ def _check_same_architecture(folder: Path, model: Any, like: Policy) -> None:
         raise PolicyRefused(
             f"{folder} has another architecture: {first} is {theirs.get(first)}, served is {ours.get(first)}"
         )
+
+
+def _check_tokenizer(policy: Policy) -> None:
+    """A chat of one message must become tokens: nothing before reads the template."""
+    try:
+        text = policy.tokenizer.apply_chat_template(
+            [{"role": "user", "content": "hello"}], tokenize=False, add_generation_prompt=True
+        )
+        empty = not policy.tokenizer.backend_tokenizer.encode(str(text), add_special_tokens=False).ids
+    except Exception as error:
+        # A template is a program: it can raise anything.
+        reason = f"{type(error).__name__}: {error}"
+        raise PolicyRefused(f"{policy.folder} has a chat template that fails on one message: {reason}") from error
+    if empty:
+        raise PolicyRefused(f"{policy.folder} has a chat template that makes nothing of one message")
 
 
 @torch.inference_mode()

@@ -1,6 +1,7 @@
 """What may stand before an answer, as token ids: messages through the chat template, plain text, or ids themselves.
 
-Raises BadRequest, which names the field; a prompt that is given back leaves room for at least one token.
+Raises BadRequest, which names the field; a prompt that is given back leaves room for at least one token. A text that
+is too long for any tokens of the context is refused before it is tokenised.
 """
 
 from __future__ import annotations
@@ -32,11 +33,11 @@ def chat_prompt(body: Json, policy: Policy) -> list[int]:
     except (TemplateError, TypeError, ValueError) as error:
         raise BadRequest(f"the chat template refuses these messages: {error}", "messages") from None
     assert isinstance(text, str)
-    return _checked(_encoded(text, policy, add_special_tokens=False), policy, "messages")
+    return _checked(_encoded(text, policy, False, "messages"), policy, "messages")
 
 
 def text_prompt(text: str, policy: Policy, add_special_tokens: bool) -> list[int]:
-    return _checked(_encoded(text, policy, add_special_tokens), policy, "prompt")
+    return _checked(_encoded(text, policy, add_special_tokens, "prompt"), policy, "prompt")
 
 
 def ids_prompt(ids: object, policy: Policy, param: str) -> list[int]:
@@ -66,8 +67,17 @@ def token_ids(value: object, policy: Policy, param: str) -> list[int]:
     return found
 
 
-def _encoded(text: str, policy: Policy, add_special_tokens: bool) -> list[int]:
-    return policy.tokenizer.backend_tokenizer.encode(text, add_special_tokens=add_special_tokens).ids
+def _encoded(text: str, policy: Policy, add_special_tokens: bool, param: str) -> list[int]:
+    most = policy.max_positions * policy.longest_token_chars
+    if len(text) > most:
+        context = f"the context of {policy.max_positions} tokens holds at most {most}"
+        raise BadRequest(f"the prompt has {len(text)} characters; {context}", param, "context_length_exceeded")
+    # Not `encode`: that one keeps the interpreter's lock, and with it every other thread, until it is through.
+    tokenizer = policy.tokenizer.backend_tokenizer
+    (encoding,) = tokenizer.encode_batch_fast([text], add_special_tokens=add_special_tokens)
+    if max(encoding.ids, default=0) >= policy.vocabulary:
+        raise BadRequest("the tokenizer makes ids of this text that the model does not know", param)
+    return encoding.ids
 
 
 def _checked(ids: list[int], policy: Policy, param: str) -> list[int]:

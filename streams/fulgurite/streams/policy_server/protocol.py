@@ -19,6 +19,8 @@ MAX_BODY_BYTES: Final = 8 * 1024 * 1024
 MAX_STOP_STRINGS: Final = 16
 MAX_STOP_CHARS: Final = 256
 _MAX_TEMPERATURE = 100.0
+_MIN_TEMPERATURE = 1e-5
+"""Below it is greedy: nothing else could be sampled, and dividing by less leaves the range of fp32."""
 _MAX_SEED = 2**63 - 1
 
 Json = dict[str, Any]
@@ -166,7 +168,7 @@ def _temperature(body: Json) -> float:
         return 1.0
     if not isinstance(value, int | float) or isinstance(value, bool) or not 0 <= value <= _MAX_TEMPERATURE:
         raise BadRequest(f"temperature must be a number from 0 to {_MAX_TEMPERATURE:g}", "temperature")
-    return float(value)
+    return float(value) if value >= _MIN_TEMPERATURE else 0.0
 
 
 def _stop(body: Json) -> tuple[str, ...]:

@@ -5,6 +5,9 @@ One object a protocol, without state; one Stream a streamed call. Pure: neither 
 
 from __future__ import annotations
 
+import json
+import logging
+import traceback
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar, Final
 
@@ -14,6 +17,8 @@ from fulgurite.producers.gateway import sse
 from fulgurite.producers.gateway.errors import BACKEND_ERROR, ApiError
 from fulgurite.producers.gateway.outcome import Outcome
 from fulgurite.schemas.spans import OPERATION_CHAT
+
+logger = logging.getLogger(__name__)
 
 Json = dict[str, Any]
 
@@ -66,6 +71,10 @@ class Api(ABC):
     def input_of(self, body: Json, index: int) -> str:
         """What is recorded as the input of choice `index`."""
 
+    def first_with_input(self, body: Json, index: int) -> int:
+        """The first choice whose input is also that of choice `index`."""
+        return 0
+
     @abstractmethod
     def read(self, body: Json, response: Any) -> Outcome:
         """A whole answer. Raises ApiError(502) `backend_invalid` when it is none."""
@@ -88,6 +97,19 @@ class Api(ABC):
 
 def invalid(message: str) -> ApiError:
     return ApiError(502, INVALID, f"the policy server's answer {message}")
+
+
+def unreadable(error: Exception) -> ApiError:
+    """For whatever a reader of answers raised that it should not have: an answer in a shape that nobody foresaw."""
+    logger.error("an answer could not be read: %s", where(error))
+    return invalid(f"could not be read ({type(error).__name__})")
+
+
+def where(error: BaseException) -> str:
+    """An error by its type and its place, without its message: that may quote a prompt or an answer."""
+    frames = traceback.extract_tb(error.__traceback__)[-3:]
+    places = (f"{frame.filename.rpartition('/')[2]}:{frame.lineno} {frame.name}" for frame in frames)
+    return f"{type(error).__name__} at {', '.join(places)}"
 
 
 def reported(error: Any) -> ApiError:
@@ -116,8 +138,25 @@ def whole_number(value: Any) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
+def to_bytes(value: Any) -> bytes:
+    """As JSON, also what orjson does not write: deeper than it goes, or whole numbers of more than 64 bits."""
+    try:
+        return orjson.dumps(value)
+    except orjson.JSONEncodeError:
+        strict = json.loads(json.dumps(value), parse_constant=lambda _: None)  # NaN is null, as orjson writes it
+        return json.dumps(strict, ensure_ascii=False, separators=(",", ":")).encode("utf-8", "replace")
+
+
+def written(value: Any) -> bytes:
+    """The same for a dead letter: nesting without end is told instead of raised."""
+    try:
+        return to_bytes(value)
+    except RecursionError:
+        return b"nested too deep to be written"
+
+
 def to_json(value: Any) -> str:
-    return orjson.dumps(value).decode()
+    return to_bytes(value).decode()
 
 
 def picked(body: Json, *names: str) -> str:

@@ -9,8 +9,6 @@ from __future__ import annotations
 from abc import abstractmethod
 from typing import Any, ClassVar, Final
 
-import orjson
-
 from fulgurite.producers.gateway import sse
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.outcome import Choice, Outcome
@@ -22,6 +20,7 @@ from fulgurite.producers.gateway.protocols.base import (
     invalid,
     parse_data,
     reported,
+    to_bytes,
     whole_number,
     without_seed,
 )
@@ -103,6 +102,7 @@ class ChoicesStream(Stream):
         self._ids_wanted = bool(body.get("return_token_ids"))
         wanted = (self._ids_wanted, api.wants_logprobs(body), bool(body.get("return_weight_versions")))
         self._quiet = not any(wanted)
+        self._ours = strip
         self._strip = strip and not (self._usage_wanted and all(wanted))
         self._finished: set[int] = set()
 
@@ -119,6 +119,8 @@ class ChoicesStream(Stream):
         chunk = parse_data(event)
         if chunk.get("error"):
             raise reported(chunk["error"])
+        if "choices" not in chunk and not self._ours:
+            return (b"", event.raw) if self._finished else (event.raw, b"")  # a provider's own: a ping
         choices = chunk.get("choices")
         if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
             raise invalid("has an event without choices")
@@ -166,7 +168,7 @@ class ChoicesStream(Stream):
         for choice in choices:
             self._api.strip_choice(self._body, choice)
             empty = empty and not choice.get("finish_reason") and self.says_nothing(choice)
-        return b"" if empty else sse.event(orjson.dumps(chunk))
+        return b"" if empty else sse.event(to_bytes(chunk))
 
     @abstractmethod
     def fold_text(self, index: int, given: Json) -> None: ...

@@ -35,6 +35,9 @@ class CompletionsApi(ChoicesApi):
         prompt = _prompts(body)[index // number_of_choices(body)]
         return prompt if isinstance(prompt, str) else to_json(prompt)
 
+    def first_with_input(self, body: Json, index: int) -> int:
+        return index - index % number_of_choices(body)
+
     def logprobs(self, body: Json, choice: Json) -> list[float] | None:
         given = choice.get("logprobs")
         found = given.get("token_logprobs") if isinstance(given, dict) else None

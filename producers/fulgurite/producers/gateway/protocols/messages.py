@@ -105,7 +105,7 @@ class _MessagesStream(Stream):
                 self._blocks[_index(data)] = data["content_block"]
             case "content_block_delta" if isinstance(data.get("delta"), dict):
                 delta = data["delta"]
-                if name := _PIECES.get(delta.get("type", "")):
+                if name := _PIECES.get(str(delta.get("type"))):
                     self._pieces.setdefault((_index(data), name), []).append(str(delta.get(name) or ""))
             case "message_delta":
                 _read_usage(self.outcome, data.get("usage"))

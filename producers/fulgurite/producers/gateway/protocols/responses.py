@@ -26,6 +26,7 @@ from fulgurite.producers.gateway.protocols.base import (
     parse_data,
     picked,
     reported,
+    to_bytes,
     whole_number,
     without_seed,
 )
@@ -126,7 +127,7 @@ class _ResponsesStream(Stream):
                 data["logprobs"] = []
             for part in _parts(data.get("part"), data.get("item")):
                 part["logprobs"] = None
-        return sse.event(orjson.dumps(data), kind)
+        return sse.event(to_bytes(data), kind)
 
     def close(self) -> None:
         if not self.ended:
@@ -169,12 +170,16 @@ def _finish_reason(response: Json) -> str:
 
 
 def _tokens(messages: Any) -> list[list[int]]:
-    found = [message.get("tokens") for message in messages or () if isinstance(message, dict)]
+    found = [message.get("tokens") for message in _list(messages) if isinstance(message, dict)]
     return [tokens for tokens in found if isinstance(tokens, list)]
 
 
 def _token_logprobs(given: Any) -> list[float]:
-    return [token["logprob"] for token in given or () if isinstance(token, dict) and "logprob" in token]
+    return [token["logprob"] for token in _list(given) if isinstance(token, dict) and "logprob" in token]
+
+
+def _list(value: Any) -> list[Any]:
+    return value if isinstance(value, list) else []
 
 
 def _parts(*items: Any) -> Iterator[Json]:
@@ -185,7 +190,9 @@ def _parts(*items: Any) -> Iterator[Json]:
                 yield item
             content = item.get("content")
             yield from (
-                part for part in (content if isinstance(content, list) else ()) if part.get("type") == "output_text"
+                part
+                for part in (content if isinstance(content, list) else ())
+                if isinstance(part, dict) and part.get("type") == "output_text"
             )
 
 

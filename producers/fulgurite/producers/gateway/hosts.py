@@ -1,0 +1,55 @@
+"""Which hosts a request may name, for a gateway that lets everybody in: a page of another site must not ask it.
+
+A browser on this machine reaches loopback for any page it shows. Such a page says its site in Origin, or, where its
+name was made to resolve to 127.0.0.1 (DNS rebinding), in Host. Agents say neither, but for the Host they were given.
+
+Pure functions; knows nothing of keys.
+"""
+
+from __future__ import annotations
+
+import ipaddress
+from collections.abc import Iterable
+from urllib.parse import urlsplit
+
+from fulgurite.producers.gateway.errors import ApiError
+from fulgurite.schemas.settings import GatewaySettings
+
+
+class Hosts:
+    """Of one gateway. With API keys, or with gateway.insecure, any host may be named."""
+
+    def __init__(self, settings: GatewaySettings) -> None:
+        self._guards = not settings.api_keys and not settings.insecure
+        self._own = {settings.host.lower(), _host_of(settings.url)} - {""}
+
+    def check(self, headers: Iterable[tuple[bytes, bytes]]) -> None:
+        """Raises ApiError(403). Every header counts: a second one may be what another reader goes by."""
+        if not self._guards:
+            return
+        for name, value in headers:
+            if name == b"host" and value and not self._is_own(_host_of(f"//{value.decode('latin-1')}")):
+                message = "the Host is neither loopback nor gateway.url's; set gateway.url to where agents find it"
+                raise ApiError(403, "forbidden_host", f"{message}, or use API keys")
+            if name == b"origin" and not self._is_own(_host_of(value.decode("latin-1"))):
+                raise ApiError(403, "forbidden_origin", "pages of other sites may ask only with API keys")
+
+    def _is_own(self, host: str) -> bool:
+        return host in self._own or host.endswith(".localhost") or is_loopback(host)
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return False  # a name may resolve to anything
+
+
+def _host_of(url: str) -> str:
+    """Lower case, without port and brackets; empty where there is none."""
+    try:
+        return urlsplit(url).hostname or ""
+    except ValueError:
+        return ""

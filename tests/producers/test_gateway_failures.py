@@ -1,0 +1,313 @@
+"""Replicas that answer with errors, providers that fail, answers that trickle: who is asked again, and what is told."""
+
+from __future__ import annotations
+
+import asyncio
+import time
+from typing import Any
+
+import aiohttp
+import openai
+import pytest
+from aiohttp import web
+
+from fulgurite.producers.gateway.app import Gateway
+from fulgurite.producers.gateway.pool import Pool
+from fulgurite.producers.gateway.replica import MAX_BROKEN_TRIES, MAX_PROVIDER_TRIES
+from fulgurite.schemas.settings import BackendSettings, GatewaySettings
+from tests.producers.fake_backend import FakeBackend, with_status
+from tests.producers.fake_policy_server import until
+from tests.producers.gateway_support import MESSAGES, FakePublisher, ask, serving, well
+from tests.producers.test_gateway_pool import ask as ask_pool
+from tests.producers.test_gateway_pool import asked_by, fakes, pool_of, refused
+
+ANSWER = {
+    "id": "x",
+    "choices": [{"index": 0, "message": {"role": "assistant", "content": "a"}, "finish_reason": "stop"}],
+}
+CALL = {"model": "policy", "messages": MESSAGES}
+EVENT = b'data: {"id":"x","choices":[{"index":0,"delta":{"content":"%s"},"finish_reason":%s}]}\n\n'
+DONE = b"data: [DONE]\n\n"
+
+
+class behind:
+    """A gateway before the backends; gives its URL and keeps what it published."""
+
+    def __init__(self, *backends: BackendSettings, **values: Any) -> None:
+        self.publisher = FakePublisher(max_bytes=1 << 30)
+        self._settings = GatewaySettings(backends=list(backends), **values)
+
+    async def __aenter__(self) -> str:
+        self._pool = Pool(self._settings)
+        await self._pool.__aenter__()
+        self.gateway = Gateway(self._settings, self._pool, self.publisher, well)
+        self._serving = serving(self.gateway)
+        return await self._serving.__aenter__()
+
+    async def __aexit__(self, *error: Any) -> None:
+        await self._serving.__aexit__(*error)
+        await self._pool.__aexit__(*error)
+
+
+def streamed(*parts: bytes, every: bytes = b"", seconds: float = 0.05) -> Any:
+    """A stream of these parts, and then of the same one again and again."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for part in parts:
+            await response.write(part)
+        while every:
+            await response.write(every)
+            await asyncio.sleep(seconds)
+        return response
+
+    return answer
+
+
+async def stream_of(url: str) -> tuple[int, bytes]:
+    async with (
+        aiohttp.ClientSession() as session,
+        session.post(f"{url}/v1/chat/completions", json=CALL | {"stream": True}) as response,
+    ):
+        return response.status, await response.read()
+
+
+async def test_a_replica_whose_engine_died_gets_next_to_nothing_of_the_traffic():
+    async def works(request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(0.02)
+        return web.json_response({"by": "1"})
+
+    async with fakes(2) as (dead, good), pool_of(dead.settings(), good.settings()) as pool:
+        dead.answer, good.answer = with_status(500), works
+        limit = asyncio.Semaphore(8)
+
+        async def one(number: int) -> str:
+            async with limit:
+                return await asked_by(pool, pin=str(number % 10) if number % 2 else "")
+
+        assert set(await asyncio.gather(*(one(number) for number in range(100)))) == {"1"}
+        assert dead.completions < 30
+        assert pool.state()[0]["breaker"] != "closed"
+
+
+async def test_a_500_that_every_replica_gives_is_told_in_its_own_words():
+    async with fakes(2) as servers:
+        for fake in servers:
+            fake.answer = with_status(500)
+        gateway = behind(*(fake.settings() for fake in servers), exact_prompts=False)
+        async with gateway as url:
+            with pytest.raises(openai.InternalServerError, match="no") as caught:
+                await ask(url)
+        assert caught.value.status_code == 500
+        assert [fake.completions for fake in servers] == [1, 1]
+    (span,) = gateway.publisher.spans
+    assert (span.status, span.attributes["fulgurite.backend_tries"]) == ("error", 2)
+
+
+async def test_a_request_that_makes_servers_say_500_is_given_up():
+    async with fakes(6) as servers, pool_of(*(fake.settings() for fake in servers)) as pool:
+        for fake in servers:
+            fake.answer = with_status(500)
+        assert (await ask_pool(pool))[0] == 500
+        assert sum(fake.completions for fake in servers) == MAX_BROKEN_TRIES
+        assert {state["in_flight"] for state in pool.state()} == {0}
+
+
+async def test_a_500_of_a_provider_is_its_answer():
+    async with fakes(2) as servers, pool_of(*(fake.settings(kind="openai") for fake in servers)) as pool:
+        for fake in servers:
+            fake.answer = with_status(500)
+        assert (await ask_pool(pool))[0] == 500
+        assert sum(fake.completions for fake in servers) == 1
+
+
+@pytest.mark.parametrize("status", [502, 504])
+async def test_a_provider_that_may_have_worked_on_it_is_asked_once_more_only(status: int):
+    async with FakeBackend(answer=with_status(status)) as provider:
+        gateway = behind(provider.settings(kind="openai"), breaker_failures=1_000)
+        async with gateway as url:
+            with pytest.raises(openai.InternalServerError) as caught:
+                await ask(url)
+        assert caught.value.status_code == status
+        assert provider.completions == MAX_PROVIDER_TRIES
+    (span,) = gateway.publisher.spans
+    assert span.attributes["fulgurite.backend_tries"] == MAX_PROVIDER_TRIES
+
+
+async def test_who_could_not_be_asked_is_told_with_the_number_of_tries():
+    async with FakeBackend(answer=with_status(503)) as fake, pool_of(fake.settings()) as pool:
+        error = await refused(pool, seconds=0.3)
+    assert (error.status, error.code) == (503, "backend_unavailable")
+    assert "status 503" in error.message
+    assert "tries" in error.message
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_an_answer_has_an_end_however_it_trickles(streams: bool):
+    async def spaces(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "application/json"})
+        await response.prepare(request)
+        while True:
+            await response.write(b" ")
+            await asyncio.sleep(0.05)
+
+    answer = streamed(every=EVENT % (b"a", b"null")) if streams else spaces
+    async with FakeBackend(answer=answer) as fake:
+        gateway = behind(fake.settings(kind="openai"), answer_seconds=0.4)
+        async with gateway as url, asyncio.timeout(5):
+            if streams:
+                _, body = await stream_of(url)
+                assert b"gateway.answer_seconds" in body
+            else:
+                with pytest.raises(openai.InternalServerError, match=r"gateway\.answer_seconds"):
+                    await ask(url)
+            await until(lambda: fake.hung_up == 1)
+    assert gateway.publisher.spans[0].attributes["error.type"] == "backend_timeout"
+
+
+async def test_comments_do_not_end_a_silence():
+    answer = streamed(EVENT % (b"a", b"null"), every=b": ping\n\n")
+    async with FakeBackend(answer=answer) as fake:
+        gateway = behind(fake.settings(kind="openai"), silence_seconds=0.4)
+        async with gateway as url, asyncio.timeout(5):
+            _, body = await stream_of(url)
+            assert b"gateway.silence_seconds" in body
+    assert gateway.publisher.spans[0].attributes["error.type"] == "backend_timeout"
+
+
+async def test_what_comes_after_the_end_does_not_keep_the_agent_waiting():
+    answer = streamed(EVENT % (b"a", b'"stop"'), DONE, every=b": ping\n\n")
+    async with FakeBackend(answer=answer) as fake:
+        gateway = behind(fake.settings(kind="openai"))
+        async with gateway as url, asyncio.timeout(5):
+            began = time.monotonic()
+            _, body = await stream_of(url)
+            assert body.endswith(DONE)
+            assert time.monotonic() - began < 2
+    assert gateway.publisher.spans[0].status == "ok"
+
+
+async def test_an_agent_that_stalls_at_the_end_gives_its_place_back():
+    answer = streamed(EVENT % (b"x" * 9_000_000, b"null"), EVENT % (b"b", b'"stop"'), DONE)
+    async with FakeBackend(answer=answer) as fake:
+        bounds = {"max_concurrent_requests": 1, "max_queued_requests": 0}
+        gateway = behind(fake.settings(kind="openai"), silence_seconds=0.4, **bounds)
+        async with gateway as url:
+            body = b'{"model":"policy","messages":[{"role":"user","content":"2+2?"}],"stream":true}'
+            writer = await connected(url, len(body), body)
+            await until(lambda: gateway.publisher.spans)
+            with pytest.raises(openai.RateLimitError):
+                await ask(url)
+            fake.answer = lambda _: _answered()
+            await asyncio.sleep(0.6)
+            await ask(url)
+            writer.transport.abort()
+
+
+async def connected(url: str, length: int, body: bytes, more: str = "") -> asyncio.StreamWriter:
+    """Has sent a call, or a part of it, and reads nothing."""
+    host = url.removeprefix("http://")
+    reader, writer = await asyncio.open_connection(*host.split(":"))
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nhost: {host}\r\ncontent-length: {length}\r\n{more}\r\n"
+    writer.write(head.encode() + body)
+    await writer.drain()
+    writer.transport.pause_reading()  # type: ignore[attr-defined]
+    writer.reader = reader  # type: ignore[attr-defined]
+    return writer
+
+
+async def test_a_body_that_does_not_come_is_a_408_and_frees_its_place():
+    async with FakeBackend() as fake:
+        fake.answer = lambda _: _answered()
+        gateway = behind(fake.settings(kind="openai"), max_concurrent_requests=1, max_queued_requests=1)
+        async with gateway as url:
+            slow = [await connected(url, 100, b"{", "x-request-timeout: 0.3\r\n") for _ in range(2)]
+            with pytest.raises(openai.RateLimitError):
+                await ask(url)
+            await asyncio.sleep(0.5)
+            await ask(url)
+            for writer in slow:
+                writer.transport.resume_reading()  # type: ignore[attr-defined]
+                said = await writer.reader.read()  # type: ignore[attr-defined]
+                assert said.startswith(b"HTTP/1.1 408")
+                assert b'"code":"request_timeout"' in said
+                writer.close()
+    assert [span.status for span in gateway.publisher.spans] == ["ok"]
+
+
+async def _answered() -> web.StreamResponse:
+    return web.json_response(ANSWER)
+
+
+@pytest.mark.parametrize(
+    ("headers", "code"),
+    [
+        ({"host": "evil.example:4750"}, "forbidden_host"),
+        ({"host": "127.0.0.1.evil.example"}, "forbidden_host"),
+        ({"origin": "https://evil.example"}, "forbidden_origin"),
+        ({"origin": "null"}, "forbidden_origin"),
+        ({"host": "localhost:1"}, ""),
+        ({"host": "[::1]:4750"}, ""),
+        ({"host": "agents.internal", "origin": "http://AGENTS.internal:80"}, ""),
+        ({"origin": "http://app.localhost:3000"}, ""),
+    ],
+)
+async def test_a_page_of_another_site_cannot_ask(headers: dict[str, str], code: str):
+    async with FakeBackend() as fake:
+        fake.answer = lambda _: _answered()
+        gateway = behind(fake.settings(kind="openai"), url="http://agents.internal:4750")
+        async with (
+            gateway as url,
+            aiohttp.ClientSession() as session,
+            session.post(f"{url}/v1/chat/completions", json=CALL, headers=headers) as response,
+        ):
+            answer = await response.json()
+    assert (response.status, answer.get("error", {}).get("code", "")) == (403 if code else 200, code)
+    assert fake.completions == (not code)
+
+
+@pytest.mark.parametrize("streams", [False, True])
+async def test_a_providers_error_keeps_what_its_clients_act_on(streams: bool):
+    async def refuses(request: web.Request) -> web.StreamResponse:
+        error = {"message": "slow down", "type": "tokens", "code": "rate_limit_exceeded", "param": None}
+        headers = {"retry-after": "17", "x-should-retry": "false", "set-cookie": "a=b"}
+        return web.json_response({"error": error}, status=429, headers=headers)
+
+    async with FakeBackend(answer=refuses) as fake:
+        gateway = behind(fake.settings(kind="openai"))
+        async with gateway as url:
+            with pytest.raises(openai.RateLimitError) as caught:
+                await ask(url, stream=streams)
+    error = caught.value
+    assert (error.code, error.type) == ("rate_limit_exceeded", "tokens")
+    said = error.response.headers
+    assert (said["retry-after"], said["x-should-retry"]) == ("17", "false")
+    assert "set-cookie" not in said
+    assert gateway.publisher.spans[0].attributes["error.type"] == "backend_error"
+
+
+async def test_health_is_checked_once_however_many_ask():
+    checks = 0
+
+    async def broker() -> str:
+        nonlocal checks
+        checks += 1
+        await asyncio.sleep(0.05)
+        return ""
+
+    async with FakeBackend() as fake:
+        settings = GatewaySettings(backends=[fake.settings()])
+        async with (
+            Pool(settings) as pool,
+            serving(Gateway(settings, pool, FakePublisher(), broker)) as url,
+            aiohttp.ClientSession() as session,
+        ):
+
+            async def one() -> int:
+                async with session.get(f"{url}/health") as response:
+                    return response.status
+
+            assert set(await asyncio.gather(*(one() for _ in range(20)))) == {200}
+            assert await one() == 200
+    assert checks == 1
