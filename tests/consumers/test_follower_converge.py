@@ -13,7 +13,9 @@ import pytest
 from starlette.responses import Response
 
 from fulgurite.consumers.follower.server import LABEL_LOADING, Refused, Unreachable
+from fulgurite.consumers.follower.store import StoreTrouble
 from fulgurite.schemas.checksum import folder_sha256
+from fulgurite.schemas.resources import ResourceVersion
 from tests.consumers.follower_support import Follower, make_version
 from tests.producers.fake_policy_server import FakePolicyServer, until
 
@@ -42,8 +44,8 @@ async def test_a_server_is_brought_to_the_newest_version(
     await follower.loop.step()
     assert serves(server, 3)
     assert server.log == [
-        *("/weight_info", "/is_paused", "/pause", "/update_weight_version", "/collective_rpc"),
-        *("/update_weight_version", "/resume", "/weight_info", "/is_paused"),
+        *("/weight_info", "/is_paused", "/pause", "/weight_info", "/is_paused", "/update_weight_version"),
+        *("/collective_rpc", "/update_weight_version", "/resume", "/weight_info", "/is_paused"),
     ]
     (event,) = follower.events
     assert (event.run_id, event.resource, event.version, event.server, event.ok) == (
@@ -257,6 +259,44 @@ async def test_a_crash_after_any_step_is_repaired_by_the_next_start(
     dead.cancel()
     with contextlib.suppress(asyncio.CancelledError):
         await dead
+
+
+async def test_a_server_that_was_restarted_before_its_turn_gets_no_label_of_before(
+    server: FakePolicyServer, session: aiohttp.ClientSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    server.label, server.weights = "2", 20
+    follower = Follower(server, session, make_version(tmp_path, 3))
+    ready = follower.shared.files.ready
+
+    async def slowly(version: ResourceVersion) -> Path:
+        if server.label == "2":
+            server.label, server.weights = "default", 0
+            # Refused, the server would have had its old label back.
+            server.faults["/collective_rpc"] = lambda: Response(status_code=400)
+        return await ready(version)
+
+    monkeypatch.setattr(follower.shared.files, "ready", slowly)
+    with pytest.raises(Unreachable, match="when its turn was asked for"):
+        await follower.loop.step()
+    assert (server.label, server.weights, server.paused) == ("default", 0, False)
+    server.faults.clear()
+    await follower.loop.step()
+    assert serves(server, 3)
+
+
+async def test_a_server_left_paused_does_not_wait_for_files_that_cannot_be_had(
+    server: FakePolicyServer, session: aiohttp.ClientSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    server.label, server.weights, server.paused = "2", 20, True
+    follower = Follower(server, session, make_version(tmp_path, 3))
+
+    async def away(version: ResourceVersion) -> Path:
+        raise StoreTrouble("the store is away")
+
+    monkeypatch.setattr(follower.shared.files, "ready", away)
+    with pytest.raises(StoreTrouble):
+        await follower.loop.step()
+    assert not server.paused
 
 
 async def test_a_server_left_paused_is_resumed_when_nothing_is_to_be_loaded(

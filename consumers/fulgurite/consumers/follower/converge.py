@@ -15,7 +15,8 @@ The contract, and what a crash of this process after each step leaves for the ne
 begins with 1 again and finds out by itself:
 1. Fetch the files where that is needed, verify their checksum; read the headers of safetensors: they must be whole, and
    have the tensors of the version loaded last (`layout.py`). Crash: nothing has happened; what was fetched is kept.
-2. When it is this server's turn, POST /pause?mode=keep: requests under way freeze, the caches are cleared. Crash: the
+2. When it is this server's turn, POST /pause?mode=keep: requests under way freeze, the caches are cleared. Ask for its
+   label once more: another one than before 1 means that it was restarted meanwhile; then 7, and begin again. Crash: the
    server stays paused until the next start, which goes on with 1, or resumes the server if there is nothing to load.
 3. Label the weights "loading": until 6 nobody can take them for a version, nor for whole. A paused server with this
    label is never resumed, by whichever start, before a version was loaded into it. Crash: so it is with the newest.
@@ -32,8 +33,9 @@ begins with 1 again and finds out by itself:
    and when all was refused, every known version in turn. A server that restarts meanwhile ends it as well.
    A stop of this process waits for 2 to 7 to end, as long as it may; killed within them it is a crash.
 8. Ask which version is served. Not the wanted one: begin again.
-9. Publish VersionApplied and wait for the acknowledgement. Crash before or after: the next start loads the version
-   again and publishes it; so at least once for every change, and a duplicate says the same.
+9. Report VersionApplied: `reports.py` publishes it, for ever, while the next comparison goes on. Crash before or after:
+   the next start loads the version again and reports it; so at least once for every change, and a duplicate says the
+   same.
 
 A version of kind `lora` has 1, then is loaded beside what is served, looked for among the served models, and reported:
 nothing is paused (`adapters.py`).
@@ -72,7 +74,7 @@ MAX_BACKOFF_SECONDS: Final = 5.0
 LOG_EVERY_SECONDS: Final = 5.0
 
 Report = Callable[[VersionApplied], Awaitable[None]]
-"""Publishes; returns when the broker has it."""
+"""Takes what is to be published; must not wait for a broker."""
 
 
 class Convergence:
@@ -132,6 +134,10 @@ class Convergence:
                 logger.info("%s serves %s version %d", self._server.url, wanted.resource, wanted.version)
                 await self._applied(wanted, {})
             return
+        if state.paused and state.whole:
+            # By somebody who was killed; fetching the wanted version may take long, or not be possible now.
+            logger.warning("%s was left paused; resuming it", self._server.url)
+            await self._server.resume()
         try:
             seconds = await self._apply(wanted, state, lambda: self._still(wanted))
         except Unusable as error:

@@ -23,6 +23,7 @@ from faststream.kafka import KafkaBroker
 
 from fulgurite.consumers.follower.converge import Convergence
 from fulgurite.consumers.follower.loading import Shared
+from fulgurite.consumers.follower.reports import Reports
 from fulgurite.consumers.follower.server import PolicyServer
 from fulgurite.consumers.security import broker_options
 from fulgurite.producers.backoff import Backoff
@@ -33,8 +34,7 @@ from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import BufferFull, InvalidEvent, Undelivered
 from fulgurite.schemas.resources import ResourceVersion
 from fulgurite.schemas.settings import FollowerSettings, KafkaSettings, Settings
-from fulgurite.schemas.topics import RESOURCES, TRAINING
-from fulgurite.schemas.training import VersionApplied
+from fulgurite.schemas.topics import RESOURCES
 
 logger = logging.getLogger(__name__)
 
@@ -68,17 +68,6 @@ class Follower:
             return
         if version.resource == self._settings.follower.resource:
             self.versions.add(version)
-
-    async def report(self, event: VersionApplied) -> None:
-        """Returns when the broker has the event; tried for ever."""
-        backoff = Backoff(logger)
-        while True:
-            try:
-                await (await self._publisher.publish(TRAINING, event.run_id, event))
-            except (BufferFull, Undelivered) as error:
-                await backoff.wait(f"cannot report version {event.version}: {error}")
-            else:
-                return
 
     async def _reject(self, record: Record, error: InvalidEvent) -> None:
         """A dead letter; again at every start while the log has the record, with the same partition and offset."""
@@ -146,6 +135,8 @@ async def _serve(settings: Settings, shared: Shared) -> None:
     try:
         async with aiohttp.ClientSession(timeout=timeout) as session, asyncio.TaskGroup() as tasks:
             publishing = tasks.create_task(publisher.start())
+            reports = Reports(publisher)
+            tasks.create_task(_publish(reports, publishing), name="report")
             settled = asyncio.Event()
             tasks.create_task(_read(settings, follower, publishing, settled), name="read")
             with contextlib.suppress(TimeoutError):
@@ -153,12 +144,17 @@ async def _serve(settings: Settings, shared: Shared) -> None:
             api_key = settings.follower.api_key.get_secret_value()
             for url in settings.follower.servers:
                 server = PolicyServer(url, session, settings.follower.request_seconds, api_key)
-                loop = Convergence(server, shared, follower.report)
+                loop = Convergence(server, shared, reports.add)
                 tasks.create_task(loop.run(), name=f"converge {url}")
             logger.info("ready; %s on %s", settings.follower.resource, ", ".join(settings.follower.servers))
     finally:
         await shared.files.close()
         await publisher.close()
+
+
+async def _publish(reports: Reports, publishing: asyncio.Task[None]) -> None:
+    await asyncio.shield(publishing)
+    await reports.run()
 
 
 async def _read(settings: Settings, follower: Follower, publishing: asyncio.Task[None], settled: asyncio.Event) -> None:

@@ -106,6 +106,13 @@ class Weights:
         self._whole = state.whole
         try:
             await self._server.pause()  # 2
+            now = await self._server.state()
+            if now.label != state.label:
+                # Restarted, or somebody else was here, while files were fetched: nothing that was seen counts.
+                self._whole = now.whole
+                raise Unreachable(
+                    f"has {now.label!r}, and had {state.label!r} when its turn was asked for", answered=True
+                )
             clock.end("pause")
             await self._swap(wanted, folder, state, clock)  # 3 to 6
         except Unreachable as error:
