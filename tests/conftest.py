@@ -22,6 +22,25 @@ hypothesis_settings.register_profile("fulgurite", deadline=None)
 hypothesis_settings.load_profile("fulgurite")
 
 
+LONGEST = (
+    "end_to_end/test_demo.py",
+    "learners/test_engines.py",
+    "learners/test_objectives_on_ranks.py",
+    "streams/test_trainer_ranks.py",
+    "streams/test_trainer_kills.py",
+    "chaos/",
+)
+"""Files that take minutes begin first: the last one would otherwise run alone."""
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    def place(item: pytest.Item) -> int:
+        path = item.path.as_posix()
+        return next((place for place, name in enumerate(LONGEST) if name in path), len(LONGEST))
+
+    items.sort(key=place)
+
+
 @pytest.fixture(scope="session")
 def kafka_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[EmbeddedKafka]:
     """The session's broker."""

@@ -22,6 +22,7 @@ import pytest
 from pydantic import SecretStr
 
 from fulgurite.consumers.coordinator.term import Term
+from fulgurite.consumers.follower.loading import Shared
 from fulgurite.consumers.follower.service import Follower, kafka_broker
 from fulgurite.consumers.materialiser.service import serve as materialise
 from fulgurite.consumers.security import broker_options
@@ -142,7 +143,8 @@ async def test_the_follower_reads_over_tls_and_scram(secured: EmbeddedKafka, aut
     kafka = by(secured, authority, "SCRAM-SHA-256", topic_prefix="follower.")
     await create_topics(kafka)
     async with Publisher(kafka) as publisher:
-        follower = Follower(Settings(kafka=kafka), publisher)
+        settings = Settings(kafka=kafka)
+        follower = Follower(settings, publisher, Shared(settings.follower))
         version = ResourceVersion(resource="policy", version=7, uri="file:///nowhere", sha256="0" * 64)
         await (await publisher.publish(RESOURCES, "policy", version))
         broker = kafka_broker(kafka, follower)
