@@ -134,8 +134,9 @@ class Convergence:
                 logger.info("%s serves %s version %d", self._server.url, wanted.resource, wanted.version)
                 await self._applied(wanted, {})
             return
-        if state.paused and state.whole:
-            # By somebody who was killed; fetching the wanted version may take long, or not be possible now.
+        if state.paused and state.version is not None:
+            # By somebody who was killed; fetching the wanted version may take long, or not be possible now. Weights
+            # without a number may be what a failed load left.
             logger.warning("%s was left paused; resuming it", self._server.url)
             await self._server.resume()
         try:
