@@ -24,11 +24,11 @@ hypothesis_settings.load_profile("fulgurite")
 
 LONGEST = (
     "end_to_end/test_demo.py",
-    "learners/test_engines.py",
-    "learners/test_objectives_on_ranks.py",
-    "streams/test_trainer_ranks.py",
-    "streams/test_trainer_kills.py",
     "chaos/",
+    "streams/test_trainer_ranks.py",
+    "learners/test_engines.py",
+    "streams/test_trainer_kills.py",
+    "learners/test_objectives_on_ranks.py",
 )
 """Files that take minutes begin first: the last one would otherwise run alone."""
 

@@ -16,6 +16,8 @@ from fulgurite.schemas.training import TrainingStep
 from tests.streams.test_trainer_kills import settings_of, weights
 from tests.streams.trainer_world import World, all_once, build_model, training_events
 
+pytestmark = pytest.mark.timeout(600)  # processes under torchrun, which share two cores with other tests
+
 DEATHS = (
     "1:step@2",  # while rank 0 waits for it in a collective
     "0:write_checkpoint@2",  # between 3 and 4 of the contract; rank 1 waits for the next command
@@ -38,7 +40,7 @@ def train(settings: Settings, folder: Path, *deaths: str) -> int:
             command, env={**os.environ, **environment, **quiet}, stdout=log, stderr=log, start_new_session=True
         )
         try:
-            return process.wait(240)
+            return process.wait(280)
         except subprocess.TimeoutExpired:
             pytest.fail(f"it did not end:\n{(folder / 'log').read_text()[-8_000:]}")
         finally:

@@ -18,6 +18,8 @@ from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.learner import load_learner
 
+pytestmark = pytest.mark.timeout(600)  # processes under torchrun, which share two cores with other tests
+
 LIVES = Path(__file__).parent / "engine_lives.py"
 
 Life = dict[str, Any]
@@ -65,7 +67,7 @@ def run(ranks: int, *lives: Life) -> None:
     launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     command = [sys.executable, *launcher, str(LIVES), *arguments]
-    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-4_000:]
 
 

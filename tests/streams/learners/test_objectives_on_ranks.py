@@ -12,6 +12,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 from tests.streams.learners.engine_lives import VOCABULARY
 from tests.streams.learners.test_engines import Life, farthest, run, steps
 
+pytestmark = pytest.mark.timeout(600)  # processes under torchrun, which share two cores with other tests
+
 TERMS = {"kl_coefficient": 0.5, "entropy_coefficient": 0.05}
 OBJECTIVES: dict[str, Life] = {
     "masked": {"settings": {**TERMS, "loss": "dr_grpo", "length_constant": 40, "correction": "mask"}},
