@@ -5,7 +5,10 @@ A test that stops or kills a store starts one of its own: EmbeddedKafka(tmp_path
 
 from __future__ import annotations
 
+import os
 import secrets
+import shutil
+import tempfile
 from collections.abc import Iterator
 
 import pytest
@@ -20,6 +23,17 @@ from fulgurite.schemas.settings import ClickHouseSettings, KafkaSettings, Settin
 # A busy machine stops a test for longer than any deadline of an example.
 hypothesis_settings.register_profile("fulgurite", deadline=None)
 hypothesis_settings.load_profile("fulgurite")
+
+
+# What a developer set, or a demo left in the working directory, is no part of a test, nor of the processes it starts.
+HOME = tempfile.mkdtemp(prefix="fulgurite-tests-")
+for name in [name for name in os.environ if name.startswith("FULGURITE_")]:
+    del os.environ[name]
+os.environ["FULGURITE_HOME"] = HOME
+
+
+def pytest_unconfigure() -> None:
+    shutil.rmtree(HOME, ignore_errors=True)
 
 
 LONGEST = (
