@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import asyncio
 import os
-import signal
 import subprocess
 import sys
 from pathlib import Path
 
+import psutil
 import pytest
 
 from fulgurite.schemas.settings import KafkaSettings, Settings, to_environment
@@ -36,16 +36,15 @@ def train(settings: Settings, folder: Path, *deaths: str) -> int:
     command = [sys.executable, "-m", *launcher, "-m", "tests.streams.trainer_ranks", str(folder), *deaths]
     quiet = {"OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
     with (folder / "log").open("wb") as log:
-        process = subprocess.Popen(
-            command, env={**os.environ, **environment, **quiet}, stdout=log, stderr=log, start_new_session=True
-        )
+        process = subprocess.Popen(command, env={**os.environ, **environment, **quiet}, stdout=log, stderr=log)
         try:
             return process.wait(280)
         except subprocess.TimeoutExpired:
             pytest.fail(f"it did not end:\n{(folder / 'log').read_text()[-8_000:]}")
         finally:
-            if process.poll() is None:
-                os.killpg(process.pid, signal.SIGKILL)
+            if process.poll() is None:  # ranks are in sessions of their own
+                for running in (*psutil.Process(process.pid).children(recursive=True), process):
+                    running.kill()
                 process.wait()
 
 
