@@ -119,6 +119,8 @@ class FakeVllm(FakePolicyServer):
     load_seconds: float = 0.0
     loads: bool = True
     """Whether reload_weights does anything."""
+    before_load: Callable[[], object] | None = None
+    """Runs when files are about to be read."""
 
     def more_routes(self) -> list[tuple[str, str, Callable[[Request], Any]]]:
         found = {
@@ -154,6 +156,8 @@ class FakeVllm(FakePolicyServer):
 
     async def _collective_rpc(self, request: Request) -> Response:
         await asyncio.sleep(self.load_seconds)
+        if self.before_load:
+            self.before_load()
         before = self.weights
         answer = await super()._collective_rpc(request)
         if not self.loads:

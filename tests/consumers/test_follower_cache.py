@@ -142,6 +142,63 @@ def test_a_copy_that_was_changed_is_fetched_again(settings: FollowerSettings, tm
     cache.close()
 
 
+def test_a_copy_that_was_changed_stays_until_the_right_one_is_there(
+    settings: FollowerSettings, tmp_path: Path, cat_file: Any
+):
+    version = put(tmp_path, 1)
+    cache = Cache(settings)
+    changed = cache.fetch(version) / "weights.txt"
+    changed.write_text("666")
+    seen: list[str] = []
+
+    def around(original: CatFile) -> CatFile:
+        def read(fs: Any, path: str, start: int, end: int) -> bytes:
+            seen.append(changed.read_text())
+            if len(seen) == 1:
+                raise ConnectionResetError("gone")
+            return original(fs, path, start=start, end=end)
+
+        return read
+
+    cat_file(around)
+    with pytest.raises(StoreTrouble, match="gone"):
+        cache.fetch(version)
+    assert changed.read_text() == "666", "a server may have it"
+    assert folder_sha256(cache.fetch(version)) == version.sha256
+    assert set(seen) == {"666"}
+    cache.close()
+
+
+def test_links_to_files_are_followed_as_the_checksum_does(settings: FollowerSettings, tmp_path: Path):
+    version = make_version(tmp_path, 1)
+    blob = tmp_path / "v1" / "weights.txt"
+    blob.rename(tmp_path / "blob")
+    blob.symlink_to(tmp_path / "blob")
+    cache = Cache(settings)
+    copy = cache.fetch(version) / "weights.txt"
+    assert copy.read_text() == "10"
+    assert not copy.is_symlink()
+    cache.close()
+
+
+@pytest.mark.parametrize("target", ["nowhere", "folder"])
+def test_a_link_to_what_is_no_file_is_refused(tmp_path: Path, target: str):
+    version = make_version(tmp_path, 1)
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "v1" / "link").symlink_to(tmp_path / target)
+    with pytest.raises(Unusable, match="link to something that is no file"):
+        StoredFolder(version.uri).files()
+
+
+def test_an_object_that_is_also_a_folder_is_refused(monkeypatch: pytest.MonkeyPatch):
+    def find(*_: object, **__: object) -> dict[str, dict[str, Any]]:
+        return {f"/bucket/v1/{name}": {"type": "file", "size": 1} for name in ("a", "a/b")}
+
+    monkeypatch.setattr(MemoryFileSystem, "find", find)
+    with pytest.raises(Unusable, match="'a' and one below it, 'a/b'"):
+        StoredFolder("memory://bucket/v1").files()
+
+
 def test_a_copy_of_a_local_folder_with_a_space_in_its_name(settings: FollowerSettings, tmp_path: Path):
     version = make_version(tmp_path / "my models", 1)
     assert "%20" in version.uri

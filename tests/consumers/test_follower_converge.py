@@ -12,9 +12,11 @@ import aiohttp
 import pytest
 from starlette.responses import Response
 
+from fulgurite.consumers.follower.files import Verified
 from fulgurite.consumers.follower.server import LABEL_LOADING, Refused, Unreachable
 from fulgurite.consumers.follower.store import StoreTrouble
 from fulgurite.schemas.checksum import folder_sha256
+from fulgurite.schemas.errors import InvalidEvent
 from fulgurite.schemas.resources import ResourceVersion
 from tests.consumers.follower_support import Follower, make_version
 from tests.producers.fake_policy_server import FakePolicyServer, until
@@ -70,7 +72,7 @@ async def test_a_fresh_follower_loads_what_the_label_says_once_and_then_leaves_t
     assert follower.outcome == [(3, True)]
 
 
-async def test_a_number_announced_again_with_other_files_is_loaded_again(
+async def test_a_number_that_was_served_means_its_files_for_ever(
     server: FakePolicyServer, session: aiohttp.ClientSession, tmp_path: Path
 ):
     first = make_version(tmp_path / "one", 3)
@@ -80,12 +82,25 @@ async def test_a_number_announced_again_with_other_files_is_loaded_again(
     files = tmp_path / "other" / "v3"
     (files / "weights.txt").write_text("31")
     other = first.model_copy(update={"uri": files.as_uri(), "sha256": folder_sha256(files)})
-    follower.versions.add(other)
+    with pytest.raises(InvalidEvent, match="number of their own") as caught:
+        follower.versions.add(other)
+    assert caught.value.reason == "version_reused"
     for _ in range(2):
         await follower.loop.step()
-    assert (server.label, server.weights, server.paused) == ("3", 31, False)
-    assert server.log.count("/collective_rpc") == 2
-    assert follower.outcome == [(3, True)] * 2
+    assert serves(server, 3)
+    assert server.log.count("/collective_rpc") == 1
+    assert follower.outcome == [(3, True)]
+
+
+async def test_a_number_that_no_server_could_use_may_be_announced_again(
+    server: FakePolicyServer, session: aiohttp.ClientSession, tmp_path: Path
+):
+    follower = Follower(server, session, make_version(tmp_path / "one", 3, sha256="0" * 64))
+    await follower.loop.step()
+    follower.versions.add(make_version(tmp_path / "mended", 3))
+    await follower.loop.step()
+    assert serves(server, 3)
+    assert follower.outcome == [(3, False), (3, True)]
 
 
 async def test_the_same_content_announced_from_another_place_is_not_loaded_again(
@@ -96,18 +111,6 @@ async def test_the_same_content_announced_from_another_place_is_not_loaded_again
     follower.versions.add(make_version(tmp_path / "copy", 3))
     await follower.loop.step()
     assert server.log.count("/collective_rpc") == 1
-
-
-async def test_a_server_that_refuses_a_number_announced_again_keeps_the_first(
-    server: FakePolicyServer, session: aiohttp.ClientSession, tmp_path: Path
-):
-    follower = Follower(server, session, make_version(tmp_path / "one", 3))
-    await follower.loop.step()
-    follower.versions.add(make_version(tmp_path / "other", 3, sha256="0" * 64))
-    for _ in range(2):
-        await follower.loop.step()
-    assert serves(server, 3)
-    assert follower.outcome == [(3, True), (3, False)]
 
 
 async def test_versions_in_between_are_skipped(
@@ -268,7 +271,7 @@ async def test_a_server_that_was_restarted_before_its_turn_gets_no_label_of_befo
     follower = Follower(server, session, make_version(tmp_path, 3))
     ready = follower.shared.files.ready
 
-    async def slowly(version: ResourceVersion) -> Path:
+    async def slowly(version: ResourceVersion) -> Verified:
         if server.label == "2":
             server.label, server.weights = "default", 0
             # Refused, the server would have had its old label back.

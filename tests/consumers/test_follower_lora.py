@@ -99,16 +99,17 @@ async def test_a_fresh_follower_sees_by_the_path_that_the_adapter_is_there(
     assert again.outcome == [(2, True)]
 
 
-async def test_a_number_announced_again_with_other_files_replaces_the_adapter(
+async def test_a_fresh_follower_replaces_an_adapter_that_has_other_files_than_were_announced(
     server: FakeVllm, session: aiohttp.ClientSession, tmp_path: Path
 ):
     follower = follower_of(server, session, tmp_path, lora(tmp_path / "one", 2))
     await follower.loop.step()
-    follower.versions.add(lora(tmp_path / "other", 2, weights=21))
-    await follower.loop.step()
-    assert (Path(server.adapters["policy-v2"]) / "weights.txt").read_text() == "21"
-    assert follower.outcome == [(2, True)] * 2
     await follower.shared.files.close()
+    fresh = follower_of(server, session, tmp_path, lora(tmp_path / "other", 2, weights=21))
+    await fresh.loop.step()
+    assert (Path(server.adapters["policy-v2"]) / "weights.txt").read_text() == "21"
+    assert fresh.outcome == [(2, True)]
+    await fresh.shared.files.close()
 
 
 async def test_a_restarted_server_gets_the_newest_adapter_again(

@@ -112,11 +112,14 @@ async def test_a_record_that_is_no_version_becomes_a_dead_letter_and_stops_nothi
         await (await publisher.publish(RESOURCES, "policy", version))
         async with following(configured(kafka_settings, server)):
             await until(lambda: server.label == "1")
-            dead = await records(kafka_settings, DEAD_LETTERS, 2)
-    assert [record.value for record in dead] == [b"{not json", b'{"resource": "policy", "version": -1}']
+            reused = make_version(tmp_path, 2).model_copy(update={"version": 1})
+            await (await publisher.publish(RESOURCES, "policy", reused))
+            dead = await records(kafka_settings, DEAD_LETTERS, 3)
+    assert [record.value for record in dead][:2] == [b"{not json", b'{"resource": "policy", "version": -1}']
     headers = [{name: value.decode() for name, value in record.headers} for record in dead]
-    assert [h["__connect.errors.exception.class.name"] for h in headers] == ["not_json", "bad_field"]
-    assert [h["__connect.errors.offset"] for h in headers] == ["0", "1"]
+    assert [h["__connect.errors.exception.class.name"] for h in headers] == ["not_json", "bad_field", "version_reused"]
+    assert [h["__connect.errors.offset"] for h in headers] == ["0", "1", "4"]
+    assert (server.label, server.weights) == ("1", 10)
     assert {h["__connect.errors.stage"] for h in headers} == {"follower"}
 
 

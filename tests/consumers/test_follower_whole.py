@@ -56,6 +56,33 @@ async def test_a_load_that_fails_is_undone_before_the_server_goes_on(
     assert "collective_rpc" in follower.events[1].error
 
 
+async def test_files_that_change_while_they_are_loaded_are_undone_before_the_server_goes_on(
+    server: FragileVllm, session: aiohttp.ClientSession, tmp_path: Path
+):
+    """The server reads what the checksum did not see."""
+    follower = Follower(server, session, make_version(tmp_path, 3))
+    async with follower.running():
+        await until(lambda: serves(server, 3))
+        server.log.clear()
+        server.before_load = lambda: (tmp_path / "v4" / "weights.txt").write_text("666")
+        follower.versions.add(make_version(tmp_path, 4))
+        await until(lambda: follower.outcome == [(3, True), (4, False), (3, True)])
+        assert serves(server, 3)
+        swap = [path for path in server.log if path in ("/pause", "/collective_rpc", "/resume")]
+        assert swap == ["/pause", "/collective_rpc", "/collective_rpc", "/resume"]
+    assert "checksum" in follower.events[1].error
+
+
+async def test_files_that_were_only_touched_are_the_same(
+    server: FragileVllm, session: aiohttp.ClientSession, tmp_path: Path
+):
+    server.before_load = (tmp_path / "v3" / "weights.txt").touch
+    follower = Follower(server, session, make_version(tmp_path, 3))
+    await follower.loop.step()
+    assert serves(server, 3)
+    assert follower.outcome == [(3, True)]
+
+
 async def test_weights_that_hash_to_something_else_are_undone_before_the_server_goes_on(
     server: FragileVllm, session: aiohttp.ClientSession, tmp_path: Path
 ):

@@ -34,6 +34,7 @@ class Adapters:
         self._server = server
         self._settings = shared.settings
         self._cache = shared.files.cache
+        self._known = shared.versions
 
     async def observe(self) -> None:
         """Looks at what the server has. Raises Refused, Unreachable."""
@@ -51,6 +52,7 @@ class Adapters:
         if name in self._paths:
             logger.warning("%s has other files as %s; unloading them", self._server.url, name)
             await self._server.unload_adapter(name)
+        self._known.give(wanted)
         try:
             await self._server.load_adapter(name, str(folder))
         except Refused as error:

@@ -93,7 +93,6 @@ class Cache:
                 if folder_sha256(place) == version.sha256:
                     return place
                 logger.error("the files in %s were changed; fetching them again", place)
-                self._remove(place)
             return self._fetch(version, source, place)
         except OSError as error:
             raise StoreTrouble(f"cannot use the cache {self._root}: {error}") from error
@@ -110,6 +109,8 @@ class Cache:
             source.copy(files, partial, self._stopping)
             found = folder_sha256(partial)
             if found == version.sha256:
+                if place.is_dir():  # changed files, which a server may have: there until the right ones are
+                    self._remove(place)
                 partial.rename(place)
                 _fsync(self._root)
                 return place

@@ -8,8 +8,8 @@
     resumes, also on error, and a server that does not answer loses its turn
 
 Same means: the server's label is the wanted number, and this process itself loaded that number and checksum into it. A
-label alone says nothing of the files: the same number may have been announced again with others (a wiped log, a second
-publisher). So a fresh follower loads the newest version once (25 to 100 ms paused) even where the label fits already.
+label alone says nothing of the files: the number may have meant others once (a wiped log). So a fresh follower loads
+the newest version once (25 to 100 ms paused) even where the label fits already.
 
 The contract, and what a crash of this process after each step leaves for the next start, which remembers no load, so
 begins with 1 again and finds out by itself:
@@ -20,7 +20,8 @@ begins with 1 again and finds out by itself:
    server stays paused until the next start, which goes on with 1, or resumes the server if there is nothing to load.
 3. Label the weights "loading": until 6 nobody can take them for a version, nor for whole. A paused server with this
    label is never resumed, by whichever start, before a version was loaded into it. Crash: so it is with the newest.
-4. POST /collective_rpc reload_weights. Crash: as after 3, loaded again.
+4. POST /collective_rpc reload_weights; then look whether the files are still those of 1: a folder that is loaded from
+   where it lies may have been written to meanwhile. Crash: as after 3, loaded again.
 5. POST /weight_checker, where there is one: do the weights hash to what they ought to (`digests.py`)? While it is
    paused, because hashing stops the engine anyway, and wrong weights get no label and no request. Crash: as after 4.
 6. Label them with the version, and remember number and checksum. Crash: paused with the right version; loaded again.
@@ -211,15 +212,15 @@ class Convergence:
         good = self._weights.good.version if self._weights.good else None
         has = {number for number in (state.version, good) if number is not None} | self._adapters.versions
         self._files.cache.claim(self._server.url, has | {wanted.version})
-        folder = await self._files.ready(wanted)  # 1
-        layout = await asyncio.to_thread(read_layout, folder)
+        files = await self._files.ready(wanted)  # 1
+        layout = await asyncio.to_thread(read_layout, files.folder)
         if wanted.kind != "lora":
-            await self._weights.check(folder, layout)
+            await self._weights.check(files.folder, layout)
         clock.end("verify")
         try:
             if wanted.kind == "lora":
-                await self._adapters.load(wanted, folder, clock)
-            elif not await self._weights.load(wanted, folder, layout, state, clock, still_wanted):
+                await self._adapters.load(wanted, files.folder, clock)
+            elif not await self._weights.load(wanted, files, layout, state, clock, still_wanted):
                 return {}
         except LoadFailed as error:
             if wanted.kind != "lora":

@@ -5,12 +5,15 @@ server may read an adapter again long after it was loaded, when its place in mem
 because the copy's path then says which content a server has.
 
 Promises: servers that want the same version at once share one fetch and one reading; copies are made and removed one
-at a time. Knows neither servers nor Kafka.
+at a time. A folder that is loaded from where it lies may be written to between the checksum and the end of the load, so
+it is looked at once more then: sizes, times and inodes, and where those differ the checksum. Knows neither servers nor
+Kafka.
 """
 
 from __future__ import annotations
 
 import asyncio
+from dataclasses import dataclass
 from pathlib import Path
 
 from fulgurite.consumers.follower.cache import Cache
@@ -20,14 +23,45 @@ from fulgurite.schemas.checksum import folder_of, folder_sha256
 from fulgurite.schemas.resources import ResourceVersion
 from fulgurite.schemas.settings import FollowerSettings
 
+Stamp = tuple[tuple[str, int, int, int, int], ...]
+"""Of each file: name, size, times of the last change to its bytes and to anything of it, inode."""
+
+
+@dataclass(frozen=True, slots=True)
+class Verified:
+    """A folder whose files had the checksum. The stamp was taken before they were read for it."""
+
+    folder: Path
+    sha256: str
+    stamp: Stamp
+
+    def ensure_unchanged(self) -> None:
+        """Raises Unusable where they have it no longer. Blocking; reads the files only if they were touched."""
+        try:
+            same = stamp_of(self.folder) == self.stamp or folder_sha256(self.folder) == self.sha256
+        except OSError as error:
+            raise Unusable(f"the files in {self.folder} went while they were loaded: {error}") from None
+        if not same:
+            raise Unusable(f"the files in {self.folder} were changed while they were loaded")
+
+
+def stamp_of(folder: Path) -> Stamp:
+    found: list[tuple[str, int, int, int, int]] = []
+    for path in sorted(folder.rglob("*")):
+        if path.is_file():
+            about = path.stat()
+            name = path.relative_to(folder).as_posix()
+            found.append((name, about.st_size, about.st_mtime_ns, about.st_ctime_ns, about.st_ino))
+    return tuple(found)
+
 
 class Files:
     def __init__(self, settings: FollowerSettings) -> None:
         self.cache = Cache(settings)
         self._one_at_a_time = asyncio.Lock()
-        self._running: dict[Identity, asyncio.Task[Path]] = {}
+        self._running: dict[Identity, asyncio.Task[Verified]] = {}
 
-    async def ready(self, version: ResourceVersion) -> Path:
+    async def ready(self, version: ResourceVersion) -> Verified:
         """The folder with the version's files. Raises Unusable: what is wrong, and where; StoreTrouble: not now."""
         key = identity(version)
         task = self._running.get(key)
@@ -37,21 +71,25 @@ class Files:
             task.add_done_callback(lambda done: self._done(key, done))
         return await asyncio.shield(task)
 
-    def _done(self, key: Identity, task: asyncio.Task[Path]) -> None:
+    def _done(self, key: Identity, task: asyncio.Task[Verified]) -> None:
         self._running.pop(key, None)
         if not task.cancelled():
             task.exception()  # who waited may be gone, which is no reason for asyncio to complain
 
-    async def _ready(self, version: ResourceVersion) -> Path:
+    async def _ready(self, version: ResourceVersion) -> Verified:
         if version.kind not in ("weights", "lora"):
             raise _about(version, f"it is of kind {version.kind}; only weights and lora can be loaded into a server")
         if version.kind == "weights" and version.uri.startswith("file:"):
             return await asyncio.to_thread(_verified, version)
         async with self._one_at_a_time:
             try:
-                return await asyncio.to_thread(self.cache.fetch, version)
+                return await asyncio.to_thread(self._fetched, version)
             except Unusable as error:
                 raise _about(version, str(error)) from None
+
+    def _fetched(self, version: ResourceVersion) -> Verified:
+        folder = self.cache.fetch(version)
+        return Verified(folder, version.sha256, stamp_of(folder))
 
     async def collect(self) -> list[int]:
         """Removes copies that nobody needs any more. Raises StoreTrouble."""
@@ -71,14 +109,15 @@ def _about(version: ResourceVersion, what: str) -> Unusable:
     return Unusable(f"{version.resource} version {version.version}: {what}")
 
 
-def _verified(version: ResourceVersion) -> Path:
+def _verified(version: ResourceVersion) -> Verified:
     try:
         folder = folder_of(version.uri)
         if not folder.is_dir():
             raise _about(version, f"{folder} is not a folder on this machine")
+        stamp = stamp_of(folder)
         found = folder_sha256(folder)
     except (ValueError, OSError) as error:
         raise _about(version, f"{version.uri} cannot be read: {error}") from None
     if found != version.sha256:
         raise _about(version, f"the files in {folder} have checksum {found}, announced was {version.sha256}")
-    return folder
+    return Verified(folder, found, stamp)

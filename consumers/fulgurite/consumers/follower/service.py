@@ -63,11 +63,10 @@ class Follower:
             return  # a tombstone: compaction's way to forget a resource; servers keep what they serve
         try:
             version = decode(ResourceVersion, record.value)
+            if version.resource == self._settings.follower.resource:
+                self.versions.add(version)
         except InvalidEvent as error:
             await self._reject(record, error)
-            return
-        if version.resource == self._settings.follower.resource:
-            self.versions.add(version)
 
     async def _reject(self, record: Record, error: InvalidEvent) -> None:
         """A dead letter; again at every start while the log has the record, with the same partition and offset."""
@@ -81,7 +80,7 @@ class Follower:
             key=record.key,
             value=record.value,
         )
-        logger.error("%s offset %d is no resource version (%s)", record.topic, record.offset, error)
+        logger.error("%s offset %d is no version to serve: %s", record.topic, record.offset, error)
         backoff = Backoff(logger)
         while True:
             try:

@@ -80,13 +80,28 @@ class StoredFolder:
         files = [
             StoredFile(key, self._name(key), int(about["size"]))
             for key, about in sorted(found.items())
-            if about["type"] == "file" and not key.endswith("/")  # a folder's own, empty, object
+            if self._is_file(key, about) and not key.endswith("/")  # a folder's own, empty, object
         ]
         if not files:
             raise Unusable(f"there is no file below {self.uri}")
         if len(files) > MAX_FILES:
             raise Unusable(f"{self.uri} has {len(files)} files; at most {MAX_FILES} are one version")
+        names = {file.name for file in files}
+        for name in names:
+            if above := next((folder for folder in _folders_of(name) if folder in names), None):
+                raise Unusable(
+                    f"{self.uri} has an object {above!r} and one below it, {name!r}: no folder can hold both"
+                )
         return files
+
+    def _is_file(self, key: str, about: dict[str, Any]) -> bool:
+        """A link to a file is one, as the checksum has it (the hub's cache is made of them). Raises Unusable for a link
+        to anything else: what is behind it stands in no checksum."""
+        if about.get("islink"):
+            if not Path(key).is_file():
+                raise Unusable(f"{key} is a link to something that is no file: put the files themselves there")
+            return True
+        return about["type"] == "file"
 
     def _name(self, key: str) -> str:
         name = key.removeprefix(f"{self._root}/")
@@ -131,6 +146,12 @@ class StoredFolder:
             raise
         except Exception as error:
             _explain(f"cannot fetch {file.key} of {self.uri}", error)
+
+
+def _folders_of(name: str) -> list[str]:
+    """a/b/c -> a, a/b"""
+    parts = name.split("/")
+    return ["/".join(parts[:count]) for count in range(1, len(parts))]
 
 
 def _explain(what: str, error: Exception) -> NoReturn:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Final
 
 from fulgurite.consumers.follower.digests import WEIGHT_SUFFIXES, same_weights
+from fulgurite.consumers.follower.files import Verified
 from fulgurite.consumers.follower.layout import Layout, check_alike, is_tied, read_layout
 from fulgurite.consumers.follower.loading import LoadFailed, Phases, Shared
 from fulgurite.consumers.follower.server import LABEL_LOADING, PolicyServer, Refused, State, Unreachable
@@ -82,7 +83,7 @@ class Weights:
     async def load(
         self,
         wanted: ResourceVersion,
-        folder: Path,
+        files: Verified,
         layout: Layout,
         state: State,
         clock: Phases,
@@ -93,7 +94,7 @@ class Weights:
             clock.end("turn")
             if not still_wanted():
                 return False
-            await _to_its_end(self._update(wanted, folder, state, clock, turn))
+            await _to_its_end(self._update(wanted, files, state, clock, turn))
         clock.end("resume")
         self._shared.layout = layout
         served = await self._server.state()  # 8
@@ -101,7 +102,7 @@ class Weights:
             raise Unreachable(f"serves {served.label!r} after version {wanted.version} was loaded", answered=True)
         return True
 
-    async def _update(self, wanted: ResourceVersion, folder: Path, state: State, clock: Phases, turn: Turn) -> None:
+    async def _update(self, wanted: ResourceVersion, files: Verified, state: State, clock: Phases, turn: Turn) -> None:
         """Steps 2 to 7."""
         self._whole = state.whole
         try:
@@ -114,7 +115,7 @@ class Weights:
                     f"has {now.label!r}, and had {state.label!r} when its turn was asked for", answered=True
                 )
             clock.end("pause")
-            await self._swap(wanted, folder, state, clock)  # 3 to 6
+            await self._swap(wanted, files, state, clock)  # 3 to 6
         except Unreachable as error:
             if not error.answered:
                 turn.give_back()
@@ -133,12 +134,13 @@ class Weights:
                     wanted.version,
                 )
 
-    async def _swap(self, wanted: ResourceVersion, folder: Path, state: State, clock: Phases) -> None:
+    async def _swap(self, wanted: ResourceVersion, files: Verified, state: State, clock: Phases) -> None:
         await self._unlabel(state)  # 3
         loaded, self.loaded = self.loaded, None
         self._whole = False
         try:
-            await self._server.reload_weights(str(folder))  # 4
+            await self._server.reload_weights(str(files.folder))  # 4
+            await _ensure_unchanged(files)
         except Refused as error:
             # Refused means untouched: the weights are what they were.
             self._whole = state.whole
@@ -150,7 +152,7 @@ class Weights:
             raise LoadFailed(str(error), answered=error.answered) from None
         clock.end("load")
         if self._shared.settings.check_weights:
-            await self._check(wanted, folder)  # 5
+            await self._check(wanted, files.folder)  # 5
             clock.end("check")
         await self._label(wanted)  # 6
 
@@ -166,6 +168,7 @@ class Weights:
     async def _label(self, version: ResourceVersion) -> None:
         self._whole, self._held = True, False
         self.good = version
+        self._shared.versions.give(version)
         await self._server.set_label(str(version.version))
         self.loaded = content(version)
 
@@ -199,11 +202,12 @@ class Weights:
         """Loads the last good version over what is left of `failed`, or else the newest of the others that can be."""
         for version in self._others(failed):
             try:
-                folder = await self._shared.files.ready(version)
-                await asyncio.to_thread(read_layout, folder)
-                await self._server.reload_weights(str(folder))
+                files = await self._shared.files.ready(version)
+                await asyncio.to_thread(read_layout, files.folder)
+                await self._server.reload_weights(str(files.folder))
+                await _ensure_unchanged(files)
                 if self._shared.settings.check_weights:
-                    await self._check(version, folder)
+                    await self._check(version, files.folder)
                 await self._label(version)
             except (Unusable, StoreTrouble, Refused, Unreachable) as error:
                 level = logging.DEBUG if self._held else logging.WARNING
@@ -242,6 +246,14 @@ class Weights:
 def _has_weights(folder: Path) -> bool:
     """In any format."""
     return any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir())
+
+
+async def _ensure_unchanged(files: Verified) -> None:
+    """Raises LoadFailed: what was loaded is not what was verified."""
+    try:
+        await asyncio.to_thread(files.ensure_unchanged)
+    except Unusable as error:
+        raise LoadFailed(str(error), answered=True) from None
 
 
 async def _to_its_end(update: Coroutine[None, None, None]) -> None:
