@@ -110,16 +110,31 @@ async def test_that_a_route_is_missing_is_known_before_anything_is_sampled(missi
     assert [span.status for span in publisher.spans] == ["ok"]
 
 
-async def test_what_was_sampled_is_not_sampled_again_on_another_route():
+async def test_what_was_sampled_is_not_sampled_again_on_another_route_and_not_forgotten():
+    """What cannot be put into words is no answer: the tokens are a dead letter, and of the rollout's budget."""
     publisher = FakePublisher()
-    async with TokenServer(label="1") as backend, gateway(publisher, backend.url) as url:
+    async with TokenServer(label="1") as backend, gateway(publisher, backend.url, max_rollout_tokens=4) as url:
         backend.missing, backend.served = frozenset({"derender"}), 1  # gone after it was probed
         body = {"model": "policy", "messages": MESSAGES, "tools": TOOLS}
         status, answer = await post(url, "/v1/chat/completions", body)
-    assert (status, orjson.loads(answer)["error"]["code"]) == (502, "backend_invalid")
+        assert (status, orjson.loads(answer)["error"]["code"]) == (502, "backend_invalid")
+        assert (await post(url, "/v1/chat/completions", body))[0] == 429
     assert backend.log.count("/inference/v1/generate") == 1
     assert "/v1/chat/completions" not in backend.log
-    assert [span.status for span in publisher.spans] == ["error"]
+    assert [(span.status, span.input_tokens, span.output_tokens) for span in publisher.spans] == [("error", 2, 2)]
+    assert [orjson.loads(dead.value or b"")["choices"][0]["token_ids"] for dead in publisher.dead] == [[5, 6]]
+
+
+async def test_an_answer_does_without_how_its_turn_ends():
+    publisher = FakePublisher()
+    async with TokenServer(label="1") as backend, gateway(publisher, backend.url) as url:
+        backend.faults["/detokenize"] = lambda: (
+            Response(status_code=401) if "/inference/v1/generate" in backend.log else None
+        )
+        status, _ = await post(url, "/v1/chat/completions", {"model": "policy", "messages": MESSAGES})
+    assert status == 200
+    assert backend.log.count("/inference/v1/generate") == 1
+    assert [span.status for span in publisher.spans] == ["ok"]
 
 
 async def test_routes_are_probed_once_a_model():

@@ -14,8 +14,8 @@ fg-<rollout_id>/<attempt_id>, it is the same; without any the call is recorded a
 | `streaming.py`, `sse.py` | the flow of a streamed call; server-sent events |
 | `calls.py`, `keys.py`, `budgets.py` | who asks, what a request may be, how much one may ask |
 | `protocols/` | chat completions, completions, responses, messages: what to ask, how to read it, what to strip |
-| `token_flow.py`, `token_route.py` | chat completions by token ids |
-| `conversations.py`, `continuation.py` | with which tokens a conversation goes on |
+| `token_flow.py`, `token_asking.py`, `token_route.py`, `token_stream.py` | chat completions by token ids |
+| `conversations.py`, `continuation.py`, `turn_ends.py` | with which tokens a conversation goes on |
 | `exchange.py`, `asking.py` | what the flow and the pool say to each other |
 | `pool.py`, `routing.py`, `places.py`, `breaker.py`, `replica.py`, `labels.py` | who is asked |
 | `outcome.py`, `tokens.py`, `attributes.py`, `recording.py`, `publishing.py` | from an answer to the log |

@@ -39,7 +39,7 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from fulgurite.producers.gateway.answers import parse_answer, refusal_of
-from fulgurite.producers.gateway.asking import ask_for, read_all, served_by
+from fulgurite.producers.gateway.asking import Asked, ask_for, read_all, served_by
 from fulgurite.producers.gateway.budgets import Budgets, allowed_seconds
 from fulgurite.producers.gateway.calls import Call, Sequences, identify, model_of, parse_call
 from fulgurite.producers.gateway.errors import AgentGone, ApiError
@@ -48,9 +48,8 @@ from fulgurite.producers.gateway.hosts import Hosts
 from fulgurite.producers.gateway.http import Gone, Present, headers_of, read_body, respond
 from fulgurite.producers.gateway.keys import Keys
 from fulgurite.producers.gateway.metrics import Metrics
-from fulgurite.producers.gateway.outcome import Served
 from fulgurite.producers.gateway.protocols import BY_ROUTE
-from fulgurite.producers.gateway.protocols.base import Api, invalid, to_bytes, unreadable, where, written
+from fulgurite.producers.gateway.protocols.base import Api, invalid, to_bytes, unreadable, where
 from fulgurite.producers.gateway.publishing import Log, SpanPublisher
 from fulgurite.producers.gateway.recording import Recorder, Recording
 from fulgurite.producers.gateway.routes import split
@@ -184,7 +183,7 @@ class Gateway:
 
     async def _complete(self, call: Call, deadline: float, receive: Receive) -> bytes:
         """Steps 2 to 4. The body for the agent; raises ApiError for every other outcome, which is recorded as well."""
-        asked: list[Served] = []
+        asked = Asked()
         sampled: Sampled | None = None
         failure: ApiError | None = None
         answer = b""
@@ -198,12 +197,14 @@ class Gateway:
             failure = error
         except Gone:
             failure = AgentGone("client_disconnected", "the agent closed its connection before the answer")
-        served = sampled.served if sampled else asked[-1] if asked else None
+        served = asked.served
         if served:
             served.seconds = call.seconds()
         if failure or not served:
             failure = failure or invalid("is missing")
-            await self._log.publish(call, self._recorder.failed(call, failure, served))
+            recording = self._recorder.failed(call, failure, served, asked.sampled)
+            self._spent(call, recording)
+            await self._log.publish(call, recording)
             raise failure
         try:
             response = sampled.response if sampled else parse_answer(answer)
@@ -214,8 +215,9 @@ class Gateway:
             recording = self._recorder.answered(call, served, outcome, answer)  # 3
         except Exception as error:
             failure = error if isinstance(error, ApiError) else unreadable(error)
-            said = written(sampled.response) if sampled else answer
-            await self._log.publish(call, self._recorder.unreadable(call, served, said, failure))
+            recording = self._recorder.unreadable(call, served, asked.sampled or answer, failure)
+            self._spent(call, recording)
+            await self._log.publish(call, recording)
             raise failure from None
         self._spent(call, recording)
         await self._log.publish(call, recording)  # 4
@@ -223,10 +225,9 @@ class Gateway:
             self._tokens.remember(call, sampled)
         return for_agent
 
-    async def _ask(self, call: Call, deadline: float, asked: list[Served]) -> bytes:
+    async def _ask(self, call: Call, deadline: float, asked: Asked) -> bytes:
         async with self._backends.open(ask_for(call, deadline)) as exchange:
-            served = served_by(exchange)
-            asked.append(served)
+            asked.served = served = served_by(exchange)
             answer = await read_all(exchange)
             if exchange.status != 200:
                 raise refusal_of(exchange, answer)

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from dataclasses import dataclass
+
 from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.exchange import Ask, Exchange
 from fulgurite.producers.gateway.outcome import Served
+
+
+@dataclass(slots=True)
+class Asked:
+    """What came of asking for one call, also where it then failed."""
+
+    served: Served | None = None
+    """Who was asked last for an answer."""
+    sampled: bytes = b""
+    """Of a call by token ids: what was sampled. It cost what it cost, even if it cannot be put into words."""
 
 
 def ask_for(call: Call, deadline: float) -> Ask:

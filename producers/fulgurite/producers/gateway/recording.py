@@ -28,10 +28,10 @@ from fulgurite.producers.gateway.attributes import (
     served_attributes,
 )
 from fulgurite.producers.gateway.calls import Call
-from fulgurite.producers.gateway.errors import ApiError
+from fulgurite.producers.gateway.errors import AgentGone, ApiError
 from fulgurite.producers.gateway.outcome import Choice, Outcome, Served
 from fulgurite.producers.gateway.protocols.base import to_json, written
-from fulgurite.producers.gateway.tokens import Tokens, check_count
+from fulgurite.producers.gateway.tokens import Tokens, check_count, counted
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import InvalidEvent
 from fulgurite.schemas.event import MAX_TEXT_CHARS
@@ -76,15 +76,19 @@ class Recorder:
             recording.dead_letters = [_dead_letter(call, rejected, error.code, error.message)]
         return recording
 
-    def failed(self, call: Call, error: ApiError, served: Served | None = None) -> Recording:
-        """One error span for a call without an answer of the model."""
+    def failed(self, call: Call, error: ApiError, served: Served | None = None, sampled: bytes = b"") -> Recording:
+        """One error span for a call without an answer of the model. What was `sampled` for it all the same is counted,
+        and is a dead letter, unless nobody is there any more who wanted it."""
         given = _Input(0, call.api.input_of(call.body, 0))
-        return Recording([_error_span(call, given, error.message, error_attributes(error, served), served)])
+        span = _error_span(call, given, error.message, error_attributes(error, served), served)
+        span.input_tokens, span.output_tokens = counted(sampled)
+        lost = sampled and not isinstance(error, AgentGone)
+        return Recording([span], [_dead_letter(call, sampled, error.code, error.message)] if lost else [])
 
     def unreadable(self, call: Call, served: Served, answer: bytes, error: ApiError) -> Recording:
         """A 200 that is no answer: error span and dead letter."""
-        recording = self.failed(call, error, served)
-        recording.dead_letters.append(_dead_letter(call, answer, error.code, error.message))
+        recording = self.failed(call, error, served, answer)
+        recording.dead_letters = [_dead_letter(call, answer, error.code, error.message)]
         return recording
 
     def too_large(self, call: Call, recording: Recording, index: int, error: InvalidEvent) -> Recording:

@@ -22,7 +22,7 @@ from starlette.types import Receive, Send
 
 from fulgurite.producers.gateway import sse
 from fulgurite.producers.gateway.answers import refusal_of
-from fulgurite.producers.gateway.asking import ask_for, read_all, served_by
+from fulgurite.producers.gateway.asking import Asked, ask_for, read_all, served_by
 from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.errors import AgentGone, ApiError
 from fulgurite.producers.gateway.exchange import Ask, Backends, Exchange
@@ -32,8 +32,11 @@ from fulgurite.producers.gateway.protocols.base import INVALID, Stream, invalid,
 from fulgurite.producers.gateway.protocols.choices import DONE
 from fulgurite.producers.gateway.publishing import Log
 from fulgurite.producers.gateway.recording import Recorder, Recording
-from fulgurite.producers.gateway.token_flow import UNSERVED, TokenRoute, Translation
+from fulgurite.producers.gateway.token_asking import UNSERVED
+from fulgurite.producers.gateway.token_asking import ask_for as ask_for_tokens
+from fulgurite.producers.gateway.token_flow import TokenRoute
 from fulgurite.producers.gateway.token_route import GENERATE, streamed_request
+from fulgurite.producers.gateway.token_stream import Translation
 from fulgurite.schemas.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
@@ -108,16 +111,16 @@ class Streaming:
         """What to ask for the answer by token ids; None where it is asked of the chat route."""
         if not self._tokens.takes(run.call):
             return None
-        asked: list[Served] = []
+        asked = Asked()
         try:
             prepared = await self._tokens.prepare(run.call, deadline, asked)
         except ApiError:
-            run.served = asked[-1] if asked else None
+            run.served = asked.served
             raise
         if prepared is None:
             return None
         run.translation = Translation(run.call, prepared)
-        return self._tokens.ask_for(run.call, GENERATE, streamed_request(prepared.request), deadline)
+        return ask_for_tokens(run.call, GENERATE, streamed_request(prepared.request), deadline)
 
     async def _relayed(self, run: _Run, ask: Ask) -> bool:
         """Whether this route could be asked; what is left to be asked of another has had no effect."""

@@ -4,113 +4,63 @@
                                     │ not served, or images                        remember it once the agent has it
                                     └─► None: the chat route answers
 
-What is asked and how answers are put together is in token_route.py, what continues what in conversations.py and
-continuation.py. Promises: whatever a backend cannot do this way is asked of its chat route, as if this were not here;
-so is every call outside a rollout, which nobody trains on. That they can do it is found out before anything is sampled:
-once it is, the chat route is not asked too. Bounded: turns by their tokens, models by number.
+What is asked and how answers are put together is in token_route.py, the asking in token_asking.py, streams in
+token_stream.py, what continues what in conversations.py, continuation.py and turn_ends.py. Promises: whatever a
+backend cannot do this way is asked of its chat route, as if this were not here; so is every call outside a rollout,
+which nobody trains on. That they can do it is found out before anything is sampled: once it is, the chat route is not
+asked too. Bounded: turns by their tokens, models by number.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import orjson
-
-from fulgurite.producers.gateway import sse
-from fulgurite.producers.gateway.answers import backend_error, parse_answer
-from fulgurite.producers.gateway.asking import read_all, served_by
+from fulgurite.producers.gateway.asking import Asked
 from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.continuation import NotContinued, splice, tokens
 from fulgurite.producers.gateway.conversations import Conversations
 from fulgurite.producers.gateway.errors import ApiError
-from fulgurite.producers.gateway.exchange import Ask, Backends, Exchange
+from fulgurite.producers.gateway.exchange import Backends
 from fulgurite.producers.gateway.metrics import Metrics
-from fulgurite.producers.gateway.outcome import Outcome, Served
+from fulgurite.producers.gateway.outcome import Outcome
 from fulgurite.producers.gateway.protocols import CHAT
-from fulgurite.producers.gateway.protocols.base import Json, invalid, parse_data, unreadable, where
-from fulgurite.producers.gateway.protocols.choices import DONE
+from fulgurite.producers.gateway.protocols.base import Json, invalid, unreadable, where
+from fulgurite.producers.gateway.token_asking import Prepared, TokenAsker, Unserved
 from fulgurite.producers.gateway.token_route import (
     DERENDER,
     DETOKENIZE,
     GENERATE,
     RENDER,
-    after_answer,
     can_splice,
-    chat_chunk,
     chat_completion,
     derender_request,
     ends_turn,
     generate_request,
     is_plain,
 )
-from fulgurite.producers.gateway.tokens import are_ids
+from fulgurite.producers.gateway.token_stream import Translation
+from fulgurite.producers.gateway.turn_ends import TurnEnds
 
 logger = logging.getLogger(__name__)
 
-UNSERVED: Final = frozenset({403, 404, 405, 501})
-"""vLLM answers 403 where --enable-scale-out is off, 404 where the route is of a later version."""
 UNSERVED_SECONDS: Final = 60.0
 """A model whose servers do not have the routes is asked again after this: they may have been replaced."""
-PROBES: Final = ("a", "b")
-"""Answers that differ in their last token, whatever the tokenizer."""
 MAX_MODELS: Final = 1_000
 """Whose state is remembered; then all of it is forgotten."""
-
-
-class Unserved(Exception):
-    """These routes cannot answer this call; the chat route may."""
-
-
-@dataclass(slots=True, frozen=True)
-class Prepared:
-    """A call by its tokens: rendered, and spliced where it goes on."""
-
-    rendered: Json
-    prompt: list[int]
-    request: Json
-    """For GENERATE."""
 
 
 @dataclass(slots=True)
 class Sampled:
     """An answer in the chat route's shape, and what remembering it needs."""
 
-    served: Served
     response: Json
     prepared: Prepared
     generated: list[Json]
     """Choices as GENERATE gave them."""
-
-
-class Translation:
-    """One stream of GENERATE, event by event in the shape of the chat route's."""
-
-    def __init__(self, call: Call, prepared: Prepared) -> None:
-        self.prepared = prepared
-        self.ends: dict[int, Json] = {}
-        """Of each choice that came to its end: its last event's, for what ended it."""
-        self._call = call
-        self._begun: set[int] = set()
-
-    def __call__(self, event: sse.Event) -> sse.Event:
-        if not event.data or event.data == DONE:
-            return event
-        given = parse_data(event)
-        if given.get("error"):
-            return event
-        if not _has_choices(given) or not all(isinstance(choice.get("text"), str) for choice in given["choices"]):
-            raise invalid("has an event without choices")
-        self.ends |= {choice["index"]: choice for choice in given["choices"] if choice.get("finish_reason")}
-        created = self._call.start_ns // 10**9
-        if not self._begun.issuperset(choice["index"] for choice in given["choices"]):  # each choice begins by itself
-            given["prompt_token_ids"] = self.prepared.prompt
-        chunk = chat_chunk(self._call.body, self.prepared.rendered, given, self._begun, created)
-        data = orjson.dumps(chunk)
-        return sse.Event(sse.event(data), data)
 
 
 class TokenRoute:
@@ -123,8 +73,8 @@ class TokenRoute:
         self._conversations = Conversations()
         self._unserved_until: dict[tuple[str, bool], float] = {}
         self._probed: set[tuple[str, bool]] = set()
-        self._end_texts: dict[str, dict[int, str]] = {}
-        """How each model's end-of-turn tokens are written."""
+        self._asker = TokenAsker(backends)
+        self._ends = TurnEnds(self._asker)
 
     def takes(self, call: Call) -> bool:
         """Calls that may be trained on. Not streams with tools: a parser would see all tokens anew with each event."""
@@ -135,7 +85,7 @@ class TokenRoute:
         until = self._unserved_until.get(_kind(call), 0.0)
         return until < asyncio.get_running_loop().time() and self._backends.follows_policy(call.model)
 
-    async def sample(self, call: Call, deadline: float, asked: list[Served]) -> Sampled | None:
+    async def sample(self, call: Call, deadline: float, asked: Asked) -> Sampled | None:
         """The answer; None where the chat route is to be asked. Raises ApiError; who was asked stands in `asked`."""
         try:
             return await self._sample(call, deadline, asked)
@@ -147,7 +97,7 @@ class TokenRoute:
         except Exception as error:
             raise unreadable(error) from None
 
-    async def prepare(self, call: Call, deadline: float, asked: list[Served]) -> Prepared | None:
+    async def prepare(self, call: Call, deadline: float, asked: Asked) -> Prepared | None:
         """What a stream of GENERATE is asked with; None and raises as `sample`."""
         try:
             prepared = await self._prepare(call, deadline, asked)
@@ -159,17 +109,6 @@ class TokenRoute:
         except Exception as error:
             raise unreadable(error) from None
         return prepared if prepared and is_plain(call.body, prepared.rendered) else None
-
-    def ask_for(self, call: Call, route: str, body: Mapping[str, Any], deadline: float) -> Ask:
-        data = orjson.dumps(body)
-        return Ask(
-            model=call.model,
-            route=route,
-            body_for=lambda _: data,
-            authorization=call.caller.authorization,
-            pin=call.rollout_id,
-            deadline=deadline,
-        )
 
     def is_unserved(self, call: Call, why: str) -> None:
         """For a while such calls are asked of the chat route."""
@@ -192,7 +131,7 @@ class TokenRoute:
         """The same of a stream that came to its end. Raises nothing: the agent has its answer."""
         try:
             answers = {at: end | {"token_ids": outcome.choices[at].token_ids} for at, end in translation.ends.items()}
-            await self._learn_ends(call, list(answers.values()), deadline)
+            await self._ends.learn(call, list(answers.values()), deadline)
             for at, end in answers.items():
                 message = outcome.choices[at].output
                 self._remember(call, translation.prepared, message, end["token_ids"] or [], end)
@@ -202,7 +141,7 @@ class TokenRoute:
             logger.error("an answer could not be remembered: %s", where(error))
 
     def _remember(self, call: Call, prepared: Prepared, message: Json, response: list[int], end: Json) -> None:
-        ends = self._end_texts.get(call.model, {})
+        ends = self._ends.known(call.model)
         self._conversations.remember(
             _attempt(call),
             call.body["messages"],
@@ -214,43 +153,44 @@ class TokenRoute:
             ends=ends,
         )
 
-    async def _prepare(self, call: Call, deadline: float, asked: list[Served]) -> Prepared | None:
+    async def _prepare(self, call: Call, deadline: float, asked: Asked) -> Prepared | None:
         body = {name: value for name, value in call.body.items() if name not in ("stream", "stream_options")}
-        rendered = await self._ask(call, RENDER, body, deadline, asked)
+        rendered = await self._asker.ask(call, RENDER, body, deadline, asked)
         if rendered is None or not can_splice(rendered):
             return None  # the chat route says what is wrong with it
-        if call.model not in self._end_texts:
-            await self._probe_ends(call, deadline)
+        await self._ends.probe(call, deadline)
         if _kind(call) not in self._probed:
             await self._probe_routes(call, rendered, deadline)
         prompt = self._prompt(call, rendered["token_ids"])
         return Prepared(rendered, prompt, generate_request(call.body, rendered, prompt))
 
-    async def _sample(self, call: Call, deadline: float, asked: list[Served]) -> Sampled | None:
+    async def _sample(self, call: Call, deadline: float, asked: Asked) -> Sampled | None:
         prepared = await self._prepare(call, deadline, asked)
         if prepared is None:
             return None
-        generated = await self._ask(call, GENERATE, prepared.request, deadline, asked)
+        generated = await self._asker.ask(call, GENERATE, prepared.request, deadline, asked)
         if generated is None:
             return None
         derendered = await self._put_into_words(call, prepared, generated, deadline)
-        ends = self._end_texts.get(call.model, {})
+        ends = self._ends.known(call.model)
         response = chat_completion(call.body, prepared.rendered, prepared.prompt, generated, derendered, ends)
-        return Sampled(asked[-1], response, prepared, generated["choices"])
+        return Sampled(response, prepared, generated["choices"])
 
     async def _put_into_words(self, call: Call, prepared: Prepared, generated: Json, deadline: float) -> Json | None:
         """None where its text is the answer. Raises ApiError, never Unserved: another route would sample again."""
         wanted: Json | None = None
         try:
-            await self._learn_ends(call, generated["choices"], deadline)
+            await self._ends.learn(call, generated["choices"], deadline)
         except Unserved as error:
             self.is_unserved(call, str(error))  # this answer can do without
+        except ApiError as error:
+            logger.info("how a model's turn ends could not be asked: %s", error)
         if not is_plain(call.body, prepared.rendered):
             wanted = derender_request(call.body, generated, prepared.prompt)
         if wanted is None:
             return None
         try:
-            derendered = await self._ask(call, DERENDER, wanted, deadline, [])
+            derendered = await self._asker.ask(call, DERENDER, wanted, deadline)
         except Unserved as error:
             self.is_unserved(call, str(error))
             derendered = None
@@ -271,101 +211,20 @@ class TokenRoute:
         self._metrics.prompt("continues")
         return prompt
 
-    async def _probe_ends(self, call: Call, deadline: float) -> None:
-        """With which token the template closes an answer: also one that was cut off can then be continued."""
-        written: list[list[int]] = []
-        for answer in PROBES:
-            messages = [{"role": "user", "content": "?"}, {"role": "assistant", "content": answer}]
-            body = {"model": call.model, "messages": messages, "add_generation_prompt": False}
-            if (rendered := await self._ask(call, RENDER, body, deadline, [])) is None:
-                break  # a template that wants other messages; ends are learned from answers
-            written.append(rendered["token_ids"])
-        closing = after_answer(*written) if len(written) == len(PROBES) else []
-        await self._learn(call, set(closing[:1]), deadline)
-
     async def _probe_routes(self, call: Call, rendered: Json, deadline: float) -> None:
         """Whether the routes are there that are asked once an answer is sampled: with the prompt's last token as the
         answer, of which only the status counts. Raises Unserved."""
         ids = rendered["token_ids"][-1:]
-        asked: dict[str, Json] = {DETOKENIZE: {"model": call.model, "tokens": ids}}
+        asked: dict[str, Mapping[str, Any]] = {DETOKENIZE: {"model": call.model, "tokens": ids}}
         choice: Json = {"index": 0, "token_ids": ids, "finish_reason": "length", "logprobs": None}
         answer: Json = {"request_id": rendered.get("request_id"), "model": call.model, "choices": [choice]}
         if not is_plain(call.body, rendered) and (wanted := derender_request(call.body, answer, ids)):
             asked[DERENDER] = wanted
         for route, body in asked.items():
-            async with self._backends.open(self.ask_for(call, route, body, deadline)) as exchange:
-                await read_all(exchange)
-            if exchange.status in UNSERVED:
-                raise _unserved(call, exchange, route)
+            await self._asker.ensure_served(call, route, body, deadline)
         if len(self._probed) >= MAX_MODELS:
             self._probed.clear()
         self._probed.add(_kind(call))
-
-    async def _learn_ends(self, call: Call, choices: Sequence[Json], deadline: float) -> None:
-        """Which tokens closed a turn here."""
-        await self._learn(call, {each["token_ids"][-1] for each in choices if ends_turn(call.body, each)}, deadline)
-
-    async def _learn(self, call: Call, ends: set[int], deadline: float) -> None:
-        """How they are written; asked once a token."""
-        known = self._end_texts.setdefault(call.model, {})
-        if len(self._end_texts) > MAX_MODELS:
-            self._end_texts = {call.model: known}
-        for token in ends - known.keys():
-            body = {"model": call.model, "tokens": [token]}
-            if found := await self._ask(call, DETOKENIZE, body, deadline, []):
-                known[token] = found["prompt"]
-
-    async def _ask(
-        self, call: Call, route: str, body: Mapping[str, Any], deadline: float, asked: list[Served]
-    ) -> Json | None:
-        """The answer; None for a 400, which the chat route will explain. Raises Unserved, and ApiError for others."""
-        async with self._backends.open(self.ask_for(call, route, body, deadline)) as exchange:
-            asked.append(served_by(exchange))
-            answer = await read_all(exchange)
-        if exchange.status in UNSERVED:
-            raise _unserved(call, exchange, route)
-        if exchange.status in (400, 422):
-            return None
-        if exchange.status != 200:
-            raise backend_error(exchange.status, answer)
-        found = parse_answer(answer)
-        if not isinstance(found, dict) or not _SHAPES[route](found):
-            raise invalid(f"to {route} is in no shape known here")
-        return found
-
-
-def _unserved(call: Call, exchange: Exchange, route: str) -> Unserved:
-    return Unserved(f"{exchange.endpoint} answers {route} with {exchange.status}: {call.model} is asked by text")
-
-
-def _is_rendered(answer: Json) -> bool:
-    ids = answer.get("token_ids")
-    return isinstance(ids, list) and are_ids(ids) and isinstance(answer.get("sampling_params"), dict)
-
-
-def _has_choices(answer: Json) -> bool:
-    choices = answer.get("choices")
-    return isinstance(choices, list) and all(
-        isinstance(choice, dict) and isinstance(choice.get("index"), int) for choice in choices
-    )
-
-
-def _is_generated(answer: Json) -> bool:
-    if not _has_choices(answer):
-        return False
-    return all(isinstance(choice.get("token_ids"), list) for choice in answer["choices"])
-
-
-def _is_derendered(answer: Json) -> bool:
-    return _has_choices(answer) and all(isinstance(choice.get("message"), dict) for choice in answer["choices"])
-
-
-_SHAPES: Final[dict[str, Callable[[Json], bool]]] = {
-    RENDER: _is_rendered,
-    GENERATE: _is_generated,
-    DERENDER: _is_derendered,
-    DETOKENIZE: lambda answer: isinstance(answer.get("prompt"), str),
-}
 
 
 def _kind(call: Call) -> tuple[str, bool]:

@@ -12,13 +12,18 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
+import orjson
 from pydantic import ValidationError
 
 from fulgurite.producers.gateway.outcome import Choice, Outcome, Served
+from fulgurite.producers.gateway.protocols.base import whole_number
 from fulgurite.schemas.errors import InvalidEvent
 from fulgurite.schemas.event import VersionSpan
 
 _VERSION_LABEL: Final = re.compile(r"[0-9]{1,18}")
+MAX_COUNTED: Final = 2**40
+_COUNTS: Final = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))
+"""How chat completions and completions call them, and how the other protocols do."""
 LOGPROB_TOLERANCE: Final = 1e-6
 """How far above 0 rounding may take the logprob of a token that was certain."""
 
@@ -78,6 +83,17 @@ def check_count(outcome: Outcome) -> None:
     found = sum(len(ids) for ids in given if ids is not None)
     if found != outcome.output_tokens:
         raise InvalidEvent("wrong_length", f"{found} token ids, but the backend counts {outcome.output_tokens} tokens")
+
+
+def counted(answer: bytes) -> tuple[int, int]:
+    """(prompt tokens, sampled tokens) by an answer's own count, whatever else it is; 0 for what cannot be read."""
+    try:
+        usage = orjson.loads(answer)["usage"]
+        given = [usage.get(old, usage.get(new)) for old, new in _COUNTS]
+    except (orjson.JSONDecodeError, TypeError, KeyError, AttributeError):
+        return 0, 0
+    prompt, sampled = (min(whole_number(number) or 0, MAX_COUNTED) for number in given)
+    return prompt, sampled
 
 
 def _versions(choice: Choice, served: Served, tokens: int, *, required: bool) -> tuple[list[VersionSpan], list[str]]:

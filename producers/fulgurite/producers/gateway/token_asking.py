@@ -1,0 +1,120 @@
+"""Asking the routes that take and give token ids: an answer in a known shape, or none. See token_flow.py.
+
+Promises: a route that a server does not have is told from one that refuses this request (Unserved, None); what a server
+answers in a shape that is not known is an ApiError, never an answer. What was sampled is kept in `Asked` before it is
+looked at: it cost its tokens, whatever comes next.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Final
+
+import orjson
+
+from fulgurite.producers.gateway.answers import backend_error, parse_answer
+from fulgurite.producers.gateway.asking import Asked, read_all, served_by
+from fulgurite.producers.gateway.calls import Call
+from fulgurite.producers.gateway.exchange import Ask, Backends, Exchange
+from fulgurite.producers.gateway.protocols.base import Json, invalid
+from fulgurite.producers.gateway.token_route import DERENDER, DETOKENIZE, GENERATE, RENDER
+from fulgurite.producers.gateway.tokens import are_ids
+
+UNSERVED: Final = frozenset({403, 404, 405, 501})
+"""vLLM answers 403 where --enable-scale-out is off, 404 where the route is of a later version."""
+
+
+class Unserved(Exception):
+    """These routes cannot answer this call; the chat route may."""
+
+
+@dataclass(slots=True, frozen=True)
+class Prepared:
+    """A call by its tokens: rendered, and spliced where it goes on."""
+
+    rendered: Json
+    prompt: list[int]
+    request: Json
+    """For GENERATE."""
+
+
+class TokenAsker:
+    """Asks the backends of a pool."""
+
+    def __init__(self, backends: Backends) -> None:
+        self.backends = backends
+
+    async def ask(
+        self, call: Call, route: str, body: Mapping[str, Any], deadline: float, asked: Asked | None = None
+    ) -> Json | None:
+        """The answer; None for a 400, which the chat route will explain. Raises Unserved, and ApiError for others."""
+        async with self.backends.open(ask_for(call, route, body, deadline)) as exchange:
+            if asked:
+                asked.served = served_by(exchange)
+            answer = await read_all(exchange)
+        if exchange.status in UNSERVED:
+            raise unserved(call, exchange, route)
+        if exchange.status in (400, 422):
+            return None
+        if exchange.status != 200:
+            raise backend_error(exchange.status, answer)
+        if asked and route == GENERATE:
+            asked.sampled = answer
+        found = parse_answer(answer)
+        if not isinstance(found, dict) or not _SHAPES[route](found):
+            raise invalid(f"to {route} is in no shape known here")
+        return found
+
+    async def ensure_served(self, call: Call, route: str, body: Mapping[str, Any], deadline: float) -> None:
+        """Of an answer only the status counts. Raises Unserved."""
+        async with self.backends.open(ask_for(call, route, body, deadline)) as exchange:
+            await read_all(exchange)
+        if exchange.status in UNSERVED:
+            raise unserved(call, exchange, route)
+
+
+def ask_for(call: Call, route: str, body: Mapping[str, Any], deadline: float) -> Ask:
+    data = orjson.dumps(body)
+    return Ask(
+        model=call.model,
+        route=route,
+        body_for=lambda _: data,
+        authorization=call.caller.authorization,
+        pin=call.rollout_id,
+        deadline=deadline,
+    )
+
+
+def unserved(call: Call, exchange: Exchange, route: str) -> Unserved:
+    return Unserved(f"{exchange.endpoint} answers {route} with {exchange.status}: {call.model} is asked by text")
+
+
+def _is_rendered(answer: Json) -> bool:
+    ids = answer.get("token_ids")
+    return isinstance(ids, list) and are_ids(ids) and isinstance(answer.get("sampling_params"), dict)
+
+
+def has_choices(answer: Json) -> bool:
+    choices = answer.get("choices")
+    return isinstance(choices, list) and all(
+        isinstance(choice, dict) and isinstance(choice.get("index"), int) for choice in choices
+    )
+
+
+def _is_generated(answer: Json) -> bool:
+    if not has_choices(answer):
+        return False
+    return all(isinstance(choice.get("token_ids"), list) for choice in answer["choices"])
+
+
+def _is_derendered(answer: Json) -> bool:
+    return has_choices(answer) and all(isinstance(choice.get("message"), dict) for choice in answer["choices"])
+
+
+_SHAPES: Final[dict[str, Callable[[Json], bool]]] = {
+    RENDER: _is_rendered,
+    GENERATE: _is_generated,
+    DERENDER: _is_derendered,
+    DETOKENIZE: lambda answer: isinstance(answer.get("prompt"), str),
+}
