@@ -106,6 +106,20 @@ async def test_reward_rises_and_every_rollout_is_accounted_for(
     assert folder_sha256(folder_of(newest.uri)) == newest.sha256
 
 
+async def test_an_adapter_is_published_as_one_and_learns_too(
+    kafka_settings: KafkaSettings, trainer_settings: TrainerSettings
+) -> None:
+    """Whoever answers loads it with transformers, which finds the base by the name in the adapter's folder."""
+    changes = {"lora_rank": 8, "steps": 8, "groups_per_step": 8, "group_size": 8, "learning_rate": 5e-2}
+    async with World(kafka_settings).running() as world:
+        await train(kafka_settings, trainer_settings.model_copy(update=changes))
+    assert {version.kind for version in world.versions} == {"lora"}
+    folder = folder_of(world.versions[-1].uri)
+    assert {path.suffix for path in folder.iterdir()} >= {".safetensors", ".json"}
+    steps = [event for event in await training_events(kafka_settings, RUN) if isinstance(event, TrainingStep)]
+    assert steps[-1].reward_mean > steps[0].reward_mean + 0.1
+
+
 async def test_a_run_that_is_over_is_left_alone(
     kafka_settings: KafkaSettings, trainer_settings: TrainerSettings
 ) -> None:

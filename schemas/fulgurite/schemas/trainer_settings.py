@@ -140,6 +140,17 @@ class TrainerSettings(Section):
     """Gradients are clipped to this norm."""
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 16_384
     """Tokens of one forward pass."""
+    lora_rank: Annotated[int, Field(ge=0, le=4_096)] = 0
+    """Rank of a LoRA adapter, which alone is trained and published; servers must have trainer.model as it is. 0: all
+    weights are trained."""
+    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
+    """What the adapter adds is multiplied by lora_alpha / lora_rank."""
+    lora_target_modules: list[str] = Field(default_factory=list)
+    """Names of the layers that get an adapter, for example q_proj, v_proj. Empty: all linear ones but the output
+    layer."""
+    activation_checkpointing: bool = False
+    """Compute a layer's activations again in the backward pass instead of keeping them: less memory for a third more
+    time."""
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """DeepSpeed's ZeRO stage, for several processes under torchrun; 0: plain torch on one device."""
     dtype: Literal["float32", "bfloat16"] = "float32"

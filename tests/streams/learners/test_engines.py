@@ -48,13 +48,17 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         place = {"model": str(found / after), "out": str(found / name)}
         return {"zero_stage": zero_stage, "steps": steps, **place, **state, **more}
 
-    run(1, life("whole", 0, 6), life("few0", 0, 2, samples=1))
+    adapter = {"lora_rank": 4, "model": str(found / "m0"), "kl_coefficient": 0.1}
+    run(1, life("whole", 0, 6), life("few0", 0, 2, samples=1), life("lora", 0, 6, settings=adapter))
     run(
         2,
         *(life(f"half{stage}", stage, 3) for stage in (1, 2, 3)),
         *(life(f"on{stage}", stage, 3, after) for stage, after in ((2, "half1"), (3, "half2"), (1, "half3"))),
         *(life(f"refused{stage}", stage, 4, poisoned=[1]) for stage in (1, 3)),
         life("few3", 3, 2, samples=1),
+        life("lora2", 2, 3, settings=adapter),
+        life("lora3", 3, 3, "lora2", settings=adapter),
+        life("again3", 3, 2, settings={"activation_checkpointing": True}),
         life("b3", 3, 3, dtype="bfloat16"),
         life("b2", 2, 3, "b3", dtype="bfloat16"),
     )
@@ -102,6 +106,19 @@ def test_a_refused_step_changes_nothing_on_any_rank(folder: Path, stage: int) ->
 
 def test_a_rank_without_samples_takes_part(folder: Path) -> None:
     assert steps(folder / "few3") == [pytest.approx(step, abs=1e-5) for step in steps(folder / "few0")]
+
+
+def test_an_adapter_is_trained_the_same_and_handed_on(folder: Path) -> None:
+    whole = steps(folder / "lora")
+    assert steps(folder / "lora2") == [pytest.approx(step, abs=1e-5) for step in whole[:3]]
+    assert steps(folder / "lora3") == [pytest.approx(step, abs=1e-5) for step in whole[3:]]
+    theirs, ours = (load_file(folder / name / "adapter_model.safetensors") for name in ("lora3", "lora"))
+    assert theirs.keys() == ours.keys()
+    assert max((theirs[name] - ours[name]).abs().max().item() for name in ours) < 1e-5
+
+
+def test_activations_computed_again_change_no_number(folder: Path) -> None:
+    assert steps(folder / "again3") == [pytest.approx(step, abs=1e-5) for step in steps(folder / "whole")[:2]]
 
 
 def test_bfloat16_stays_near_float32_and_keeps_its_masters(folder: Path) -> None:

@@ -110,12 +110,10 @@ class DeepSpeedEngine:
         return found
 
     def save_weights(self, folder: Path) -> None:
-        model = self._engine.module.model
-        with self._deepspeed.zero.GatheredParameters(
-            list(model.parameters()), modifier_rank=None, enabled=self._stage == 3
-        ):
+        parameters = self._named.values() if self._policy.has_adapter else self._policy.model.parameters()
+        with self._deepspeed.zero.GatheredParameters(list(parameters), modifier_rank=None, enabled=self._stage == 3):
             if self.rank == 0:
-                model.save_pretrained(folder)
+                self._policy.save(folder)
         dist.barrier(group=self._objects)
 
     def state(self) -> OptimizerState | None:

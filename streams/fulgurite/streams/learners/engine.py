@@ -83,7 +83,7 @@ class Engine(Protocol):
         ...
 
     def save_weights(self, folder: Path) -> None:
-        """A Hugging Face folder, written by rank 0; every rank calls it."""
+        """A Hugging Face or peft folder, written by rank 0; every rank calls it."""
         ...
 
     def state(self) -> OptimizerState | None:
@@ -129,12 +129,11 @@ class TorchEngine:
         return [mine]
 
     def save_weights(self, folder: Path) -> None:
-        model = self._policy.model
+        tensors = self._policy.model.state_dict()
         if self._dtype is torch.float32:
-            model.save_pretrained(folder)
+            self._policy.save(folder)
         else:
-            halves = {name: tensor.to(self._dtype) for name, tensor in model.state_dict().items()}
-            model.save_pretrained(folder, state_dict=halves)
+            self._policy.save(folder, {name: tensor.to(self._dtype) for name, tensor in tensors.items()})
 
     def state(self) -> OptimizerState:
         moments: dict[str, tuple[Tensor, Tensor]] = {}

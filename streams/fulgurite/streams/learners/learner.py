@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -23,13 +24,13 @@ from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.engine import AdamW, Engine, OptimizerState, TorchEngine
 from fulgurite.streams.learners.metrics import SAME_VERSION_TOKENS, Seen, norm_fault, step_metrics, window_fault
 from fulgurite.streams.learners.packing import PackedBatch, pack, plan
-from fulgurite.streams.learners.policy import load_policy
-from fulgurite.streams.learners.reference import Reference, load_reference
+from fulgurite.streams.learners.policy import Policy, load_trained_policy
+from fulgurite.streams.learners.reference import Base, Reference, load_reference
 from fulgurite.streams.learners.schedule import learning_rate
 from fulgurite.streams.objectives.aggregation import WindowTotals, window_totals
 from fulgurite.streams.objectives.packing import Sequences
 from fulgurite.streams.trainer.losses import ScoredTokens, micro_batch_loss
-from fulgurite.streams.trainer.samples import Sample, read_limits
+from fulgurite.streams.trainer.samples import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -72,7 +73,7 @@ class Learner:
     """Every rank has one, and is asked the same at the same time."""
 
     def __init__(
-        self, engine: Engine, settings: TrainerSettings, updates: int = 0, reference: Reference | None = None
+        self, engine: Engine, settings: TrainerSettings, updates: int = 0, reference: Reference | Base | None = None
     ) -> None:
         """`reference` is needed where trainer.kl_coefficient is not 0."""
         self.engine = engine
@@ -138,11 +139,13 @@ class Learner:
 
         The gradients are poisoned where something does: `update` then changes nothing, and every engine cleans up.
         """
-        loss, seen, mismatches = 0.0, list[Seen](), list[str]()
+        loss, pack_seconds, seen, mismatches = 0.0, 0.0, list[Seen](), list[str]()
         lengths = [len(sample.token_ids) for sample in samples]
         mine = plan(lengths, max_tokens=self._settings.micro_batch_tokens, ranks=self.engine.ranks)[self.engine.rank]
         for number, members in enumerate(mine, 1):
+            began = time.perf_counter()
             batch = pack([samples[member] for member in members] or [_NOTHING]).to(self.engine.device)
+            pack_seconds += time.perf_counter() - began
             part, tokens, mismatch = self._score(batch, version_in, totals)
             if members:
                 loss += part.item()
@@ -154,6 +157,7 @@ class Learner:
                 self.engine.backward(part, last=False)
                 continue
             found = self._gather(loss, seen, mismatches)
+            found.metrics["timing_s/pack"] = pack_seconds
             self.engine.backward(part * math.nan if found.mismatch or found.fault else part, last=True)
             return found
         raise AssertionError("a window has samples, and so every rank a micro-batch")
@@ -229,26 +233,29 @@ def load_learner(folder: Path, settings: TrainerSettings, state: Path | None = N
     torch.set_num_threads(settings.threads)
     torch.manual_seed(settings.seed)
     saved = OptimizerState.load(state) if state is not None else None
-    engine = _engine(folder, settings)
+    policy = load_trained_policy(folder, settings)
+    engine = _engine(policy, settings)
     if saved is not None:
         engine.restore(saved)
-    return Learner(engine, settings, saved.updates if saved else 0, _reference(folder, settings, engine.device))
+    return Learner(engine, settings, saved.updates if saved else 0, _reference(engine, policy, settings))
 
 
-def _reference(model: Path, settings: TrainerSettings, device: torch.device) -> Reference | None:
+def _reference(engine: Engine, policy: Policy, settings: TrainerSettings) -> Reference | Base | None:
     if not settings.kl_coefficient:
         return None
+    if settings.lora_rank and settings.reference is None:
+        return Base(engine, policy)
     folder = settings.reference or settings.model
     assert folder is not None, "make_plan refuses a KL penalty without a reference"
-    return load_reference(folder, device=device, dtype=_dtype(settings), vocab_size=read_limits(model).vocab_size)
+    vocab_size = int(policy.model.config.get_text_config().vocab_size)
+    return load_reference(folder, device=engine.device, dtype=_dtype(settings), vocab_size=vocab_size)
 
 
 def _dtype(settings: TrainerSettings) -> torch.dtype:
     return torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32
 
 
-def _engine(folder: Path, settings: TrainerSettings) -> Engine:
-    policy = load_policy(folder)
+def _engine(policy: Policy, settings: TrainerSettings) -> Engine:
     adamw = AdamW((settings.adam_beta1, settings.adam_beta2), settings.weight_decay, settings.max_grad_norm)
     if settings.zero_stage == 0:
         return TorchEngine(policy, adamw, dtype=_dtype(settings))

@@ -7,15 +7,20 @@ the scores are for.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
 from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 from transformers.utils import logging as transformers_logging
 
 from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.settings import TrainerSettings
+from fulgurite.streams.learners import adapter
+from fulgurite.streams.learners.adapter import is_adapter
 from fulgurite.streams.learners.attention import NAME, layout_of
 from fulgurite.streams.learners.packing import PackedBatch
 from fulgurite.streams.learners.scoring import token_scores
@@ -51,6 +56,21 @@ class Policy(nn.Module):
             entropy_gradient=entropy_gradient,
         )
 
+    def save(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
+        """What servers load: the model, or its adapter where it has one. `tensors`: in place of the parameters of these
+        names, which are the model's own."""
+        if self.has_adapter:
+            mine = {n.removeprefix("model."): p.detach() for n, p in self.named_parameters() if p.requires_grad}
+            adapter.save(self.model, folder, mine if tensors is None else {name: tensors[name] for name in mine})
+        elif tensors is None:
+            self.model.save_pretrained(folder)
+        else:
+            self.model.save_pretrained(folder, state_dict=dict(tensors))
+
+    @property
+    def has_adapter(self) -> bool:
+        return hasattr(self.model, "peft_config")
+
     def _hidden(self, token_ids: Tensor, position_ids: Tensor, layout: Any) -> Tensor:
         body: Any = self.model.base_model
         answer = body(
@@ -61,6 +81,20 @@ class Policy(nn.Module):
     def _head(self, hidden: Tensor) -> Tensor:
         head: Any = self.model.get_output_embeddings()
         return head(hidden)
+
+    def checkpoint_activations(self) -> None:
+        """From here on a layer's activations are not kept for the backward pass but computed again: memory for a third
+        more time. Raises SettingsError for a model whose layers drop out: they know it by the same flag."""
+        dropping = {name: value for name, value in self.model.config.to_dict().items() if "drop" in name and value}
+        if dropping:
+            raise SettingsError(
+                f"trainer.activation_checkpointing: {type(self.model).__name__} drops out ({dropping}); set it to 0 in "
+                "the model's config.json, the sampler never did"
+            )
+        self.model.gradient_checkpointing_enable({"use_reentrant": False, "preserve_rng_state": False})
+        for module in self.model.modules():
+            if isinstance(module, GradientCheckpointingLayer):
+                module.training = True  # of the layer alone, not of what is in it
 
     @torch.no_grad()
     def _refuse_other_heads(self) -> None:
@@ -85,6 +119,25 @@ class Policy(nn.Module):
 def load_policy(folder: Path, *, dtype: torch.dtype = torch.float32, chunk_tokens: int = CHUNK_TOKENS) -> Policy:
     """From a Hugging Face folder on this machine. Raises OSError for a folder that is none, SettingsError for a model
     whose scores would not be exact."""
+    if is_adapter(folder):
+        raise SettingsError(f"{folder} is a LoRA adapter, not a model: merge it into its base first (peft can)")
     transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, attn_implementation=NAME)
     return Policy(model, chunk_tokens)
+
+
+def load_trained_policy(folder: Path, settings: TrainerSettings) -> Policy:
+    """What a run trains. `folder`: its start model, or a version's weights, which with an adapter are only that."""
+    if not settings.lora_rank:
+        policy = load_policy(folder)
+    else:
+        if settings.model is None:
+            raise SettingsError("trainer.model is empty: an adapter needs the model it is for, also when a run goes on")
+        # Nothing of the base is trained, so it needs no float32 copy.
+        policy = load_policy(settings.model, dtype=torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32)
+        adapter.attach(policy.model, settings.model, settings)
+        if is_adapter(folder):
+            adapter.load(policy.model, folder, settings)
+    if settings.activation_checkpointing:
+        policy.checkpoint_activations()
+    return policy

@@ -1,4 +1,5 @@
-"""The reference policy of a KL penalty: frozen, whole on every rank, scored without a gradient."""
+"""The reference policy of a KL penalty, scored without a gradient: a frozen model, whole on every rank; or with an
+adapter the model under it, which is there already."""
 
 from __future__ import annotations
 
@@ -8,6 +9,8 @@ import torch
 from torch import Tensor
 
 from fulgurite.schemas.errors import SettingsError
+from fulgurite.streams.learners.adapter import switched_off
+from fulgurite.streams.learners.engine import Engine
 from fulgurite.streams.learners.packing import PackedBatch
 from fulgurite.streams.learners.policy import Policy, load_policy
 
@@ -20,6 +23,20 @@ class Reference:
     def logprobs(self, batch: PackedBatch) -> Tensor:
         """[M] log p_ref of each sampled token."""
         return self._policy(batch)[0]
+
+
+class Base:
+    """The policy with its adapter off."""
+
+    def __init__(self, engine: Engine, policy: Policy) -> None:
+        self._engine = engine
+        self._policy = policy
+
+    @torch.no_grad()
+    def logprobs(self, batch: PackedBatch) -> Tensor:
+        """[M] log p_base of each sampled token. Not between a forward pass and its backward pass."""
+        with switched_off(self._policy.model):
+            return self._engine.score(batch, temperature=1.0, entropy_gradient=False)[0]
 
 
 def load_reference(folder: Path, *, device: torch.device, dtype: torch.dtype, vocab_size: int) -> Reference:

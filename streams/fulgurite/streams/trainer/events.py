@@ -14,7 +14,7 @@ from fulgurite.schemas.topics import Topic
 from fulgurite.schemas.training import RunStarted
 from fulgurite.streams.objectives.advantages import mean_and_std
 from fulgurite.streams.trainer.checkpoints import Checkpoint
-from fulgurite.streams.trainer.samples import TrainingSet
+from fulgurite.streams.trainer.samples import ADAPTER_CONFIG, TrainingSet
 from fulgurite.streams.trainer.windows import Window
 from fulgurite.streams.transactions import Outgoing
 
@@ -48,7 +48,7 @@ def version_event(checkpoint: Checkpoint, model: str) -> ResourceVersion:
         event_id=version_event_id(state.run_id, state.version),
         resource=state.resource,
         version=state.version,
-        kind="weights",
+        kind="lora" if (checkpoint.weights / ADAPTER_CONFIG).is_file() else "weights",
         uri=checkpoint.uri,
         sha256=state.sha256,
         run_id=state.run_id,

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Final
 
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.settings import TrainerSettings
@@ -20,6 +21,9 @@ from fulgurite.streams.trainer.objective import recipe_of
 from fulgurite.streams.trainer.windows import Member, Window
 
 UNKNOWN_VERSION = -1
+
+ADAPTER_CONFIG: Final = "adapter_config.json"
+"""In the weights of a version that is a LoRA adapter: servers load it beside the model it is for."""
 
 KNOWN_PARTIAL = ("no_reward", "no_calls")
 """Reasons of the assembler that say enough by themselves; others get a prefix, since `deadline` exists here too."""
@@ -69,9 +73,12 @@ class TrainingSet:
 
 
 def read_limits(model: Path) -> ModelLimits:
-    """From a Hugging Face folder's config.json. Raises SettingsError where it is no such folder."""
-    path = model / "config.json"
+    """From a Hugging Face folder's config.json, of an adapter's folder from its base's. Raises SettingsError where it
+    is no such folder."""
+    path = model / ADAPTER_CONFIG
     try:
+        base = Path(json.loads(path.read_text())["base_model_name_or_path"]) if path.is_file() else model
+        path = base / "config.json"
         config = json.loads(path.read_text())
         inner = config.get("text_config", config)
         return ModelLimits(int(inner["vocab_size"]), int(inner["max_position_embeddings"]))

@@ -1,0 +1,128 @@
+"""A LoRA adapter: what it changes, what is written of it, and that a run with one goes on where it stood."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from peft import PeftModel
+from torch import Tensor
+from transformers import AutoModelForCausalLM
+
+from fulgurite.schemas.errors import SettingsError, StartError
+from fulgurite.schemas.settings import TrainerSettings
+from fulgurite.streams.learners.learner import Learner, load_learner
+from fulgurite.streams.learners.packing import pack
+from fulgurite.streams.trainer.samples import Sample
+from tests.streams.trainer_world import build_model
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model(tmp_path_factory.mktemp("adapter") / "model", seed=1)
+
+
+def settings_of(folder: Path, **changes: Any) -> TrainerSettings:
+    fields = {"model": folder, "lora_rank": 4, "lora_alpha": 8, "learning_rate": 1e-2, "warmup_steps": 0} | changes
+    return TrainerSettings.model_validate(fields)
+
+
+def samples() -> list[Sample]:
+    generator = torch.Generator().manual_seed(0)
+    found: list[Sample] = []
+    for number, length in enumerate((7, 12, 5)):
+        tokens = torch.randint(0, 16, (length,), generator=generator).tolist()
+        mask = [0, 0] + [1] * (length - 2)
+        found.append(Sample(f"r{number}", tokens, mask, [-2.7] * length, [1] * length, 1.0 - number))
+    return found
+
+
+def trained(folder: Path, steps: int, **changes: Any) -> Learner:
+    learner = load_learner(folder, settings_of(folder, **changes))
+    for _ in range(steps):
+        learner.step(samples(), 2)
+    return learner
+
+
+def logprobs(learner: Learner) -> Tensor:
+    with torch.no_grad():
+        return learner.logprobs(pack(samples()))[0]
+
+
+def by_peft(base: Path, adapter: Path) -> Tensor:
+    """The same tokens, as anybody else would score them."""
+    model: Any = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), adapter)
+    found: list[Tensor] = []
+    for sample in samples():
+        with torch.no_grad():
+            scores = torch.log_softmax(model(input_ids=torch.tensor([sample.token_ids])).logits[0], -1)
+        found += [scores[at - 1, sample.token_ids[at]] for at in range(2, len(sample.token_ids))]
+    return torch.stack(found)
+
+
+def test_a_fresh_adapter_changes_nothing_and_a_trained_one_only_itself(folder: Path) -> None:
+    base = load_learner(folder, settings_of(folder, lora_rank=0))
+    assert torch.equal(logprobs(load_learner(folder, settings_of(folder))), logprobs(base))
+    learner = trained(folder, 3)
+    assert (logprobs(learner) - logprobs(base)).abs().max() > 1e-3
+    engine: Any = learner.engine
+    found = dict(engine._policy.model.named_parameters())
+    for name, before in AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).named_parameters():
+        kept = found[name if name in found else name.replace(".weight", ".base_layer.weight")]
+        assert torch.equal(kept, before), name
+    state = learner.engine.state()
+    assert state is not None
+    assert all("lora_" in name for name in state.moments)
+
+
+def test_what_is_published_is_read_by_peft_and_is_the_policy(folder: Path, tmp_path: Path) -> None:
+    learner = trained(folder, 2)
+    learner.save_weights(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert not (tmp_path / "model.safetensors").exists()
+    torch.testing.assert_close(by_peft(folder, tmp_path), logprobs(learner), atol=2e-6, rtol=0)
+
+
+def test_a_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
+    whole, half = trained(folder, 4), trained(folder, 2)
+    (tmp_path / "weights").mkdir()
+    half.save_weights(tmp_path / "weights")
+    half.save_state(tmp_path / "optimizer.pt")
+    resumed = load_learner(tmp_path / "weights", settings_of(folder), tmp_path / "optimizer.pt")
+    for _ in range(2):
+        resumed.step(samples(), 2)
+    assert torch.equal(logprobs(resumed), logprobs(whole))
+
+
+def test_the_reference_is_the_model_without_its_adapter(folder: Path) -> None:
+    """The same penalty as against a second copy of the base, after steps that moved the policy away from it."""
+    inside = trained(folder, 3, kl_coefficient=0.5)
+    beside = trained(folder, 3, kl_coefficient=0.5, reference=folder)
+    assert torch.equal(logprobs(inside), logprobs(beside))
+    assert inside.step(samples(), 2).metrics["actor/kl_loss"] > 1e-6
+
+
+def test_half_precision_keeps_float32_adapters(folder: Path, tmp_path: Path) -> None:
+    learner = trained(folder, 2, dtype="bfloat16", lora_target_modules=["q_proj", "v_proj"])
+    engine: Any = learner.engine
+    dtypes = {name: parameter.dtype for name, parameter in engine._policy.model.named_parameters()}
+    assert {dtype for name, dtype in dtypes.items() if "lora_" in name} == {torch.float32}
+    assert dtypes["model.layers.0.mlp.up_proj.weight"] is torch.bfloat16
+    learner.save_weights(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["q_proj", "v_proj"]
+    torch.testing.assert_close(by_peft(folder, tmp_path), logprobs(learner).float(), atol=5e-2, rtol=0)
+
+
+def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:
+    trained(folder, 1).save_weights(tmp_path)
+    with pytest.raises(StartError, match="rank 4 and alpha 8"):
+        load_learner(tmp_path, settings_of(folder, lora_rank=8))
+    with pytest.raises(StartError, match="other parts than"):
+        load_learner(tmp_path, settings_of(folder, lora_target_modules=["q_proj"]))
+    with pytest.raises(SettingsError, match="is a LoRA adapter, not a model"):
+        load_learner(tmp_path, settings_of(folder, lora_rank=0))
+    with pytest.raises(SettingsError, match=r"trainer.lora_target_modules = \['wrong'\]"):
+        load_learner(folder, settings_of(folder, lora_target_modules=["wrong"]))
