@@ -12,7 +12,7 @@ ARGS ?=
 # Tests mostly wait for brokers and processes: three at a time keep two cores busy. Each worker has stores of its own.
 WORKERS ?= 3
 
-.PHONY: help demo test vllm test-vllm test-oracles lint format docs setup chaos chaos-outage bench-ingest bench-queries bench-gateway clean
+.PHONY: help demo test vllm test-vllm test-oracles lint format docs setup chaos chaos-outage bench-ingest bench-queries bench-gateway bench-train clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -55,6 +55,9 @@ bench-queries: $(STAMP) ## how fast questions are answered on 10 million spans (
 
 bench-gateway: $(STAMP) ## what the gateway adds to a call, next to calling the policy's server directly (about 5 minutes)
 	@$(BIN)/python -m tests.bench.gateway $(ARGS)
+
+bench-train: $(ORACLES)/.installed ## the trainer's step beside TRL's and a plain loop's, and what streaming costs (about 5 minutes)
+	@$(BIN)/python -m tests.bench.train $(ARGS)
 
 docs: $(STAMP) ## render docs/reference.md and docs/asyncapi.json from the code
 	@$(BIN)/python -m fulgurite.infra.reference docs/reference.md
