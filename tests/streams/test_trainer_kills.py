@@ -13,7 +13,7 @@ import pytest
 
 from fulgurite.schemas.codec import decode
 from fulgurite.schemas.resources import ResourceVersion
-from fulgurite.schemas.settings import KafkaSettings, Settings, TrainerSettings, to_environment
+from fulgurite.schemas.settings import KafkaSettings, Settings, SourceSettings, TrainerSettings, to_environment
 from fulgurite.schemas.topics import RESOURCES
 from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
 from fulgurite.streams.trainer import serve
@@ -57,6 +57,7 @@ def live_and_die(settings: Settings, lives: list[str], log: Path) -> int:
         {
             "kafka": settings.kafka.model_dump(exclude_defaults=True),
             "trainer": settings.trainer.model_dump(exclude_defaults=True),
+            "source": settings.source.model_dump(exclude_defaults=True),
         }
     )
     with log.open("wb") as stderr:
@@ -117,3 +118,30 @@ async def test_killed_between_every_two_steps_it_ends_as_if_it_had_not_been(
     announced = [decode(ResourceVersion, record.value) for record in await read_topic(kafka_settings, RESOURCES)]
     numbers = [version.version for version in announced]
     assert numbers == list(range(1, 2 * (STEPS + 1) + 1)), "version numbers go on over runs, each once"
+
+
+@pytest.mark.chaos
+@pytest.mark.slow
+async def test_a_replay_killed_between_steps_ends_as_if_it_had_not_been(
+    kafka_settings: KafkaSettings, tmp_path: Path
+) -> None:
+    """Its windows do not depend on timing, and so it may run ahead: two windows of the source are in three of its."""
+    live = settings_of(kafka_settings, build_model(tmp_path / "model", seed=3), tmp_path, "live")
+    async with World(kafka_settings).running():
+        async with asyncio.timeout(60):
+            await serve(live, asyncio.Event())
+
+    def replay(name: str) -> Settings:
+        trainer = TrainerSettings(run_id=name, resource=name, output=tmp_path, groups_per_step=2, keep_versions=3)
+        return Settings(kafka=kafka_settings, trainer=trainer, source=SourceSettings(run_id="live"))
+
+    async with asyncio.timeout(60):
+        await serve(replay("calm"), asyncio.Event())
+    lives = ["fill@1", "write_checkpoint@2", "sent@3", "committed@4"]
+    code = await asyncio.to_thread(live_and_die, replay("killed"), lives, tmp_path / "log")
+    assert code == 0, (tmp_path / "log").read_text()
+    assert weights(replay("killed")) == weights(replay("calm"))
+    before, after = [await training_events(kafka_settings, name) for name in ("calm", "killed")]
+    steps = [event for event in after if isinstance(event, TrainingStep)]
+    assert [event.rollout_ids for event in steps] == [e.rollout_ids for e in before if isinstance(e, TrainingStep)]
+    assert all_once(after) == all_once(before)

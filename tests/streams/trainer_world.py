@@ -6,6 +6,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import threading
 import zlib
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
@@ -28,12 +29,16 @@ from fulgurite.schemas.topics import RESOURCES, ROLLOUTS, TRAINING, TRAJECTORIES
 from fulgurite.schemas.training import TRAINING_EVENT, TrainingEvent
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
 
+RESOURCE = "policy"
 LIKED = 7
 VOCABULARY = 16
 RESPONSE = 3
 
 transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)  # a thread's own setting; with two, threads spin while others want the cores
+
+LOADING = threading.Lock()
+"""transformers does not load two models at once in one process; for tests with several trainers in one."""
 
 Alter = Callable[[Trajectory], Trajectory | None]
 
@@ -137,8 +142,10 @@ class World:
         while await self._resources.position(partition) < end:
             for records in (await self._resources.getmany(timeout_ms=100)).values():
                 for record in records:
-                    self._newest = decode(ResourceVersion, record.value)
-                    self.versions.append(self._newest)
+                    version = decode(ResourceVersion, record.value)
+                    self.versions.append(version)
+                    if version.resource == RESOURCE:  # others are trained, not served
+                        self._newest = version
 
     def _answer(self, queued: RolloutQueued) -> Trajectory:
         assert self._newest, "queued before a version was announced"
@@ -146,7 +153,8 @@ class World:
         if version not in self._models:
             folder = folder_of(self._newest.uri)
             assert folder_sha256(folder) == self._newest.sha256
-            self._models = {version: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)}
+            with LOADING:
+                self._models = {version: AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)}
         prompt = [0, queued.input["prompt"]]
         member = queued.rollout_id.removeprefix(queued.run_id)
         tokens, logprobs = sample(self._models[version], prompt, zlib.crc32(member.encode()))
@@ -162,7 +170,7 @@ def answered(
         loss_mask=[0, 0] + [1] * (len(tokens) - 2),
         logprobs=logprobs,
         weight_versions=[VersionSpan(version=version, start=2, end=len(tokens))],
-        resource="policy",
+        resource=RESOURCE,
     )
     return Trajectory(
         rollout_id=queued.rollout_id,

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import logging
 from typing import Annotated
 
 import typer
 
-from fulgurite.infra import cli_data, cli_demo, cli_dlq, cli_gateway, cli_replay
+from fulgurite.infra import cli_data, cli_demo, cli_dlq, cli_gateway, cli_replay, cli_train
 from fulgurite.infra.cli_common import (
     SERVICE_EXIT_CODES,
     DataOption,
@@ -16,11 +15,8 @@ from fulgurite.infra.cli_common import (
     lazy_module,
     read_settings,
     register,
+    start_service,
 )
-from fulgurite.producers.logs import configure_logging
-from fulgurite.schemas.settings import Settings
-
-logger = logging.getLogger(__name__)
 
 app = typer.Typer(
     name="fulgurite",
@@ -71,29 +67,10 @@ def status(data: DataOption = None, sets: SetOption = None) -> int:
 
 def _service(name: str, module: str, summary: str, example: str = "", *, kafka: bool = True) -> None:
     def run(data: DataOption = None, sets: SetOption = None) -> int:
-        settings = read_settings(data, sets)  # before the import: a wrong setting is told at once
-        configure_logging(name, settings.log)
-        if kafka:
-            _check_credentials(settings)
-        return _main_of(module, settings)
+        return start_service(name, module, data, sets, kafka=kafka)
 
     run.__doc__ = summary
     register(app, name, example or f"fulgurite {name}", rich_help_panel="Services")(run)
-
-
-def _check_credentials(settings: Settings) -> None:
-    """Wrong ones are told at once, and end the service; a broker that is away is waited for by the service."""
-    import asyncio
-
-    from fulgurite.producers.credentials import ensure_accepted
-
-    problem = asyncio.run(ensure_accepted(settings.kafka))
-    if problem is not None:
-        logger.warning("%s: waiting", problem.text)
-
-
-def _main_of(module: str, settings: Settings) -> int:
-    return int(lazy_module(module).main(settings))
 
 
 _service("coordinator", "fulgurite.consumers.coordinator", "Queue of rollouts: leases, retries, REST API /v1/agl.")
@@ -120,13 +97,7 @@ _service(
 _service("materialiser", "fulgurite.consumers.materialiser", "Writes all topics into ClickHouse, exactly once.")
 _service("translator", "fulgurite.consumers.translator", "Publishes the rewards that OTLP spans carry.")
 _service("assembler", "fulgurite.streams.assembler", "Joins spans, rewards and rollouts into trajectories.")
-_service(
-    "train",
-    "fulgurite.streams.trainer",
-    "Trains the policy online on trajectories and publishes its versions.",
-    "fulgurite train --set trainer.run_id=first --set trainer.model=./model "
-    "--set trainer.tasks=examples.calculator.tasks:train_task",
-)
+cli_train.add_to(app)
 
 
 @register(

@@ -115,6 +115,26 @@ def lazy_module(name: str) -> ModuleType:
     return importlib.import_module(name)
 
 
+def start_service(name: str, module: str, data: Path | None, sets: list[str] | None, *, kafka: bool = True) -> int:
+    """Reads the settings, then imports the service and runs its `main`."""
+    settings = read_settings(data, sets)  # before the import: a wrong setting is told at once
+    configure_logging(name, settings.log)
+    if kafka:
+        _check_credentials(settings)
+    return int(lazy_module(module).main(settings))
+
+
+def _check_credentials(settings: Settings) -> None:
+    """Wrong ones are told at once, and end the service; a broker that is away is waited for by the service."""
+    import asyncio
+
+    from fulgurite.producers.credentials import ensure_accepted
+
+    problem = asyncio.run(ensure_accepted(settings.kafka))
+    if problem is not None:
+        logger.warning("%s: waiting", problem.text)
+
+
 def say(text: str) -> None:
     """A sentence with rich's markup, unbroken: addresses and paths in it can be copied."""
     console.print(text, highlight=False, soft_wrap=True)

@@ -32,6 +32,7 @@ from fulgurite.schemas.retention import RetentionSettings
 from fulgurite.schemas.sections import Port, Seconds, Url
 from fulgurite.schemas.sections import Section as Section
 from fulgurite.schemas.setting_names import section_of, wrong_name, wrong_variable
+from fulgurite.schemas.source_settings import SourceSettings as SourceSettings
 from fulgurite.schemas.trainer_settings import TrainerSettings as TrainerSettings
 
 ENV_PREFIX = "FULGURITE_"
@@ -229,6 +230,7 @@ class Settings(Section):
     materialiser: MaterialiserSettings = Field(default_factory=MaterialiserSettings)
     assembler: AssemblerSettings = Field(default_factory=AssemblerSettings)
     trainer: TrainerSettings = Field(default_factory=TrainerSettings)
+    source: SourceSettings = Field(default_factory=SourceSettings)
     log: LogSettings = Field(default_factory=LogSettings)
 
 

@@ -31,6 +31,19 @@ AdvantageName = Literal[
 RatioLevel = Literal["token", "sequence_mean", "sequence_product"]
 
 
+GROUPS = {
+    "The run": "run_id",
+    "Windows": "steps",
+    "The objective": "loss",
+    "What makes a step unfit": "max_logprob_difference",
+    "The optimizer": "learning_rate",
+    "The machine": "micro_batch_tokens",
+    "Rollouts it asks for": "sampling_parameters",
+    "Everything else": "keep_versions",
+}
+"""Groups of settings for who reads their list: title and first setting, in the order of the fields."""
+
+
 class TrainerSettings(Section):
     run_id: str = ""
     """Name of the run; a restart with the same name goes on where it stood. Required."""
@@ -44,6 +57,8 @@ class TrainerSettings(Section):
     """Where tasks come from, as module:function; function(index) gives the task's input as JSON-able value."""
     agent: str = ""
     """Recorded on its rollouts, for streams with several agents."""
+    agents: list[str] = Field(default_factory=list[str])
+    """Whose calls are trained on, where several agents act in a rollout: the names on their spans. Empty: all."""
     steps: Annotated[int, Field(ge=1)] = 60
     """Versions to make."""
     groups_per_step: Annotated[int, Field(ge=1, le=65_536)] = 16

@@ -104,7 +104,8 @@ class Learner:
         norm = self.engine.update(rate, self._settings.grad_norm_limit or math.inf)
         if found.mismatch:
             raise LogprobMismatch(found.mismatch)
-        self._watch_comparison(found.metrics[SAME_VERSION_TOKENS])
+        if any(max(sample.versions) >= 0 for sample in samples):  # else another policy sampled: nothing to compare
+            self._watch_comparison(found.metrics[SAME_VERSION_TOKENS])
         fault = found.fault or norm_fault(self._settings, norm)
         if fault:
             return self._refuse(fault, found, math.nan if found.fault else norm, samples, version_in)

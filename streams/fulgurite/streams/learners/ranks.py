@@ -43,7 +43,7 @@ class Lead:
     def __init__(self, folder: Path, settings: TrainerSettings, state: Path | None) -> None:
         """See load_learner. The other ranks load the same."""
         self._group = _group()
-        self._tell("load", folder, state)
+        self._tell("load", folder, settings, state)
         self._learner = load_learner(folder, settings, state)
 
     def step(self, samples: list[Sample], version_in: int) -> StepResult:
@@ -72,8 +72,8 @@ def dismiss() -> None:
     dist.destroy_process_group()
 
 
-def follow(settings: TrainerSettings) -> None:
-    """What ranks 1… do, until rank 0 closes."""
+def follow() -> None:
+    """What ranks 1… do, until rank 0 closes. The settings are rank 0's: a replay's come from its source, too."""
     group = _group()
     learner: Learner | None = None
     while True:
@@ -84,7 +84,7 @@ def follow(settings: TrainerSettings) -> None:
             dist.destroy_process_group()
             return
         if command == "load":
-            folder, state = arguments
+            folder, settings, state = arguments
             learner = load_learner(folder, settings, state)
             continue
         try:

@@ -41,6 +41,20 @@ _TEMPORARY = ".tmp-"
 class OpenGroup(BaseModel):
     index: int
     closed: bool
+    version: int | None = None
+
+
+class SourceState(BaseModel):
+    """How far a replay has got in what it replays."""
+
+    offsets: dict[int, int] = Field(default_factory=dict)
+    """Next offset per partition of the source's ledger, `training`."""
+    step: int = 0
+    """The source's last step whose groups were taken over."""
+    groups: int = 0
+    """Of a selection by SQL: how many of its groups were taken over."""
+    over: bool = False
+    """Nothing more will come."""
 
 
 class RunState(BaseModel):
@@ -63,6 +77,8 @@ class RunState(BaseModel):
     dropped: list[DroppedRollout] = Field(default_factory=list)
     """Settled, but in no step's record yet."""
     open: list[OpenGroup] = Field(default_factory=list[OpenGroup])
+    source: SourceState | None = None
+    """Of a replay."""
 
 
 class _MemberLine(BaseModel):
@@ -153,7 +169,7 @@ class Checkpoints:
         windows = Windows(
             shape,
             asked=state.asked,
-            groups={g.index: Group(g.index, now_ns, {}, g.closed) for g in state.open},
+            groups={g.index: Group(g.index, now_ns, {}, g.closed, g.version) for g in state.open},
             settled_below=state.settled_below,
             settled=set(state.settled),
             missing=set(state.missing),
@@ -229,7 +245,7 @@ def _of(windows: Windows) -> dict[str, Any]:
         "settled": sorted(windows.settled),
         "missing": sorted(windows.missing),
         "dropped": list(windows.dropped),
-        "open": [OpenGroup(index=g.index, closed=g.closed) for g in windows.groups.values()],
+        "open": [OpenGroup(index=g.index, closed=g.closed, version=g.version) for g in windows.groups.values()],
     }
 
 

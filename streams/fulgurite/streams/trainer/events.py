@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import math
-from typing import Any
 
 from pydantic import BaseModel, ValidationError
 
 from fulgurite.schemas.codec import encode, encode_key
 from fulgurite.schemas.resources import ResourceVersion
-from fulgurite.schemas.settings import KafkaSettings, TrainerSettings
+from fulgurite.schemas.settings import KafkaSettings
 from fulgurite.schemas.topics import Topic
 from fulgurite.schemas.training import RunStarted
 from fulgurite.streams.objectives.advantages import mean_and_std
 from fulgurite.streams.trainer.checkpoints import Checkpoint
+from fulgurite.streams.trainer.plan import Plan
 from fulgurite.streams.trainer.samples import ADAPTER_CONFIG, TrainingSet
 from fulgurite.streams.trainer.windows import Window
 from fulgurite.streams.transactions import Outgoing
@@ -57,22 +57,21 @@ def version_event(checkpoint: Checkpoint, model: str) -> ResourceVersion:
     )
 
 
-def started_event(settings: TrainerSettings, run_id: str, step: int, version: int) -> RunStarted:
-    config: dict[str, Any] = settings.model_dump(mode="json")
+def started_event(plan: Plan, step: int, version: int) -> RunStarted:
     return RunStarted(
-        run_id=run_id,
+        run_id=plan.run_id,
         step=step,
-        resource=settings.resource,
+        resource=plan.trainer.resource,
         version=version,
-        steps_total=settings.steps,
-        config=config,
+        steps_total=plan.trainer.steps,
+        config=plan.config(),
     )
 
 
-def staleness(training: TrainingSet, version_in: int) -> tuple[float, int]:
+def staleness(training: TrainingSet, window: Window) -> tuple[float, int]:
     """Versions behind, over the tokens trained on: mean and largest."""
     behind = [
-        version_in - version
+        window.measured_at.get(sample.rollout_id, window.version_in) - version
         for sample in training.samples
         for version, sampled in zip(sample.versions, sample.loss_mask, strict=True)
         if sampled

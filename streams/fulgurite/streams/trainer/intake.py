@@ -7,12 +7,12 @@ import logging
 from fulgurite.schemas.codec import decode
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import InvalidEvent
-from fulgurite.schemas.settings import KafkaSettings
 from fulgurite.schemas.topics import DEAD_LETTERS
 from fulgurite.schemas.trajectories import Trajectory
+from fulgurite.streams.trainer.plan import Plan
 from fulgurite.streams.trainer.reader import Record
 from fulgurite.streams.trainer.samples import ModelLimits, member_of
-from fulgurite.streams.trainer.windows import Windows
+from fulgurite.streams.trainer.windows import Member, Windows
 from fulgurite.streams.transactions import Outgoing
 
 logger = logging.getLogger(__name__)
@@ -26,15 +26,15 @@ MAX_DEAD_BYTES = 32 << 20
 class Intake:
     """Feeds one run's windows. `dead_letters` wait for the transaction that commits the offsets they were read at."""
 
-    def __init__(
-        self, settings: KafkaSettings, run_id: str, resource: str, limits: ModelLimits, windows: Windows
-    ) -> None:
-        self._settings = settings
-        self._run_id = run_id
-        self._needle = run_id.encode()
-        self._resource = resource
+    def __init__(self, plan: Plan, limits: ModelLimits, windows: Windows) -> None:
+        self._settings = plan.settings.kafka
+        self._run_id = plan.shape.run_id
+        self._needle = self._run_id.encode()
+        self._resource = plan.sampling_resource
+        self._agents = plan.trainer.agents
         self._limits = limits
         self._windows = windows
+        self._keeps_letters = not plan.is_replay  # the source run has written them
         self.dead_letters: list[Outgoing] = []
         self._dead_bytes = 0
 
@@ -46,24 +46,36 @@ class Intake:
         # Decoding is what reading other runs' records would cost; our name in the bytes is a cheap first sieve.
         if self._needle not in (record.value or b"") and self._needle not in (record.key or b""):
             return
-        try:
-            trajectory = decode(Trajectory, record.value)
-        except InvalidEvent as error:
-            self._bury(record, error.reason, str(error))
-            return
-        if trajectory.run_id != self._run_id or trajectory.mode != "train":
-            return
-        member, fault = member_of(trajectory, self._resource, self._limits)
-        if member.reason == "bad_tokens":
-            self._bury(record, member.reason, f"rollout {trajectory.rollout_id}: {fault}")
-        self._windows.add(member, now_ns)
+        trajectory = self._decoded(record)
+        if trajectory and trajectory.run_id == self._run_id and trajectory.mode == "train":
+            self._windows.add(self._judged(record, trajectory), now_ns)
+
+    def member(self, record: Record) -> Member | None:
+        """The record as a member of its group, whatever its run; None where it is none."""
+        trajectory = self._decoded(record)
+        return self._judged(record, trajectory) if trajectory else None
 
     def take_dead_letters(self) -> list[Outgoing]:
         taken, self.dead_letters, self._dead_bytes = self.dead_letters, [], 0
         return taken
 
+    def _decoded(self, record: Record) -> Trajectory | None:
+        try:
+            return decode(Trajectory, record.value)
+        except InvalidEvent as error:
+            self._bury(record, error.reason, str(error))
+            return None
+
+    def _judged(self, record: Record, trajectory: Trajectory) -> Member:
+        member, fault = member_of(trajectory, self._resource, self._limits, self._agents)
+        if member.reason == "bad_tokens":
+            self._bury(record, member.reason, f"rollout {trajectory.rollout_id}: {fault}")
+        return member
+
     def _bury(self, record: Record, reason: str, message: str) -> None:
         logger.warning("%s partition %d offset %d: %s", record.topic, record.partition, record.offset, message)
+        if not self._keeps_letters:
+            return
         letter = DeadLetter(
             topic=record.topic,
             partition=record.partition,

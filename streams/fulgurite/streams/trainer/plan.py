@@ -5,9 +5,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from fulgurite.schemas.errors import SettingsError
-from fulgurite.schemas.settings import Settings, TrainerSettings
+from fulgurite.schemas.settings import Settings, SourceSettings, TrainerSettings
 from fulgurite.schemas.topics import TRAJECTORIES
 from fulgurite.streams.trainer.objective import check_objective
 from fulgurite.streams.trainer.tasks import TaskFunction, load_tasks
@@ -21,7 +22,8 @@ MAX_RUN_ID_CHARS = 64
 class Plan:
     settings: Settings
     shape: Shape
-    tasks: TaskFunction
+    tasks: TaskFunction | None
+    """None for a replay, which asks for nothing."""
     start_model: Path | None
 
     @property
@@ -29,12 +31,40 @@ class Plan:
         return self.settings.trainer
 
     @property
+    def source(self) -> SourceSettings:
+        return self.settings.source
+
+    @property
+    def is_replay(self) -> bool:
+        return bool(self.source.run_id) or self.source.begin == "sql"
+
+    @property
     def run_id(self) -> str:
-        return self.shape.run_id
+        return self.trainer.run_id
+
+    @property
+    def sampling_resource(self) -> str:
+        """The policy whose sampled tokens are trained on."""
+        return self.source.resource or self.trainer.resource
+
+    @property
+    def is_own_policy(self) -> bool:
+        """Whether it is the one whose versions this run makes: then versions in trajectories are its own."""
+        return self.sampling_resource == self.trainer.resource
+
+    def config(self) -> dict[str, Any]:
+        """The settings that make the run what it is, as they are recorded with it."""
+        config: dict[str, Any] = self.trainer.model_dump(mode="json")
+        return config | ({"source": self.source.model_dump(mode="json")} if self.is_replay else {})
 
     @property
     def topic(self) -> str:
         return self.settings.kafka.topic(TRAJECTORIES)
+
+    @property
+    def folder(self) -> Path:
+        """Where the run writes."""
+        return self.trainer.output.resolve() / self.run_id
 
     @property
     def name(self) -> str:
@@ -69,17 +99,45 @@ def make_plan(settings: Settings) -> Plan:
         raise SettingsError(
             f"trainer.reference = {trainer.reference}: no model there (a folder with config.json is needed)"
         )
+    check_source(settings)
+    is_replay = bool(settings.source.run_id) or settings.source.begin == "sql"
     shape = Shape(
-        run_id=run_id,
+        run_id=settings.source.run_id or run_id,
         group_size=trainer.group_size,
         groups_per_step=trainer.groups_per_step,
         groups_ahead=(trainer.pacing_staleness + 1) * trainer.groups_per_step,
         max_staleness=trainer.max_staleness,
         group_deadline_seconds=trainer.group_deadline_seconds,
+        replayed=is_replay,
     )
     if trainer.pacing_staleness > trainer.max_staleness:
         raise SettingsError(
             f"trainer.pacing_staleness = {trainer.pacing_staleness} lets rollouts run further ahead than "
             f"trainer.max_staleness = {trainer.max_staleness} lets them be used"
         )
-    return Plan(settings, shape, load_tasks(trainer.tasks), trainer.model)
+    return Plan(settings, shape, None if is_replay else load_tasks(trainer.tasks), trainer.model)
+
+
+def check_source(settings: Settings) -> None:
+    """Raises SettingsError for what a replay cannot be, and for settings of one that nothing would read."""
+    trainer, source = settings.trainer, settings.source
+    is_replay = bool(source.run_id) or source.begin == "sql"
+    if not is_replay:
+        for name in source.model_fields_set - {"run_id"}:
+            raise SettingsError(
+                f"source.{name} has no effect: source.run_id is empty, so the run asks for its rollouts"
+            )
+        return
+    for name, kind in (("offsets", "offset"), ("time", "time"), ("sql", "sql")):
+        given = bool(getattr(source, name))
+        if given != (source.begin == kind):
+            wrong = "is empty, but" if source.begin == kind else "has no effect:"
+            raise SettingsError(f"source.{name} {wrong} source.begin is {source.begin}")
+    if source.run_id == trainer.run_id:
+        raise SettingsError(
+            f"trainer.run_id = {trainer.run_id} is the source run itself: give this run a name of its own"
+        )
+    if not source.resource and not source.run_id:
+        raise SettingsError(
+            "source.resource is empty: say whose sampled tokens source.sql selects, or set source.run_id"
+        )

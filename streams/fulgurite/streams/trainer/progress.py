@@ -53,7 +53,7 @@ class Progress:
     ) -> TrainingStep:
         state = checkpoint.state
         reward_mean, reward_std = mean_and_std(training.rewards)
-        behind_mean, behind_max = staleness(training, window.version_in)
+        behind_mean, behind_max = staleness(training, window)
         began, filled, optimized = self._marks
         metrics = {
             **window_metrics(window, training),

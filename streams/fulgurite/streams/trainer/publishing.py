@@ -50,10 +50,13 @@ class Publishing:
         await self._transactions.commit([record, *dead], self._offsets(offsets, marker))
 
     def _queued(self, groups: range) -> list[Outgoing]:
+        tasks = self._plan.tasks
+        if tasks is None:
+            return []
         return [
             outgoing(self._kafka, ROLLOUTS, queued.rollout_id, queued)
             for index in groups
-            for queued in group_records(self._plan.trainer, self._plan.shape, self._plan.tasks, index)
+            for queued in group_records(self._plan.trainer, self._plan.shape, tasks, index)
         ]
 
     def _offsets(self, offsets: Mapping[int, int], marker: Marker) -> dict[TopicPartition, OffsetAndMetadata]:

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Iterable, Mapping
+from datetime import datetime
+from typing import TypeVar
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError, OffsetOutOfRangeError
@@ -16,13 +18,18 @@ from aiokafka.structs import ConsumerRecord
 
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.kafka import connection_options
-from fulgurite.schemas.errors import StartError
-from fulgurite.schemas.settings import KafkaSettings
+from fulgurite.schemas.errors import SettingsError, StartError
+from fulgurite.schemas.settings import KafkaSettings, SourceSettings
 from fulgurite.streams.trainer.log import partitions_of
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
 Record = ConsumerRecord[bytes | None, bytes | None]
+
+POLL_SECONDS = 0.25
+"""How long one look for trajectories waits; a deadline is noticed within it."""
 
 POLL_RECORDS = 512
 """Records of one poll: bounds what is in memory beside the open groups."""
@@ -75,15 +82,47 @@ class TrajectoryReader:
         """For a new run: nothing that is already there can belong to it."""
         await self.seek({tp.partition: end for tp, end in (await self._ends()).items()})
 
+    async def seek_to_begin(self, source: SourceSettings) -> None:
+        """For a new replay: where its settings say. Raises SettingsError for a partition that is not there."""
+        if source.begin in ("latest", "sql"):
+            await self.seek_to_end()
+            return
+        wanted = await self.first_offsets()
+        if source.begin == "offset":
+            wanted |= self._given(source.offsets)
+        elif source.begin == "time":
+            wanted |= await self._at_time(source.time)
+        await self.seek(wanted)
+
+    async def first_offsets(self) -> dict[int, int]:
+        """The oldest that Kafka still has, by partition."""
+        found = await self._asked(lambda: self._client.beginning_offsets(self.partitions))
+        return {tp.partition: offset for tp, offset in found.items()}
+
+    async def read_at(self, partition: int, offsets: Iterable[int]) -> list[Record]:
+        """These records of one partition, in the order of their offsets; `offsets` of the reader stay as they are."""
+        tp = TopicPartition(self._topic, partition)
+        wanted, found = sorted(set(offsets)), list[Record]()
+        while wanted:
+            self._client.seek(tp, wanted[0])
+            try:
+                records = await self._client.getmany(tp, timeout_ms=int(POLL_SECONDS * 1000), max_records=POLL_RECORDS)
+            except OffsetOutOfRangeError as error:
+                raise self._forgotten(error) from error
+            for record in records.get(tp, []):
+                while wanted and wanted[0] < record.offset:
+                    del wanted[0]  # no such record: the caller misses it
+                if wanted and wanted[0] == record.offset:
+                    found.append(record)
+                    del wanted[0]
+        return found
+
     async def poll(self, timeout_seconds: float) -> list[Record]:
         """The next records, oldest first by the broker's clock; `offsets` then lie behind them."""
         try:
             found = await self._client.getmany(timeout_ms=int(timeout_seconds * 1000), max_records=POLL_RECORDS)
         except OffsetOutOfRangeError as error:
-            raise StartError(
-                f"{self._topic} no longer holds what this run has to read next ({error}): its retention is over. "
-                "Start a new run from the weights of the last version"
-            ) from error
+            raise self._forgotten(error) from error
         for tp in self.partitions:
             self.offsets[tp.partition] = await self._client.position(tp)
         records = [record for part in found.values() for record in part]
@@ -102,15 +141,42 @@ class TrajectoryReader:
             except (KafkaError, TimeoutError) as error:
                 logger.debug("closing the consumer: %r", error)
 
+    def _forgotten(self, error: OffsetOutOfRangeError) -> StartError:
+        return StartError(
+            f"{self._topic} no longer holds what this run has to read next ({error}): its retention is over. "
+            "Start a new run from the weights of the last version"
+        )
+
+    def _given(self, offsets: Mapping[str, int]) -> dict[int, int]:
+        known = {str(tp.partition) for tp in self.partitions}
+        if unknown := sorted(set(offsets) - known):
+            raise SettingsError(
+                f"source.offsets: {self._topic} has no partition {', '.join(unknown)}; "
+                f"it has {', '.join(sorted(known))}"
+            )
+        return {int(number): offset for number, offset in offsets.items()}
+
+    async def _at_time(self, time: datetime | None) -> dict[int, int]:
+        """The first records written then or later; where there are none, the end."""
+        assert time is not None, "make_plan refuses begin = time without one"
+        milliseconds = int(time.timestamp() * 1000)
+        found = await self._asked(lambda: self._client.offsets_for_times(dict.fromkeys(self.partitions, milliseconds)))
+        ends = await self._ends()
+        return {tp.partition: at.offset if (at := found.get(tp)) else ends[tp] for tp in self.partitions}
+
     @property
     def _client(self) -> AIOKafkaConsumer:
         assert self._consumer is not None, "start() comes first"
         return self._consumer
 
     async def _ends(self) -> dict[TopicPartition, int]:
+        return await self._asked(lambda: self._client.end_offsets(self.partitions))
+
+    async def _asked(self, ask: Callable[[], Awaitable[T]]) -> T:
+        """Asks about offsets until Kafka answers."""
         backoff = Backoff(logger)
         while True:
             try:
-                return await self._client.end_offsets(self.partitions)
+                return await ask()
             except (KafkaError, TimeoutError) as error:
-                await backoff.wait(f"asking for the end of {self._topic}: {error!r}")
+                await backoff.wait(f"asking for offsets of {self._topic}: {error!r}")

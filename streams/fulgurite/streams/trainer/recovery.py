@@ -21,12 +21,13 @@ from typing import TYPE_CHECKING
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.ids import now_ns
 from fulgurite.streams.learners.launch import launched_ranks
-from fulgurite.streams.trainer.checkpoints import OPTIMIZER, Checkpoints
+from fulgurite.streams.trainer.checkpoints import OPTIMIZER, Checkpoints, SourceState
 from fulgurite.streams.trainer.events import Marker
 from fulgurite.streams.trainer.log import committed_run
 from fulgurite.streams.trainer.ownership import Ownership
 from fulgurite.streams.trainer.plan import Plan
 from fulgurite.streams.trainer.reader import TrajectoryReader
+from fulgurite.streams.trainer.selection import select
 from fulgurite.streams.trainer.windows import Windows
 from fulgurite.streams.transactions import Transactions
 
@@ -50,6 +51,11 @@ class Run:
     committed_offsets: dict[int, int]
     """As of `version`: what a transaction that makes no version repeats."""
     is_new: bool
+    source: SourceState | None = None
+    """How far a replay that goes on has read its source; None for other runs."""
+
+    def marker(self) -> Marker:
+        return Marker(version=self.version, step=self.step, asked=self.windows.asked)
 
 
 async def recover(
@@ -92,6 +98,7 @@ async def recover(
         companions=checkpoint.weights,
         committed_offsets=dict(checkpoint.state.offsets),
         is_new=False,
+        source=checkpoint.state.source,
     )
 
 
@@ -101,9 +108,14 @@ async def _begin(plan: Plan, reader: TrajectoryReader, checkpoints: Checkpoints,
     if not await asyncio.to_thread((plan.start_model / "config.json").is_file):
         raise SettingsError(f"trainer.model = {plan.start_model}: no model there (a folder with config.json is needed)")
     checkpoints.discard_uncommitted(None)
+    if plan.source.begin == "sql":
+        await asyncio.to_thread(select, plan, await reader.first_offsets())
     learner = await _load(plan, plan.start_model, None)
     newest = await ownership.take_over()
-    await reader.seek_to_end()
+    if plan.is_replay:
+        await reader.seek_to_begin(plan.source)
+    else:
+        await reader.seek_to_end()
     logger.info("run %s begins with %s as version %d", plan.run_id, plan.start_model, newest + 1)
     return Run(
         version=newest + 1,

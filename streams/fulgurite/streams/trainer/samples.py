@@ -7,6 +7,7 @@ it.
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Final
@@ -86,9 +87,11 @@ def read_limits(model: Path) -> ModelLimits:
         raise SettingsError(f"trainer.model: {model} is no model folder: {path}: {error!r}") from None
 
 
-def member_of(trajectory: Trajectory, resource: str, limits: ModelLimits) -> tuple[Member, str]:
+def member_of(
+    trajectory: Trajectory, resource: str, limits: ModelLimits, agents: Sequence[str] = ()
+) -> tuple[Member, str]:
     """The trajectory as a member of its group, and what exactly is wrong with its tokens (empty when nothing is)."""
-    sequences = trained_sequences(trajectory, resource)
+    sequences = trained_sequences(trajectory, resource, agents)
     fault = next(filter(None, (_token_fault(sequence, limits) for sequence in sequences)), "")
     reason = _reason(trajectory, sequences, fault)
     if reason:
@@ -98,15 +101,28 @@ def member_of(trajectory: Trajectory, resource: str, limits: ModelLimits) -> tup
     return Member(trajectory, "", oldest), ""
 
 
-def trained_sequences(trajectory: Trajectory, resource: str) -> list[TokenSequence]:
-    """The sequences this resource's policy sampled tokens of; other policies have trainers of their own."""
-    return [s for s in trajectory.sequences if s.resource in ("", resource) and any(s.loss_mask)]
+def trained_sequences(trajectory: Trajectory, resource: str, agents: Sequence[str] = ()) -> list[TokenSequence]:
+    """The sequences this resource's policy sampled tokens of, for these agents (empty: all); other policies and agents
+    have trainers of their own."""
+    return [
+        s
+        for s in trajectory.sequences
+        if s.resource in ("", resource) and (not agents or s.agent in agents) and any(s.loss_mask)
+    ]
 
 
-def training_set(window: Window, settings: TrainerSettings) -> TrainingSet:
+def of_others(sample: Sample) -> Sample:
+    """A sample of another policy than the one that is trained: versions of that one say nothing about ours."""
+    return replace(sample, versions=[UNKNOWN_VERSION] * len(sample.versions))
+
+
+def training_set(window: Window, settings: TrainerSettings, resource: str = "") -> TrainingSet:
     """Advantages over the whole window, as the settings say; then groups without signal are dropped as `zero_variance`,
-    or kept: their rewards count either way. Whether a group has one its rewards say, not what length costs."""
-    trained = [[trained_sequences(m.trajectory, settings.resource) for m in group] for group in window.groups]
+    or kept: their rewards count either way. Whether a group has one its rewards say, not what length costs.
+
+    `resource` is the policy that sampled, where it is not the one that is trained."""
+    sampler, agents = resource or settings.resource, settings.agents
+    trained = [[trained_sequences(m.trajectory, sampler, agents) for m in group] for group in window.groups]
     tokens = [[sum(sum(s.loss_mask) for s in sequences) for sequences in group] for group in trained]
     rewards = [[_reward(member.trajectory) for member in group] for group in window.groups]
     penalties = [[_penalty(count, settings) for count in group] for group in tokens]

@@ -11,14 +11,16 @@
 - A window is the `groups_per_step` oldest usable groups, by the order in which they were asked for. Groups whose
   rewards do not differ count as groups of the window, though nothing can be learned from them: asked for and consumed
   stay equal.
+- In a replay (`shape.replayed`) the source run's ledger closes groups, no clock does: see `settle`. What is in a window
+  is then a function of the log alone.
 
-Promise: every rollout asked for comes out exactly once, in a window's survivors or in `dropped`.
+Promise: every rollout asked for (in a replay: read) comes out exactly once, in a window's survivors or in `dropped`.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 
 from fulgurite.schemas.training import DroppedRollout
@@ -26,6 +28,9 @@ from fulgurite.schemas.trajectories import Trajectory
 
 MIN_SURVIVORS = 2
 """Below it there is no baseline to compare with."""
+
+LEFT_OUT = ("deadline", "run_ended", "not_asked")
+"""Why a source run dropped a rollout, where its clock or its own counts decided: a replay leaves the same ones out."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +44,8 @@ class Shape:
     """Most groups that pacing has on their way at once."""
     max_staleness: int
     group_deadline_seconds: float
+    replayed: bool = False
+    """The groups are those of another run, `run_id`, which asked for them and decided when they were over."""
 
     def group_id(self, index: int) -> str:
         return f"{self.run_id}-g{index}"
@@ -66,6 +73,8 @@ class Group:
     members: dict[str, Member] = field(default_factory=dict[str, Member])
     closed: bool = False
     """No further member is waited for."""
+    version: int | None = None
+    """The version that the age of its tokens is measured against; None: the one that is trained."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,6 +86,8 @@ class Window:
     """[groups_per_step][2..group_size] survivors, in the order of their ids."""
     dropped: list[DroppedRollout]
     """Everything settled since the last window without being trained on."""
+    measured_at: dict[str, int] = field(default_factory=dict[str, int])
+    """The version that a rollout's age is measured against, where it is not version_in."""
 
 
 @dataclass(slots=True)
@@ -117,8 +128,44 @@ class Windows:
         if group is None:
             group = self.groups[index] = Group(index, now_ns)
         group.members[trajectory.rollout_id] = member
-        if len(group.members) == self.shape.group_size:
+        if len(group.members) == self.shape.group_size and not self.shape.replayed:
             group.closed = True
+
+    def settle(self, decided: Mapping[str, str], version: int | None) -> int:
+        """For a replay: what a record of the source's ledger decided, rollout by rollout; "" or why it was dropped.
+
+        Called when everything that the source had read by then is here. What it dropped because of its clock (LEFT_OUT)
+        is dropped with its reason; the other groups are closed, for this run's own judgement. A group of which
+        something lies before the replay's begin is dropped whole, its number of groups is returned.
+        """
+        groups: dict[int, list[str]] = {}
+        for rollout_id, reason in decided.items():
+            index = self._index_of(rollout_id)
+            if index is None or self.is_settled(index):
+                continue  # dropped as `not_asked` when it was read
+            if reason not in LEFT_OUT:
+                groups.setdefault(index, []).append(rollout_id)
+                continue
+            group = self.groups.get(index)
+            if group and group.members.pop(rollout_id, None):
+                self._drop(rollout_id, reason)
+            elif group and reason == "deadline":
+                self.missing.add(rollout_id)
+                self._drop(rollout_id, reason)
+        cut = 0
+        for index, rollout_ids in sorted(groups.items()):
+            group = self.groups.get(index) or Group(index, 0)
+            if any(rollout_id not in group.members for rollout_id in rollout_ids):
+                cut += 1
+                self._settle(group, 0, "before_begin")
+            else:
+                group.closed, group.version = True, version
+        return cut
+
+    def put(self, index: int, members: Iterable[Member], version: int | None) -> None:
+        """For a replay by selection: a whole group, at this place of the order."""
+        found = {member.trajectory.rollout_id: member for member in members}
+        self.groups[index] = Group(index, 0, found, True, version)
 
     def deadline_due(self, now_ns: int) -> list[int]:
         """Groups that have waited long enough. Ask the log for what is there before `close` them."""
@@ -153,12 +200,15 @@ class Windows:
         if len(usable) < self.shape.groups_per_step:
             return None
         chosen: list[list[Member]] = []
+        measured_at: dict[str, int] = {}
         for index in usable[: self.shape.groups_per_step]:
             group = self.groups[index]
             survivors = self._survivors(group, version_in)
             chosen.append(survivors)
+            if group.version is not None:
+                measured_at.update({member.trajectory.rollout_id: group.version for member in survivors})
             self._settle(group, version_in, "")
-        window = Window(version_in, chosen, self.dropped)
+        window = Window(version_in, chosen, self.dropped, measured_at)
         self.dropped = []
         return window
 
@@ -179,7 +229,8 @@ class Windows:
             group = self.groups.get(index)
             # Who is missing from a closed group is dropped already, from a group not asked for was never asked.
             waits = index < self.asked and not (group and group.closed)
-            for rollout_id in self.shape.rollout_ids(index):
+            named = self.shape.rollout_ids(index) if waits else sorted(group.members) if group else []
+            for rollout_id in named:
                 member = group.members.get(rollout_id) if group else None
                 if member or waits:
                     self._drop(rollout_id, (member.reason if member else "") or "run_ended")
@@ -198,20 +249,23 @@ class Windows:
         move `asked`: anybody can give a rollout such a name, and the groups below it would never be asked for. Asking
         again for one that is here already is harmless, its ids are the same.
         """
+        index = self._index_of(trajectory.rollout_id)
+        if index is None or trajectory.group_id != self.shape.group_id(index):
+            return None
+        return index if self.shape.replayed or index < self.asked + self.shape.groups_ahead else None
+
+    def _index_of(self, rollout_id: str) -> int | None:
+        """The group's number in a name such as the run makes them, None for any other name."""
         prefix = f"{self.shape.run_id}-g"
-        if not trajectory.group_id.startswith(prefix):
+        found = re.fullmatch(r"(0|[1-9][0-9]{0,14})-r(0|[1-9][0-9]{0,5})", rollout_id.removeprefix(prefix))
+        if not rollout_id.startswith(prefix) or found is None or int(found[2]) >= self.shape.group_size:
             return None
-        digits = trajectory.group_id.removeprefix(prefix)
-        if not re.fullmatch(r"0|[1-9][0-9]{0,14}", digits) or int(digits) >= self.asked + self.shape.groups_ahead:
-            return None
-        member = trajectory.rollout_id.removeprefix(f"{trajectory.group_id}-r")
-        if not re.fullmatch(r"0|[1-9][0-9]{0,5}", member) or int(member) >= self.shape.group_size:
-            return None
-        return int(digits)
+        return int(found[1])
 
     def _survivors(self, group: Group, version_in: int) -> list[Member]:
+        version = version_in if group.version is None else group.version
         # Sorted, so that the window does not depend on the order in which members were read.
-        alive = [member for member in group.members.values() if not self._reason(member, version_in)]
+        alive = [member for member in group.members.values() if not self._reason(member, version)]
         return sorted(alive, key=lambda member: member.trajectory.rollout_id)
 
     def _reason(self, member: Member, version_in: int) -> str:
@@ -224,8 +278,9 @@ class Windows:
         self._settle(group, version_in, "too_few")
 
     def _settle(self, group: Group, version_in: int, reason_for_survivors: str) -> None:
+        version = version_in if group.version is None else group.version
         for rollout_id, member in sorted(group.members.items()):
-            reason = self._reason(member, version_in) or reason_for_survivors
+            reason = self._reason(member, version) or reason_for_survivors
             if reason:
                 self._drop(rollout_id, reason)
         self._mark_settled(group.index)

@@ -1,0 +1,122 @@
+"""Where a run's windows come from when it asks for its rollouts itself: asks, reads, waits, drains. Live training.
+
+Unblocked by the last member of a group, or its deadline. Asks for no more groups than pacing allows (`pacing.py`); a
+group dropped as a whole may be replaced between versions, in a transaction of its own (`service.py`).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+
+from fulgurite.schemas.ids import now_ns
+from fulgurite.streams.trainer.checkpoints import SourceState
+from fulgurite.streams.trainer.ending import cancel_outstanding
+from fulgurite.streams.trainer.intake import Intake
+from fulgurite.streams.trainer.pacing import groups_allowed
+from fulgurite.streams.trainer.plan import Plan
+from fulgurite.streams.trainer.progress import waiting_for
+from fulgurite.streams.trainer.publishing import Publishing
+from fulgurite.streams.trainer.reader import POLL_SECONDS, TrajectoryReader
+from fulgurite.streams.trainer.recovery import Run
+from fulgurite.streams.trainer.windows import Window
+
+logger = logging.getLogger(__name__)
+
+REPLACE_SECONDS = 1.0
+"""Least time between two askings for replacements: if everything fails at once, runners are not flooded."""
+
+REPORT_SECONDS = 10.0
+"""How often a long wait says what it waits for."""
+
+DRAIN_SECONDS = 60.0
+"""Longest that the end of a run waits for cancelled rollouts to end."""
+
+
+class Asking:
+    """Fills `run.windows` from trajectories that it has asked for."""
+
+    def __init__(self, plan: Plan, run: Run, publishing: Publishing, reader: TrajectoryReader, intake: Intake) -> None:
+        self._plan = plan
+        self._run = run
+        self._publishing = publishing
+        self._reader = reader
+        self._intake = intake
+
+    async def window(self) -> Window | None:
+        """Reads until there is a window for the current version."""
+        reported = time.monotonic()
+        asked = 0.0
+        while True:
+            window = self._run.windows.take(self._run.version)
+            if window is not None:
+                return window
+            now = time.monotonic()
+            if self._intake.is_full or (self._missing_groups() and now - asked >= REPLACE_SECONDS):
+                asked = now
+                await self._ask_between_versions()
+            await self._read()
+            if now - reported >= REPORT_SECONDS:
+                reported = now
+                logger.info("step %d: %s", self._run.step + 1, waiting_for(self._run.windows))
+
+    def ask(self, steps_done: int) -> range:
+        """The groups that may be asked for now; they count as asked from here on, also in the checkpoint."""
+        windows = self._run.windows
+        first = windows.asked
+        windows.asked = max(first, self._allowed(steps_done))
+        return range(first, windows.asked)
+
+    def state(self) -> SourceState | None:
+        """A run of its own has no source."""
+        return None
+
+    async def drain(self) -> None:
+        """At the end: until every rollout of the run has ended, or for DRAIN_SECONDS."""
+        windows = self._run.windows
+        outstanding = windows.outstanding()
+        if not outstanding:
+            return
+        logger.info("the run is over: cancelling %d rollouts and waiting for their ends", len(outstanding))
+        url, reason = self._plan.settings.coordinator.url, f"run {self._plan.run_id} is over"
+        cancelling = asyncio.create_task(cancel_outstanding(url, windows.outstanding, reason))
+        deadline = time.monotonic() + DRAIN_SECONDS
+        try:
+            while windows.outstanding() and time.monotonic() < deadline:
+                await self._read()
+        finally:
+            cancelling.cancel()
+            with contextlib.suppress(asyncio.CancelledError):
+                await cancelling
+
+    async def close(self) -> None:
+        """Holds nothing of its own."""
+
+    async def _read(self) -> None:
+        """Takes in what has come; closes groups that waited long enough, once nothing of them can lie unread."""
+        now = now_ns()
+        for record in await self._reader.poll(POLL_SECONDS):
+            self._intake.take_in(record, now)
+        if self._run.windows.deadline_due(now) and await self._reader.caught_up():
+            self._run.windows.close(self._run.windows.deadline_due(now))
+
+    async def _ask_between_versions(self) -> None:
+        groups = self.ask(steps_done=self._run.step)
+        letters = self._intake.take_dead_letters()
+        if groups:
+            logger.info("asking for %d groups in place of dropped ones", len(groups))
+        await self._publishing.more(self._run.marker(), self._run.committed_offsets, groups, letters)
+
+    def _missing_groups(self) -> int:
+        return max(0, self._allowed(self._run.step) - self._run.windows.asked)
+
+    def _allowed(self, steps_done: int) -> int:
+        return groups_allowed(
+            steps_done=steps_done,
+            steps=self._plan.trainer.steps,
+            groups_per_step=self._plan.trainer.groups_per_step,
+            pacing_staleness=self._plan.trainer.pacing_staleness,
+            groups_dropped=self._run.windows.groups_dropped,
+        )

@@ -1,0 +1,183 @@
+"""The run whose rollouts another run trains on: what it was started with, and its ledger, record by record.
+
+A replay trusts the source's ledger (`training`) for one thing: when a group was over. A step's record names every
+rollout that the source settled with it, and the offsets of `trajectories` it had read by then; so whoever reads the
+ledger in order and `trajectories` up to those offsets comes to the same groups in the same order, whenever and however
+often, without a clock. Reads with read_committed: a step is seen when it counts.
+
+Does not know windows or learners.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import deque
+from collections.abc import Mapping
+from typing import Any
+
+from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.errors import KafkaError, OffsetOutOfRangeError
+from pydantic import ValidationError
+
+from fulgurite.producers.backoff import Backoff
+from fulgurite.producers.kafka import connection_options
+from fulgurite.schemas.codec import decode_union
+from fulgurite.schemas.errors import InvalidEvent, SettingsError, StartError
+from fulgurite.schemas.settings import KafkaSettings, Settings, SourceSettings, TrainerSettings
+from fulgurite.schemas.topics import TRAINING
+from fulgurite.schemas.training import TRAINING_EVENT, RunFinished, RunStarted, TrainingStep
+from fulgurite.streams.trainer.log import partitions_of, records_since
+
+logger = logging.getLogger(__name__)
+
+OWN = ("run_id", "resource", "output", "tasks")
+"""Settings of the trainer that a replay never takes from its source."""
+
+FETCH_RECORDS = 64
+"""Ledger records of one poll; a step's names all rollouts of its window."""
+
+LedgerEvent = TrainingStep | RunFinished
+
+
+async def adopt(settings: Settings) -> Settings:
+    """Settings of `trainer` and `source` that were not set become those that the source run began with.
+
+    Raises SettingsError where there is no such run, or where it is itself a replay: then its source is the one to name.
+    """
+    source = settings.source
+    if not source.run_id:
+        return settings
+    started = await _started(settings.kafka, source.run_id)
+    config: dict[str, Any] = dict(started.config)
+    theirs: Any = config.pop("source", {})
+    if isinstance(theirs, Mapping) and theirs.get("run_id"):
+        raise SettingsError(
+            f"source.run_id = {source.run_id}: that run trains on the rollouts of {theirs['run_id']} itself; name that"
+        )
+    ours = settings.trainer.model_dump(include=settings.trainer.model_fields_set)
+    taken = {
+        name: value
+        for name, value in config.items()
+        if name in TrainerSettings.model_fields and name not in OWN and name not in ours
+    }
+    try:
+        trainer = TrainerSettings.model_validate(taken | ours)
+    except ValidationError as error:
+        raise SettingsError(
+            f"source.run_id = {source.run_id}: its settings, with those set here, are no valid ones: {error}"
+        ) from None
+    if not source.resource and trainer.resource == started.resource:
+        raise SettingsError(
+            f"trainer.resource = {trainer.resource} is what the source run {source.run_id} makes versions of: set "
+            "another one, which no server follows"
+        )
+    resource = source.resource or started.resource
+    return settings.model_copy(update={"trainer": trainer, "source": source.model_copy(update={"resource": resource})})
+
+
+async def _started(kafka: KafkaSettings, run_id: str) -> RunStarted:
+    """The first word of a run. Of several (it was restarted) the first one, so that a restart here finds the same."""
+    backoff = Backoff(logger)
+    topic = kafka.topic(TRAINING)
+    while True:
+        try:
+            values, _ = await records_since(kafka, topic, run_id.encode(), {})
+            break
+        except (KafkaError, TimeoutError) as error:
+            await backoff.wait(f"reading {topic}: {error!r}")
+    for value in values:
+        event = _event(value)
+        if isinstance(event, RunStarted):
+            return event
+    raise SettingsError(
+        f'source.run_id = {run_id!r}: {topic} knows no such run; `fulgurite sql "SELECT DISTINCT run_id FROM '
+        'run_events"` lists them'
+    )
+
+
+class SourceLedger:
+    """Steps and the end of one run, in the log's order. `offsets` lie behind what `next` gave."""
+
+    def __init__(self, settings: KafkaSettings, source: SourceSettings) -> None:
+        self._settings = settings
+        self._run_id = source.run_id
+        self._topic = settings.topic(TRAINING)
+        self._consumer: AIOKafkaConsumer | None = None
+        self._fetched: deque[tuple[int, int, LedgerEvent | None]] = deque()
+        self.offsets: dict[int, int] = {}
+
+    async def start(self, offsets: Mapping[int, int]) -> None:
+        """From these offsets, a partition without one from its beginning. Waits for Kafka."""
+        backoff = Backoff(logger)
+        while True:
+            consumer = AIOKafkaConsumer(
+                **connection_options(self._settings),
+                isolation_level="read_committed",
+                enable_auto_commit=False,
+                auto_offset_reset="none",
+            )
+            try:
+                await consumer.start()
+                partitions = await partitions_of(self._settings, self._topic)
+                first = await consumer.beginning_offsets(partitions)
+                consumer.assign(partitions)  # and seek at once, see TrajectoryReader.seek
+                for tp in partitions:
+                    at = offsets.get(tp.partition, first[tp])
+                    consumer.seek(tp, at)
+                    self.offsets[tp.partition] = at
+                self._consumer = consumer
+                return
+            except (KafkaError, TimeoutError) as error:
+                await consumer.stop()
+                await backoff.wait(f"reading {self._topic}: {error!r}")
+
+    async def next(self, timeout_seconds: float) -> LedgerEvent | None:
+        """The next step, or the end of the run; None where nothing has come within the time."""
+        if not self._fetched:
+            await self._fetch(timeout_seconds)
+        while self._fetched:
+            partition, offset, event = self._fetched.popleft()
+            self.offsets[partition] = offset + 1
+            if event is not None:
+                return event
+        return None
+
+    async def at_end(self) -> bool:
+        """Whether everything that is committed was given out."""
+        assert self._consumer is not None, "start() comes first"
+        if self._fetched:
+            return False
+        partitions = [TopicPartition(self._topic, number) for number in self.offsets]
+        try:
+            ends = await self._consumer.end_offsets(partitions)
+            return all([await self._consumer.position(tp) >= ends[tp] for tp in partitions])
+        except (KafkaError, TimeoutError) as error:
+            logger.warning("asking for the end of %s: %r; trying again", self._topic, error)
+            return False
+
+    async def close(self) -> None:
+        if self._consumer is not None:
+            consumer, self._consumer = self._consumer, None
+            await consumer.stop()
+
+    async def _fetch(self, timeout_seconds: float) -> None:
+        assert self._consumer is not None, "start() comes first"
+        try:
+            found = await self._consumer.getmany(timeout_ms=int(timeout_seconds * 1000), max_records=FETCH_RECORDS)
+        except OffsetOutOfRangeError as error:
+            raise StartError(
+                f"{self._topic} no longer holds what this replay has to read next ({error}): its retention is over"
+            ) from error
+        key = self._run_id.encode()
+        for records in found.values():
+            for record in records:
+                event = _event(record.value) if record.key == key else None
+                wanted = event if isinstance(event, TrainingStep | RunFinished) else None
+                self._fetched.append((record.partition, record.offset, wanted))
+
+
+def _event(value: bytes | None) -> object:
+    try:
+        return decode_union(TRAINING_EVENT, "TrainingEvent", value)
+    except InvalidEvent:
+        return None  # the materialiser keeps it as a dead letter

@@ -1,0 +1,252 @@
+"""Trainers on another run's rollouts, against the real broker: beside the live one, afterwards, in part, and again."""
+
+from __future__ import annotations
+
+import asyncio
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import clickhouse_connect
+import pytest
+
+from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.migrations import apply_migrations, connection_options
+from fulgurite.schemas.settings import ClickHouseSettings, KafkaSettings, Settings, SourceSettings, TrainerSettings
+from fulgurite.schemas.topics import RESOURCES, TRAJECTORIES
+from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
+from fulgurite.schemas.trajectories import Trajectory
+from fulgurite.streams.learners import learner
+from fulgurite.streams.learners.policy import Policy, load_policy
+from fulgurite.streams.trainer import serve
+from tests.streams.trainer_world import LOADING, World, all_once, build_model, read_topic, training_events
+
+STEPS = 4
+
+
+@pytest.fixture(scope="session")
+def start_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model(tmp_path_factory.mktemp("start") / "model", seed=5)
+
+
+@pytest.fixture(autouse=True)
+def one_load_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    def load(folder: Path) -> Policy:
+        with LOADING:
+            return load_policy(folder)
+
+    monkeypatch.setattr(learner, "load_policy", load)
+
+
+@pytest.fixture
+def live(kafka_settings: KafkaSettings, start_model: Path, tmp_path: Path) -> Settings:
+    trainer = TrainerSettings(
+        run_id="live",
+        model=start_model,
+        output=tmp_path / "live",
+        tasks="tests.streams.trainer_world:bandit",
+        steps=STEPS,
+        groups_per_step=3,
+        group_size=4,
+        pacing_staleness=1,
+        learning_rate=1e-2,
+        warmup_steps=2,
+        keep_versions=STEPS + 1,
+    )
+    return Settings(kafka=kafka_settings, trainer=trainer)
+
+
+def replay_of(live: Settings, name: str, source: dict[str, Any] | None = None, **trainer: Any) -> Settings:
+    """Nothing but what is said here is set: the rest comes from the source run's record."""
+    assert live.trainer.output
+    own = TrainerSettings(run_id=name, resource=f"policy-{name}", output=live.trainer.output.parent / name, **trainer)
+    return live.model_copy(update={"trainer": own, "source": SourceSettings(run_id="live", **(source or {}))})
+
+
+async def run(settings: Settings) -> None:
+    async with asyncio.timeout(60):
+        await serve(settings, asyncio.Event())
+
+
+async def until_started(settings: Settings) -> None:
+    while True:
+        if await training_events(settings.kafka, settings.trainer.run_id):
+            return
+        await asyncio.sleep(0.05)
+
+
+def some_fail(trajectory: Trajectory) -> Trajectory:
+    if trajectory.rollout_id.endswith("2-r1"):
+        return trajectory.model_copy(update={"status": "failed", "sequences": [], "reward": None})
+    return trajectory
+
+
+def weights(settings: Settings) -> list[bytes]:
+    """Of every version, oldest first."""
+    folder = settings.trainer.output / settings.trainer.run_id
+    return [path.read_bytes() for path in sorted(folder.glob("v*/weights/model.safetensors"))]
+
+
+async def steps_of(settings: Settings) -> list[TrainingStep]:
+    events = await training_events(settings.kafka, settings.trainer.run_id)
+    return [event for event in events if isinstance(event, TrainingStep)]
+
+
+def what(steps: list[TrainingStep]) -> list[tuple[Any, ...]]:
+    return [(s.step, s.rollout_ids, s.groups, s.staleness_mean, s.staleness_max, s.reward_mean) for s in steps]
+
+
+async def test_a_shadow_with_the_same_settings_becomes_the_live_run_bit_for_bit(live: Settings) -> None:
+    """Beside it, at the same time; with another loss it becomes something else from the same rollouts."""
+    same, other = replay_of(live, "same"), replay_of(live, "other", loss="gspo")
+    async with World(live.kafka, some_fail).running() as world:
+        running = asyncio.create_task(run(live))
+        await until_started(live)
+        await asyncio.gather(running, run(same), run(other))
+    expected = weights(live)
+    assert len(expected) == STEPS + 1
+    assert weights(same) == expected, "not the same bits"
+    assert weights(other)[0] == expected[0]
+    assert weights(other)[-1] != expected[-1]
+
+    steps = await steps_of(live)
+    assert max(step.staleness_max for step in steps) == 1
+    for shadow in (same, other):
+        events = await training_events(live.kafka, shadow.trainer.run_id)
+        assert [type(events[0]), type(events[-1])] == [RunStarted, RunFinished]
+        assert what(await steps_of(shadow)) == what(steps)
+        assert all_once(events).items() <= all_once(await training_events(live.kafka, "live")).items()
+        assert events[0].config["source"]["run_id"] == "live"  # pyright: ignore[reportAttributeAccessIssue]
+    assert (await steps_of(other))[-1].metrics["sampling/same_version_tokens"] == 0.0
+    assert {rollout.partition("-")[0] for rollout in world.queued} == {"live"}, "a shadow asks for nothing"
+    announced = await read_topic(live.kafka, RESOURCES)
+    assert {record.key for record in announced} == {b"policy", b"policy-same", b"policy-other"}
+
+
+async def test_a_finished_run_replayed_twice_and_once_interrupted_gives_the_same_bits(live: Settings) -> None:
+    async with World(live.kafka, some_fail).running():
+        await run(live)
+    once, again = (replay_of(live, name, loss="dr_grpo", length_constant=3, groups_per_step=2) for name in ("a", "b"))
+    await run(once)
+    stop = asyncio.Event()
+    running = asyncio.create_task(serve(again, stop))
+    while True:
+        if await steps_of(again):
+            break
+        await asyncio.sleep(0.05)
+    stop.set()
+    await running
+    await run(again)
+    await run(again)  # it is over: nothing happens
+    assert weights(once) == weights(again)
+    steps = await steps_of(once)
+    assert len(steps) == STEPS, "trainer.steps is the source's where it is not set"
+    assert what(steps) == what(await steps_of(again))
+    assert [event.loss for event in steps] == [event.loss for event in await steps_of(again)]
+    fates = all_once(await training_events(live.kafka, "a"))
+    assert set(fates) == {f"live-g{group}-r{member}" for group in range(3 * STEPS) for member in range(4)}
+    assert [fates[f"live-g{group}-r0"] for group in range(8, 12)] == ["run_ended"] * 4, "8 groups make 4 windows of 2"
+
+
+async def test_a_replay_of_all_there_is_ends_with_it(live: Settings) -> None:
+    async with World(live.kafka).running():
+        await run(live)
+    settings = replay_of(live, "long", steps=50, groups_per_step=5)
+    await run(settings)
+    finished = (await training_events(live.kafka, "long"))[-1]
+    assert isinstance(finished, RunFinished)
+    assert (finished.step, finished.reason) == (2, "its source is over; 2 steps done")
+    assert {each.reason for each in finished.dropped} == {"run_ended"}
+    assert len(finished.dropped) == 8
+
+
+async def test_a_replay_from_an_offset_or_a_time_begins_with_the_first_whole_group(live: Settings) -> None:
+    live = live.model_copy(update={"trainer": live.trainer.model_copy(update={"pacing_staleness": 0})})
+    async with World(live.kafka).running():
+        await run(live)
+    steps = await steps_of(live)
+    replays = [replay_of(live, "from-offset", {"begin": "offset", "offsets": steps[1].offsets})]
+    records = await read_topic(live.kafka, TRAJECTORIES)
+    first = min(r.timestamp for r in records if r.offset >= steps[1].offsets[str(r.partition)])
+    time = datetime.fromtimestamp(first / 1000, UTC)
+    replays.append(replay_of(live, "from-time", {"begin": "time", "time": time}))
+    for replay in replays:
+        await run(replay)
+        events = await training_events(live.kafka, replay.trainer.run_id)
+        assert [s.rollout_ids for s in await steps_of(replay)] == [s.rollout_ids for s in steps[2:]]
+        fates = all_once(events)
+        assert all(fates[rollout_id] == "trained" for step in steps[2:] for rollout_id in step.rollout_ids)
+
+
+async def materialised(settings: Settings) -> None:
+    """The rows that the materialiser makes of `trajectories`."""
+    apply_migrations(settings.clickhouse)
+    options = connection_options(settings.clickhouse)
+    with clickhouse_connect.get_client(**options, database=settings.clickhouse.database) as client:
+        rows = [
+            [r.value, r.key, {}, r.topic, r.partition, r.offset, datetime.fromtimestamp(r.timestamp / 1000, UTC)]
+            for r in await read_topic(settings.kafka, TRAJECTORIES)
+        ]
+        names = ["raw", "key", "headers", "_topic", "_partition", "_offset", "_ts"]
+        client.insert("in_trajectories", rows, names)
+
+
+async def test_a_query_says_which_rollouts_and_in_which_order(
+    live: Settings, clickhouse_settings: ClickHouseSettings
+) -> None:
+    live = live.model_copy(update={"clickhouse": clickhouse_settings})
+    async with World(live.kafka, some_fail).running():
+        await run(live)
+    await materialised(live)
+    sql = (
+        "SELECT rollout_id FROM trajectories WHERE run_id = 'live' AND NOT endsWith(rollout_id, 'r3') "
+        "ORDER BY toUInt32(extract(group_id, '[0-9]+$')) DESC, rollout_id"
+    )
+    replays = [replay_of(live, name, {"begin": "sql", "sql": sql}, loss="rloo") for name in ("a", "b")]
+    for replay in replays:
+        await run(replay)
+    assert weights(replays[0]) == weights(replays[1])
+    steps = await steps_of(replays[0])
+    assert len(steps) == STEPS
+    assert max(step.staleness_max for step in steps) == 0, "all tokens of a group here are of one version"
+    named = [{*step.rollout_ids, *(each.rollout_id for each in step.dropped)} for step in steps]
+    assert named == [
+        {f"live-g{group}-r{member}" for group in range(first, first - 3, -1) for member in range(3)}
+        for first in (11, 8, 5, 2)
+    ]
+    fates = all_once(await training_events(live.kafka, "a"))
+    assert (fates["live-g2-r1"], fates["live-g2-r0"] != "failed") == ("failed", True)
+
+    for wrong, message in (
+        ("SELECT rollout FROM trajectories", "source.sql: .*rollout"),
+        ("SELECT run_id FROM trajectories", "gives run_id; a column rollout_id is needed"),
+        ("SELECT 'nobody' AS rollout_id", "selects 1 rollouts; 1 have no trajectory"),
+    ):
+        with pytest.raises(SettingsError, match=message):
+            await run(replay_of(live, "wrong", {"begin": "sql", "sql": wrong}))
+
+
+async def test_what_cannot_be_replayed_says_so_at_once(live: Settings) -> None:
+    with pytest.raises(SettingsError, match="knows no such run"):
+        await run(replay_of(live, "early"))
+    async with World(live.kafka).running():
+        await run(live.model_copy(update={"trainer": live.trainer.model_copy(update={"steps": 1})}))
+    wrong: list[tuple[Settings, str]] = [
+        (replay_of(live, "live"), "is the source run itself"),
+        (replay_of(live, "x", {"begin": "offset"}), "source.offsets is empty, but source.begin is offset"),
+        (replay_of(live, "x", {"sql": "SELECT 1"}), "source.sql has no effect: source.begin is beginning"),
+        (replay_of(live, "x", {"begin": "offset", "offsets": {"7": 1}}), "has no partition 7; it has 0, 1"),
+        (
+            live.model_copy(update={"trainer": TrainerSettings(run_id="x"), "source": SourceSettings(run_id="live")}),
+            "trainer.resource = policy is what the source run live makes versions of",
+        ),
+        (live.model_copy(update={"source": SourceSettings(follow=False)}), "source.follow has no effect"),
+    ]
+    for settings, message in wrong:
+        with pytest.raises(SettingsError, match=message):
+            await run(settings)
+    shadow = replay_of(live, "shadow")
+    await run(shadow)
+    of_shadow = replay_of(live, "y").model_copy(update={"source": SourceSettings(run_id="shadow")})
+    with pytest.raises(SettingsError, match="trains on the rollouts of live itself; name that"):
+        await run(of_shadow)
