@@ -1,6 +1,7 @@
 """From Kafka to a queryable row: how fast, at what cost, next to the engine's own ceiling and the naive way.
 
     make bench-ingest            or: python tests/bench/ingest.py [--spans 2000000] [--otlp-spans 400000]
+                                     [--without single otlp naive]
 
 In one run, on one broker and one engine started for it: (a) ceiling: prebuilt Arrow straight into the table, two
 inserts at a time; (b) native spans, newline-delimited; single: one span a record; (c) OTLP; (d) naive: a model a
@@ -55,6 +56,9 @@ from fulgurite.consumers.materialiser import main
 from fulgurite.schemas.settings import load_settings
 raise SystemExit(main(load_settings()))
 """
+
+Part = Callable[[str, Callable[[], dict[str, float]]], dict[str, float]]
+"""Measures under a name, prints and keeps the figures."""
 
 COLUMNS = """
 SELECT name FROM system.columns
@@ -287,6 +291,7 @@ def main() -> None:
     parser.add_argument("--otlp-spans", type=int, default=400_000)
     parser.add_argument("--single-spans", type=int, default=300_000)
     parser.add_argument("--latency-seconds", type=float, default=20)
+    parser.add_argument("--without", nargs="*", default=[], choices=["single", "otlp", "naive", "queryable"])
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(prefix="fulgurite-bench-") as folder:
         kafka, clickhouse = EmbeddedKafka(Path(folder, "kafka")), EmbeddedClickHouse(Path(folder, "clickhouse"))
@@ -332,29 +337,35 @@ def run(kafka: EmbeddedKafka, clickhouse: EmbeddedClickHouse, options: argparse.
         size = client.query(BYTES).result_rows
         figures["bytes_per_span"] = float(size[0][0])
         a = part("ceiling", lambda: ceiling(native, client, min(options.spans, 1_000_000)))
-        part("naive", lambda: naive(native, client, 20_000))
-        half = b["spans_per_second"] / 2
-        part("queryable", lambda: latency(native, client, half, options.latency_seconds))
-    single = rig("single")
-    with single.client() as client:
-        single.fill(
-            SPANS,
-            (
-                (key, line)
-                for key, value in records(options.single_spans // SPANS_A_RECORD, seed=2)
-                for line in value.split(b"\n")
-            ),
-        )
-        part("single", lambda: work_off(single, client, options.single_spans))
-    otlp = rig("collector")
-    with otlp.client() as client:
-        otlp.fill(OTLP_SPANS, otlp_records(options.otlp_spans // SPANS_A_RECORD, seed=3))
-        part("otlp", lambda: work_off(otlp, client, options.otlp_spans))
+        if "naive" not in options.without:
+            part("naive", lambda: naive(native, client, 20_000))
+        if "queryable" not in options.without:
+            half = b["spans_per_second"] / 2
+            part("queryable", lambda: latency(native, client, half, options.latency_seconds))
+    if "single" not in options.without:
+        one_a_record(rig("single"), part, options.single_spans)
+    if "otlp" not in options.without:
+        collected(rig("collector"), part, options.otlp_spans)
     figures["native_share_of_ceiling"] = a["cpu_seconds_per_million"] / b["cpu_seconds_per_million"]
     figures["peak_rss_mib"] = b["peak_rss_mib"]
     for name in ("native_share_of_ceiling", "bytes_per_span", "peak_rss_mib"):
         print(f"{name:44s} {figures[name]:14.2f}")
     return figures
+
+
+def one_a_record(single: Rig, part: Part, spans: int) -> None:
+    with single.client() as client:
+        single.fill(
+            SPANS,
+            ((key, line) for key, value in records(spans // SPANS_A_RECORD, seed=2) for line in value.split(b"\n")),
+        )
+        part("single", lambda: work_off(single, client, spans))
+
+
+def collected(otlp: Rig, part: Part, spans: int) -> None:
+    with otlp.client() as client:
+        otlp.fill(OTLP_SPANS, otlp_records(spans // SPANS_A_RECORD, seed=3))
+        part("otlp", lambda: work_off(otlp, client, spans))
 
 
 if __name__ == "__main__":

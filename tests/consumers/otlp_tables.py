@@ -9,7 +9,8 @@ from typing import Any
 
 from clickhouse_connect.driver import Client
 
-from fulgurite.consumers.materialiser.blocks import BOTH_TABLES, Partition
+from fulgurite.consumers.materialiser.blocks import BOTH_TABLES, Partition, Slice
+from fulgurite.consumers.materialiser.fences import Guard
 from fulgurite.consumers.materialiser.store import Store
 from fulgurite.schemas.settings import ClickHouseSettings
 from fulgurite.schemas.topics import OTLP_SPANS
@@ -25,7 +26,7 @@ class Tables:
         self._offset = 0
 
     def insert(self, records: Sequence[Record], token: str = "", into: int = BOTH_TABLES) -> None:
-        """Raises Rejected."""
+        """`token`: as a replay inserts, once. Raises Rejected."""
         asyncio.run(self._insert(records, token or secrets.token_hex(8), into))
 
     async def _insert(self, records: Sequence[Record], token: str, into: int) -> None:
@@ -33,7 +34,8 @@ class Tables:
         await store.connect()
         try:
             present = {record.offset: BOTH_TABLES & ~into for record in records}
-            await store.insert(Partition(OTLP_SPANS, "otlp_spans", 0), records, token, present)
+            slices = [Slice(Partition(OTLP_SPANS, "otlp_spans", 0), records, present)]
+            await store.insert(slices, Guard("test", settings={"insert_deduplication_token": token}))
         finally:
             await store.close()
 

@@ -22,7 +22,7 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
 
 from fulgurite.consumers.materialiser import serve
-from fulgurite.consumers.materialiser.store import Partition
+from fulgurite.consumers.materialiser.blocks import Partition
 from fulgurite.infra.clickhouse import EmbeddedClickHouse
 from fulgurite.producers.service import run_service
 from fulgurite.schemas import topics
@@ -115,7 +115,7 @@ def quick(settings: Settings) -> Settings:
 
 
 @pytest.mark.chaos
-@pytest.mark.parametrize("step", ["resumed", "intended", "inserted", "logged", "committed"])
+@pytest.mark.parametrize("step", ["claimed", "fenced", "settled", "cut", "inserted", "logged", "committed"])
 async def test_killed_after_a_step(quick: Settings, step: str) -> None:
     await produce(quick, range(200))
     with process(quick, die_after=step) as child:
@@ -167,18 +167,22 @@ async def test_an_insert_of_lines_that_filled_only_one_table(quick: Settings) ->
     assert_exactly_once(quick, 100)
 
 
-async def test_an_insert_of_a_zombie_that_arrives_late(quick: Settings) -> None:
-    """Frozen between intent and insert; its successor writes the range under the same token; then its insert
-    arrives."""
+@pytest.mark.parametrize("step", ["claimed", "fenced", "cut"])
+async def test_a_zombie_that_wakes_up(quick: Settings, step: str) -> None:
+    """Frozen between two steps for longer than its session; its successor does the work; then it goes on."""
     await produce(quick, range(100))
-    with process(quick, die_after="stop:intended") as zombie:
+    with process(quick, die_after=f"stop:{step}") as zombie:
         await asyncio.to_thread(os.waitid, os.P_PID, zombie.pid, os.WSTOPPED | os.WNOWAIT)
         with process(quick) as successor:
             await until_rows(quick, "spans", 90)
             zombie.send_signal(signal.SIGCONT)
-            await asyncio.sleep(3)
+            await produce(quick, range(100, 200))
+            await until_rows(quick, "spans", 180)
+            await until_rows(quick, "dead_letters", 20)
+            await asyncio.sleep(2)
             assert successor.poll() is None
-    assert_exactly_once(quick, 100)
+            assert zombie.poll() is None
+    assert_exactly_once(quick, 200)
 
 
 @pytest.mark.chaos

@@ -4,49 +4,50 @@ record holds several spans or rewards, each of them does.
     consumes     all topics of schemas.topics, read_committed, raw bytes: Python decodes no JSON, and of OTLP only what
                  ClickHouse refused to read
     produces     rows: in_<topic> (stores nothing) -> materialised views -> the topic's table | dead_letters
-    waits for    ClickHouse's answer to one insert a partition; records are fetched meanwhile, within bounds
+    waits for    ClickHouse's answer to an insert, one or two at once; records are fetched meanwhile, within bounds
     unblocked by the answer. Transient errors are retried for ever; a record no table takes is a dead letter
 
-    Kafka ─► service.py ─► partition.py: buffer, one batch at a time ─► store.py ─► ClickHouse
-             (FastStream)      │
-                               └─► offsets.py: intents and commits, one Kafka request for all partitions
+    Kafka ─► service.py ─► partition.py ─► topic.py ─► store.py ─► ClickHouse
+             FastStream    what waits      one insert   │
+                │                          for all      fences.py: who may insert
+                └─► offsets.py: commits
 
-The contract, for one partition. The code carries these numbers.
+The contract, for the partitions of a topic that a consumer was assigned, or whose last insert nobody knows the end of.
+The code carries these numbers.
 
-    0  resume   Read the intent lo..hi from Kafka. Wait until no insert of a predecessor runs. Ask ClickHouse, which is
-                the truth, where the log of inserts ends (L) and which offsets from L on are in the tables. Read from
-                L on, skip what is there; what is missing of lo..hi is written as lo..hi again, all of it at once.
-    1  intent   Commit offset lo with metadata hi: "about to insert lo..hi". Kafka refuses it from a consumer that is no
-                longer of the group, so a zombie does not get further.
-    2  insert   One block, one synchronous insert, token topic-partition-lo-hi. Each table takes its part of the block
-                wholly or not at all. No answer, or an error: wait until the server is done with it, ask which offsets
-                are there, insert the others under the same token; again until it succeeds. An insert that the server
-                refuses for what is in it left nothing, not even its token: OTLP is then written so that it can be read
-                (consumers/otlp/mend.py), anything else is halved down to the record that nobody will take.
-    3  log      ingest_log: lo..hi is in. At most a second later, for all partitions at once.
-    4  commit   Offset hi + 1. A hint for lag monitors and step 0; usually said by the next intent, and never over it.
+    0  settle   0.1 Ask the log of inserts where each of them ends (L).
+                0.2 Commit L with our generation: Kafka refuses it from a consumer that is no longer of the group.
+                0.3 Write a fence with a greater epoch than any, for all of them. From now on the server refuses each
+                    insert that begins with another one (fences.py says why that holds).
+                0.4 Wait until no insert that has one of them runs: those that had begun.
+                0.5 Ask the tables which offsets from L on they have. Nobody adds to them any more but us. Read from L
+                    on, skip what is there.
+    1  insert   One block of records of several partitions, one synchronous insert, guarded by their fences. Of a record
+                a table takes all rows or none. Refused by its guard, no answer, an error: back to 0 with all
+                partitions of the insert, so that one still on its way is refused, and insert what is missing then. An
+                insert that the server refuses for what is in it left nothing: OTLP is then written so that it can be
+                read (consumers/otlp/mend.py), anything else is halved down to the record that nobody will take. One
+                that needs too much memory is made smaller.
+    2  log      ingest_log: lo..hi is in. At most a second later, for all partitions at once.
+    3  commit   Offset hi + 1: a hint for lag monitors.
 
 A crash after
-    0           nothing was done.
-    1           nothing is in the tables: lo..hi is inserted by whoever resumes.
-    2, begun    some tables have their part, others not: step 0 finds what is missing by table and offset. A record of
+    0.1, 0.2    nothing was done, but that lag monitors may see L for what was committed.
+    0.3         the fence refuses everybody; whoever comes next takes a greater one.
+    0.5         nothing was done.
+    1, begun    some tables have their part, others not: step 0 finds what is missing by table and offset. A record of
                 one event belongs in exactly one table (its own or dead_letters); lines of a record of several may
                 belong in both, so such a record is done when each of the two has rows of it, and is otherwise
-                inserted again for the table that has none (`_into`; that one may have none to take). If the
-                predecessor's insert arrives only after they were asked (it was frozen between 1 and 2), it has the
-                same token: each table refuses it.
-    2           the rows are there and not in the log: step 0 finds them by offset and skips them.
-    3           the commit is behind: L is not.
-    4           nothing to do.
+                inserted again for the table that has none (`_into`; that one may have none to take).
+    1           the rows are there and not in the log: step 0 finds them by offset and skips them.
+    2           the commit is behind: L is not.
+    3           nothing to do.
 
-Why the interrupted range is written whole, or not yet. Its token may be used for all that is missing of lo..hi, once; a
-part of it under this token would make each table refuse the rest, and a part under another token would come twice if a
-zombie's insert of lo..hi still arrives. So neither a full buffer nor a slow broker cuts it short: it was one batch once
-and fits into memory, and it is waited for until every offset up to hi was read, or the consumer's position has passed
-hi and nothing came any more, which means that those offsets do not exist (compaction). Only then does 3 say hi.
+A zombie, which was frozen anywhere and is no longer of the group, is refused by 0.3 of its successor with every insert
+that begins after it, and by Kafka in 0.2. If it was frozen between 0.2 and 0.3 it takes the fence from its successor,
+once: that one's next insert is refused and it settles again; the zombie's is refused then, and its 0.2 tells it.
 
-Why the tables, and not the token alone: the server's memory of tokens is bounded and written apart from the rows. Why
-the token, and not the tables alone: it stops an insert that arrives after they were asked.
+What lies in the log only after it was done, and no fence protects it: an entry of a zombie that comes late is true.
 """
 
 from fulgurite.consumers.materialiser.service import main, serve

@@ -1,16 +1,16 @@
 """Records as Arrow: what one insert carries. Pure functions; they look for the ends of lines and decode nothing.
 
 A record of most topics is a row. A record of LINE_TOPICS holds one JSON object or several, one a line, and each line is
-a row: `_index` is the line's number in its record, `_into` the tables that may take it. Promises: a record is never
-without a row (an empty one gives a row that becomes a dead letter); one chunk a column, so that the server sees one
-block, the unit that a table takes wholly or not at all.
+a row: `_index` is the line's number in its record, `_into` the tables that may take it. Records of all partitions of a
+topic lie in one block. Promises: a record is never without a row (an empty one gives a row that becomes a dead letter);
+one chunk a column, so that the server sees one block, of which a table takes all rows of a record or none.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Final, Protocol, TypeVar
+from dataclasses import dataclass, field, replace
+from typing import Final, Protocol
 
 import numpy as np
 import pyarrow as pa
@@ -56,9 +56,17 @@ class Partition:
     def __str__(self) -> str:
         return f"{self.name}-{self.number}"
 
-    def token(self, lo: int, hi: int) -> str:
-        """Names the range lo..hi; the deduplication token of its insert."""
-        return f"{self}-{lo}-{hi}"
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Records of one partition, in the order of the log, for an insert."""
+
+    partition: Partition
+    records: Sequence[Record]
+    present: Mapping[int, int] = field(default_factory=dict[int, int])
+    """By offset: the tables that have rows of a record already, OWN_TABLE, DEAD_LETTERS_TABLE or their sum."""
+    fence: str = ""
+    """Of whoever inserts them: see fences.py."""
 
 
 def missing(topic: Topic, present: int) -> int:
@@ -72,28 +80,25 @@ def missing(topic: Topic, present: int) -> int:
     return 0 if present else BOTH_TABLES
 
 
-R = TypeVar("R", bound=LogRecord)
+def halves(slices: Sequence[Slice]) -> Iterator[list[Slice]]:
+    """The records in two halves, of which neither is empty where there are two."""
+    left = sum(len(part.records) for part in slices) // 2
+    first: list[Slice] = []
+    second: list[Slice] = []
+    for part in slices:
+        cut = min(left, len(part.records))
+        left -= cut
+        for half, records in ((first, part.records[:cut]), (second, part.records[cut:])):
+            if records:
+                half.append(replace(part, records=records))
+    yield from filter(None, (first, second))
 
 
-def halves(records: Sequence[R], lo: int, hi: int) -> Iterator[tuple[int, int, list[R]]]:
-    """The halves of lo..hi that have records: their first and last offset, and the records.
-
-    The range is halved, not what is missing of it: whoever goes on after a crash finds other records missing, and must
-    arrive at the same halves, whose tokens refuse what its predecessor may still send.
-    """
-    middle = (lo + hi) // 2
-    for first, last in ((lo, middle), (middle + 1, hi)):
-        half = [record for record in records if first <= record.offset <= last]
-        if half:
-            yield first, last, half
-
-
-def block(partition: Partition, records: Sequence[Record], present: Mapping[int, int]) -> pa.Table:
-    """The records as rows. Of each of them a table lacks its part (`missing`); `present`: which tables have theirs.
-    Raises TooManyLines."""
-    if partition.topic in LINE_TOPICS:
-        return _lines_block(partition, records, present)
-    return _records_block(partition, records)
+def block(slices: Sequence[Slice]) -> pa.Table:
+    """The records as rows. Of each of them a table lacks its part (`missing`). Raises TooManyLines."""
+    if slices[0].partition.topic in LINE_TOPICS:
+        return _lines_block(slices)
+    return _records_block(slices)
 
 
 def arrow(table: pa.Table) -> memoryview:
@@ -104,13 +109,16 @@ def arrow(table: pa.Table) -> memoryview:
     return memoryview(sink.getvalue())
 
 
-def _lines_block(partition: Partition, records: Sequence[Record], present: Mapping[int, int]) -> pa.Table:
+def _lines_block(slices: Sequence[Slice]) -> pa.Table:
+    topic, name = slices[0].partition.topic, slices[0].partition.name
     # The tables are ordered by rollout: rows that come in this order are not sorted again by the server.
-    ordered = sorted(records, key=lambda record: record.key or b"")
+    ordered = sorted(
+        ((record.key or b"", part, record) for part in slices for record in part.records), key=lambda found: found[0]
+    )
     raw: list[bytes] = []
     numbers: list[int] = []
     counts: list[int] = []
-    for record in ordered:
+    for _, _, record in ordered:
         value = record.value or b""
         if len(value) > MAX_LINES and (count := value.count(b"\n")) > MAX_LINES:
             raise TooManyLines(f"the record has {count + 1:,} lines, of at most {MAX_LINES:,}: send several records")
@@ -118,40 +126,42 @@ def _lines_block(partition: Partition, records: Sequence[Record], present: Mappi
         raw += lines
         numbers += indexes
         counts.append(len(lines))
-    row_of = np.repeat(np.arange(len(ordered), dtype=np.int32), counts)
-    offsets = np.fromiter((record.offset for record in ordered), np.uint64, len(ordered))
-    times = np.fromiter((record.timestamp for record in ordered), np.int64, len(ordered))
-    into = (missing(partition.topic, present.get(record.offset, 0)) for record in ordered)
-    keys = pa.array([record.key or b"" for record in ordered], pa.binary()).dictionary_encode()
+    total = len(ordered)
+    row_of = np.repeat(np.arange(total, dtype=np.int32), counts)
+    partitions = np.fromiter((part.partition.number for _, part, _ in ordered), np.uint32, total)
+    offsets = np.fromiter((record.offset for _, _, record in ordered), np.uint64, total)
+    times = np.fromiter((record.timestamp for _, _, record in ordered), np.int64, total)
+    into = (missing(topic, part.present.get(record.offset, 0)) for _, part, record in ordered)
+    keys = pa.array([key for key, _, _ in ordered], pa.binary()).dictionary_encode()
     return pa.table(
         {
             "raw": pa.array(raw, pa.binary()),
             "key": keys.take(pa.array(row_of)),
-            "_topic": _constant(partition.name, len(raw)),
-            "_partition": pa.array(np.full(len(raw), partition.number, np.uint32)),
+            "_topic": _constant(name, len(raw)),
+            "_partition": pa.array(partitions[row_of]),
             "_offset": pa.array(offsets[row_of]),
             "_index": pa.array(numbers, pa.uint32()),
             "_ts": pa.array(times[row_of]).cast(pa.timestamp("ms", "UTC")),
-            "_into": pa.array(np.fromiter(into, np.uint8, len(ordered))[row_of]),
+            "_into": pa.array(np.fromiter(into, np.uint8, total)[row_of]),
         }
     )
 
 
-def _records_block(partition: Partition, records: Sequence[Record]) -> pa.Table:
-    count = len(records)
+def _records_block(slices: Sequence[Slice]) -> pa.Table:
+    placed = [(part.partition.number, record) for part in slices for record in part.records]
     headers = pa.array(
-        [[(name, value or b"") for name, value in record.headers] for record in records],
+        [[(name, value or b"") for name, value in record.headers] for _, record in placed],
         pa.map_(pa.string(), pa.binary()),
     )
     return pa.table(
         {
-            "raw": pa.array([record.value or b"" for record in records], pa.binary()),
-            "key": pa.array([record.key or b"" for record in records], pa.binary()),
+            "raw": pa.array([record.value or b"" for _, record in placed], pa.binary()),
+            "key": pa.array([record.key or b"" for _, record in placed], pa.binary()),
             "headers": headers,
-            "_topic": _constant(partition.name, count),
-            "_partition": pa.array([partition.number] * count, pa.uint32()),
-            "_offset": pa.array([record.offset for record in records], pa.uint64()),
-            "_ts": pa.array([record.timestamp for record in records], pa.timestamp("ms", "UTC")),
+            "_topic": _constant(slices[0].partition.name, len(placed)),
+            "_partition": pa.array([number for number, _ in placed], pa.uint32()),
+            "_offset": pa.array([record.offset for _, record in placed], pa.uint64()),
+            "_ts": pa.array([record.timestamp for _, record in placed], pa.timestamp("ms", "UTC")),
         }
     )
 

@@ -12,6 +12,7 @@ others say what happened.
 from __future__ import annotations
 
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_asgi_app
@@ -86,11 +87,13 @@ class Metrics:
     def rejected(self, topic: str, partition: int) -> None:
         self._rejected.labels(topic, partition).inc()
 
-    def inserted(self, topic: str, partition: int, records: int, size: int, seconds: float) -> None:
-        self._waits_for.pop(f"{topic}-{partition}", None)
-        self._records.labels(topic, partition).inc(records)
-        self._bytes.labels(topic, partition).inc(size)
-        self._batch_records.labels(topic).observe(records)
+    def inserted(self, topic: str, parts: Sequence[tuple[str, int, int, int]], seconds: float) -> None:
+        """One insert; of each of its partitions topic, number, records and bytes."""
+        for name, partition, records, size in parts:
+            self._waits_for.pop(f"{name}-{partition}", None)
+            self._records.labels(name, partition).inc(records)
+            self._bytes.labels(name, partition).inc(size)
+        self._batch_records.labels(topic).observe(sum(part[2] for part in parts))
         self._insert_seconds.labels(topic).observe(seconds)
         self._last_insert.set(time.time())
 

@@ -1,7 +1,7 @@
-"""Wires the materialiser: FastStream's consumer in front, a writer for every assigned partition, log and commits
-behind.
+"""Wires the materialiser: FastStream's consumer in front, a buffer for every assigned partition, a writer for every
+topic, log and commits behind.
 
-The flow and the contract are in the package's docstring; steps 3 and 4 are here.
+The flow and the contract are in the package's docstring; steps 2 and 3 are here.
 """
 
 from __future__ import annotations
@@ -23,9 +23,10 @@ from clickhouse_connect.driver.exceptions import ClickHouseError
 from fulgurite.consumers.materialiser.blocks import Partition
 from fulgurite.consumers.materialiser.metrics import Metrics
 from fulgurite.consumers.materialiser.offsets import Offsets
-from fulgurite.consumers.materialiser.partition import Budget, Checkpoint, PartitionWriter, Parts, no_checkpoint
+from fulgurite.consumers.materialiser.partition import Budget, PartitionBuffer
 from fulgurite.consumers.materialiser.store import TABLES, LogEntry, Store, Unavailable
 from fulgurite.consumers.materialiser.stream import subscribe
+from fulgurite.consumers.materialiser.topic import Checkpoint, Shared, TopicWriter, no_checkpoint
 from fulgurite.consumers.redaction import apply_redaction
 from fulgurite.producers.kafka import connection_options
 from fulgurite.producers.service import run_service, serve_asgi
@@ -40,9 +41,9 @@ logger = logging.getLogger(__name__)
 BUFFER_BYTES = 256 * 1024 * 1024
 """Over all partitions: records fetched and not yet inserted. An insert needs its bytes twice more, as Arrow."""
 CONCURRENT_INSERTS = 2
-"""Over all partitions: while one is sent the other is parsed. More would compete for ClickHouse's memory and cores."""
+"""Over all topics: while one is sent the other is parsed. More would compete for ClickHouse's memory and cores."""
 FLUSH_SECONDS = 1.0
-"""How often steps 3 and 4 are done for what was inserted since."""
+"""How often steps 2 and 3 are done for what was inserted since."""
 CHECK_SECONDS = 15.0
 """How often finished ranges are looked for in the tables."""
 STOP_SECONDS = 3.0
@@ -63,16 +64,11 @@ async def serve(settings: Settings, stop: asyncio.Event, checkpoint: Checkpoint 
         return
     name = f"{socket.gethostname()}-{os.getpid()}"
     store = Store(settings.clickhouse, settings.materialiser.insert_seconds, name)
-    admin = await _topics_ready(settings, stop)
-    if admin is None:
-        return
     try:
-        if not await _connected(store, settings, stop):
-            return
-        await _with_metrics(Materialiser(settings, store, admin, checkpoint), settings.materialiser, stop)
+        if await _topics_ready(settings, stop) and await _connected(store, settings, stop):
+            await _with_metrics(Materialiser(settings, store, checkpoint), settings.materialiser, stop)
     finally:
         await store.close()
-        await admin.close()
 
 
 async def _with_metrics(service: Materialiser, settings: MaterialiserSettings, stop: asyncio.Event) -> None:
@@ -94,19 +90,17 @@ async def _with_metrics(service: Materialiser, settings: MaterialiserSettings, s
 
 
 class Materialiser(ConsumerRebalanceListener):
-    """The running service: it is told which partitions are its own, and gives each a writer."""
+    """The running service: it is told which partitions are its own, and gives each topic of theirs a writer."""
 
-    def __init__(
-        self, settings: Settings, store: Store, admin: AIOKafkaAdminClient, checkpoint: Checkpoint = no_checkpoint
-    ) -> None:
+    def __init__(self, settings: Settings, store: Store, checkpoint: Checkpoint = no_checkpoint) -> None:
         self._settings = settings
         self._store = store
-        self._admin = admin
         self._checkpoint = checkpoint
         self._topics = {settings.kafka.topic(topic): topic for topic in TABLES}
         self._group = f"{settings.kafka.topic_prefix}{settings.materialiser.group}"
-        self._writers: dict[TopicPartition, PartitionWriter] = {}
-        self._tasks: dict[TopicPartition, asyncio.Task[None]] = {}
+        self._buffers: dict[TopicPartition, PartitionBuffer] = {}
+        self._writers: dict[str, TopicWriter] = {}
+        self._tasks: list[asyncio.Task[None]] = []
         self._inserts = asyncio.Semaphore(CONCURRENT_INSERTS)
         self._budget = Budget(BUFFER_BYTES)
         self.metrics = Metrics()
@@ -117,7 +111,6 @@ class Materialiser(ConsumerRebalanceListener):
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._broker, self._subscriber = subscribe(settings, self._group, list(self._topics), self, self.take)
         self._offsets: Offsets | None = None
-        self._assigned = asyncio.Event()
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop`, or until a writer raises what no retry helps against."""
@@ -132,7 +125,7 @@ class Materialiser(ConsumerRebalanceListener):
                 if ended.done():
                     ended.result()
         finally:
-            await self._end_writers(set(self._tasks))
+            await self._end_writers()
             behind.cancel()
             with contextlib.suppress(asyncio.CancelledError):
                 await behind
@@ -140,15 +133,16 @@ class Materialiser(ConsumerRebalanceListener):
             await self._broker.stop()
 
     def take(self, records: Sequence[ConsumerRecord[bytes, bytes]]) -> None:
-        """Hands records, in the order of each partition, to the writers. Never waits."""
+        """Hands records, in the order of each partition, to the buffers. Never waits."""
         try:
             start = 0
             for at in range(1, len(records) + 1):
                 first = records[start]
                 if at == len(records) or (records[at].partition, records[at].topic) != (first.partition, first.topic):
-                    writer = self._writers.get(TopicPartition(first.topic, first.partition))
-                    if writer is not None:
-                        writer.append(records[start:at])
+                    buffer = self._buffers.get(TopicPartition(first.topic, first.partition))
+                    if buffer is not None:
+                        buffer.append(records[start:at])
+                        self._writers[first.topic].wake()
                     start = at
         except Exception as error:
             # FastStream would log it and fetch on, past records nobody took.
@@ -158,51 +152,45 @@ class Materialiser(ConsumerRebalanceListener):
     async def on_partitions_revoked(  # pyright: ignore[reportIncompatibleMethodOverride]  (aiokafka awaits it)
         self, revoked: set[TopicPartition]
     ) -> None:
-        """Before they go to somebody else: what runs is ended, what is done is said."""
-        await self._end_writers(revoked)
-        if self._offsets is not None:
-            await self._offsets.settle()
+        """Before they go to somebody else: what runs is ended, what is done is said. They are all of ours."""
+        await self._end_writers()
         await self._flush_within(self._settings.materialiser.session_seconds / 2)
 
     async def on_partitions_assigned(  # pyright: ignore[reportIncompatibleMethodOverride]  (aiokafka awaits it)
         self, assigned: set[TopicPartition]
     ) -> None:
-        consumer, offsets = self._connected()
-        # Nothing is fetched until the writer knows where to begin.
+        consumer = self._subscriber.consumer  # FastStream makes it when it starts, before anything is assigned
+        assert consumer is not None
+        self._offsets = self._offsets or Offsets(consumer)
+        # Nothing is fetched until it is known where to begin.
         consumer.pause(*assigned)
-        parts = Parts(
+        shared = Shared(
             settings=self._settings.materialiser,
             consumer=consumer,
             store=self._store,
-            offsets=offsets,
+            offsets=self._offsets,
             inserts=self._inserts,
             finished=self._finished.append,
             checkpoint=self._checkpoint,
-            budget=self._budget,
             metrics=self.metrics,
         )
+        batch_records = self._settings.materialiser.batch_records
         for tp in assigned:
             partition = Partition(self._topics[tp.topic], tp.topic, tp.partition)
-            writer = PartitionWriter(partition, parts, BUFFER_BYTES // len(assigned))
-            self._writers[tp] = writer
-            self._tasks[tp] = asyncio.create_task(writer.run(), name=str(partition))
-            self._tasks[tp].add_done_callback(self._watch)
-            self.metrics.resuming(tp.topic, tp.partition)
+            share_bytes = BUFFER_BYTES // len(assigned)
+            self._buffers[tp] = PartitionBuffer(partition, consumer, self._budget, batch_records, share_bytes)
+        for name in {tp.topic for tp in assigned}:
+            buffers = [buffer for tp, buffer in sorted(self._buffers.items()) if tp.topic == name]
+            self._writers[name] = TopicWriter(name, buffers, shared)
+            task = asyncio.create_task(self._writers[name].run(), name=name)
+            task.add_done_callback(self._watch)
+            self._tasks.append(task)
         self.metrics.joined()
 
-    def _connected(self) -> tuple[AIOKafkaConsumer, Offsets]:
-        """FastStream makes the consumer when it starts, before anything is assigned."""
-        consumer = self._subscriber.consumer
-        assert consumer is not None
-        if self._offsets is None:
-            self._offsets = Offsets(consumer, self._admin, self._group)
-            self._assigned.set()
-        return consumer, self._offsets
-
-    async def _end_writers(self, partitions: set[TopicPartition]) -> None:
-        tasks = [self._tasks.pop(tp) for tp in partitions if tp in self._tasks]
-        for tp in partitions:
-            self._writers.pop(tp, None)
+    async def _end_writers(self) -> None:
+        tasks, self._tasks = self._tasks, []
+        self._writers.clear()
+        self._buffers.clear()
         for task in tasks:
             task.cancel()
         await asyncio.gather(*tasks, return_exceptions=True)
@@ -216,29 +204,24 @@ class Materialiser(ConsumerRebalanceListener):
             self._failed.set_exception(error)
 
     async def _behind(self) -> None:
-        """What is done for all partitions at once: sending intents, and every second steps 3 and 4."""
-        await self._assigned.wait()
-        assert self._offsets is not None
-        sending = asyncio.create_task(self._offsets.run())
-        try:
-            while not sending.done():
-                await asyncio.wait({sending}, timeout=FLUSH_SECONDS)
-                await self._flush()
-                await self._measure_lag()
-                await self._reconcile()
-            sending.result()
-        finally:
-            sending.cancel()
+        """What is done for all partitions at once, every second: steps 2 and 3, and what is measured."""
+        while True:
+            await asyncio.sleep(FLUSH_SECONDS)
+            await self._flush()
+            await self._measure_lag()
+            await self._reconcile()
 
     async def _measure_lag(self) -> None:
         consumer = self._subscriber.consumer
         if consumer is None:
             return
-        asked = await _ends(consumer, consumer.paused() & self._writers.keys())
+        asked = await _ends(consumer, consumer.paused() & self._buffers.keys())
         ours, now_ms = consumer.assignment(), time.time_ns() // 1_000_000
-        for tp, writer in self._writers.items():
+        for tp, buffer in self._buffers.items():
+            if buffer.closed:
+                continue
             fetched = consumer.last_stable_offset(tp) if tp in ours else None
-            self.metrics.lag(tp.topic, tp.partition, writer.lag(asked.get(tp, fetched), now_ms))
+            self.metrics.lag(tp.topic, tp.partition, buffer.lag(asked.get(tp, fetched), now_ms))
 
     async def _reconcile(self) -> None:
         """Now and then looks for what was inserted since, offset by offset, and counts dead letters for /metrics."""
@@ -265,7 +248,7 @@ class Materialiser(ConsumerRebalanceListener):
         return days.get(topic, 1) == 0
 
     async def _flush_within(self, seconds: float) -> None:
-        """Steps 3 and 4 are only hints for the next owner: not worth missing the rebalance or the end of a service."""
+        """Steps 2 and 3 are only hints for the next owner: not worth missing the rebalance or the end of a service."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(seconds):
                 await self._flush()
@@ -276,7 +259,7 @@ class Materialiser(ConsumerRebalanceListener):
             if not entries:
                 return
             try:
-                # 3
+                # 2
                 await self._store.log(entries)
             except Unavailable as error:
                 logger.warning("cannot log what was inserted, trying again: %s", error)
@@ -287,7 +270,7 @@ class Materialiser(ConsumerRebalanceListener):
                 self._to_check[TopicPartition(entry.partition.name, entry.partition.number)] = entry
             await self._at_checkpoint("logged", entries)
             if self._offsets is not None:
-                # 4
+                # 3
                 done = {TopicPartition(e.partition.name, e.partition.number): e.hi + 1 for e in entries}
                 await self._offsets.finish(done)
             await self._at_checkpoint("committed", entries)
@@ -345,8 +328,8 @@ async def _connected(store: Store, settings: Settings, stop: asyncio.Event) -> b
     return False
 
 
-async def _topics_ready(settings: Settings, stop: asyncio.Event) -> AIOKafkaAdminClient | None:
-    """A connected admin client, as soon as the broker has all topics; None when `stop` came first."""
+async def _topics_ready(settings: Settings, stop: asyncio.Event) -> bool:
+    """Returns as soon as the broker has all topics; False when `stop` came first."""
     wanted = {settings.kafka.topic(topic) for topic in TABLES}
     while not stop.is_set():
         admin = AIOKafkaAdminClient(**connection_options(settings.kafka))
@@ -357,11 +340,12 @@ async def _topics_ready(settings: Settings, stop: asyncio.Event) -> AIOKafkaAdmi
             logger.warning("waiting for Kafka at %s: %r", settings.kafka.bootstrap_servers, error)
         else:
             if not missing:
-                return admin
+                return True
             logger.warning("waiting for topics: %s (fulgurite topics create)", ", ".join(sorted(missing)))
-        await admin.close()
+        finally:
+            await admin.close()
         await _pause(stop)
-    return None
+    return False
 
 
 async def _pause(stop: asyncio.Event) -> None:

@@ -1,14 +1,15 @@
-"""The materialiser's side of ClickHouse: insert a block, ask what is there, log what was inserted.
+"""The materialiser's side of ClickHouse: insert a block, ask what is there, fence, log what was inserted.
 
-Promises: an insert that returns is in its tables; `Rejected` means the server looked at these records and will never
-take all of them; any other error is `Unavailable`: the insert may or may not have happened, and trying again makes
-sense. Knows nothing of batches, groups or offsets' order.
+Promises: an insert that returns is in its tables; `Rejected` means that the server looked at these records, will never
+take all of them and took none; `Fenced` that a partition has another owner, and nothing was taken; any other error is
+`Unavailable`: the insert happened, or did not, or will, until the partitions are fenced anew. Knows nothing of batches,
+groups or offsets' order.
 """
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping, Sequence
+from collections.abc import AsyncIterator, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,12 +23,21 @@ from fulgurite.consumers.materialiser.blocks import (
     DEAD_LETTERS_TABLE,
     OWN_TABLE,
     Partition,
-    Record,
+    Slice,
     TooManyLines,
     arrow,
     block,
     dead_block,
     missing,
+)
+from fulgurite.consumers.materialiser.fences import (
+    REFUSAL,
+    REFUSAL_CODE,
+    RUNNING,
+    Guard,
+    fenced,
+    greater_fence,
+    running_parameters,
 )
 from fulgurite.consumers.otlp import batches
 from fulgurite.consumers.otlp.wire import Malformed
@@ -76,6 +86,8 @@ _REJECTED_CODES = frozenset(
 )
 
 
+_NO_MEMORY_CODES = frozenset({241, 173})  # MEMORY_LIMIT_EXCEEDED, CANNOT_ALLOCATE_MEMORY
+
 _ONE_BLOCK = 2**40
 _CHUNK_BYTES = 256 * 1024
 """Of an insert's body, between which the event loop gets its turn."""
@@ -95,6 +107,14 @@ class Body:
 
 class Unavailable(Exception):
     """ClickHouse could not be asked, or did not say how it went."""
+
+
+class Fenced(Unavailable):
+    """A partition of the insert is somebody else's, or ours by a newer fence: nothing was inserted."""
+
+
+class TooLarge(Unavailable):
+    """The insert needs more memory than the server has to give; some tables may have their part."""
 
 
 class Rejected(Exception):
@@ -139,31 +159,30 @@ class Store:
             await self._client.close()
             self._client = None
 
-    async def insert(
-        self, partition: Partition, records: Sequence[Record], token: str, present: Mapping[int, int] | None = None
-    ) -> None:
-        """One block into in_<topic>, for the tables that lack it; `records` are those that one lacks (`missing`).
-        Raises Rejected or Unavailable."""
-        into, present = f"in_{partition.topic.name}", present or {}
+    def guard(self, slices: Sequence[Slice]) -> Guard:
+        """Lets their insert through as long as their fences are the greatest."""
+        return fenced(self._settings.database, slices)
+
+    async def insert(self, slices: Sequence[Slice], guard: Guard) -> None:
+        """One block of one topic into in_<topic>, for the tables that lack it; a slice has only records that one lacks
+        (`missing`). Raises Rejected, Fenced or Unavailable."""
+        topic = slices[0].partition.topic
+        into = f"in_{topic.name}"
         try:
-            await self._insert(into, await asyncio.to_thread(_body, partition, records, present), partition, token)
+            await self._insert(into, await asyncio.to_thread(_body, slices), guard)
         except Rejected:
-            if partition.topic is not topics.OTLP_SPANS:
+            if topic is not topics.OTLP_SPANS:
                 raise
-            # Nothing of it is in the tables, nor its token: the same rows, written so that the server reads them.
-            body = await asyncio.to_thread(_body, partition, records, present, mend=True)
-            await self._insert(into, body, partition, token)
+            # Nothing of it is in the tables: the same rows, written so that the server reads them.
+            await self._insert(into, await asyncio.to_thread(_body, slices, mend=True), guard)
 
-    async def insert_dead(self, partition: Partition, record: Record, message: str) -> None:
-        """A record no table takes, straight into dead_letters. Raises Unavailable."""
-        token = f"{partition.token(record.offset, record.offset)}-dead"
-        await self._insert("dead_letters", arrow_body(dead_block(partition, record, message)), partition, token)
+    async def insert_dead(self, one: Slice, message: str, guard: Guard) -> None:
+        """A record no table takes, straight into dead_letters. Raises Fenced or Unavailable."""
+        body = arrow_body(dead_block(one.partition, one.records[0], message))
+        await self._insert("dead_letters", body, guard)
 
-    async def _insert(self, into: str, body: Body, partition: Partition, token: str) -> None:
+    async def _insert(self, into: str, body: Body, guard: Guard) -> None:
         settings: dict[str, Any] = {
-            "insert_deduplication_token": token,
-            "insert_deduplicate": 1,
-            "deduplicate_blocks_in_dependent_materialized_views": 1,
             "async_insert": 0,
             "max_execution_time": self._insert_seconds,
             "max_threads": 1,
@@ -178,18 +197,19 @@ class Store:
             "query_plan_enable_optimizations": 0,
             "compile_expressions": 0,
             "short_circuit_function_evaluation": "disable",
-            # By this name a successor finds what of us still runs.
-            "log_comment": self._tag(partition),
+            "log_comment": guard.comment,
+            **guard.settings,
             **body.settings,
         }
+        columns = ", ".join(f"`{name}`" for name in body.columns)
+        guarded = f" SELECT {columns} FROM input() WHERE {guard.condition}" if guard.condition else ""
+        statement = f"INSERT INTO {into} ({columns}){guarded} FORMAT {body.format}\n"
         try:
             await self._connected.raw_insert(
-                into, body.columns, _chunks(body.data), settings=settings, fmt=body.format, compression=None
+                insert_block=_chunks(statement.encode(), body.data), settings=settings, compression=None
             )
         except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
-            if isinstance(error, Error) and error.code in body.refusals:
-                raise Rejected(_first_line(error)) from error
-            raise Unavailable(_first_line(error)) from error
+            raise _meaning(error, body.refusals) from error
 
     async def log(self, entries: Sequence[LogEntry]) -> None:
         """Says that these ranges are in. Raises Unavailable."""
@@ -200,25 +220,52 @@ class Store:
         except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
             raise Unavailable(_first_line(error)) from error
 
-    async def logged(self, partition: Partition) -> int:
+    async def logged(self, partitions: Collection[Partition]) -> dict[Partition, int]:
         """One more than the highest offset the log knows of, 0 where it knows none. Raises Unavailable."""
-        rows = await self._query(
-            "SELECT max(hi) + 1 FROM ingest_log WHERE _topic = {name:String} AND _partition = {number:UInt32} "
-            "HAVING count() > 0",
-            {"name": partition.name, "number": partition.number},
+        found = await self._query(
+            "SELECT _partition, max(hi) + 1 FROM ingest_log WHERE _topic = {name:String} "
+            "AND _partition IN {numbers:Array(UInt32)} GROUP BY _partition",
+            _named(partitions),
         )
-        return rows[0] if rows else 0
+        ends = {row[0]: row[1] for row in found}
+        return {partition: ends.get(partition.number, 0) for partition in partitions}
 
-    async def present(self, partition: Partition, lo: int) -> dict[int, int]:
-        """The offsets from lo on that are in the tables, and in which (OWN_TABLE, DEAD_LETTERS_TABLE, their sum).
-        Raises Unavailable."""
-        where = "_topic = {name:String} AND _partition = {number:UInt32} AND _offset >= {lo:UInt64}"
-        found: dict[int, int] = {}
-        for table, bit in ((TABLES[partition.topic], OWN_TABLE), ("dead_letters", DEAD_LETTERS_TABLE)):
-            query = f"SELECT DISTINCT _offset FROM {table} WHERE {where}"
-            parameters: dict[str, object] = {"name": partition.name, "number": partition.number, "lo": lo}
-            for offset in await self._query(query, parameters):
-                found[offset] = found.get(offset, 0) | bit
+    async def fence(self, partitions: Collection[Partition]) -> str:
+        """Writes a fence greater than all that these partitions of one topic have, and returns it. Raises
+        Unavailable: it may be there, and nobody will use it."""
+        try:
+            greatest = await self._connected.query(
+                "SELECT max(fence) FROM ingest_fences WHERE _topic = {name:String} "
+                "AND _partition IN {numbers:Array(UInt32)}",
+                parameters=_named(partitions),
+            )
+            fence = greater_fence(str(greatest.result_rows[0][0]), self._consumer)
+            rows = [[partition.name, partition.number, fence] for partition in partitions]
+            await self._connected.insert(
+                "ingest_fences", rows, column_names=["_topic", "_partition", "fence"], settings={"async_insert": 0}
+            )
+        except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise Unavailable(_first_line(error)) from error
+        return fence
+
+    async def running(self, partitions: Sequence[Partition]) -> bool:
+        """Whether the server is at an insert that has one of these partitions, ours or anybody's. Raises
+        Unavailable."""
+        parameters = running_parameters(self._settings.database, partitions)
+        return (await self._query(RUNNING, parameters))[0][0] > 0
+
+    async def present(self, since: Mapping[Partition, int]) -> dict[Partition, dict[int, int]]:
+        """Of each partition of one topic, the offsets from this one on that are in the tables, and in which
+        (OWN_TABLE, DEAD_LETTERS_TABLE, their sum). Raises Unavailable."""
+        found: dict[Partition, dict[int, int]] = {partition: {} for partition in since}
+        by_number = {partition.number: partition for partition in since}
+        topic = next(iter(since)).topic
+        where = " OR ".join(f"(_partition = {part.number} AND _offset >= {lo})" for part, lo in since.items())
+        for table, bit in ((TABLES[topic], OWN_TABLE), ("dead_letters", DEAD_LETTERS_TABLE)):
+            query = f"SELECT DISTINCT _partition, _offset FROM {table} WHERE _topic = {{name:String}} AND ({where})"
+            for number, offset in await self._query(query, {"name": next(iter(since)).name}):
+                tables = found[by_number[number]]
+                tables[offset] = tables.get(offset, 0) | bit
         return found
 
     async def missing(self, partition: Partition, lo: int, hi: int) -> int:
@@ -229,7 +276,7 @@ class Store:
         parts = (f"SELECT _offset FROM {table} WHERE {where}" for table in (TABLES[partition.topic], "dead_letters"))
         query = f"SELECT uniqExact(_offset) FROM ({' UNION ALL '.join(parts)})"
         found = await self._query(query, {"name": partition.name, "number": partition.number, "lo": lo, "hi": hi})
-        return hi - lo + 1 - found[0]
+        return hi - lo + 1 - found[0][0]
 
     async def dead_letters(self) -> dict[tuple[str, str], int]:
         """(reason, stage) -> rows. Raises Unavailable."""
@@ -239,20 +286,12 @@ class Store:
             raise Unavailable(_first_line(error)) from error
         return {(str(reason), str(stage)): int(rows) for reason, stage, rows in result.result_rows}
 
-    async def inserting(self, partition: Partition) -> bool:
-        """Whether the server is at an insert for this partition, ours or a predecessor's. Raises Unavailable."""
-        query = "SELECT count() FROM system.processes WHERE Settings['log_comment'] = {tag:String}"
-        return (await self._query(query, {"tag": self._tag(partition)}))[0] > 0
-
-    def _tag(self, partition: Partition) -> str:
-        return f"fulgurite materialiser {self._settings.database} {partition}"
-
-    async def _query(self, query: str, parameters: dict[str, object]) -> list[int]:
+    async def _query(self, query: str, parameters: dict[str, object]) -> list[tuple[int, ...]]:
         try:
             result = await self._connected.query(query, parameters=parameters)
         except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
             raise Unavailable(_first_line(error)) from error
-        return [int(row[0]) for row in result.result_rows]
+        return [tuple(int(value) for value in row) for row in result.result_rows]
 
     @property
     def _connected(self) -> AsyncClient:
@@ -260,24 +299,25 @@ class Store:
         return self._client
 
 
-def _body(partition: Partition, records: Sequence[Record], present: Mapping[int, int], *, mend: bool = False) -> Body:
+def _body(slices: Sequence[Slice], *, mend: bool = False) -> Body:
     """Raises Rejected where there is nothing to send to the server, because it is not what it should be."""
-    if partition.topic is not topics.OTLP_SPANS:
+    if slices[0].partition.topic is not topics.OTLP_SPANS:
         try:
-            return arrow_body(block(partition, records, present))
+            return arrow_body(block(slices))
         except TooManyLines as error:
             raise Rejected(str(error)) from error
     try:
-        data = batches.body(
-            partition.name,
-            partition.number,
-            records,
-            lambda at: missing(partition.topic, present.get(at, 0)),
-            mend=mend,
-        )
+        data = b"".join(_otlp(part, mend=mend) for part in slices)
     except Malformed as error:
         raise Rejected(str(error)) from error
     return Body(batches.COLUMNS, data, batches.FORMAT, batches.insert_settings(), _REJECTED_CODES | batches.REFUSALS)
+
+
+def _otlp(part: Slice, *, mend: bool) -> bytes:
+    def into(offset: int) -> int:
+        return missing(topics.OTLP_SPANS, part.present.get(offset, 0))
+
+    return batches.body(part.partition.name, part.partition.number, part.records, into, mend=mend)
 
 
 def arrow_body(table: pa.Table) -> Body:
@@ -285,11 +325,28 @@ def arrow_body(table: pa.Table) -> Body:
     return Body(table.column_names, arrow(table), "ArrowStream", {}, _REJECTED_CODES)
 
 
-async def _chunks(data: bytes | memoryview) -> AsyncIterator[bytes]:
+async def _chunks(statement: bytes, data: bytes | memoryview) -> AsyncIterator[bytes]:
     """Of a body given in one piece the client makes three copies; one in pieces it also never sends again by itself."""
+    yield statement
     view = memoryview(data)
     for at in range(0, len(view), _CHUNK_BYTES):
         yield bytes(view[at : at + _CHUNK_BYTES])
+
+
+def _named(partitions: Collection[Partition]) -> dict[str, object]:
+    """Parameters: they are of one topic."""
+    return {"name": next(iter(partitions)).name, "numbers": [partition.number for partition in partitions]}
+
+
+def _meaning(error: Exception, refusals: frozenset[int]) -> Exception:
+    """Of an insert's error, in the materialiser's terms."""
+    text = _first_line(error)
+    code = error.code if isinstance(error, Error) else None
+    if code == REFUSAL_CODE and REFUSAL in text:
+        return Fenced(text)
+    if code in _NO_MEMORY_CODES:
+        return TooLarge(text)
+    return Rejected(text) if code in refusals else Unavailable(text)
 
 
 def _first_line(error: BaseException) -> str:

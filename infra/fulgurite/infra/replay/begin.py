@@ -72,7 +72,8 @@ async def ranges(kafka: KafkaSettings, store: ReplayStore, asked: Asked) -> list
         await consumer.stop()
     spans: list[Span] = []
     for part in parts:
-        logged = await store.logged(Partition(asked.topic, name, part.partition))
+        partition = Partition(asked.topic, name, part.partition)
+        logged = (await store.logged([partition]))[partition]
         stop = min(stops[part], end[part])
         lo = max(starts[part], begin[part])
         expired = max(0, min(begin[part], stop) - starts[part])

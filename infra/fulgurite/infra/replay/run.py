@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, TypeVar
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from clickhouse_connect.driver.exceptions import OperationalError
 
-from fulgurite.consumers.materialiser.blocks import Partition, halves, missing
+from fulgurite.consumers.materialiser.blocks import Partition, missing
 from fulgurite.consumers.materialiser.store import Rejected, Unavailable
 from fulgurite.infra.replay import marks
 from fulgurite.infra.replay.marks import Mark
@@ -170,7 +170,7 @@ class Replayer:
 
     async def _insert_missing(self, mark: Mark, where: Range, records: Sequence[Kafka], counts: Counts) -> None:
         since_ms = mark.begun_ms if mark.rebuild else None
-        token = f"replay-{mark.replay_id}-{where.partition.token(where.lo, where.hi)}"
+        token = f"replay-{mark.replay_id}-{where.partition}-{where.lo}-{where.hi}"
         first: Mapping[int, int] | None = None
 
         async def attempt() -> None:
@@ -195,14 +195,18 @@ class Replayer:
     async def _insert(self, where: Range, records: Sequence[Kafka], token: str, present: Mapping[int, int]) -> None:
         """Halves what ClickHouse will not take, until the record that it refuses stands alone: a dead letter."""
         try:
-            await self._store.insert(where.partition, records, token, present)
+            await self._store.insert_once(where.partition, records, token, present)
         except Rejected as error:
             if len(records) == 1:
                 await self._store.insert_refused(where.partition, records[0], str(error), f"{token}-dead")
                 return
-            for first, last, half in halves(records, where.lo, where.hi - 1):
-                part = Range(where.partition, first, last + 1)
-                await self._insert(part, half, f"{token}-{first}-{last}", present)
+            # The range is halved, not what is missing of it: whoever goes on after a crash finds other records missing,
+            # and must arrive at the same halves, whose tokens refuse what its predecessor may still send.
+            middle = (where.lo + where.hi + 1) // 2
+            for part in (Range(where.partition, where.lo, middle), Range(where.partition, middle, where.hi)):
+                half = [record for record in records if part.lo <= record.offset < part.hi]
+                if half:
+                    await self._insert(part, half, f"{token}-{part.lo}-{part.hi - 1}", present)
 
     async def _mark(self, write: Callable[[], None]) -> None:
         await asyncio.to_thread(write)

@@ -6,14 +6,15 @@ Promises and errors as in the materialiser's store.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import aiohttp
 from clickhouse_connect.driver.exceptions import ClickHouseError
 
-from fulgurite.consumers.materialiser.blocks import DEAD_LETTERS_TABLE, OWN_TABLE, Partition, Record, dead_block
-from fulgurite.consumers.materialiser.store import TABLES, Store, Unavailable, arrow_body
+from fulgurite.consumers.materialiser.blocks import DEAD_LETTERS_TABLE, OWN_TABLE, Partition, Record, Slice
+from fulgurite.consumers.materialiser.fences import Guard
+from fulgurite.consumers.materialiser.store import TABLES, Store, Unavailable
 
 DEAD_LETTERS = "dead_letters"
 QUIET_SECONDS = 0.1
@@ -41,11 +42,33 @@ class Range:
         return found | ({"since_ms": since_ms} if since_ms is not None else {})
 
 
-class ReplayStore(Store):
-    """The materialiser's store under a name of its own, so that neither waits for the other's inserts."""
+_RUNNING = "SELECT count() FROM system.processes WHERE Settings['log_comment'] = {comment:String}"
 
-    def _tag(self, partition: Partition) -> str:
-        return super()._tag(partition).replace("materialiser", "replay", 1)
+
+class ReplayStore(Store):
+    """The materialiser's store, whose inserts are guarded by tokens: a replay owns no partition, and fences nobody."""
+
+    async def insert_once(
+        self, partition: Partition, records: Sequence[Record], token: str, present: Mapping[int, int]
+    ) -> None:
+        """One block, which each table takes once under this token. Raises Rejected or Unavailable."""
+        await self.insert([Slice(partition, records, present)], self._by_token(partition, token))
+
+    async def insert_refused(self, partition: Partition, record: Record, message: str, token: str) -> None:
+        """A record no table takes, as a dead letter. Raises Unavailable."""
+        await self.insert_dead(Slice(partition, [record]), message, self._by_token(partition, token))
+
+    def _by_token(self, partition: Partition, token: str) -> Guard:
+        settings: dict[str, str | int] = {
+            "insert_deduplication_token": token,
+            "insert_deduplicate": 1,
+            "deduplicate_blocks_in_dependent_materialized_views": 1,
+        }
+        return Guard(self._comment(partition), settings=settings)
+
+    def _comment(self, partition: Partition) -> str:
+        """Another than the materialiser's: neither waits for the other's inserts."""
+        return f"fulgurite replay {self._settings.database} {partition}"
 
     async def present_in(self, where: Range, since_ms: int | None) -> dict[int, int]:
         """The offsets of the range that are there, and in which tables; `since_ms`: rows ingested since then."""
@@ -53,18 +76,15 @@ class ReplayStore(Store):
         condition = f"{_RANGE} AND {_NEW}" if since_ms is not None else _RANGE
         for table, bit in ((TABLES[where.partition.topic], OWN_TABLE), (DEAD_LETTERS, DEAD_LETTERS_TABLE)):
             query = f"SELECT DISTINCT _offset FROM {table} WHERE {condition}"
-            for offset in await self._query(query, where.parameters(since_ms)):
+            for (offset,) in await self._query(query, where.parameters(since_ms)):
                 found[offset] = found.get(offset, 0) | bit
         return found
 
     async def when_quiet(self, partition: Partition) -> None:
         """Returns when no insert of a replay runs: what one of a process that is gone brings is there then."""
-        while await self.inserting(partition):  # noqa: ASYNC110 (the server has nothing to wait on)
+        parameters: dict[str, object] = {"comment": self._comment(partition)}
+        while (await self._query(_RUNNING, parameters))[0][0]:  # noqa: ASYNC110 (the server has nothing to wait on)
             await asyncio.sleep(QUIET_SECONDS)
-
-    async def insert_refused(self, partition: Partition, record: Record, message: str, token: str) -> None:
-        """A record no table takes, as a dead letter. Raises Unavailable."""
-        await self._insert(DEAD_LETTERS, arrow_body(dead_block(partition, record, message)), partition, token)
 
     async def delete_old(self, where: Range, since_ms: int) -> None:
         """4: rows of the range from before `since_ms` whose offset has a row since. Raises Unavailable."""
@@ -80,7 +100,7 @@ class ReplayStore(Store):
     async def rows(self, where: Range) -> tuple[int, int]:
         """How many rows and dead letters the range has. Raises Unavailable."""
         counts: Sequence[int] = [
-            (await self._query(f"SELECT count() FROM {table} WHERE {_RANGE}", where.parameters(None)))[0]
+            (await self._query(f"SELECT count() FROM {table} WHERE {_RANGE}", where.parameters(None)))[0][0]
             for table in (TABLES[where.partition.topic], DEAD_LETTERS)
         ]
         return counts[0], counts[1]

@@ -1,0 +1,308 @@
+"""The partitions of one topic that are ours: settles them with the tables, then inserts what is fetched, of all of them
+together.
+
+    settler   0 for all partitions that are new or in doubt, at once
+    2 lanes   1 for those that have records: one insert takes of each what has room. Where there is much, each lane
+              takes half of the partitions, and both cores of a small machine work. A partition is in one insert at a
+              time
+
+The steps of the contract (see the package) carry its numbers here; 2 and 3 are the service's. Bounds: an insert in
+records, lines and bytes, less after one that needed too much memory; a pause between tries that grows.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass, field
+
+from aiokafka.errors import IllegalStateError, KafkaError
+
+from fulgurite.consumers.materialiser.blocks import Partition, Slice, halves
+from fulgurite.consumers.materialiser.metrics import Metrics
+from fulgurite.consumers.materialiser.offsets import Lost, Offsets
+from fulgurite.consumers.materialiser.partition import BATCH_BYTES, BATCH_LINES, Budget, Consumer, PartitionBuffer, Room
+from fulgurite.consumers.materialiser.store import Fenced, LogEntry, Rejected, Store, TooLarge, Unavailable
+from fulgurite.schemas.errors import StartError
+from fulgurite.schemas.settings import MaterialiserSettings
+
+logger = logging.getLogger(__name__)
+
+LANES = 2
+SPLIT_BYTES = 4 * 1024 * 1024
+"""So much waits, and each lane takes half of the partitions: an insert costs tens of ms however small it is."""
+LEAST_BATCH_BYTES = 256 * 1024
+"""An insert is not made smaller than this because of memory."""
+RETRY_SECONDS = (0.2, 5.0)
+"""First and longest pause between tries."""
+QUIET_SECONDS = 0.05
+"""How often the server is asked whether an insert still runs."""
+COMPLAIN_SECONDS = 5.0
+
+Checkpoint = Callable[[str, Partition], Awaitable[None]]
+"""Awaited after each step with its name: tests crash there."""
+
+
+async def no_checkpoint(step: str, partition: Partition) -> None:
+    """Nothing to see."""
+
+
+@dataclass(frozen=True, slots=True)
+class Shared:
+    """What all topics share."""
+
+    settings: MaterialiserSettings
+    consumer: Consumer
+    store: Store
+    offsets: Offsets
+    inserts: asyncio.Semaphore
+    """Inserts at once, over all topics."""
+    finished: Callable[[LogEntry], None]
+    checkpoint: Checkpoint = no_checkpoint
+    budget: Budget = field(default_factory=Budget)
+    metrics: Metrics = field(default_factory=Metrics)
+
+
+class TopicWriter:
+    """Run it with `run`, cancel that to stop; `wake` it when a buffer got records."""
+
+    def __init__(self, name: str, buffers: Sequence[PartitionBuffer], shared: Shared) -> None:
+        self._name = name
+        self._buffers = {buffer.partition: buffer for buffer in buffers}
+        self._shared = shared
+        self._changed = asyncio.Event()
+        """A buffer has records, or is ready."""
+        self._doubt = asyncio.Event()
+        """A partition is to be settled."""
+        self._inserting = 0
+        self._limit_bytes = BATCH_BYTES
+        self._pause_seconds = 0.0
+        self._complained = 0.0
+
+    def wake(self) -> None:
+        self._changed.set()
+
+    async def run(self) -> None:
+        """Until cancelled. Raises StartError when a topic is another one than before."""
+        for buffer in self._buffers.values():
+            self._shared.metrics.resuming(*_labels(buffer.partition))
+        tasks = [asyncio.create_task(work()) for work in (self._settle_always, *[self._insert_always] * LANES)]
+        try:
+            done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+            for task in done:  # only an error ends one
+                task.result()
+        finally:
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            self._give_up(list(self._buffers.values()))
+
+    async def _settle_always(self) -> None:
+        while True:
+            self._doubt.clear()
+            open_ones = [buffer for buffer in self._buffers.values() if not buffer.settled and not buffer.busy]
+            if not open_ones:
+                await self._doubt.wait()
+                continue
+            await asyncio.sleep(self._pause_seconds)
+            try:
+                await self._settle(open_ones)
+            except (Lost, IllegalStateError):  # the latter from seek and resume, of partitions just revoked
+                logger.info("%s: %d partitions belong to another consumer now", self._name, len(open_ones))
+                self._give_up(open_ones)
+            except (Unavailable, KafkaError) as error:
+                self._failed("resume", open_ones, error)
+
+    async def _settle(self, buffers: Sequence[PartitionBuffer]) -> None:
+        """0: from the tables, whatever Kafka says was committed."""
+        store = self._shared.store
+        ours = [buffer.partition for buffer in buffers]
+        # 0.1
+        logged = await store.logged(ours)
+        since = {buffer.partition: max(logged[buffer.partition], buffer.first) for buffer in buffers}
+        # 0.2
+        await self._shared.offsets.claim({buffer.tp: since[buffer.partition] for buffer in buffers})
+        await self._at_checkpoint("claimed", ours)
+        # 0.3
+        fence = await store.fence(ours)
+        await self._at_checkpoint("fenced", ours)
+        # 0.4
+        while await store.running(ours):  # noqa: ASYNC110 (the server has nothing to wait on)
+            await asyncio.sleep(QUIET_SECONDS)
+        # 0.5
+        present = await store.present(since)
+        begins, ends = await self._ends(buffers)
+        for buffer in buffers:
+            part = buffer.partition
+            known = max(since[part], max(present[part], default=-1) + 1)
+            _refuse_another_topic(part, known, ends[buffer])
+            if begins[buffer] > since[part] > 0:
+                expired = (part, begins[buffer] - since[part])
+                logger.error("%s: %d offsets expired before they were read", *expired, extra=_place(part, since[part]))
+            was = max(since[part], begins[buffer])
+            buffer.settle(fence, was, present[part])
+            if buffer.first > was:
+                # 2 and 3 of what was inserted: lag monitors would else see it until the next record.
+                self._shared.finished(LogEntry(part, was, buffer.first - 1, 0))
+            self._shared.metrics.resumed(*_labels(part))
+            found = (part, buffer.first, len(present[part]))
+            logger.info("%s: goes on at offset %d, %d later ones are there", *found, extra=_place(part, buffer.first))
+        self._changed.set()
+        await self._at_checkpoint("settled", ours)
+
+    async def _ends(
+        self, buffers: Sequence[PartitionBuffer]
+    ) -> tuple[dict[PartitionBuffer, int], dict[PartitionBuffer, int]]:
+        """First offset that is there, and one more than the last that may be read."""
+        tps = [buffer.tp for buffer in buffers]
+        begin = await self._shared.consumer.beginning_offsets(tps)
+        end = await self._shared.consumer.end_offsets(tps)
+        return {buffer: begin[buffer.tp] for buffer in buffers}, {buffer: end[buffer.tp] for buffer in buffers}
+
+    async def _insert_always(self) -> None:
+        while True:
+            await self._due()
+            async with self._shared.inserts:
+                slices = self._cut()
+                if slices:
+                    await self._write(slices)
+
+    async def _due(self) -> None:
+        """Returns when an insert is worth its cost: records have waited long enough, or are as many as it takes."""
+        while True:
+            self._changed.clear()
+            seconds = self._due_in()
+            if seconds is not None and seconds <= 0:
+                return
+            try:
+                async with asyncio.timeout(seconds):
+                    await self._changed.wait()
+            except TimeoutError:
+                pass
+
+    def _due_in(self) -> float | None:
+        ready = self._ready()
+        if not ready:
+            return None
+        if sum(buffer.bytes for buffer in ready) >= self._limit_bytes:
+            return 0.0
+        return ready[0].waiting_since + self._shared.settings.batch_wait_ms / 1000 - time.monotonic()
+
+    def _ready(self) -> list[PartitionBuffer]:
+        """Those whose records may be taken, the longest waiting one first."""
+        return sorted((b for b in self._buffers.values() if b.ready), key=lambda buffer: buffer.waiting_since)
+
+    def _cut(self) -> list[Slice]:
+        """What the next insert takes: of every partition its share of the room that is left."""
+        ready = self._ready()
+        if not self._inserting and sum(buffer.bytes for buffer in ready) > SPLIT_BYTES:
+            ready = ready[::2]  # the other lane takes the others
+        records, size, lines = self._shared.settings.batch_records, self._limit_bytes, BATCH_LINES
+        slices: list[Slice] = []
+        for number, buffer in enumerate(ready):
+            left = len(ready) - number
+            found = buffer.take(Room(-(-records // left), size // left, lines // left), at_least_one=not slices)
+            if found is not None:
+                slices.append(found)
+                records -= len(found.records)
+                size -= buffer.taken_bytes
+                lines -= buffer.taken_lines
+        return slices
+
+    async def _write(self, slices: Sequence[Slice]) -> None:
+        """1, and what becomes of it."""
+        buffers = [self._buffers[part.partition] for part in slices]
+        ours = [part.partition for part in slices]
+        started = time.monotonic()
+        self._inserting += 1
+        try:
+            await self._at_checkpoint("cut", ours)
+            await self._insert(slices)
+            await self._at_checkpoint("inserted", ours)
+        except Unavailable as error:
+            for buffer in buffers:
+                buffer.give_back()
+            if isinstance(error, TooLarge):
+                self._limit_bytes = max(LEAST_BATCH_BYTES, min(self._limit_bytes, sum(b.bytes for b in buffers)) // 2)
+            self._failed("insert", buffers, error)
+            self._doubt.set()
+        else:
+            self._done(slices, buffers, time.monotonic() - started)
+        finally:
+            self._inserting -= 1
+            self._changed.set()
+
+    def _done(self, slices: Sequence[Slice], buffers: Sequence[PartitionBuffer], seconds: float) -> None:
+        self._pause_seconds = 0.0
+        self._limit_bytes = min(2 * self._limit_bytes, BATCH_BYTES)
+        sizes = [(*_labels(buffer.partition), len(buffer.taken), buffer.taken_bytes) for buffer in buffers]
+        self._shared.metrics.inserted(self._name, sizes, seconds)
+        for part, buffer in zip(slices, buffers, strict=True):
+            first, last = buffer.done()
+            self._shared.finished(LogEntry(part.partition, first, last, len(part.records)))
+
+    async def _insert(self, slices: Sequence[Slice]) -> None:
+        store = self._shared.store
+        try:
+            await store.insert(slices, store.guard(slices))
+        except Rejected as error:
+            await self._bisect(slices, error)
+
+    async def _bisect(self, slices: Sequence[Slice], error: Rejected) -> None:
+        """Halves until the record that ClickHouse will not take stands alone; that one becomes a dead letter."""
+        store = self._shared.store
+        if sum(len(part.records) for part in slices) > 1:
+            for half in halves(slices):
+                await self._insert(half)
+            return
+        (one,) = slices
+        offset = one.records[0].offset
+        what = "%s: offset %d becomes a dead letter: %s"
+        logger.warning(what, one.partition, offset, error, extra=_place(one.partition, offset))
+        await store.insert_dead(one, str(error), store.guard(slices))
+        self._shared.metrics.rejected(*_labels(one.partition))
+
+    def _failed(self, what: str, buffers: Sequence[PartitionBuffer], error: Exception) -> None:
+        """The next try comes after a pause; says so, at most once in some seconds."""
+        first, longest = RETRY_SECONDS
+        if not isinstance(error, Fenced):
+            self._pause_seconds = min(max(2 * self._pause_seconds, first), longest)
+        for buffer in buffers:
+            self._shared.metrics.retried(*_labels(buffer.partition), f"cannot {what}: {error}")
+        now = time.monotonic()
+        if now - self._complained >= COMPLAIN_SECONDS:
+            self._complained = now
+            part = buffers[0].partition
+            where = f"{part}" if len(buffers) == 1 else f"{part} and {len(buffers) - 1} more"
+            logger.warning("%s: cannot %s, trying again: %s", where, what, error, extra=_place(part))
+
+    def _give_up(self, buffers: Sequence[PartitionBuffer]) -> None:
+        for buffer in buffers:
+            self._buffers.pop(buffer.partition, None)
+            buffer.close()
+            self._shared.metrics.gone(*_labels(buffer.partition))
+
+    async def _at_checkpoint(self, step: str, partitions: Sequence[Partition]) -> None:
+        for partition in partitions:
+            await self._shared.checkpoint(step, partition)
+
+
+def _refuse_another_topic(partition: Partition, known: int, end: int) -> None:
+    if known > end:
+        raise StartError(
+            f"{partition} ends at offset {end}, but ClickHouse has its records up to {known - 1}: the topic "
+            "was deleted and created again, or this database belongs to another cluster. Use another "
+            "kafka.topic_prefix or clickhouse.database, or delete this topic's rows, also those of ingest_log"
+        )
+
+
+def _labels(partition: Partition) -> tuple[str, int]:
+    return partition.name, partition.number
+
+
+def _place(partition: Partition, offset: int | None = None) -> dict[str, str | int]:
+    """Fields of a line of the log, for whoever collects it."""
+    place: dict[str, str | int] = {"topic": partition.name, "partition": partition.number}
+    return place if offset is None else place | {"offset": offset}
