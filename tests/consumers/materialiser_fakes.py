@@ -2,8 +2,8 @@
 worst, in an order that a seed decides.
 
 Server    has one table and dead_letters, fences and running inserts. An insert is entered, then evaluates its guard,
-          then gives each table its part, and last is taken out; between any two of these others may act. It may lose its
-          answer, or go on by itself when its client is gone.
+          then gives each table its part, and last is taken out; between any two of these others may act. It may lose
+          its answer, or go on by itself when its client is gone.
 """
 
 from __future__ import annotations
@@ -26,10 +26,11 @@ from fulgurite.consumers.materialiser.blocks import (
     Slice,
     missing,
 )
+from fulgurite.consumers.materialiser.errors import Fenced, Rejected, TooLarge, Unavailable
 from fulgurite.consumers.materialiser.fences import greater_fence
 from fulgurite.consumers.materialiser.offsets import Lost, Offsets
 from fulgurite.consumers.materialiser.partition import Budget, PartitionBuffer
-from fulgurite.consumers.materialiser.store import Fenced, LogEntry, Rejected, Store, TooLarge, Unavailable
+from fulgurite.consumers.materialiser.store import LogEntry, Store
 from fulgurite.consumers.materialiser.topic import Shared, TopicWriter
 from fulgurite.schemas import topics
 from fulgurite.schemas.settings import MaterialiserSettings

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fulgurite.consumers.materialiser.store import Rejected
+from fulgurite.consumers.materialiser.errors import Rejected
 from fulgurite.consumers.otlp.spans import MAX_DEPTH
 from tests.consumers.otlp_encoding import (
     SPAN,

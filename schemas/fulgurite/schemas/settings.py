@@ -190,13 +190,11 @@ class MaterialiserSettings(Section):
     batch_records: Annotated[int, Field(ge=1, le=1_000_000)] = 100_000
     """Most records of one insert."""
     batch_wait_ms: Annotated[int, Field(ge=1, le=60_000)] = 200
-    """Least time that a batch waits for company."""
-    max_batch_wait_ms: Annotated[int, Field(ge=1, le=600_000)] = 350
-    """Most: under load a partition waits a dozen times as long as its last insert took, up to this."""
+    """Longest that a record waits for company: an insert costs tens of milliseconds of CPU, however small it is."""
     insert_seconds: Seconds = 30.0
-    """Longest one insert may take before it is tried again with the same token."""
+    """Longest one insert may take before its partitions are fenced anew and what is missing is tried again."""
     session_seconds: Seconds = 45.0
-    """Kafka session timeout; exceeds insert_seconds, so that a zombie's insert is over before its partitions move."""
+    """Kafka session timeout: so long after its last sign of life a consumer's partitions move to others."""
     host: str = "127.0.0.1"
     """Where /metrics, /ready and /health listen."""
     port: Annotated[int, Field(ge=0, lt=65_536)] = 0

@@ -14,26 +14,20 @@ import socket
 import time
 from collections.abc import Sequence
 
-import clickhouse_connect
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
-from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
-from clickhouse_connect.driver.exceptions import ClickHouseError
 
 from fulgurite.consumers.materialiser.blocks import Partition
+from fulgurite.consumers.materialiser.errors import Unavailable
 from fulgurite.consumers.materialiser.metrics import Metrics
 from fulgurite.consumers.materialiser.offsets import Offsets
 from fulgurite.consumers.materialiser.partition import Budget, PartitionBuffer
-from fulgurite.consumers.materialiser.store import TABLES, LogEntry, Store, Unavailable
+from fulgurite.consumers.materialiser.start import connected, tables_ready, topics_ready
+from fulgurite.consumers.materialiser.store import TABLES, LogEntry, Store
 from fulgurite.consumers.materialiser.stream import subscribe
 from fulgurite.consumers.materialiser.topic import Checkpoint, Shared, TopicWriter, no_checkpoint
-from fulgurite.consumers.redaction import apply_redaction
-from fulgurite.producers.kafka import connection_options
 from fulgurite.producers.service import run_service, serve_asgi
-from fulgurite.schemas.migrations import apply_migrations
-from fulgurite.schemas.migrations import connection_options as clickhouse_options
 from fulgurite.schemas.settings import MaterialiserSettings, Settings
-from fulgurite.schemas.storage import apply_storage
 from fulgurite.schemas.topics import REWARDS, SPANS, Topic
 
 logger = logging.getLogger(__name__)
@@ -48,8 +42,6 @@ CHECK_SECONDS = 15.0
 """How often finished ranges are looked for in the tables."""
 STOP_SECONDS = 3.0
 """Longest that the last flush may take when the service ends."""
-WAIT_SECONDS = 1.0
-"""Between tries while a store is not there yet."""
 
 
 def main(settings: Settings) -> int:
@@ -60,12 +52,12 @@ def main(settings: Settings) -> int:
 async def serve(settings: Settings, stop: asyncio.Event, checkpoint: Checkpoint = no_checkpoint) -> None:
     """Runs until `stop`. Waits for both stores, brings the tables up to date. `checkpoint` is for tests that crash
     it."""
-    if not await _tables_ready(settings, stop):
+    if not await tables_ready(settings, stop):
         return
     name = f"{socket.gethostname()}-{os.getpid()}"
     store = Store(settings.clickhouse, settings.materialiser.insert_seconds, name)
     try:
-        if await _topics_ready(settings, stop) and await _connected(store, settings, stop):
+        if await topics_ready(settings, stop) and await connected(store, settings, stop):
             await _with_metrics(Materialiser(settings, store, checkpoint), settings.materialiser, stop)
     finally:
         await store.close()
@@ -288,67 +280,3 @@ async def _ends(consumer: AIOKafkaConsumer, partitions: set[TopicPartition]) -> 
             async with asyncio.timeout(FLUSH_SECONDS):
                 return await consumer.end_offsets(list(partitions))
     return {}
-
-
-async def _tables_ready(settings: Settings, stop: asyncio.Event) -> bool:
-    """Applies the migrations, as soon as ClickHouse answers; False when `stop` came first."""
-    while not stop.is_set():
-        try:
-            applied = await asyncio.to_thread(_bring_up_to_date, settings)
-        except (ClickHouseError, OSError) as error:
-            logger.warning("waiting for ClickHouse at %s: %s", settings.clickhouse.url, str(error)[:200])
-            await _pause(stop)
-        else:
-            if applied:
-                logger.info("applied %s to database %s", ", ".join(applied), settings.clickhouse.database)
-            return True
-    return False
-
-
-def _bring_up_to_date(settings: Settings) -> list[str]:
-    """Tables and views, what the views leave out of what they store, how long and how safely the tables keep it."""
-    applied = apply_migrations(settings.clickhouse)
-    options = clickhouse_options(settings.clickhouse)
-    with clickhouse_connect.get_client(**options, database=settings.clickhouse.database) as client:
-        apply_redaction(client, settings.redaction)
-        apply_storage(client, settings.retention, settings.clickhouse.fsync)
-    return applied
-
-
-async def _connected(store: Store, settings: Settings, stop: asyncio.Event) -> bool:
-    """ClickHouse may be gone again since it had its tables; False when `stop` came first."""
-    while not stop.is_set():
-        try:
-            await store.connect()
-        except Unavailable as error:
-            logger.warning("waiting for ClickHouse at %s: %s", settings.clickhouse.url, error)
-            await _pause(stop)
-        else:
-            return True
-    return False
-
-
-async def _topics_ready(settings: Settings, stop: asyncio.Event) -> bool:
-    """Returns as soon as the broker has all topics; False when `stop` came first."""
-    wanted = {settings.kafka.topic(topic) for topic in TABLES}
-    while not stop.is_set():
-        admin = AIOKafkaAdminClient(**connection_options(settings.kafka))
-        try:
-            await admin.start()
-            missing = wanted - set(await admin.list_topics())
-        except (KafkaError, OSError) as error:
-            logger.warning("waiting for Kafka at %s: %r", settings.kafka.bootstrap_servers, error)
-        else:
-            if not missing:
-                return True
-            logger.warning("waiting for topics: %s (fulgurite topics create)", ", ".join(sorted(missing)))
-        finally:
-            await admin.close()
-        await _pause(stop)
-    return False
-
-
-async def _pause(stop: asyncio.Event) -> None:
-    with contextlib.suppress(TimeoutError):
-        async with asyncio.timeout(WAIT_SECONDS):
-            await stop.wait()

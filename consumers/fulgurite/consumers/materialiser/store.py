@@ -17,7 +17,7 @@ import aiohttp
 import clickhouse_connect
 import pyarrow as pa
 from clickhouse_connect.driver import AsyncClient
-from clickhouse_connect.driver.exceptions import ClickHouseError, Error
+from clickhouse_connect.driver.exceptions import ClickHouseError
 
 from fulgurite.consumers.materialiser.blocks import (
     DEAD_LETTERS_TABLE,
@@ -30,9 +30,8 @@ from fulgurite.consumers.materialiser.blocks import (
     dead_block,
     missing,
 )
+from fulgurite.consumers.materialiser.errors import REJECTED_CODES, Rejected, Unavailable, first_line, meaning
 from fulgurite.consumers.materialiser.fences import (
-    REFUSAL,
-    REFUSAL_CODE,
     RUNNING,
     Guard,
     fenced,
@@ -60,34 +59,6 @@ TABLES: dict[Topic, str] = {
 """Where a topic's records end, when they are not refused: the one table, beside dead_letters, to look for an offset
 in."""
 
-# Errors about the data itself. Everything else (memory, disk, too many parts, a missing table, network) is retried:
-# taking a broken server for broken records would turn a whole topic into dead letters.
-_REJECTED_CODES = frozenset(
-    {
-        6,  # CANNOT_PARSE_TEXT
-        26,  # CANNOT_PARSE_QUOTED_STRING
-        27,  # CANNOT_PARSE_INPUT_ASSERTION_FAILED
-        38,  # CANNOT_PARSE_DATE
-        41,  # CANNOT_PARSE_DATETIME
-        53,  # TYPE_MISMATCH
-        69,  # ARGUMENT_OUT_OF_BOUND
-        70,  # CANNOT_CONVERT_TYPE
-        72,  # CANNOT_PARSE_NUMBER
-        117,  # INCORRECT_DATA
-        128,  # TOO_LARGE_ARRAY_SIZE
-        131,  # TOO_LARGE_STRING_SIZE
-        190,  # SIZES_OF_ARRAYS_DONT_MATCH
-        321,  # VALUE_IS_OUT_OF_RANGE_OF_DATA_TYPE
-        349,  # CANNOT_INSERT_NULL_IN_ORDINARY_COLUMN
-        395,  # FUNCTION_THROW_IF_VALUE_IS_NON_ZERO
-        407,  # DECIMAL_OVERFLOW
-        469,  # VIOLATED_CONSTRAINT
-    }
-)
-
-
-_NO_MEMORY_CODES = frozenset({241, 173})  # MEMORY_LIMIT_EXCEEDED, CANNOT_ALLOCATE_MEMORY
-
 _ONE_BLOCK = 2**40
 _CHUNK_BYTES = 256 * 1024
 """Of an insert's body, between which the event loop gets its turn."""
@@ -103,22 +74,6 @@ class Body:
     settings: Mapping[str, str | int]
     refusals: frozenset[int]
     """ClickHouse's error codes that say: not these data."""
-
-
-class Unavailable(Exception):
-    """ClickHouse could not be asked, or did not say how it went."""
-
-
-class Fenced(Unavailable):
-    """A partition of the insert is somebody else's, or ours by a newer fence: nothing was inserted."""
-
-
-class TooLarge(Unavailable):
-    """The insert needs more memory than the server has to give; some tables may have their part."""
-
-
-class Rejected(Exception):
-    """ClickHouse will not take these records, however often it is asked."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,7 +107,7 @@ class Store:
                 compress=False,
             )
         except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unavailable(_first_line(error)) from error
+            raise Unavailable(first_line(error)) from error
 
     async def close(self) -> None:
         if self._client is not None:
@@ -209,7 +164,7 @@ class Store:
                 insert_block=_chunks(statement.encode(), body.data), settings=settings, compression=None
             )
         except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise _meaning(error, body.refusals) from error
+            raise meaning(error, body.refusals) from error
 
     async def log(self, entries: Sequence[LogEntry]) -> None:
         """Says that these ranges are in. Raises Unavailable."""
@@ -218,7 +173,7 @@ class Store:
         try:
             await self._connected.insert("ingest_log", rows, column_names=columns, settings={"async_insert": 0})
         except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unavailable(_first_line(error)) from error
+            raise Unavailable(first_line(error)) from error
 
     async def logged(self, partitions: Collection[Partition]) -> dict[Partition, int]:
         """One more than the highest offset the log knows of, 0 where it knows none. Raises Unavailable."""
@@ -245,7 +200,7 @@ class Store:
                 "ingest_fences", rows, column_names=["_topic", "_partition", "fence"], settings={"async_insert": 0}
             )
         except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unavailable(_first_line(error)) from error
+            raise Unavailable(first_line(error)) from error
         return fence
 
     async def running(self, partitions: Sequence[Partition]) -> bool:
@@ -283,14 +238,14 @@ class Store:
         try:
             result = await self._connected.query("SELECT reason, stage, count() FROM dead_letters GROUP BY ALL")
         except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unavailable(_first_line(error)) from error
+            raise Unavailable(first_line(error)) from error
         return {(str(reason), str(stage)): int(rows) for reason, stage, rows in result.result_rows}
 
     async def _query(self, query: str, parameters: dict[str, object]) -> list[tuple[int, ...]]:
         try:
             result = await self._connected.query(query, parameters=parameters)
         except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unavailable(_first_line(error)) from error
+            raise Unavailable(first_line(error)) from error
         return [tuple(int(value) for value in row) for row in result.result_rows]
 
     @property
@@ -310,7 +265,7 @@ def _body(slices: Sequence[Slice], *, mend: bool = False) -> Body:
         data = b"".join(_otlp(part, mend=mend) for part in slices)
     except Malformed as error:
         raise Rejected(str(error)) from error
-    return Body(batches.COLUMNS, data, batches.FORMAT, batches.insert_settings(), _REJECTED_CODES | batches.REFUSALS)
+    return Body(batches.COLUMNS, data, batches.FORMAT, batches.insert_settings(), REJECTED_CODES | batches.REFUSALS)
 
 
 def _otlp(part: Slice, *, mend: bool) -> bytes:
@@ -322,7 +277,7 @@ def _otlp(part: Slice, *, mend: bool) -> bytes:
 
 def arrow_body(table: pa.Table) -> Body:
     """For a table or an input table that takes Arrow."""
-    return Body(table.column_names, arrow(table), "ArrowStream", {}, _REJECTED_CODES)
+    return Body(table.column_names, arrow(table), "ArrowStream", {}, REJECTED_CODES)
 
 
 async def _chunks(statement: bytes, data: bytes | memoryview) -> AsyncIterator[bytes]:
@@ -336,18 +291,3 @@ async def _chunks(statement: bytes, data: bytes | memoryview) -> AsyncIterator[b
 def _named(partitions: Collection[Partition]) -> dict[str, object]:
     """Parameters: they are of one topic."""
     return {"name": next(iter(partitions)).name, "numbers": [partition.number for partition in partitions]}
-
-
-def _meaning(error: Exception, refusals: frozenset[int]) -> Exception:
-    """Of an insert's error, in the materialiser's terms."""
-    text = _first_line(error)
-    code = error.code if isinstance(error, Error) else None
-    if code == REFUSAL_CODE and REFUSAL in text:
-        return Fenced(text)
-    if code in _NO_MEMORY_CODES:
-        return TooLarge(text)
-    return Rejected(text) if code in refusals else Unavailable(text)
-
-
-def _first_line(error: BaseException) -> str:
-    return (str(error) or repr(error)).splitlines()[0][:1_000]

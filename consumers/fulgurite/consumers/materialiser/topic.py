@@ -21,10 +21,11 @@ from dataclasses import dataclass, field
 from aiokafka.errors import IllegalStateError, KafkaError
 
 from fulgurite.consumers.materialiser.blocks import Partition, Slice, halves
+from fulgurite.consumers.materialiser.errors import Fenced, Rejected, TooLarge, Unavailable
 from fulgurite.consumers.materialiser.metrics import Metrics
 from fulgurite.consumers.materialiser.offsets import Lost, Offsets
 from fulgurite.consumers.materialiser.partition import BATCH_BYTES, BATCH_LINES, Budget, Consumer, PartitionBuffer, Room
-from fulgurite.consumers.materialiser.store import Fenced, LogEntry, Rejected, Store, TooLarge, Unavailable
+from fulgurite.consumers.materialiser.store import LogEntry, Store
 from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.settings import MaterialiserSettings
 

@@ -95,7 +95,7 @@ class Plan:
             "policy_server": {"port": self.ports["policy_server"], "max_new_tokens": 48},
             "follower": {"servers": [at["policy_server"]]},
             # Few large inserts and transactions instead of many small ones: two cores are for agents and trainer.
-            "materialiser": {"batch_wait_ms": 1_000, "max_batch_wait_ms": 2_500},
+            "materialiser": {"batch_wait_ms": 1_000},
             "assembler": {"commit_ms": 100},
             "runner": {"agent": f"{EXAMPLE}.agent:agent", "concurrency": self.sizes.concurrency},
             "trainer": {

@@ -26,7 +26,8 @@ from rich.table import Table
 from rich.text import Text
 
 from fulgurite.consumers.materialiser.blocks import Partition
-from fulgurite.consumers.materialiser.store import TABLES, Unavailable
+from fulgurite.consumers.materialiser.errors import Unavailable
+from fulgurite.consumers.materialiser.store import TABLES
 from fulgurite.infra.cli_common import console, errors
 from fulgurite.infra.dlq.letters import topic_named
 from fulgurite.infra.replay import marks

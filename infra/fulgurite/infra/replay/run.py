@@ -16,7 +16,7 @@ from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from clickhouse_connect.driver.exceptions import OperationalError
 
 from fulgurite.consumers.materialiser.blocks import Partition, missing
-from fulgurite.consumers.materialiser.store import Rejected, Unavailable
+from fulgurite.consumers.materialiser.errors import Rejected, Unavailable
 from fulgurite.infra.replay import marks
 from fulgurite.infra.replay.marks import Mark
 from fulgurite.infra.replay.store import Range, ReplayStore

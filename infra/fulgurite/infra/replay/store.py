@@ -13,8 +13,9 @@ import aiohttp
 from clickhouse_connect.driver.exceptions import ClickHouseError
 
 from fulgurite.consumers.materialiser.blocks import DEAD_LETTERS_TABLE, OWN_TABLE, Partition, Record, Slice
+from fulgurite.consumers.materialiser.errors import Unavailable
 from fulgurite.consumers.materialiser.fences import Guard
-from fulgurite.consumers.materialiser.store import TABLES, Store, Unavailable
+from fulgurite.consumers.materialiser.store import TABLES, Store
 
 DEAD_LETTERS = "dead_letters"
 QUIET_SECONDS = 0.1

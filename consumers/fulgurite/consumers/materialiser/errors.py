@@ -1,0 +1,72 @@
+"""What an error of ClickHouse means to the materialiser: never these records, not yours, too large, or try again.
+
+Pure; knows the engine's codes and nothing of what was sent.
+"""
+
+from __future__ import annotations
+
+from typing import Final
+
+from clickhouse_connect.driver.exceptions import Error
+
+from fulgurite.consumers.materialiser.fences import REFUSAL, REFUSAL_CODE
+
+
+class Unavailable(Exception):
+    """ClickHouse could not be asked, or did not say how it went."""
+
+
+class Fenced(Unavailable):
+    """A partition of the insert is somebody else's, or ours by a newer fence: nothing was inserted."""
+
+
+class TooLarge(Unavailable):
+    """The insert needs more memory than the server has to give; some tables may have their part."""
+
+
+class Rejected(Exception):
+    """ClickHouse will not take these records, however often it is asked."""
+
+
+# Errors about the data itself. Everything else (memory, disk, too many parts, a missing table, network) is retried:
+# taking a broken server for broken records would turn a whole topic into dead letters.
+REJECTED_CODES: Final = frozenset(
+    {
+        6,  # CANNOT_PARSE_TEXT
+        26,  # CANNOT_PARSE_QUOTED_STRING
+        27,  # CANNOT_PARSE_INPUT_ASSERTION_FAILED
+        38,  # CANNOT_PARSE_DATE
+        41,  # CANNOT_PARSE_DATETIME
+        53,  # TYPE_MISMATCH
+        69,  # ARGUMENT_OUT_OF_BOUND
+        70,  # CANNOT_CONVERT_TYPE
+        72,  # CANNOT_PARSE_NUMBER
+        117,  # INCORRECT_DATA
+        128,  # TOO_LARGE_ARRAY_SIZE
+        131,  # TOO_LARGE_STRING_SIZE
+        190,  # SIZES_OF_ARRAYS_DONT_MATCH
+        321,  # VALUE_IS_OUT_OF_RANGE_OF_DATA_TYPE
+        349,  # CANNOT_INSERT_NULL_IN_ORDINARY_COLUMN
+        395,  # FUNCTION_THROW_IF_VALUE_IS_NON_ZERO
+        407,  # DECIMAL_OVERFLOW
+        469,  # VIOLATED_CONSTRAINT
+    }
+)
+
+
+_NO_MEMORY_CODES: Final = frozenset({241, 173})  # MEMORY_LIMIT_EXCEEDED, CANNOT_ALLOCATE_MEMORY
+
+
+def meaning(error: Exception, refusals: frozenset[int]) -> Exception:
+    """Of an insert's error, in the materialiser's terms."""
+    text = first_line(error)
+    code = error.code if isinstance(error, Error) else None
+    if code == REFUSAL_CODE and REFUSAL in text:
+        return Fenced(text)
+    if code in _NO_MEMORY_CODES:
+        return TooLarge(text)
+    return Rejected(text) if code in refusals else Unavailable(text)
+
+
+def first_line(error: BaseException) -> str:
+    return (str(error) or repr(error)).splitlines()[0][:1_000]
