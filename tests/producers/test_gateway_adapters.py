@@ -70,7 +70,7 @@ class Setup:
 
     async def know(self, *newest: int | None) -> None:
         """Returns when the gateway knows what the servers have."""
-        members = list(self.pool._members.values())  # pyright: ignore[reportPrivateUsage]
+        members = self.pool._members.all  # pyright: ignore[reportPrivateUsage]
         await until(lambda: [member.newest_adapter("policy") for member in members] == list(newest))
 
 
@@ -129,7 +129,7 @@ async def test_without_the_server_of_the_newest_the_next_best_is_asked():
     async with setup(FakeLora(adapters=[2]), FakeLora(adapters=[3])) as gateway:
         await gateway.know(2, 3)
         await gateway.servers[1].stop()
-        members = list(gateway.pool._members.values())  # pyright: ignore[reportPrivateUsage]
+        members = gateway.pool._members.all  # pyright: ignore[reportPrivateUsage]
         await until(lambda: not members[1].well)
         await gateway.ask()
     assert gateway.publisher.spans[0].weight_versions[0].version == 2

@@ -17,7 +17,7 @@ fg-<rollout_id>/<attempt_id>, it is the same; without any the call is recorded a
 | `token_flow.py`, `token_asking.py`, `token_route.py`, `token_stream.py` | chat completions by token ids |
 | `conversations.py`, `continuation.py`, `turn_ends.py` | with which tokens a conversation goes on |
 | `exchange.py`, `asking.py` | what the flow and the pool say to each other |
-| `pool.py`, `routing.py`, `places.py`, `breaker.py`, `replica.py`, `labels.py` | who is asked |
+| `pool.py`, `members.py`, `routing.py`, `places.py`, `breaker.py`, `replica.py`, `labels.py` | who is asked |
 | `outcome.py`, `tokens.py`, `attributes.py`, `recording.py`, `publishing.py` | from an answer to the log |
 | `answers.py`, `errors.py` | refusals and failures in the protocols' shapes |
 | `http.py`, `metrics.py` | ASGI's small tools; what Prometheus is told |

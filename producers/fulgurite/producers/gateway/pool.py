@@ -4,8 +4,8 @@
                │ 404             │ 404                  │ 429, 503          ▲        │ away: another one, or a pause
                                                                             └────────┘        503, 504 at the deadline
 
-The parts: routing.py (who serves a model), places.py (who takes a request now, who waits), breaker.py (who is left
-alone), replica.py (HTTP), labels.py (versions).
+The parts: members.py and routing.py (who serves a model), places.py (who takes a request now, who waits), breaker.py
+(who is left alone), replica.py (HTTP), labels.py (versions).
 
 Asked again, on another backend first, or after a pause: refused and broken connections, 502, 503, 504 (a swap, a
 restart, a full queue), and a 500 of a vLLM: its engine died. That is safe: no byte of an answer has reached the agent,
@@ -25,44 +25,24 @@ import logging
 import random
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from dataclasses import replace
 from types import TracebackType
 from typing import Any, Final
 
-import aiohttp
-
-from fulgurite.producers.gateway.breaker import Breaker
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.exchange import Ask, Exchange
 from fulgurite.producers.gateway.http_exchange import HttpExchange
-from fulgurite.producers.gateway.metrics import BackendMetrics, Metrics
+from fulgurite.producers.gateway.members import Member, Members
+from fulgurite.producers.gateway.metrics import Metrics
 from fulgurite.producers.gateway.places import Capacity, Places, QueueTimeout, Seat
-from fulgurite.producers.gateway.replica import CHECK_SECONDS, DEAD_STATUS, Away, Replica, open_session
-from fulgurite.producers.gateway.routing import ROUTES, named, others, with_newest_adapter
-from fulgurite.schemas.settings import BackendSettings, GatewaySettings
+from fulgurite.producers.gateway.replica import DEAD_STATUS, Away, open_session
+from fulgurite.producers.gateway.routing import ROUTES
+from fulgurite.schemas.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
 
 BACKOFF_SECONDS: Final = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
 """After every backend was tried: a swap takes tens of milliseconds, a restart seconds."""
-RECOVERY_SECONDS: Final = 0.25
-"""How often a backend that is not well is asked, at least: requests wait for it."""
-RELIST_SECONDS: Final = 1.0
-"""How often a model that nobody is known to serve makes us ask all servers what they serve, at most."""
 LOG_EVERY_SECONDS: Final = 5.0
-
-
-class Member(Replica):
-    """A backend in the pool, with its metrics."""
-
-    def __init__(
-        self, settings: BackendSettings, gateway: GatewaySettings, session: aiohttp.ClientSession, metrics: Metrics
-    ) -> None:
-        breaker = Breaker(gateway.breaker_failures, gateway.breaker_seconds, gateway.max_breaker_seconds)
-        capacity = Capacity(settings.url, breaker, settings.max_concurrent_requests, settings.max_queued_requests)
-        super().__init__(settings, capacity, session, gateway.max_answer_bytes, gateway.answer_seconds)
-        self.metrics: BackendMetrics = metrics.backend(settings.url)
-        self.metrics.in_flight.set_function(lambda: capacity.in_flight)
 
 
 class Pool:
@@ -71,11 +51,7 @@ class Pool:
     def __init__(self, settings: GatewaySettings, metrics: Metrics | None = None) -> None:
         self._settings = settings
         self.metrics = metrics or Metrics()
-        self._members: dict[Capacity, Member] = {}
         self._tasks = asyncio.TaskGroup()
-        self._looking: list[asyncio.Task[None]] = []
-        self._relisted_at = float("-inf")
-        self._relisting: asyncio.Task[None] | None = None
         self._logged_at: dict[str, float] = {}
 
     async def __aenter__(self) -> Pool:
@@ -84,21 +60,14 @@ class Pool:
         self._places = Places(self._settings.max_concurrent_requests, self._settings.max_queued_requests)
         self.metrics.waiting.set_function(lambda: self._places.waiting)
         await self._tasks.__aenter__()
-        for backend in self._settings.all_backends():
-            member = Member(backend, self._settings, self._session, self.metrics)
-            self._members[member.capacity] = member
-            self._looking.append(self._tasks.create_task(self._look_after(member)))
+        self._members = Members(self._settings, self._session, self.metrics, self._tasks, self._places.changed)
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """An unexpected error of a task of ours has cancelled the block, and comes out here."""
-        for task in (*self._looking, self._relisting):
-            if task:
-                task.cancel()
-        for member in self._members.values():
-            member.close()
+        self._members.close()
         try:
             await self._tasks.__aexit__(kind, error, trace)
         finally:
@@ -113,7 +82,7 @@ class Pool:
         """
         if ask.route.partition("?")[0] not in ROUTES:
             raise ApiError(404, "not_found", f"no backend is asked for {ask.route[:200]}")
-        ask, serving = await self._serving(ask)
+        ask, serving = await self._members.serving(ask)
         candidates = tuple(member.capacity for member in serving)
         with self._places.admitted(candidates):
             exchange = await self._answered(ask, candidates)
@@ -124,78 +93,19 @@ class Pool:
 
     def follows_policy(self, model: str) -> bool:
         """Whether only the policy's own servers are known to serve the model."""
-        members = list(self._members.values())
-        found = with_newest_adapter(members, model) or named(members, model)
-        return bool(found) and all(member.kind == "vllm" for member in found)
+        return self._members.follows_policy(model)
 
     async def models(self, authorization: str = "") -> list[dict[str, Any]]:
         """What all backends serve, as /v1/models describes it. Raises ApiError(503) when none of them could say."""
-        await self._relist(self._loop.time() + CHECK_SECONDS)
-        # Some say so only to who has a key of theirs.
-        silent = [member for member in self._members.values() if member.kind == "vllm" and not member.listed]
-        forwarded = [member for member in silent if member.settings.forward_authorization]
-        await asyncio.gather(*(member.list_models(authorization) for member in forwarded))
-        found: dict[str, dict[str, Any]] = {}
-        for member in self._members.values():
-            found |= {name: entry for name, entry in member.listed.items() if name not in found}
-            resource = member.settings.resource
-            for name in (*member.settings.models, *([resource] if member.newest_adapter(resource) is not None else ())):
-                found.setdefault(name, {"id": name, "object": "model", "created": 0, "owned_by": member.kind})
-        if not found and silent:
-            raise ApiError(503, "backend_unavailable", "no backend says which models it serves")
-        return list(found.values())
+        return await self._members.models(authorization)
 
     async def health(self, timeout_seconds: float) -> str:
-        """Empty when at least one backend is well, else what is wrong. Asked now, those that can be asked."""
-        problems = await asyncio.gather(*(self._problem(member, timeout_seconds) for member in self._members.values()))
-        return "" if "" in problems else "; ".join(dict.fromkeys(problems))
+        """Empty when at least one backend is well, else what is wrong."""
+        return await self._members.health(timeout_seconds)
 
     def state(self) -> list[dict[str, Any]]:
         """Of each backend, for a report to whoever runs the gateway; agents should not see it."""
-        now = self._loop.time()
-        return [
-            {
-                "url": member.url,
-                "kind": member.kind,
-                "well": member.capacity.well,
-                "breaker": member.capacity.breaker.state(now),
-                "in_flight": member.capacity.in_flight,
-                "models": sorted(member.names),
-            }
-            for member in self._members.values()
-        ]
-
-    async def _serving(self, ask: Ask) -> tuple[Ask, list[Member]]:
-        """What is asked, and who may be."""
-        asked, found = self._known(ask)
-        if not found:
-            await self._relist(ask.deadline)  # an adapter may have been loaded just now
-            asked, found = self._known(ask)
-        if found := found or others(list(self._members.values())):
-            return asked, found
-        raise ApiError(404, "model_not_found", f"no backend serves the model {ask.model[:200]!r}", param="model")
-
-    def _known(self, ask: Ask) -> tuple[Ask, list[Member]]:
-        members = list(self._members.values())
-        if found := with_newest_adapter(members, ask.model):
-            return replace(ask, newest_adapter=True), found
-        return ask, named(members, ask.model)
-
-    async def _relist(self, deadline: float) -> None:
-        """Asks all servers what they serve; at most once a RELIST_SECONDS, and everybody waits for the same answer."""
-        if self._relisting is None:
-            if self._loop.time() - self._relisted_at < RELIST_SECONDS:
-                return
-            self._relisting = self._tasks.create_task(self._list_all())
-        await asyncio.wait({self._relisting}, timeout=deadline - self._loop.time())
-
-    async def _list_all(self) -> None:
-        try:
-            well = [member for member in self._members.values() if member.kind == "vllm" and member.capacity.well]
-            await asyncio.gather(*(member.list_models() for member in well))
-        finally:
-            self._relisted_at = self._loop.time()
-            self._relisting = None
+        return self._members.state()
 
     async def _answered(self, ask: Ask, candidates: tuple[Capacity, ...]) -> HttpExchange:
         """Tries until somebody answers. The seat is the exchange's; on an error it has been left."""
@@ -288,31 +198,6 @@ class Pool:
     def _failed(self, member: Member, seat: Seat) -> None:
         if member.capacity.breaker.failed(self._loop.time(), seat.era):
             self._places.changed()  # sets the alarm for the next probe
-
-    async def _look_after(self, member: Member) -> None:
-        """Its health, models and key, for as long as the pool lives."""
-        usual = self._settings.health_seconds
-        while True:
-            member.read_key()
-            if member.kind == "vllm":
-                was_well = member.capacity.well
-                problem = await member.check()
-                if not problem:
-                    await member.list_models()
-                if was_well != member.capacity.well:
-                    self._places.changed()
-            member.metrics.stands(well=member.capacity.well, breaker=member.capacity.breaker.state(self._loop.time()))
-            seconds = usual if member.capacity.well else min(usual, RECOVERY_SECONDS)
-            await asyncio.sleep(seconds * random.uniform(0.9, 1.1))
-
-    async def _problem(self, member: Member, timeout_seconds: float) -> str:
-        if member.kind != "vllm":
-            return "" if member.capacity.answers(self._loop.time()) else "left alone after failures"
-        try:
-            async with asyncio.timeout(timeout_seconds):
-                return await member.problem()
-        except TimeoutError:
-            return "TimeoutError"
 
     def _log_away(self, member: Member, away: str) -> None:
         now = self._loop.time()

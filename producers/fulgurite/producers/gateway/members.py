@@ -1,0 +1,172 @@
+"""The backends of a pool: who serves which model, which of them is well. Asked every gateway.health_seconds.
+
+A model that nobody is known to serve makes us ask all servers what they serve, at most once a RELIST_SECONDS: an
+adapter may have been loaded just now. Knows nothing of requests (pool.py) but what they ask for.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import random
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any, Final
+
+import aiohttp
+
+from fulgurite.producers.gateway.breaker import Breaker
+from fulgurite.producers.gateway.errors import ApiError
+from fulgurite.producers.gateway.exchange import Ask
+from fulgurite.producers.gateway.metrics import BackendMetrics, Metrics
+from fulgurite.producers.gateway.places import Capacity
+from fulgurite.producers.gateway.replica import CHECK_SECONDS, Replica
+from fulgurite.producers.gateway.routing import named, others, with_newest_adapter
+from fulgurite.schemas.settings import BackendSettings, GatewaySettings
+
+RECOVERY_SECONDS: Final = 0.25
+"""How often a backend that is not well is asked, at least: requests wait for it."""
+RELIST_SECONDS: Final = 1.0
+
+
+class Member(Replica):
+    """A backend in the pool, with its metrics."""
+
+    def __init__(
+        self, settings: BackendSettings, gateway: GatewaySettings, session: aiohttp.ClientSession, metrics: Metrics
+    ) -> None:
+        breaker = Breaker(gateway.breaker_failures, gateway.breaker_seconds, gateway.max_breaker_seconds)
+        capacity = Capacity(settings.url, breaker, settings.max_concurrent_requests, settings.max_queued_requests)
+        super().__init__(settings, capacity, session, gateway.max_answer_bytes, gateway.answer_seconds)
+        self.metrics: BackendMetrics = metrics.backend(settings.url)
+        self.metrics.in_flight.set_function(lambda: capacity.in_flight)
+
+
+class Members:
+    """All backends of the settings. Its tasks are the group's; `close` ends them."""
+
+    def __init__(
+        self,
+        settings: GatewaySettings,
+        session: aiohttp.ClientSession,
+        metrics: Metrics,
+        tasks: asyncio.TaskGroup,
+        changed: Callable[[], None],
+    ) -> None:
+        """`changed` is told when one became well, or is no longer."""
+        self._settings = settings
+        self._loop = asyncio.get_running_loop()
+        self._tasks = tasks
+        self._changed = changed
+        self.all = [Member(backend, settings, session, metrics) for backend in settings.all_backends()]
+        self._by_capacity = {member.capacity: member for member in self.all}
+        self._looking = [tasks.create_task(self._look_after(member)) for member in self.all]
+        self._relisted_at = float("-inf")
+        self._relisting: asyncio.Task[None] | None = None
+
+    def __getitem__(self, capacity: Capacity) -> Member:
+        return self._by_capacity[capacity]
+
+    def close(self) -> None:
+        for task in (*self._looking, self._relisting):
+            if task:
+                task.cancel()
+        for member in self.all:
+            member.close()
+
+    async def serving(self, ask: Ask) -> tuple[Ask, list[Member]]:
+        """What is asked, and who may be. Raises ApiError(404)."""
+        asked, found = self._known(ask)
+        if not found:
+            await self._relist(ask.deadline)
+            asked, found = self._known(ask)
+        if found := found or others(self.all):
+            return asked, found
+        raise ApiError(404, "model_not_found", f"no backend serves the model {ask.model[:200]!r}", param="model")
+
+    def follows_policy(self, model: str) -> bool:
+        """Whether only the policy's own servers are known to serve the model."""
+        found = with_newest_adapter(self.all, model) or named(self.all, model)
+        return bool(found) and all(member.kind == "vllm" for member in found)
+
+    async def models(self, authorization: str = "") -> list[dict[str, Any]]:
+        """What all backends serve, as /v1/models describes it. Raises ApiError(503) when none of them could say."""
+        await self._relist(self._loop.time() + CHECK_SECONDS)
+        # Some say so only to who has a key of theirs.
+        silent = [member for member in self.all if member.kind == "vllm" and not member.listed]
+        forwarded = [member for member in silent if member.settings.forward_authorization]
+        await asyncio.gather(*(member.list_models(authorization) for member in forwarded))
+        found: dict[str, dict[str, Any]] = {}
+        for member in self.all:
+            found |= {name: entry for name, entry in member.listed.items() if name not in found}
+            resource = member.settings.resource
+            for name in (*member.settings.models, *([resource] if member.newest_adapter(resource) is not None else ())):
+                found.setdefault(name, {"id": name, "object": "model", "created": 0, "owned_by": member.kind})
+        if not found and silent:
+            raise ApiError(503, "backend_unavailable", "no backend says which models it serves")
+        return list(found.values())
+
+    async def health(self, timeout_seconds: float) -> str:
+        """Empty when at least one backend is well, else what is wrong. Asked now, those that can be asked."""
+        problems = await asyncio.gather(*(self._problem(member, timeout_seconds) for member in self.all))
+        return "" if "" in problems else "; ".join(dict.fromkeys(problems))
+
+    def state(self) -> list[dict[str, Any]]:
+        """Of each backend, for a report to whoever runs the gateway; agents should not see it."""
+        now = self._loop.time()
+        return [
+            {
+                "url": member.url,
+                "kind": member.kind,
+                "well": member.capacity.well,
+                "breaker": member.capacity.breaker.state(now),
+                "in_flight": member.capacity.in_flight,
+                "models": sorted(member.names),
+            }
+            for member in self.all
+        ]
+
+    def _known(self, ask: Ask) -> tuple[Ask, list[Member]]:
+        if found := with_newest_adapter(self.all, ask.model):
+            return replace(ask, newest_adapter=True), found
+        return ask, named(self.all, ask.model)
+
+    async def _relist(self, deadline: float) -> None:
+        """Asks all servers what they serve; everybody waits for the same answer."""
+        if self._relisting is None:
+            if self._loop.time() - self._relisted_at < RELIST_SECONDS:
+                return
+            self._relisting = self._tasks.create_task(self._list_all())
+        await asyncio.wait({self._relisting}, timeout=deadline - self._loop.time())
+
+    async def _list_all(self) -> None:
+        try:
+            well = [member for member in self.all if member.kind == "vllm" and member.capacity.well]
+            await asyncio.gather(*(member.list_models() for member in well))
+        finally:
+            self._relisted_at = self._loop.time()
+            self._relisting = None
+
+    async def _look_after(self, member: Member) -> None:
+        """Its health, models and key, for as long as the pool lives."""
+        usual = self._settings.health_seconds
+        while True:
+            member.read_key()
+            if member.kind == "vllm":
+                was_well = member.capacity.well
+                problem = await member.check()
+                if not problem:
+                    await member.list_models()
+                if was_well != member.capacity.well:
+                    self._changed()
+            member.metrics.stands(well=member.capacity.well, breaker=member.capacity.breaker.state(self._loop.time()))
+            seconds = usual if member.capacity.well else min(usual, RECOVERY_SECONDS)
+            await asyncio.sleep(seconds * random.uniform(0.9, 1.1))
+
+    async def _problem(self, member: Member, timeout_seconds: float) -> str:
+        if member.kind != "vllm":
+            return "" if member.capacity.answers(self._loop.time()) else "left alone after failures"
+        try:
+            async with asyncio.timeout(timeout_seconds):
+                return await member.problem()
+        except TimeoutError:
+            return "TimeoutError"
