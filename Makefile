@@ -9,6 +9,8 @@ ORACLES := .venv-oracles
 SOURCES := schemas producers consumers streams infra examples tests
 # What the command line adds, for example: make demo ARGS="--steps 20"
 ARGS ?=
+# What serves the demo's policy: embedded or vllm.
+SERVE ?= embedded
 # Tests mostly wait for brokers and processes: three at a time keep two cores busy. Each worker has stores of its own.
 WORKERS ?= 3
 
@@ -17,8 +19,8 @@ WORKERS ?= 3
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
-demo: $(STAMP) ## train the calculator agent online, end to end, on this machine (about 5 minutes)
-	@$(BIN)/fulgurite demo $(ARGS)
+demo: $(STAMP) $(if $(filter vllm,$(SERVE)),vllm) ## train the calculator agent online, end to end, on this machine (about 5 minutes; SERVE=vllm: on vLLM)
+	@$(BIN)/fulgurite demo --serve $(SERVE) $(ARGS)
 
 test: $(STAMP) ## all tests but those that need a GPU or a vLLM
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not gpu and not vllm and not oracles" --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -36,6 +36,8 @@ from examples.calculator.demonstrations import Message, demonstration
 from examples.calculator.model import END, PAD, new_model, train_tokenizer
 
 MANIFEST: Final = "warm_start.json"
+FORMAT: Final = 2
+"""Another one where the model has another shape, or its files are others."""
 LEARNING_RATE: Final = 3e-3
 WARMUP_STEPS: Final = 20
 DECAY_SHARE: Final = 0.4
@@ -61,7 +63,7 @@ class Recipe:
 
     def manifest(self) -> dict[str, Any]:
         vices = {name.lower(): getattr(demonstrations, name) for name in ("GUESS", "SLIP", "MISREAD")}
-        return {"format": 1, **asdict(self), "learning_rate": LEARNING_RATE, **vices}
+        return {"format": FORMAT, **asdict(self), "learning_rate": LEARNING_RATE, **vices}
 
 
 def warm_start(output: Path, recipe: Recipe, progress: Progress) -> bool:

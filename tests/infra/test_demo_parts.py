@@ -7,12 +7,13 @@ from pathlib import Path
 import pytest
 from rich.console import Console
 
+from fulgurite.infra import vllm
 from fulgurite.infra.demo import plots, questions, state
 from fulgurite.infra.demo.plan import Sizes, make_plan
 from fulgurite.infra.demo.report import report
 from fulgurite.infra.demo.screen import Figures, Screen, sparkline
 from fulgurite.infra.sql import connect
-from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.errors import SettingsError, StartError
 from fulgurite.schemas.migrations import apply_migrations
 from fulgurite.schemas.settings import ClickHouseSettings, load_settings
 
@@ -69,6 +70,21 @@ def test_the_plan_sets_only_settings_that_exist(tmp_path: Path):
     assert settings.trainer.run_id == "demo-1"
     assert settings.gateway.backend_url == settings.follower.servers[0]
     assert settings.runner.agent == "examples.calculator.agent:agent"
+
+
+def test_the_policy_is_served_by_the_embedded_server_or_by_vllm(tmp_path: Path, monkeypatch: pytest.MonkeyPatch):
+    assert "policy-server" in make_plan(tmp_path, Sizes(), "demo-1").services
+    monkeypatch.setattr(vllm, "ENVIRONMENT", str(tmp_path / "vllm"))
+    with pytest.raises(StartError, match="make vllm"):
+        make_plan(tmp_path, Sizes(), "demo-1", "vllm")
+    python = tmp_path / "vllm" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.touch()
+    plan = make_plan(tmp_path, Sizes(), "demo-1", "vllm")
+    assert "policy-server" not in plan.services
+    assert {f"--model={plan.warm_start}", f"--port={plan.ports['policy_server']}"} <= set(plan.vllm_command())
+    assert load_settings(plan.environment()).gateway.backend_url.endswith(f":{plan.ports['policy_server']}")
+    assert "PYTHONPATH" not in plan.vllm_environment()
 
 
 def test_plots_are_drawn(tmp_path: Path):

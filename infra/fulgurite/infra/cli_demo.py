@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from enum import StrEnum
 from pathlib import Path
 from typing import Annotated
 
@@ -11,9 +12,16 @@ import typer
 from fulgurite.infra.cli_common import DataOption, SetOption, console, data_folder, next_steps, read_settings, register
 
 
+class Server(StrEnum):
+    """What may serve the demo's policy."""
+
+    embedded = "embedded"
+    vllm = "vllm"
+
+
 def add_to(app: typer.Typer) -> None:
     """Adds them to the command line."""
-    register(app, "demo", "fulgurite demo --data .fulgurite")(demo)
+    register(app, "demo", "fulgurite demo --data .fulgurite --serve vllm")(demo)
     register(
         app,
         "publish",
@@ -32,6 +40,9 @@ def demo(
     warm_start_steps: Annotated[int, typer.Option(help="Steps on demonstrations before.", min=1)] = 350,
     concurrency: Annotated[int, typer.Option(help="Agents at once.", min=1)] = 24,
     seed: Annotated[int, typer.Option(help="Of warm start and trainer.")] = 1,
+    serve: Annotated[
+        Server, typer.Option(help="What serves the policy: the embedded server, or vLLM's CPU build (`make vllm`).")
+    ] = Server.embedded,
 ) -> int:
     """Train the calculator agent online, from nothing, on this machine: everything real, about 5 minutes."""
     from fulgurite.infra.demo.flow import main
@@ -47,7 +58,7 @@ def demo(
         concurrency=concurrency,
         seed=seed,
     )
-    return main(data_folder(data), sizes)
+    return main(data_folder(data), sizes, serve.value)
 
 
 def publish(

@@ -5,7 +5,8 @@
                           coordinator ► runner ► agent ─OpenAI API─► gateway ► policy server ◄ follower
                           materialiser ► ClickHouse        assembler ► trajectories
     3 warm start        a tiny random Llama learns the format from sloppy demonstrations   -> data/warm-start
-    4 first version     `fulgurite publish`: the follower brings it to the policy server
+    4 first version     `fulgurite publish`: the follower brings it to the policy server. With --serve vllm that server
+                          is vLLM's CPU build, which starts here, with the warm start as its model
     5 evaluation before held-out tasks, sampled and greedy, as rollouts of mode val
     6 training          `fulgurite train`: windows ► GRPO ► versions, until its steps are done
     7 evaluation after  the same tasks
@@ -30,7 +31,7 @@ from types import FrameType
 from typing import NoReturn
 
 from fulgurite.infra.demo import questions, state
-from fulgurite.infra.demo.plan import EXAMPLE, SERVICES, Plan, Sizes, check_folder, make_plan
+from fulgurite.infra.demo.plan import EXAMPLE, SERVED_SECONDS, Plan, Serve, Sizes, check_folder, make_plan
 from fulgurite.infra.demo.report import MIN_RISE, print_next, report
 from fulgurite.infra.demo.screen import Figures, Screen
 from fulgurite.infra.demo.state import DemoState
@@ -56,13 +57,10 @@ PARTITIONS = 2
 SETTLE_SECONDS = 60.0
 """How long rows may take to arrive after the last rollout ended."""
 
-SERVED_SECONDS = 90.0
-"""How long the first version may take from `resources` to the policy server, its start included."""
-
 _TICK_SECONDS = 0.5
 
 
-def main(data: Path, sizes: Sizes) -> int:
+def main(data: Path, sizes: Sizes, serve: Serve = "embedded") -> int:
     """Runs the demo; 0 when the reward rose as promised, 1 when it did not, 130 when it was interrupted."""
     check_folder(data)
     log = data / "logs" / "demo.log"
@@ -73,7 +71,7 @@ def main(data: Path, sizes: Sizes) -> int:
     screen = Screen()
     with contextlib.closing(hold_folder(data, "fulgurite demo")):
         demo = _this_run(data, sizes, screen)
-        plan = make_plan(data, demo.sizes, demo.run_id)
+        plan = make_plan(data, demo.sizes, demo.run_id, serve)
         _say_what_happens(plan, screen)
         supervisor = Supervisor(plan.logs, lambda name, what: _service_event(screen, name, what))
         try:
@@ -101,13 +99,15 @@ class _Demo:
         stores = start_stores(self._plan.data, settings, self._supervisor, lambda text: self._screen.say(f"  {text}"))
         self._screen.phase("services")
         started_ns = now_ns()
-        for service in SERVICES:
+        for service in self._plan.services:
             self._supervisor.start(service, self._plan.service_command(service), self._environment)
         self._screen.phase("warm start")  # while the services come up
         self._warm_start()
         clickhouse = stores.settings.clickhouse
         with Watcher(stores.settings, self._demo.run_id, RESOURCE, started_ns) as self._watcher:
             self._screen.phase("first version")
+            if self._plan.serve == "vllm":
+                self._supervisor.start("vllm", self._plan.vllm_command(), self._plan.vllm_environment())
             self._publish_warm_start()
             self._screen.phase("evaluation before")
             self._evaluate("before", self._demo.evaluated_before)
@@ -116,7 +116,7 @@ class _Demo:
             self._train()
             self._remember(trained=True)
             self._screen.phase("evaluation after")
-            self._wait_for(lambda: self._watcher.newest_is_served, SERVED_SECONDS, "the last version to be served")
+            self._wait_until_served("the last version")
             self._evaluate("after", self._demo.evaluated_after)
             self._screen.phase("report")
             self._settle()
@@ -136,7 +136,7 @@ class _Demo:
             self._screen.say(f"  the warm start in {self._plan.warm_start} is used again")
         else:
             self._screen.say(
-                "  a tiny Llama (0.3 million parameters, random weights) learns the format of the task from sloppy\n"
+                "  a tiny Llama (0.4 million parameters, random weights) learns the format of the task from sloppy\n"
                 "  demonstrations: they skip the calculator half of the time and err. Reinforcement does the rest."
             )
         self._run_once("warm-start", self._plan.warm_start_command(), self._warm_start_figures)
@@ -157,7 +157,11 @@ class _Demo:
             self._run_once("publish", [*self._plan.service_command("publish"), str(self._plan.warm_start)], Figures)
             self._remember(published=True)
         if not self._demo.evaluated_before:  # else there may be a trainer's transaction open, which only a trainer ends
-            self._wait_for(lambda: self._watcher.newest_is_served, SERVED_SECONDS, "the first version to be served")
+            self._wait_until_served("the first version")
+
+    def _wait_until_served(self, what: str) -> None:
+        seconds = SERVED_SECONDS[self._plan.serve]
+        self._wait_for(lambda: self._watcher.newest_is_served, seconds, f"{what} to be served")
 
     def _evaluate(self, name: str, done: bool) -> None:
         if done:
@@ -213,6 +217,8 @@ class _Demo:
     def _wait_for(self, ready: Callable[[], bool], timeout_seconds: float, what: str) -> None:
         deadline = time.monotonic() + timeout_seconds
         while not ready():
+            if failed := [service.name for service in self._supervisor.status() if service.state == "failed"]:
+                raise StartError(f"{', '.join(failed)} cannot run (waited for {what}); see {self._plan.logs}")
             if time.monotonic() > deadline:
                 raise StartError(f"waited {timeout_seconds:.0f} s for {what}; see {self._plan.logs}")
             figures = self._watcher.figures()
@@ -256,14 +262,16 @@ def _this_run(data: Path, sizes: Sizes, screen: Screen) -> DemoState:
 
 
 def _say_what_happens(plan: Plan, screen: Screen) -> None:
-    sizes = plan.sizes
+    sizes, of_vllm = plan.sizes, plan.serve == "vllm"
+    services = [*plan.services, *(["vLLM (its CPU build)"] if of_vllm else [])]
+    takes = "about 8 minutes on 2 cores, about 7 GiB" if of_vllm else "about 5 minutes on 2 cores, about 4 GiB"
     rollouts = sizes.steps * sizes.groups_per_step * sizes.group_size
     screen.say(
         f"[bold]Fulgurite demo[/]: an agent with a calculator learns online, over real Kafka and ClickHouse.\n"
         f"  downloads   nothing, or once Kafka's jars (about 110 MB from Maven Central, kept in your cache folder)\n"
         f"  writes      {plan.data} (about 500 MB; remove the folder to begin afresh)\n"
-        f"  starts      Kafka, ClickHouse, {', '.join(SERVICES)}, a trainer; on loopback only\n"
-        f"  takes       about 5 minutes on 2 cores, about 4 GiB of memory\n"
+        f"  starts      Kafka, ClickHouse, {', '.join(services)}, a trainer; on loopback only\n"
+        f"  takes       {takes} of memory\n"
         f"  trains      {sizes.steps} steps of {sizes.groups_per_step} groups of {sizes.group_size} rollouts "
         f"({rollouts} rollouts), evaluates on {sizes.eval_tasks} held-out tasks before and after\n"
         f"  stop        Ctrl-C at any time; the same command goes on from there",

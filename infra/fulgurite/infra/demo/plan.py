@@ -1,7 +1,8 @@
 """What the demo is going to do: its sizes, its folders, and each service's command and settings.
 
-A service is started as in production: `fulgurite <service>` with settings from file and environment. Knows nothing of
-supervision or screens.
+A service is started as in production: `fulgurite <service>` with settings from file and environment. The policy is
+served by the embedded server, which is such a service, or by vLLM's CPU build, which needs a model to start with: so it
+starts after the warm start. Knows nothing of supervision or screens.
 """
 
 from __future__ import annotations
@@ -11,9 +12,10 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from fulgurite.infra.ports import remembered_ports
+from fulgurite.infra.vllm import vllm_command, vllm_environment
 from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.settings import ENV_CONFIG, ENV_HOME, ENV_PREFIX, to_environment
 
@@ -21,8 +23,20 @@ EXAMPLE = "examples.calculator"
 MIN_FREE_BYTES = 2 * 1024**3
 """Logs, tables and versions of one run are about 300 MB; Kafka and ClickHouse want room to breathe."""
 
-SERVICES = ("coordinator", "materialiser", "assembler", "policy-server", "follower", "gateway", "runner")
+EMBEDDED_SERVER = "policy-server"
+SERVICES = ("coordinator", "materialiser", "assembler", EMBEDDED_SERVER, "follower", "gateway", "runner")
 """In the order in which they are started; each waits for those it needs."""
+
+Serve = Literal["embedded", "vllm"]
+"""Who serves the policy."""
+
+VLLM_OPTIONS = (
+    "--max-num-seqs=32",
+    "--generation-config=vllm",  # no sampling defaults from the model's files: what is asked for is what is recorded
+)
+SERVED_SECONDS: dict[Serve, float] = {"embedded": 90.0, "vllm": 400.0}
+"""How long a version may take from `resources` to the policy's server, its start included: vLLM imports for half a
+minute, and the first start ever compiles."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +67,12 @@ class Plan:
     sizes: Sizes
     run_id: str
     ports: dict[str, int]
+    serve: Serve = "embedded"
+
+    @property
+    def services(self) -> tuple[str, ...]:
+        """Those that are started at once."""
+        return tuple(name for name in SERVICES if name != EMBEDDED_SERVER or self.serve == "embedded")
 
     @property
     def warm_start(self) -> Path:
@@ -71,6 +91,16 @@ class Plan:
 
     def service_command(self, service: str) -> list[str]:
         return [sys.executable, "-m", "fulgurite.infra", service]
+
+    def vllm_command(self) -> list[str]:
+        """vLLM on the warm start; the follower brings it what is newer. Raises StartError where it is not installed."""
+        return vllm_command(self.root, self.warm_start, self.ports["policy_server"], VLLM_OPTIONS)
+
+    def vllm_environment(self) -> dict[str, str]:
+        """Without our PYTHONPATH: vLLM runs in an environment of its own."""
+        environment = vllm_environment()
+        environment.pop("PYTHONPATH", None)
+        return environment
 
     def environment(self) -> dict[str, str]:
         """Of every child: ours without other FULGURITE_ settings than how to log, and this demo's."""
@@ -112,11 +142,14 @@ class Plan:
         }
 
 
-def make_plan(data: Path, sizes: Sizes, run_id: str) -> Plan:
-    """Raises StartError where the examples are missing."""
+def make_plan(data: Path, sizes: Sizes, run_id: str, serve: Serve = "embedded") -> Plan:
+    """Raises StartError where the examples, or the vLLM that is asked for, are missing."""
     names = ("coordinator", "gateway", "policy_server")
     ports = remembered_ports(data / "service-ports.json", names, None, "the demo's services")
-    return Plan(data.absolute(), find_examples(), sizes, run_id, ports)
+    plan = Plan(data.absolute(), find_examples(), sizes, run_id, ports, serve)
+    if serve == "vllm":
+        plan.vllm_command()  # told now, not after the warm start
+    return plan
 
 
 def check_folder(data: Path) -> None:
