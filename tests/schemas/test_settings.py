@@ -56,7 +56,7 @@ def test_lists_and_tables_come_as_json(tmp_path: Path) -> None:
             "FULGURITE_MATERIALSER__PORT",
             "1",
             r"  FULGURITE_MATERIALSER__PORT: there is no section materialser; "
-            r"the nearest is FULGURITE_MATERIALISER__PORT; known ones: assembler, .*trainer$",
+            r"the nearest is FULGURITE_MATERIALISER__PORT; known ones: aggregator, .*trainer$",
         ),
         ("FULGURITE_KAFKA", "4", r"FULGURITE_KAFKA: no setting; they are FULGURITE_<SECTION>__<NAME>"),
         ("FULGURITE_KAFKA_PARTITIONS", "4", r"no setting; the nearest is FULGURITE_KAFKA__PARTITIONS; they are"),

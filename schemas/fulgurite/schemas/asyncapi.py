@@ -20,15 +20,16 @@ from pydantic.json_schema import JsonSchemaMode, models_json_schema
 
 from fulgurite.schemas import dead_letters as letters
 from fulgurite.schemas import topics
+from fulgurite.schemas.algorithms import AlgorithmState
 from fulgurite.schemas.ids import MAX_ID_CHARS
 from fulgurite.schemas.resources import ResourceVersion
-from fulgurite.schemas.rewards import Reward
+from fulgurite.schemas.rewards import HEADER_AFTER_END, Reward
 from fulgurite.schemas.rollouts import AttemptHeartbeat, RolloutCancelled, RolloutEvent, RolloutQueued
 from fulgurite.schemas.settings import KafkaSettings
 from fulgurite.schemas.spans import Span
 from fulgurite.schemas.topics import Topic
 from fulgurite.schemas.training import TrainingEvent
-from fulgurite.schemas.trajectories import Trajectory
+from fulgurite.schemas.trajectories import FinishedAttempt, Trajectory
 from fulgurite.schemas.workers import WorkerHeartbeat
 
 CONTRACT_VERSION = "1.0.0"
@@ -47,10 +48,12 @@ VALUES: dict[Topic, tuple[type[BaseModel], ...]] = {
     topics.ROLLOUTS: get_args(get_args(RolloutEvent)[0]),
     topics.SPANS: (Span,),
     topics.REWARDS: (Reward,),
+    topics.ATTEMPTS: (FinishedAttempt,),
     topics.TRAJECTORIES: (Trajectory,),
     topics.RESOURCES: (ResourceVersion,),
     topics.TRAINING: get_args(get_args(TrainingEvent)[0]),
     topics.WORKERS: (WorkerHeartbeat,),
+    topics.ALGORITHM_STATE: (AlgorithmState,),
 }
 """What a record of the topic may hold."""
 
@@ -193,6 +196,9 @@ def _content_type(topic: Topic) -> str:
 def _headers(topic: Topic) -> Object:
     """No header is needed anywhere; those of a dead letter say why it is one."""
     known: dict[str, Object] = {}
+    if topic is topics.REWARDS:
+        what = "There, whatever its value: given to a trajectory that exists. Assemblers pass over the record."
+        known = {HEADER_AFTER_END: {"type": "string", "description": what}}
     if topic is topics.DEAD_LETTERS:
         known = {
             letters.HEADER_TOPIC: {"type": "string", "description": "Full name of the original topic."},

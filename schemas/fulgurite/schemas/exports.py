@@ -13,13 +13,14 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from fulgurite.schemas import topics
+from fulgurite.schemas.algorithms import AlgorithmState
 from fulgurite.schemas.resources import ResourceVersion
 from fulgurite.schemas.rewards import Reward
 from fulgurite.schemas.rollouts import ROLLOUT_EVENT
 from fulgurite.schemas.spans import Span
 from fulgurite.schemas.topics import Topic
 from fulgurite.schemas.training import TRAINING_EVENT
-from fulgurite.schemas.trajectories import Trajectory
+from fulgurite.schemas.trajectories import FinishedAttempt, Trajectory
 from fulgurite.schemas.workers import WorkerHeartbeat
 
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
@@ -28,10 +29,12 @@ EVENTS: dict[Topic, TypeAdapter[Any]] = {
     topics.ROLLOUTS: ROLLOUT_EVENT,
     topics.SPANS: TypeAdapter(Span),
     topics.REWARDS: TypeAdapter(Reward),
+    topics.ATTEMPTS: TypeAdapter(FinishedAttempt),
     topics.TRAJECTORIES: TypeAdapter(Trajectory),
     topics.RESOURCES: TypeAdapter(ResourceVersion),
     topics.TRAINING: TRAINING_EVENT,
     topics.WORKERS: TypeAdapter(WorkerHeartbeat),
+    topics.ALGORITHM_STATE: TypeAdapter(AlgorithmState),
 }
 """What the value of a record of each topic must be."""
 

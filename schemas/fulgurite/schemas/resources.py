@@ -9,12 +9,13 @@ one that a server has is what its list of models says it is, and nobody else nee
 
 from __future__ import annotations
 
+import hashlib
 import re
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from fulgurite.schemas.event import Event, Labels, Name, ShortText, TimeNs, Version
+from fulgurite.schemas.event import Event, Labels, Name, ShortText, Text, TimeNs, Version
 from fulgurite.schemas.ids import Id, OptionalId, new_id, now_ns
 
 ResourceKind = Literal["weights", "lora", "prompt_template", "endpoint"]
@@ -29,14 +30,31 @@ class ResourceVersion(Event):
     version: Version
     kind: ResourceKind = "weights"
     uri: ShortText
-    """The folder of the files: file:///…, which the servers see as well, or in an object store (s3://, gs://, …)."""
+    """The folder of the files: file:///…, which the servers see as well, or in an object store (s3://, gs://, …); of a
+    text urn:sha256:…"""
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-    """Over the files in order of their names: see `fulgurite.schemas.checksum`."""
+    """Over the files in order of their names: see `fulgurite.schemas.checksum`; of a text over its UTF-8."""
+    content: Text = ""
+    """The text itself, of a prompt template; empty where the uri names files."""
     run_id: OptionalId = ""
     step: Annotated[int, Field(ge=0)] = 0
     model: Name = ""
     time_ns: TimeNs = Field(default_factory=now_ns)
     metadata: Labels = Field(default_factory=dict)
+
+
+def prompt_version(resource: str, version: int, text: str, **fields: Any) -> ResourceVersion:
+    """A version of a prompt template."""
+    digest = hashlib.sha256(text.encode()).hexdigest()
+    return ResourceVersion(
+        resource=resource,
+        version=version,
+        kind="prompt_template",
+        uri=f"urn:sha256:{digest}",
+        sha256=digest,
+        content=text,
+        **fields,
+    )
 
 
 def adapter_name(resource: str, version: int) -> str:

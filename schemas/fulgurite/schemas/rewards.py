@@ -12,6 +12,10 @@ from fulgurite.schemas.ids import Id, OptionalId, new_id, now_ns
 FINAL_REWARD = "reward"
 """The name of the rollout's own reward. Of several with this name the last in the log counts."""
 
+HEADER_AFTER_END = "fulgurite.after_end"
+"""Kafka header of rewards given to a trajectory that exists (by the aggregator, by algorithms that read trajectories):
+tables have them like all others; the assembler, whose work on the rollout is done, passes over them."""
+
 
 class Reward(Event):
     """Topic `rewards`, key rollout_id. Identity: reward_id; the same one sent twice counts once."""

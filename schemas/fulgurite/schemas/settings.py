@@ -21,6 +21,11 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 
+from fulgurite.schemas.algorithm_settings import AggregatorSettings as AggregatorSettings
+from fulgurite.schemas.algorithm_settings import AlgorithmSettings as AlgorithmSettings
+from fulgurite.schemas.algorithm_settings import ComplianceSettings as ComplianceSettings
+from fulgurite.schemas.algorithm_settings import PromptSettings as PromptSettings
+from fulgurite.schemas.algorithm_settings import RewardSource as RewardSource
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.gateway_settings import ApiKeySettings as ApiKeySettings
 from fulgurite.schemas.gateway_settings import BackendSettings as BackendSettings
@@ -210,6 +215,9 @@ class AssemblerSettings(Section):
     """Spans and rewards of a rollout nobody announced become dead letters after this."""
     commit_ms: Annotated[int, Field(ge=1, le=60_000)] = 50
     """Longest that a finished trajectory waits for its transaction."""
+    output: Literal["trajectories", "attempts"] = "trajectories"
+    """Where trajectories go. trajectories: to trainers; attempts: with their spans to the aggregator, which publishes
+    them with their rewards (docs/algorithms.md)."""
 
 
 class Settings(Section):
@@ -229,6 +237,10 @@ class Settings(Section):
     assembler: AssemblerSettings = Field(default_factory=AssemblerSettings)
     trainer: TrainerSettings = Field(default_factory=TrainerSettings)
     source: SourceSettings = Field(default_factory=SourceSettings)
+    algorithm: AlgorithmSettings = Field(default_factory=AlgorithmSettings)
+    aggregator: AggregatorSettings = Field(default_factory=AggregatorSettings)
+    compliance: ComplianceSettings = Field(default_factory=ComplianceSettings)
+    prompt: PromptSettings = Field(default_factory=PromptSettings)
     log: LogSettings = Field(default_factory=LogSettings)
 
 

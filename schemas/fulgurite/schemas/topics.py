@@ -42,11 +42,22 @@ TRAJECTORIES = Topic(
     7 * DAY_MS,
     log_append_time=True,
 )
+ATTEMPTS = Topic(
+    "attempts",
+    "group_id",
+    "trajectories with their spans, on their way to the aggregator (where assembler.output says so)",
+    "delete",
+    7 * DAY_MS,
+    log_append_time=True,
+)
 RESOURCES = Topic("resources", "resource", "versions of policies and other resources", "compact", -1, partitions=1)
 TRAINING = Topic(
     "training", "run_id", "runs, steps and versions applied by servers", "delete", 90 * DAY_MS, partitions=1
 )
 WORKERS = Topic("workers", "worker_id", "heartbeats of runners", "compact,delete", 7 * DAY_MS, partitions=1)
+ALGORITHM_STATE = Topic(
+    "algorithm_state", "algorithm/name", "what algorithms remember: open groups, searches", "compact", -1, partitions=1
+)
 DEAD_LETTERS = Topic(
     "dead_letters", "as the original", "original bytes of what could not be used", "delete", 90 * DAY_MS, partitions=1
 )
@@ -58,10 +69,12 @@ TOPICS: tuple[Topic, ...] = (
     ROLLOUTS,
     SPANS,
     REWARDS,
+    ATTEMPTS,
     TRAJECTORIES,
     RESOURCES,
     TRAINING,
     WORKERS,
+    ALGORITHM_STATE,
     DEAD_LETTERS,
     OTLP_SPANS,
 )

@@ -1,4 +1,4 @@
-"""A trajectory: one ended rollout, joined and ready to train on. Direction: assembler -> trainers.
+"""A trajectory: one ended rollout, joined and ready to train on. Direction: assembler -> (aggregator ->) trainers.
 
 One record a rollout, for its last attempt, whatever its end: a failed or cancelled rollout gives a record without
 sequences, so that a trainer waiting for a group always learns that a member will not come.
@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 from fulgurite.schemas.event import Event, Labels, Logprobs, Name, ShortText, TimeNs, TokenIds, Version, VersionSpan
 from fulgurite.schemas.ids import Id, OptionalId
 from fulgurite.schemas.rollouts import MAX_GROUP_SIZE, FinalStatus, Mode
+from fulgurite.schemas.spans import Span
 
 
 class TokenSequence(BaseModel):
@@ -80,3 +81,19 @@ class Trajectory(Event):
     finished_ns: TimeNs = 0
     assembled_ns: TimeNs = 0
     metadata: Labels = Field(default_factory=dict)
+
+
+class FinishedAttempt(Trajectory):
+    """Topic `attempts`, key as of the trajectory. A trajectory that still lacks rewards, with what they are found in.
+
+    Direction: assembler -> aggregator.
+    """
+
+    spans: list[Span] = Field(default_factory=list[Span])
+    """All of the attempt that counts, in the order of their starts, without tokens: those are in `sequences`. None of
+    a rollout that did not succeed."""
+
+    def trajectory(self) -> Trajectory:
+        """Without the spans."""
+        fields = {name: getattr(self, name) for name in Trajectory.model_fields}
+        return Trajectory.model_construct(None, **fields, **(self.model_extra or {}))

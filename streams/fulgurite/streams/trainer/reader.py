@@ -80,7 +80,7 @@ class TrajectoryReader:
 
     async def seek_to_end(self) -> None:
         """For a new run: nothing that is already there can belong to it."""
-        await self.seek({tp.partition: end for tp, end in (await self._ends()).items()})
+        await self.seek({tp.partition: end for tp, end in (await self.ends()).items()})
 
     async def seek_to_begin(self, source: SourceSettings) -> None:
         """For a new replay: where its settings say. Raises SettingsError for a partition that is not there."""
@@ -130,7 +130,7 @@ class TrajectoryReader:
 
     async def caught_up(self) -> bool:
         """Whether everything committed so far was read. Waits for Kafka: without it nobody knows."""
-        ends = await self._ends()
+        ends = await self.ends()
         return all(self.offsets[tp.partition] >= end for tp, end in ends.items())
 
     async def close(self) -> None:
@@ -161,7 +161,7 @@ class TrajectoryReader:
         assert time is not None, "make_plan refuses begin = time without one"
         milliseconds = int(time.timestamp() * 1000)
         found = await self._asked(lambda: self._client.offsets_for_times(dict.fromkeys(self.partitions, milliseconds)))
-        ends = await self._ends()
+        ends = await self.ends()
         return {tp.partition: at.offset if (at := found.get(tp)) else ends[tp] for tp in self.partitions}
 
     @property
@@ -169,7 +169,8 @@ class TrajectoryReader:
         assert self._consumer is not None, "start() comes first"
         return self._consumer
 
-    async def _ends(self) -> dict[TopicPartition, int]:
+    async def ends(self) -> dict[TopicPartition, int]:
+        """Of what is committed now. Waits for Kafka."""
         return await self._asked(lambda: self._client.end_offsets(self.partitions))
 
     async def _asked(self, ask: Callable[[], Awaitable[T]]) -> T:

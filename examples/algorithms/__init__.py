@@ -1,0 +1,1 @@
+"""Algorithms of one's own, see docs/algorithms.md."""
