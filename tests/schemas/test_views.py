@@ -93,3 +93,17 @@ def test_a_trajectory_counts_where_it_came_first(client: Client) -> None:
     assert client.query(f"SELECT {columns} FROM rollout_versions WHERE rollout_id = 'r7'").result_rows == [
         ("run", "train", "sampled", "g3", 1.0, 1)
     ]
+
+
+def test_violations_are_counted_once_by_rule_and_version(client: Client) -> None:
+    client.command(FILL_TRAJECTORIES.replace("{late}", "[0, 0]"))
+    metadata = "map('rule', 'no-b', 'rules_version', '2', 'field', 'output', 'start', '3', 'end', '7', 'text', 'b')"
+    client.command(
+        "INSERT INTO rewards (reward_id, rollout_id, attempt_id, span_id, name, value, source, metadata, _offset, _ts) "
+        f"SELECT concat('v', toString(number % 6)), concat('r', toString(number % 3)), 'a', 's', 'compliance', -0.5, "
+        f"'compliance', {metadata}, number, '2026-11-21 00:00:00' FROM numbers(12)"
+    )
+    columns = "rule, rules_version, span_id, field, start, end, text, cost, run_id, version"
+    rows = client.query(f"SELECT DISTINCT {columns} FROM violations").result_rows
+    assert rows == [("no-b", "2", "s", "output", 3, 7, "b", 0.5, "run", 1)]
+    assert client.query("SELECT * FROM violations_by_rule").result_rows == [("no-b", "2", "run", 1, 6, 3, 100, 3.0)]

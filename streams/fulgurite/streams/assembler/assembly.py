@@ -78,6 +78,7 @@ class Assembly:
         orphan_seconds: float,
         max_held_bytes: int | None = None,
         max_ended: int = MAX_ENDED,
+        keep_spans: bool = False,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.rollouts = {part.tp: part for part in rollouts}
@@ -95,6 +96,7 @@ class Assembly:
         self._max_open = max_open_rollouts
         self._max_bytes = MAX_HELD_BYTES if max_held_bytes is None else max_held_bytes
         self._orphan_seconds = orphan_seconds
+        self._keep_spans = keep_spans
         self._clock = clock
         self._committed: dict[TopicPartition, OffsetAndMetadata] = {}
 
@@ -281,7 +283,8 @@ class Assembly:
         self.holding -= bool(rollout.last)
         spans, rewards = ([h.value for h in held if h.value is not None] for held in (rollout.spans, rollout.rewards))
         assert len(spans) + len(rewards) == len(rollout.spans) + len(rollout.rewards)
-        joined = assemble(event, rollout.announced or Announcement(), spans, rewards)
+        announced = rollout.announced or Announcement()
+        joined = assemble(event, announced, spans, rewards, keep_spans=self._keep_spans)
         self.counts["trajectories"] += 1
         self.counts["invalid"] += joined.invalid
         for held in rollout.held:

@@ -21,7 +21,7 @@ Does not know Kafka, offsets, or when a rollout is complete.
     invalid_record   a span or reward could not be read (the materialiser keeps it, with the reason); it is left out
     expired          a record was deleted by Kafka's retention before the rollout ended
     too_long         a call exceeds the longest sequence there may be; it is left out
-    too_large        the trajectory exceeds kafka.max_record_bytes; it is sent without its sequences
+    too_large        the trajectory exceeds kafka.max_record_bytes; it is sent without its sequences and spans
 Failed and cancelled rollouts have no sequences; their spans are not even read (`calls` is 0), their rewards are kept.
 
 Retries. Where the gateway dies, or gives 503, after a call was recorded, the agent's client asks again and the agent
@@ -44,7 +44,7 @@ from fulgurite.schemas.ids import now_ns
 from fulgurite.schemas.rewards import FINAL_REWARD, Reward
 from fulgurite.schemas.rollouts import RolloutFinished
 from fulgurite.schemas.spans import Span
-from fulgurite.schemas.trajectories import TokenSequence, Trajectory, TrajectoryReward
+from fulgurite.schemas.trajectories import FinishedAttempt, TokenSequence, Trajectory, TrajectoryReward
 
 E = TypeVar("E", Span, Reward)
 
@@ -91,12 +91,18 @@ class Joined:
 
 
 def assemble(
-    finished: RolloutFinished, announced: Announcement, spans: Sequence[bytes], rewards: Sequence[bytes]
+    finished: RolloutFinished,
+    announced: Announcement,
+    spans: Sequence[bytes],
+    rewards: Sequence[bytes],
+    *,
+    keep_spans: bool = False,
 ) -> Joined:
-    """The trajectory of an ended rollout from all records of it, in the order of the log."""
+    """The trajectory of an ended rollout from all records of it, in the order of the log; with its spans if wanted."""
     partial: list[str] = []
     invalid = 0
     calls: list[Span] = []
+    found: list[Span] = []
     if finished.status == "succeeded":
         found, invalid = read_spans(spans, finished.rollout_id, partial)
         calls = select_calls(found, finished, partial)
@@ -129,7 +135,18 @@ def assemble(
         assembled_ns=now_ns(),
         metadata=announced.metadata,
     )
+    if keep_spans:
+        fields = {name: getattr(trajectory, name) for name in Trajectory.model_fields}
+        trajectory = FinishedAttempt.model_construct(None, **fields, spans=spans_of(found, finished))
     return Joined(trajectory, invalid + invalid_rewards)
+
+
+def spans_of(spans: Sequence[Span], finished: RolloutFinished) -> list[Span]:
+    """All spans of the attempt that counts, oldest first, without tokens."""
+    own = [span for span in spans if span.attempt_id in (finished.attempt_id, "")]
+    own.sort(key=lambda span: (span.start_ns, span.sequence_id, span.end_ns, span.span_id))
+    nothing = dict[str, object](prompt_token_ids=[], response_token_ids=[], logprobs=[], weight_versions=[])
+    return [span.model_copy(update=nothing) for span in own]
 
 
 def _read(model: type[E], values: Sequence[bytes], rollout_id: str, partial: list[str]) -> tuple[list[E], int]:

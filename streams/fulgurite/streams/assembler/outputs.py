@@ -9,7 +9,7 @@ from fulgurite.schemas.codec import encode, encode_key
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import RecordTooLarge
 from fulgurite.schemas.settings import KafkaSettings
-from fulgurite.schemas.trajectories import Trajectory
+from fulgurite.schemas.trajectories import FinishedAttempt, Trajectory
 from fulgurite.streams.assembler.rollouts import Batch
 from fulgurite.streams.transactions import Outgoing
 
@@ -31,14 +31,16 @@ def _trajectory(trajectory: Trajectory, settings: KafkaSettings) -> Outgoing:
         value = encode(trajectory, settings.max_record_bytes)
     except RecordTooLarge as error:
         value = _cut(trajectory, error, settings.max_record_bytes)
-    return Outgoing(settings.topic(topics.TRAJECTORIES), key, value)
+    topic = topics.ATTEMPTS if isinstance(trajectory, FinishedAttempt) else topics.TRAJECTORIES
+    return Outgoing(settings.topic(topic), key, value)
 
 
 def _cut(trajectory: Trajectory, error: RecordTooLarge, bound: int) -> bytes:
     """Without what does not fit; what remains in the end, among it `reward`, has bounds of its own far below. Never
     left out altogether: its group waits for it."""
     partial = ",".join(filter(None, (trajectory.partial, error.reason)))
-    short = trajectory.model_copy(update={"partial": partial, "sequences": []})
+    spans = {"spans": []} if isinstance(trajectory, FinishedAttempt) else {}
+    short = trajectory.model_copy(update={"partial": partial, "sequences": [], **spans})
     try:
         value = encode(short, bound)
     except RecordTooLarge:

@@ -40,4 +40,5 @@ async def restore(settings: Settings, inputs: Inputs, transactions: Transactions
         values,
         max_open_rollouts=settings.assembler.max_open_rollouts,
         orphan_seconds=settings.assembler.orphan_seconds,
+        keep_spans=settings.assembler.output == "attempts",
     )

@@ -42,7 +42,12 @@ trajectory was emitted before it came; spans of superseded attempts are just not
 announced its rollout within orphan_seconds, and `rollouts` had been read to its end after that); one for each line of
 the rollout, with the line's number, as the materialiser's. Records that are not
 spans, rewards or events are counted and logged: the materialiser reads the same bytes and keeps them with the reason.
-Spans without a rollout_id are plain traces and no concern of this service.
+Spans without a rollout_id are plain traces and no concern of this service, nor are rewards given to a trajectory that
+exists (HEADER_AFTER_END).
+
+With assembler.output = attempts the trajectories go to `attempts`, with the spans of the attempt that counts: the
+aggregator finds rewards in them and publishes the trajectories (streams/algorithms/aggregator). Switching over loses
+and doubles nothing, as each rollout's trajectory is written once, here or there.
 
 Does not know groups, advantages or staleness: that is the trainer's.
 """
@@ -60,6 +65,7 @@ from aiokafka.structs import TopicPartition
 from fulgurite.producers.service import run_service
 from fulgurite.schemas.codec import decode_union
 from fulgurite.schemas.errors import InvalidEvent
+from fulgurite.schemas.rewards import HEADER_AFTER_END
 from fulgurite.schemas.rollouts import ROLLOUT_EVENT
 from fulgurite.schemas.settings import Settings
 from fulgurite.streams.assembler.assembly import MAX_UNSENT_BYTES, Assembly
@@ -178,6 +184,8 @@ class Assembler:
             found: Records = await self._inputs.data.getmany(timeout_ms=POLL_MS, max_records=POLL_RECORDS)
             for tp, batch in found.items():
                 for record in batch:
+                    if any(name == HEADER_AFTER_END for name, _ in record.headers):
+                        continue
                     value = record.value or b""
                     attempts, invalid = attempts_of(value)
                     self.state.counts["invalid"] += invalid

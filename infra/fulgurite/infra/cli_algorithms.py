@@ -1,0 +1,57 @@
+"""Commands of the algorithms that follow the log: one's own, the aggregator, the search for prompts."""
+
+from __future__ import annotations
+
+from typing import Annotated
+
+import typer
+
+from fulgurite.infra.cli_common import DataOption, SetOption, lazy_module, read_settings, register
+
+PANEL = "Services"
+
+
+def add_to(app: typer.Typer) -> None:
+    """Registers them."""
+    register(
+        app,
+        "algorithm",
+        "fulgurite algorithm examples.algorithms.best_of_group:best_of_group --from beginning",
+        rich_help_panel=PANEL,
+    )(algorithm)
+    register(
+        app,
+        "aggregator",
+        "fulgurite aggregator   (its sources and rules stand in fulgurite.toml: docs/algorithms.md)",
+        rich_help_panel=PANEL,
+    )(aggregator)
+
+
+def algorithm(
+    function: Annotated[str, typer.Argument(help="The function with @algorithm above it, as module:function.")],
+    begin: Annotated[
+        str,
+        typer.Option(
+            "--from", help="Where its first start begins: beginning, latest, an offset, or a time (2026-11-21T08:00)."
+        ),
+    ] = "beginning",
+    name: Annotated[str, typer.Option(help="Under which it goes on after a restart; default: the function's.")] = "",
+    run: Annotated[str, typer.Option(help="Only of this run.")] = "",
+    agent: Annotated[str, typer.Option(help="Only of this agent.")] = "",
+    mode: Annotated[str, typer.Option(help="Only of this mode: train, val or test.")] = "",
+    data: DataOption = None,
+    sets: SetOption = None,
+) -> int:
+    """Run an algorithm of your own over the log; what it yields is published exactly once for each input."""
+    settings = read_settings(data, sets)
+    definition = lazy_module("fulgurite.streams.algorithms.definition")
+    memory = lazy_module("fulgurite.streams.algorithms.memory")
+    start = memory.Start.parse(begin)
+    found = definition.load_algorithm(function, name=name, run_id=run, agent=agent, mode=mode)
+    return int(lazy_module("fulgurite.streams.algorithms.service").main(settings, found, start))
+
+
+def aggregator(data: DataOption = None, sets: SetOption = None) -> int:
+    """Give trajectories the rewards of functions, judges and rules before they are trained on."""
+    settings = read_settings(data, sets)
+    return int(lazy_module("fulgurite.streams.algorithms.aggregator").main(settings))

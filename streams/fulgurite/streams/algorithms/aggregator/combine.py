@@ -1,0 +1,109 @@
+"""The sum of a reward's parts, and the trajectory that it belongs to. Pure."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+
+from fulgurite.schemas.rewards import FINAL_REWARD, Reward
+from fulgurite.schemas.settings import AggregatorSettings
+from fulgurite.schemas.trajectories import FinishedAttempt, Trajectory, TrajectoryReward
+
+SOURCE = "aggregator"
+FAILED = "reward_failed"
+"""In `partial`: a required part of the reward could not be had."""
+
+AGENT = "agent"
+"""The agent's own reward, among the dimensions of the sum."""
+
+
+@dataclass(frozen=True, slots=True)
+class Part:
+    """What one source gave."""
+
+    name: str
+    values: Mapping[str, float]
+    """By name; the sum counts."""
+    metadata: Mapping[str, str] = field(default_factory=dict[str, str])
+
+    @property
+    def value(self) -> float:
+        return sum(self.values.values())
+
+
+def clip(value: float, low: float | None, high: float | None) -> float:
+    """
+    >>> clip(3.0, 0.0, 1.0), clip(-0.5, None, 1.0)
+    (1.0, -0.5)
+    """
+    value = value if low is None else max(value, low)
+    return value if high is None else min(value, high)
+
+
+def total(
+    settings: AggregatorSettings, own: float | None, parts: Sequence[Part], violations: float | None
+) -> tuple[float, dict[str, float]] | None:
+    """The reward and what each part adds to it; None where there is nothing to add up.
+
+    violations: minus their cost, weighed; None without rules.
+    """
+    by_name = {source.name: source for source in settings.sources}
+    added: dict[str, float] = {}
+    if settings.agent_weight and own is not None:
+        added[AGENT] = settings.agent_weight * own
+    for part in parts:
+        source = by_name[part.name]
+        added[part.name] = source.weight * clip(part.value, source.low, source.high)
+    if not added:
+        return None
+    if violations is not None:
+        added["compliance"] = violations
+    return clip(sum(added.values()), settings.low, settings.high), added
+
+
+def part_reward(attempt: FinishedAttempt, part: Part) -> Reward:
+    """A part as it came, unweighed."""
+    return Reward(
+        reward_id=_id(attempt, part.name),
+        rollout_id=attempt.rollout_id,
+        attempt_id=attempt.attempt_id,
+        name=part.name,
+        value=part.value,
+        dimensions=dict(part.values) if len(part.values) > 1 else {},
+        source=part.name,
+        metadata=dict(part.metadata),
+    )
+
+
+def sum_reward(attempt: FinishedAttempt, value: float, added: Mapping[str, float]) -> Reward:
+    """The rollout's own reward from now on: the last one of this name counts, and this one comes last."""
+    return Reward(
+        reward_id=_id(attempt, FINAL_REWARD),
+        rollout_id=attempt.rollout_id,
+        attempt_id=attempt.attempt_id,
+        name=FINAL_REWARD,
+        value=value,
+        dimensions=dict(added),
+        source=SOURCE,
+    )
+
+
+def rewarded(attempt: FinishedAttempt, rewards: Sequence[Reward], value: float | None, failed: bool) -> Trajectory:
+    """The trajectory with these rewards, and `value` as its own."""
+    partial = [reason for reason in attempt.partial.split(",") if reason]
+    if failed:
+        partial.append(FAILED)
+    if value is not None:
+        partial = [reason for reason in partial if reason != "no_reward"]
+    added = [
+        TrajectoryReward(reward_id=one.reward_id, name=one.name, value=one.value, span_id=one.span_id)
+        for one in rewards
+    ]
+    changes = {"rewards": [*attempt.rewards, *added], "reward": value, "partial": ",".join(dict.fromkeys(partial))}
+    return attempt.trajectory().model_copy(update=changes)
+
+
+def _id(attempt: FinishedAttempt, name: str) -> str:
+    """Always the same for an attempt's part: found again after a crash, it counts once."""
+    return hashlib.sha256(f"{attempt.rollout_id}/{attempt.attempt_id}/{SOURCE}/{name}".encode()).hexdigest()[:32]

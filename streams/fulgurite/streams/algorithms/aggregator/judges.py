@@ -1,0 +1,181 @@
+"""A judge: a model that is asked, over OpenAI's chat completions, what an attempt is worth.
+
+Promises: the same question is asked once, as long as its verdict is kept; a judge that is away (no connection, 429,
+502, 503, 504) is waited for, for ever, visibly; any other failure (another status, no answer in time, an answer without
+a number) is tried aggregator.tries times and is then a PartFailed. At temperature 0, so that asking again says the same
+where the server can. Does not know what the number is good for.
+
+The question is the source's template with these in place of their names:
+    {input}        what the agent was given: the input of its root span, or of its first call
+    {output}       what it said in the end: the output of its last call, or of its root span
+    {transcript}   every call and tool, in their order, with input and output
+    {agent}, {status}
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import math
+import re
+from weakref import WeakValueDictionary
+
+import httpx
+
+from fulgurite.producers.backoff import Backoff
+from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.patterns import portable
+from fulgurite.schemas.settings import AggregatorSettings, RewardSource
+from fulgurite.schemas.spans import OPERATION_AGENT, OPERATION_CHAT, Span
+from fulgurite.schemas.trajectories import FinishedAttempt
+from fulgurite.streams.algorithms.aggregator.combine import Part
+from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
+from fulgurite.streams.algorithms.compliance import tool_of
+
+logger = logging.getLogger(__name__)
+
+AWAY = frozenset({429, 502, 503, 504})
+MAX_ANSWER_CHARS = 4_000
+"""Of an answer, in the audit."""
+
+_PLACE = re.compile(r"\{(input|output|transcript|agent|status)\}")
+_LEFT_OUT = "\n[… left out …]\n"
+
+
+class PartFailed(Exception):
+    """A part of a reward could not be had."""
+
+
+class Judge:
+    """One source that is asked over HTTP."""
+
+    def __init__(
+        self,
+        source: RewardSource,
+        settings: AggregatorSettings,
+        client: httpx.AsyncClient,
+        verdicts: Verdicts,
+        room: asyncio.Semaphore,
+    ) -> None:
+        assert source.url, "the settings' validator sees to it"
+        assert source.template, "the settings' validator sees to it"
+        self._source = source
+        self._settings = settings
+        self._client = client
+        self._verdicts = verdicts
+        self._room = room
+        self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
+        self._url = f"{source.url.rstrip('/')}/chat/completions"
+        self._number = portable(source.answer).compiled()
+        key = source.api_key.get_secret_value()
+        self._headers = {"authorization": f"Bearer {key}"} if key else {}
+        try:
+            self._template = source.template.read_text("utf-8")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SettingsError(f"aggregator.sources: template of {source.name}: {error}") from None
+
+    async def score(self, attempt: FinishedAttempt) -> Part:
+        """Raises PartFailed."""
+        question = question_of(self._template, attempt, self._settings.max_transcript_chars)
+        identity = json.dumps([self._source.url, self._source.model, question])
+        turn = self._turns.setdefault(identity, asyncio.Lock())
+        async with turn:  # the same question asked meanwhile waits for this one's verdict
+            return await self._verdict(question, identity)
+
+    async def _verdict(self, question: str, identity: str) -> Part:
+        problem = ""
+        for _ in range(self._settings.tries):
+            answer = self._verdicts.get(identity)
+            known = answer is not None
+            try:
+                answer = answer if answer is not None else await self._ask(question)
+                value = number_in(self._number, answer)
+            except PartFailed as error:
+                problem = str(error)
+                continue
+            if not known:
+                self._verdicts.put(identity, answer)
+            metadata = {"answer": answer[:MAX_ANSWER_CHARS], "model": self._source.model}
+            return Part(self._source.name, {self._source.name: value}, metadata)
+        raise PartFailed(f"judge {self._source.name} ({self._url}): {problem} ({self._settings.tries} tries)")
+
+    async def _ask(self, question: str) -> str:
+        body = {
+            "model": self._source.model,
+            "messages": [{"role": "user", "content": question}],
+            "temperature": 0,
+        }
+        backoff = Backoff(logger)
+        while True:
+            try:
+                async with self._room:
+                    response = await self._client.post(
+                        self._url, json=body, headers=self._headers, timeout=self._settings.timeout_seconds
+                    )
+            except httpx.ReadTimeout:
+                raise PartFailed(f"no answer within {self._settings.timeout_seconds:g} s") from None
+            except httpx.TransportError as error:
+                await backoff.wait(f"judge {self._source.name} ({self._url}) does not answer: {error!r}")
+                continue
+            if response.status_code not in AWAY:
+                return content_of(response)
+            await backoff.wait(f"judge {self._source.name} ({self._url}) answers {response.status_code}")
+
+
+def content_of(response: httpx.Response) -> str:
+    """The text of a chat completion. Raises PartFailed."""
+    if not response.is_success:
+        raise PartFailed(f"status {response.status_code}: {response.text[:500]}")
+    try:
+        content = response.json()["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError):
+        raise PartFailed(f"no chat completion: {response.text[:500]}") from None
+    if not isinstance(content, str):
+        raise PartFailed(f"an answer without text: {response.text[:500]}")
+    return content
+
+
+def number_in(pattern: re.Pattern[str], answer: str) -> float:
+    """The last match as a number: models reason first. Raises PartFailed."""
+    found = [match[0] for match in pattern.finditer(answer)]
+    try:
+        # An expression such as "score: [0-9]+" has the number at its end.
+        value = float(re.split(r"[^0-9.eE+-]", found[-1].strip())[-1]) if found else math.nan
+    except ValueError:
+        value = math.nan
+    if not math.isfinite(value):
+        raise PartFailed(f"no number in the answer {answer[:500]!r}")
+    return value
+
+
+def question_of(template: str, attempt: FinishedAttempt, max_chars: int) -> str:
+    """The template filled in. What the attempt says is never taken for a part of the template."""
+    calls = [span for span in attempt.spans if span.operation == OPERATION_CHAT or span.resource]
+    roots = [span for span in attempt.spans if span.operation == OPERATION_AGENT]
+    texts = {
+        "input": next((span.input for span in [*roots, *calls] if span.input), ""),
+        "output": next((span.output for span in [*reversed(calls), *roots] if span.output), ""),
+        "transcript": "\n\n".join(filter(None, (_said(span) for span in attempt.spans))),
+        "agent": attempt.agent,
+        "status": attempt.status,
+    }
+    return _PLACE.sub(lambda place: shortened(texts[place[1]], max_chars), template)
+
+
+def shortened(text: str, max_chars: int) -> str:
+    """Without its middle where it is too long: how it began and how it ended say most."""
+    if len(text) <= max_chars:
+        return text
+    room = max_chars - len(_LEFT_OUT)
+    return text[: room // 2] + _LEFT_OUT + text[len(text) - (room - room // 2) :]
+
+
+def _said(span: Span) -> str:
+    if span.operation == OPERATION_AGENT:
+        return ""
+    what = f"tool {tool}" if (tool := tool_of(span)) else (span.operation or span.name)
+    lines = [f"[{what}]", f"in: {span.input}" if span.input else "", f"out: {span.output}" if span.output else ""]
+    if span.status_message:
+        lines.append(f"error: {span.status_message}")
+    return "\n".join(filter(None, lines))

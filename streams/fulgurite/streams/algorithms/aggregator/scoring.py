@@ -1,0 +1,137 @@
+"""All parts of one attempt's reward: functions, judges and rules, at once; then the sum.
+
+Promises: whatever a source does, an attempt becomes exactly one trajectory. With all required parts it has the sum as
+its reward; without one it has none, says `reward_failed`, and InputRefused carries it together with the dead letter's
+reason. An attempt that did not succeed, or of which the assembler says that records are missing, is passed on as it
+is: nothing could be said of it.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import inspect
+import math
+from collections.abc import Callable, Mapping
+from typing import Any, Protocol, cast
+
+import httpx
+from pydantic import BaseModel
+
+from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.settings import AggregatorSettings, RewardSource, Settings
+from fulgurite.schemas.trajectories import FinishedAttempt
+from fulgurite.streams.algorithms.aggregator.combine import FAILED, Part, part_reward, rewarded, sum_reward, total
+from fulgurite.streams.algorithms.aggregator.judges import Judge, PartFailed
+from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
+from fulgurite.streams.algorithms.compliance import Rules
+from fulgurite.streams.algorithms.definition import InputRefused
+from fulgurite.streams.algorithms.functions import load_object
+
+MAX_DIMENSIONS = 64
+"""Names that one function may give: the bound of a reward."""
+
+INCOMPLETE = frozenset({"invalid_record", "expired", "unattributed", "too_large"})
+"""Words of `partial` that say that spans or rewards of the attempt are missing."""
+
+
+class Scorer(Protocol):
+    """A source, ready to be asked. None: it says nothing of this attempt. Raises PartFailed."""
+
+    async def score(self, attempt: FinishedAttempt) -> Part | None: ...
+
+
+class Scoring:
+    """The sources and rules of the settings."""
+
+    def __init__(self, settings: Settings, client: httpx.AsyncClient, verdicts: Verdicts) -> None:
+        """Raises SettingsError for a function or a template that is not there."""
+        self._settings = settings.aggregator
+        self._rules = Rules(settings.compliance)
+        self._rules_weight = settings.compliance.weight
+        room = asyncio.Semaphore(settings.aggregator.max_judge_calls)
+        self._scorers: list[tuple[RewardSource, Scorer]] = []
+        for source in settings.aggregator.sources:
+            scorer: Scorer = (
+                FunctionScorer(source, settings.aggregator)
+                if source.function
+                else Judge(source, settings.aggregator, client, verdicts, room)
+            )
+            self._scorers.append((source, scorer))
+
+    async def score(self, attempt: FinishedAttempt) -> list[BaseModel]:
+        """What is to be published. Raises InputRefused, with the same, where a required part is missing."""
+        if attempt.status != "succeeded" or INCOMPLETE & set(attempt.partial.split(",")):
+            return [attempt.trajectory()]
+        wanted = [(source, scorer) for source, scorer in self._scorers if source.agent in ("", attempt.agent)]
+        results = await asyncio.gather(*(_outcome(scorer, attempt) for _, scorer in wanted))
+        parts = [result for result in results if isinstance(result, Part)]
+        failed = [
+            str(result) if isinstance(result, PartFailed) else f"{source.name} gave no reward"
+            for (source, _), result in zip(wanted, results, strict=True)
+            if source.required and not isinstance(result, Part)
+        ]
+        found = await asyncio.to_thread(self._rules.violations, attempt.spans) if self._rules else []
+        cost = sum(violation.cost for violation in found)
+        rewards = [part_reward(attempt, part) for part in parts]
+        rewards += self._rules.rewards(attempt.rollout_id, attempt.attempt_id, found)
+        added = total(self._settings, attempt.reward, parts, -self._rules_weight * cost if self._rules else None)
+        # The agent's own reward is a part like the others: without it the trajectory says `no_reward`, as ever.
+        lacks_own = bool(self._settings.agent_weight) and attempt.reward is None
+        if failed or lacks_own or added is None:
+            events: list[BaseModel] = [*rewards, rewarded(attempt, rewards, None, failed=bool(failed))]
+            if failed:
+                raise InputRefused(FAILED, f"rollout {attempt.rollout_id}: {'; '.join(failed)}", events)
+            return events
+        value, dimensions = added
+        rewards = [*rewards, sum_reward(attempt, value, dimensions)]
+        return [*rewards, rewarded(attempt, rewards, value, failed=False)]
+
+
+class FunctionScorer:
+    """A Python function of the user's: plain ones run in threads."""
+
+    def __init__(self, source: RewardSource, settings: AggregatorSettings) -> None:
+        self._name = source.name
+        self._settings = settings
+        where = f"aggregator.sources: function of {source.name}"
+        self._function: Callable[[FinishedAttempt], Any] = load_object(
+            source.function, where, "examples.algorithms.rewards:short_answer"
+        )
+        if not callable(self._function):
+            raise SettingsError(f"{where} = {source.function!r}: is no function; function(attempt) gives a number")
+
+    async def score(self, attempt: FinishedAttempt) -> Part | None:
+        """Raises PartFailed."""
+        problem = ""
+        for _ in range(self._settings.tries):
+            try:
+                async with asyncio.timeout(self._settings.timeout_seconds):
+                    return self._part(await self._call(attempt))
+            except TimeoutError:
+                problem = f"no end within {self._settings.timeout_seconds:g} s"
+            except Exception as error:  # a function of the user's may raise anything
+                problem = f"{type(error).__name__}: {error}"
+        raise PartFailed(f"function {self._name}: {problem} ({self._settings.tries} tries)")
+
+    async def _call(self, attempt: FinishedAttempt) -> Any:
+        if inspect.iscoroutinefunction(self._function):
+            return await self._function(attempt)
+        return await asyncio.to_thread(self._function, attempt)
+
+    def _part(self, given: Any) -> Part | None:
+        if given is None:
+            return None
+        values = cast(Mapping[str, Any], given) if isinstance(given, Mapping) else {self._name: given}
+        if not 0 < len(values) <= MAX_DIMENSIONS:
+            raise ValueError(f"gave {len(values)} values; 1 to {MAX_DIMENSIONS} are allowed")
+        numbers = {str(name): float(value) for name, value in values.items()}
+        if wrong := [name for name, value in numbers.items() if not math.isfinite(value)]:
+            raise ValueError(f"gave {numbers[wrong[0]]} for {wrong[0]}; a finite number is expected")
+        return Part(self._name, numbers)
+
+
+async def _outcome(scorer: Scorer, attempt: FinishedAttempt) -> Part | PartFailed | None:
+    try:
+        return await scorer.score(attempt)
+    except PartFailed as error:
+        return error
