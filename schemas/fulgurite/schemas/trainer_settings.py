@@ -24,9 +24,16 @@ LossName = Literal[
     "ppo",
     "ppo_dual_clip",
     "reinforce",
+    "sft",
 ]
 AdvantageName = Literal[
-    "recipe", "group_normalised", "mean_centred", "leave_one_out", "batch_normalised", "group_mean_batch_normalised"
+    "recipe",
+    "group_normalised",
+    "mean_centred",
+    "leave_one_out",
+    "batch_normalised",
+    "group_mean_batch_normalised",
+    "one",
 ]
 RatioLevel = Literal["token", "sequence_mean", "sequence_product"]
 
@@ -77,6 +84,14 @@ class TrainerSettings(Section):
     loss: LossName = "dapo"
     """The published objective: how a token's ratio is made and clipped, and what trainer.advantage,
     trainer.aggregation, trainer.clip_low, trainer.clip_high and trainer.dual_clip are where they are not set."""
+    best_share: Annotated[float, Field(gt=0, le=1)] = 0.25
+    """For sft: which share of each group is learned from, its best by reward, at least one."""
+    best_threshold: float | None = None
+    """For sft: the least reward of what is learned from. Not set: any, but then groups whose rewards do not differ are
+    dropped as trainer.zero_variance says."""
+    demonstrations: Path | None = None
+    """For sft: a file of demonstrations to learn from, trainer.groups_per_step of them a step, instead of rollouts: one
+    JSON object a line with messages, prompt and completion, token ids, or a trajectory (docs/algorithms.md)."""
     advantage: AdvantageName = "recipe"
     """How much better a rollout was than its baseline, from its group's or its window's rewards; recipe: as
     trainer.loss."""

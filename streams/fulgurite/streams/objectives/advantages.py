@@ -4,6 +4,7 @@
     mean_centred                   r_i - mean(group)                                    Dr. GRPO, arXiv:2503.20783
     leave_one_out                  r_i - mean(the others of the group)                  RLOO, arXiv:2402.14740
     batch_normalised              (r_i - mean(window)) / std(window)                    REINFORCE++, arXiv:2501.03262
+    one                            1, whatever the reward: imitation
     group_mean_batch_normalised   first - mean(group), then normalised over the window  the same, with its baseline
 
 One number per *rollout*: mean and deviation are taken over rollouts, then the number is broadcast to the rollout's
@@ -126,5 +127,6 @@ ESTIMATORS: Mapping[str, Estimator] = MappingProxyType(
         "group_mean_batch_normalised": lambda rewards, tokens: batch_normalised(
             [mean_centred(group) for group in rewards], tokens
         ),
+        "one": lambda rewards, tokens: [[1.0] * len(group) for group in rewards],
     }
 )

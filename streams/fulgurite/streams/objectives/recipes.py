@@ -77,6 +77,8 @@ POLICY_LOSSES: Mapping[str, PolicyLoss] = MappingProxyType(
             "clipped", "group_normalised", "token_mean", Clip(0.2, 0.2, dual=3.0), "arXiv:1912.09729"
         ),
         "reinforce": PolicyLoss("reinforce", "leave_one_out", "token_mean", _PPO_CLIP, "Williams 1992"),
+        # With the advantage 1 it is the negative log likelihood.
+        "sft": PolicyLoss("reinforce", "one", "token_mean", _PPO_CLIP, "maximum likelihood"),
     }
 )
 

@@ -33,7 +33,8 @@ def recipe_of(settings: TrainerSettings) -> PolicyLoss:
 def check_objective(settings: TrainerSettings) -> None:
     """Raises SettingsError, naming the setting, for what would be ignored or could not be computed."""
     recipe = recipe_of(settings)
-    for wrong in (_loss_fault(settings, recipe), _correction_fault(settings, recipe), _terms_fault(settings)):
+    faults = _loss_fault(settings, recipe), _imitation_fault(settings), _correction_fault(settings, recipe)
+    for wrong in (*faults, _terms_fault(settings)):
         if wrong:
             raise SettingsError(wrong)
 
@@ -60,7 +61,32 @@ def _loss_fault(settings: TrainerSettings, recipe: PolicyLoss) -> str:
     return ""
 
 
+def _imitation_fault(settings: TrainerSettings) -> str:
+    if settings.loss != "sft":
+        for name in ("best_share", "best_threshold", "demonstrations"):
+            if name in settings.model_fields_set and getattr(settings, name) is not None:
+                return f"trainer.{name} has no effect: trainer.loss is {settings.loss}, not sft"
+        return ""
+    if settings.advantage not in ("recipe", "one"):
+        return f"trainer.advantage = {settings.advantage}: trainer.loss = sft learns what was best, as it is"
+    if settings.demonstrations is None:
+        return ""
+    for name in ("best_share", "best_threshold", "max_mismatch_kl", "min_effective_sample_size", "tasks"):
+        if name in settings.model_fields_set and getattr(settings, name):
+            return f"trainer.{name} has no effect with trainer.demonstrations: there are no rollouts"
+    return ""
+
+
 def _correction_fault(settings: TrainerSettings, recipe: PolicyLoss) -> str:
+    if settings.loss == "sft":
+        # - log p has no ratio: what older versions sampled is learned as it is, and nothing is there to be corrected.
+        return (
+            ""
+            if settings.correction in ("clip", "none")
+            else (
+                f"trainer.correction = {settings.correction}: trainer.loss = sft has no ratio to correct; leave it out"
+            )
+        )
     if settings.correction == "clip" and recipe.surrogate == "reinforce":
         return (
             f"trainer.correction = clip: trainer.loss = {settings.loss} has no ratio that could be clipped; set "

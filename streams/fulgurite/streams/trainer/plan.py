@@ -23,7 +23,7 @@ class Plan:
     settings: Settings
     shape: Shape
     tasks: TaskFunction | None
-    """None for a replay, which asks for nothing."""
+    """None for a replay, and for demonstrations, which ask for nothing."""
     start_model: Path | None
 
     @property
@@ -50,7 +50,7 @@ class Plan:
     @property
     def is_own_policy(self) -> bool:
         """Whether it is the one whose versions this run makes: then versions in trajectories are its own."""
-        return self.sampling_resource == self.trainer.resource
+        return self.sampling_resource == self.trainer.resource and self.trainer.demonstrations is None
 
     def config(self) -> dict[str, Any]:
         """The settings that make the run what it is, as they are recorded with it."""
@@ -115,7 +115,8 @@ def make_plan(settings: Settings) -> Plan:
             f"trainer.pacing_staleness = {trainer.pacing_staleness} lets rollouts run further ahead than "
             f"trainer.max_staleness = {trainer.max_staleness} lets them be used"
         )
-    return Plan(settings, shape, None if is_replay else load_tasks(trainer.tasks), trainer.model)
+    asks = not is_replay and trainer.demonstrations is None
+    return Plan(settings, shape, load_tasks(trainer.tasks) if asks else None, trainer.model)
 
 
 def check_source(settings: Settings) -> None:
@@ -133,6 +134,8 @@ def check_source(settings: Settings) -> None:
         if given != (source.begin == kind):
             wrong = "is empty, but" if source.begin == kind else "has no effect:"
             raise SettingsError(f"source.{name} {wrong} source.begin is {source.begin}")
+    if trainer.demonstrations is not None:
+        raise SettingsError("trainer.demonstrations and source.run_id or source.sql: a run learns from one of them")
     if source.run_id == trainer.run_id:
         raise SettingsError(
             f"trainer.run_id = {trainer.run_id} is the source run itself: give this run a name of its own"

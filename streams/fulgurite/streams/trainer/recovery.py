@@ -22,6 +22,7 @@ from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.ids import now_ns
 from fulgurite.streams.learners.launch import launched_ranks
 from fulgurite.streams.trainer.checkpoints import OPTIMIZER, Checkpoints, SourceState
+from fulgurite.streams.trainer.demonstrations import prepare
 from fulgurite.streams.trainer.events import Marker
 from fulgurite.streams.trainer.log import committed_run
 from fulgurite.streams.trainer.ownership import Ownership
@@ -110,6 +111,8 @@ async def _begin(plan: Plan, reader: TrajectoryReader, checkpoints: Checkpoints,
     checkpoints.discard_uncommitted(None)
     if plan.source.begin == "sql":
         await asyncio.to_thread(select, plan, await reader.first_offsets())
+    if plan.trainer.demonstrations is not None:
+        await asyncio.to_thread(prepare, plan)
     learner = await _load(plan, plan.start_model, None)
     newest = await ownership.take_over()
     if plan.is_replay:

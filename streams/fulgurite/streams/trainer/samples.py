@@ -18,6 +18,7 @@ from fulgurite.schemas.training import DroppedRollout
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
 from fulgurite.streams.objectives.advantages import ESTIMATORS, has_signal
 from fulgurite.streams.objectives.rewards import overlong_penalty
+from fulgurite.streams.trainer.imitation import NOT_CHOSEN, chosen, needs_signal
 from fulgurite.streams.trainer.objective import recipe_of
 from fulgurite.streams.trainer.windows import Member, Window
 
@@ -92,7 +93,7 @@ def member_of(
 ) -> tuple[Member, str]:
     """The trajectory as a member of its group, and what exactly is wrong with its tokens (empty when nothing is)."""
     sequences = trained_sequences(trajectory, resource, agents)
-    fault = next(filter(None, (_token_fault(sequence, limits) for sequence in sequences)), "")
+    fault = next(filter(None, (token_fault(sequence, limits) for sequence in sequences)), "")
     reason = _reason(trajectory, sequences, fault)
     if reason:
         # Without data its tokens need not be kept.
@@ -118,7 +119,8 @@ def of_others(sample: Sample) -> Sample:
 
 def training_set(window: Window, settings: TrainerSettings, resource: str = "") -> TrainingSet:
     """Advantages over the whole window, as the settings say; then groups without signal are dropped as `zero_variance`,
-    or kept: their rewards count either way. Whether a group has one its rewards say, not what length costs.
+    or kept, and for imitation all but the best of each are dropped: their rewards count either way. Whether a group has
+    a signal its rewards say, not what length costs.
 
     `resource` is the policy that sampled, where it is not the one that is trained."""
     sampler, agents = resource or settings.resource, settings.agents
@@ -137,11 +139,15 @@ def training_set(window: Window, settings: TrainerSettings, resource: str = "") 
     trained_advantages: list[float] = []
     silent = [not has_signal(group) for group in rewards]
     for group, sequences, numbers, is_silent in zip(window.groups, trained, advantages, silent, strict=True):
-        if is_silent and settings.zero_variance == "drop":
+        if is_silent and needs_signal(settings):
             dropped += [DroppedRollout(rollout_id=m.trajectory.rollout_id, reason="zero_variance") for m in group]
             continue
-        for member, own, advantage in zip(group, sequences, numbers, strict=True):
+        wanted = chosen([_reward(member.trajectory) for member in group], settings)
+        for member, own, advantage, is_wanted in zip(group, sequences, numbers, wanted, strict=True):
             rollout_id = member.trajectory.rollout_id
+            if not is_wanted:
+                dropped.append(DroppedRollout(rollout_id=rollout_id, reason=NOT_CHOSEN))
+                continue
             rollout_ids.append(rollout_id)
             trained_advantages.append(advantage)
             samples += [_sample(rollout_id, sequence, advantage) for sequence in own]
@@ -174,7 +180,7 @@ def _reason(trajectory: Trajectory, sequences: list[TokenSequence], fault: str) 
     return ""
 
 
-def _token_fault(sequence: TokenSequence, limits: ModelLimits) -> str:
+def token_fault(sequence: TokenSequence, limits: ModelLimits) -> str:
     if len(sequence.token_ids) > limits.max_positions:
         return f"{len(sequence.token_ids)} tokens; the model has {limits.max_positions} positions"
     worst = max(sequence.token_ids, default=0)

@@ -56,6 +56,7 @@ from fulgurite.schemas.training import RunFinished
 from fulgurite.streams.learners.launch import launched_rank, launched_ranks
 from fulgurite.streams.trainer.asking import Asking
 from fulgurite.streams.trainer.checkpoints import Checkpoint, Checkpoints, RunState, copy_companions
+from fulgurite.streams.trainer.demonstrating import Demonstrating, without_sampler
 from fulgurite.streams.trainer.events import outgoing, started_event
 from fulgurite.streams.trainer.intake import Intake
 from fulgurite.streams.trainer.ownership import Ownership
@@ -74,6 +75,9 @@ if TYPE_CHECKING:
     from fulgurite.streams.learners.learner import StepResult
 
 logger = logging.getLogger(__name__)
+
+Supply = Asking | Replaying | Selected | Demonstrating
+"""Where a run's windows come from."""
 
 
 def main(settings: Settings) -> int:
@@ -115,7 +119,7 @@ async def _train(plan: Plan) -> None:
     transactions = Transactions(kafka, transactional_id=plan.name, group=plan.name)
     reader = TrajectoryReader(kafka, plan.topic)
     checkpoints = Checkpoints(plan.trainer.output, plan.run_id)
-    supply: Asking | Replaying | Selected | None = None
+    supply: Supply | None = None
     try:
         await transactions.start()
         await reader.start()
@@ -134,10 +138,10 @@ async def _train(plan: Plan) -> None:
         await transactions.close()
 
 
-async def _supply(
-    plan: Plan, run: Run, publishing: Publishing, reader: TrajectoryReader, intake: Intake
-) -> Asking | Replaying | Selected:
+async def _supply(plan: Plan, run: Run, publishing: Publishing, reader: TrajectoryReader, intake: Intake) -> Supply:
     """Where the windows come from."""
+    if plan.trainer.demonstrations is not None:
+        return Demonstrating(plan, run)
     if plan.source.begin == "sql":
         return Selected(plan, run, reader, intake)
     if not plan.source.run_id:
@@ -169,7 +173,7 @@ class Trainer:
         checkpoints: Checkpoints,
         ownership: Ownership,
         intake: Intake,
-        supply: Asking | Replaying | Selected,
+        supply: Supply,
     ) -> None:
         self._plan = plan
         self._run = run
@@ -228,6 +232,8 @@ class Trainer:
             return training, None
         samples = training.samples if self._plan.is_own_policy else [of_others(sample) for sample in training.samples]
         result = await asyncio.to_thread(self._run.learner.step, samples, window.version_in)
+        if self._plan.trainer.demonstrations is not None:
+            result = without_sampler(result)
         return (training.skipped(result.skipped) if result.skipped else training), result
 
     async def _optimize_and_check(self, window: Window) -> tuple[TrainingSet, StepResult | None]:

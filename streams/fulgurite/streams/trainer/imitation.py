@@ -1,0 +1,43 @@
+"""What trainer.loss = sft learns from: of each group the best rollouts, all of them that the policy sampled. Pure.
+
+The gradient is that of - log p: every rollout chosen has the advantage 1 (rejection sampling, RAFT arXiv:2304.06767).
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+from fulgurite.schemas.settings import TrainerSettings
+
+NOT_CHOSEN = "not_best"
+"""Why the others of a group are dropped."""
+
+
+def best(rewards: Sequence[float], share: float, threshold: float | None) -> list[bool]:
+    """[G] rewards of a group -> [G] whether it is among its best ceil(share * G) and reaches the threshold.
+
+    Of equal ones the first: their order is that of their ids, so it is the same after a restart.
+
+    >>> best([0.0, 1.0, 0.5, 1.0], 0.5, None)
+    [False, True, False, True]
+    >>> best([0.0, 1.0, 0.5, 1.0], 1.0, 0.5)
+    [False, True, True, True]
+    """
+    order = sorted(range(len(rewards)), key=lambda member: (-rewards[member], member))
+    chosen = set(order[: math.ceil(share * len(rewards))])
+    return [member in chosen and (threshold is None or reward >= threshold) for member, reward in enumerate(rewards)]
+
+
+def chosen(rewards: Sequence[float], settings: TrainerSettings) -> list[bool]:
+    """[G] -> [G] whether a rollout is trained on: all of them, but for sft without demonstrations."""
+    if settings.loss != "sft" or settings.demonstrations is not None:
+        return [True] * len(rewards)
+    return best(rewards, settings.best_share, settings.best_threshold)
+
+
+def needs_signal(settings: TrainerSettings) -> bool:
+    """Whether a group whose rewards do not differ teaches nothing. With a threshold, or a demonstration, it does."""
+    if settings.zero_variance == "keep" or settings.demonstrations is not None:
+        return False
+    return settings.loss != "sft" or settings.best_threshold is None
