@@ -18,7 +18,8 @@ from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.settings import Settings, TrainerSettings
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
 from fulgurite.streams.evaluate import evaluation_rollouts
-from fulgurite.streams.learners.learner import UNCHECKED_STEPS, BadStep, Learner, load_learner
+from fulgurite.streams.learners.comparison import UNCHECKED_STEPS
+from fulgurite.streams.learners.learner import BadStep, Learner, load_learner
 from fulgurite.streams.learners.packing import pack
 from fulgurite.streams.trainer.checkpoints import Checkpoints, RunState, copy_companions
 from fulgurite.streams.trainer.plan import make_plan

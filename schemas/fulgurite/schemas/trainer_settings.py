@@ -154,8 +154,8 @@ class TrainerSettings(Section):
     learning_rate: Annotated[float, Field(gt=0, le=1)] = 4e-4
     """AdamW's, at its highest."""
     schedule: Literal["constant", "linear", "cosine"] = "constant"
-    """Of the learning rate after the warm-up: how it falls to min_learning_rate_ratio until trainer.steps updates are
-    done."""
+    """Of the learning rate after the warm-up: how it falls to min_learning_rate_ratio until the updates of
+    trainer.steps windows are done."""
     warmup_steps: Annotated[int, Field(ge=0)] = 10
     """Updates over which the learning rate rises from 0, linearly."""
     min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
@@ -168,6 +168,12 @@ class TrainerSettings(Section):
     """AdamW's."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this norm."""
+    epochs: Annotated[int, Field(ge=1, le=16)] = 1
+    """Passes over a window."""
+    minibatches: Annotated[int, Field(ge=1, le=64)] = 1
+    """Optimizer updates of one pass, each from as many of the window's rollouts, drawn anew for every pass. With more
+    than one update a window, correction = truncate or mask is decoupled PPO: the clipped ratio is against the policy at
+    the window's beginning, whose tokens are scored once more for it."""
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 16_384
     """Tokens of one forward pass."""
     lora_rank: Annotated[int, Field(ge=0, le=4_096)] = 0

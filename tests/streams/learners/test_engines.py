@@ -48,14 +48,22 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         place = {"model": str(found / after), "out": str(found / name)}
         return {"zero_stage": zero_stage, "steps": steps, **place, **state, **more}
 
+    several = {"epochs": 2, "minibatches": 3}
     adapter = {"lora_rank": 4, "model": str(found / "m0"), "kl_coefficient": 0.1}
-    run(1, life("whole", 0, 6), life("few0", 0, 2, samples=1), life("lora", 0, 6, settings=adapter))
+    run(
+        1,
+        life("whole", 0, 6),
+        life("few0", 0, 2, samples=1),
+        life("lora", 0, 6, settings=adapter),
+        life("several0", 0, 2, settings=several),
+    )
     run(
         2,
         *(life(f"half{stage}", stage, 3) for stage in (1, 2, 3)),
         *(life(f"on{stage}", stage, 3, after) for stage, after in ((2, "half1"), (3, "half2"), (1, "half3"))),
         *(life(f"refused{stage}", stage, 4, poisoned=[1]) for stage in (1, 3)),
         life("few3", 3, 2, samples=1),
+        life("several3", 3, 2, settings=several),
         life("lora2", 2, 3, settings=adapter),
         life("lora3", 3, 3, "lora2", settings=adapter),
         life("again3", 3, 2, settings={"activation_checkpointing": True}),
@@ -115,6 +123,11 @@ def test_an_adapter_is_trained_the_same_and_handed_on(folder: Path) -> None:
     theirs, ours = (load_file(folder / name / "adapter_model.safetensors") for name in ("lora3", "lora"))
     assert theirs.keys() == ours.keys()
     assert max((theirs[name] - ours[name]).abs().max().item() for name in ours) < 1e-5
+
+
+def test_several_updates_a_window_are_the_same_on_all_ranks(folder: Path) -> None:
+    assert steps(folder / "several3") == [pytest.approx(step, abs=1e-5) for step in steps(folder / "several0")]
+    assert farthest(folder / "several3", folder / "several0") < 2e-5
 
 
 def test_activations_computed_again_change_no_number(folder: Path) -> None:

@@ -1,10 +1,16 @@
-"""The learner: one optimizer step a window, on whatever engine, one process or many.
+"""The learner: the optimizer steps of a window, on whatever engine, one process or many.
 
-    samples ─► plan: my micro-batches ─► score ─► loss ─► backward … ─► every rank's tokens, faults ─► update
+    samples ─► update_plan: whose update ─► plan: my micro-batches ─► score ─► loss ─► backward … ─► update     again
+                        └─► several updates: every token scored once before the first of them (the proximal policy)
+
+One update is the default. With more (trainer.epochs, trainer.minibatches) the window is first looked at as a whole,
+without a gradient: what forbids a step is found before anything is changed, and ratios are against, or weights of, the
+policy at the window's beginning (decoupled PPO, see trainer/losses.py).
 
 Promises: the same files, settings, samples and ranks give the same weights, bit for bit (on a CPU); nothing is changed
-when a step raises or is skipped, and it does so on every rank or on none. Does not know Kafka, windows or versions on
-disk; knows the number of the version it trains only to compare its own logprobs with the sampler's.
+when a step is skipped, or raises before its first update, and it does so on every rank or on none; of several updates
+one that is refused is left out. Does not know Kafka, windows or versions on disk; knows the number of the version it
+trains only to compare its own logprobs with the sampler's.
 """
 
 from __future__ import annotations
@@ -12,7 +18,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Final
 
@@ -21,15 +28,26 @@ from torch import Tensor
 
 from fulgurite.schemas.errors import FulguriteError, LogprobMismatch
 from fulgurite.schemas.settings import TrainerSettings
+from fulgurite.streams.learners.comparison import ComparisonWatch, same_version_fault
 from fulgurite.streams.learners.engine import AdamW, Engine, OptimizerState, TorchEngine
-from fulgurite.streams.learners.metrics import SAME_VERSION_TOKENS, Seen, norm_fault, step_metrics, window_fault
+from fulgurite.streams.learners.metrics import (
+    SAME_VERSION_TOKENS,
+    Seen,
+    Update,
+    loss_fault,
+    norm_fault,
+    step_metrics,
+    update_metrics,
+    window_fault,
+)
 from fulgurite.streams.learners.packing import PackedBatch, pack, plan
 from fulgurite.streams.learners.policy import Policy, load_trained_policy
 from fulgurite.streams.learners.reference import Base, Reference, load_reference
 from fulgurite.streams.learners.schedule import learning_rate
+from fulgurite.streams.learners.updates import update_plan
 from fulgurite.streams.objectives.aggregation import WindowTotals, window_totals
 from fulgurite.streams.objectives.packing import Sequences
-from fulgurite.streams.trainer.losses import ScoredTokens, micro_batch_loss
+from fulgurite.streams.trainer.losses import LossTerms, ScoredTokens, micro_batch_loss
 from fulgurite.streams.trainer.samples import Sample
 
 logger = logging.getLogger(__name__)
@@ -37,18 +55,16 @@ logger = logging.getLogger(__name__)
 _NOTHING: Final = Sample("", [0, 0], [0, 1], [0.0, 0.0], [-1, -1], 0.0)
 """What a rank works on that has no samples, at weight 0: it must take part in every collective of the others."""
 
-UNCHECKED_STEPS = 20
-"""So many steps in a row without one token of the current version are worth a warning: nothing was compared."""
-
 
 class BadStep(FulguriteError):
-    """Loss or gradient is no number, or past a bound of the settings: nothing was changed, the run stops with the
+    """Loss or gradient is no number, or past a bound of the settings: nothing was published, the run stops with the
     evidence in the message (trainer.on_bad_step = stop)."""
 
 
 @dataclass(frozen=True, slots=True)
 class StepResult:
     loss: float
+    """Of several updates the mean; so is the norm."""
     grad_norm: float
     tokens: int
     """That the weights were changed by."""
@@ -57,16 +73,30 @@ class StepResult:
     """Why nothing was changed, as `kind:figures` (trainer.on_bad_step = skip); empty where something was."""
 
 
-@dataclass(frozen=True, slots=True)
-class _Accumulated:
-    """A window's micro-batches of all ranks, before the update. With a fault the gradients are no numbers."""
+@dataclass(slots=True)
+class _Pass:
+    """What came of scoring samples: of this rank, then of all."""
 
-    loss: float
-    metrics: dict[str, float]
-    mismatch: str
-    """How trainer and sampler disagree; empty where they agree."""
-    fault: str
-    """What else forbids the update, see metrics.window_fault."""
+    loss: float = 0.0
+    seen: list[Seen] = field(default_factory=list[Seen])
+    mismatches: list[str] = field(default_factory=list[str])
+    """How trainer and sampler disagree, where they do."""
+    logprobs: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    """By sample, of its sampled tokens; of a look alone."""
+
+    def add(self, part: Tensor, seen: Seen, mismatch: str) -> None:
+        self.loss += part.item()
+        self.seen.append(seen)
+        self.mismatches += [mismatch] if mismatch else []
+
+    @staticmethod
+    def of(parts: list[_Pass]) -> _Pass:
+        return _Pass(
+            sum(part.loss for part in parts),  # fsum refuses inf - inf, which is a fault like others
+            [seen for part in parts for seen in part.seen],
+            [mismatch for part in parts for mismatch in part.mismatches],
+            {number: tensor for part in parts for number, tensor in part.logprobs.items()},
+        )
 
 
 class Learner:
@@ -80,10 +110,10 @@ class Learner:
         self._settings = settings
         self._updates = updates
         self._reference = reference
-        self._unchecked = 0
+        self._watch = ComparisonWatch()
 
     def save_weights(self, folder: Path) -> None:
-        """What servers load: config.json and safetensors."""
+        """What servers load: config.json and safetensors, or an adapter."""
         self.engine.save_weights(folder)
 
     def save_state(self, path: Path) -> None:
@@ -96,29 +126,76 @@ class Learner:
         """Nothing to give back."""
 
     def step(self, samples: list[Sample], version_in: int) -> StepResult:
-        """One update from all samples of a window. Raises LogprobMismatch or BadStep and then changes nothing."""
+        """The updates of a window. Raises LogprobMismatch or BadStep: these weights must not be used any more."""
         torch.set_num_threads(self._settings.threads)  # OpenMP's setting is the calling thread's own
+        updates = update_plan(samples, self._settings, version_in)
+        return (
+            self._one_update(samples, version_in)
+            if len(updates) == 1
+            else self._several_updates(samples, version_in, updates)
+        )
+
+    def logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
+        """[M] log p of each sampled token under the current policy, and the entropy of where it came from."""
+        return self.engine.score(batch.to(self.engine.device), temperature=1.0, entropy_gradient=False)
+
+    def _one_update(self, samples: list[Sample], version_in: int) -> StepResult:
         totals = window_totals(sum(sample.loss_mask) for sample in samples)
-        found = self._accumulate(samples, version_in, totals)
+        found, metrics, fault = self._backward(samples, version_in, totals, None)
         rate = learning_rate(self._settings, self._updates)
         norm = self.engine.update(rate, self._settings.grad_norm_limit or math.inf)
-        if found.mismatch:
-            raise LogprobMismatch(found.mismatch)
-        if any(max(sample.versions) >= 0 for sample in samples):  # else another policy sampled: nothing to compare
-            self._watch_comparison(found.metrics[SAME_VERSION_TOKENS])
-        fault = found.fault or norm_fault(self._settings, norm)
+        if found.mismatches:
+            raise LogprobMismatch(found.mismatches[0])
+        self._compared(samples, metrics)
+        known = math.nan if fault else norm
+        fault = fault or norm_fault(self._settings, norm)
         if fault:
-            return self._refuse(fault, found, math.nan if found.fault else norm, samples, version_in)
+            self._refuse(fault, found.loss, known, samples, version_in)
+            return _skipped(fault, found.loss, known, metrics)
         self._updates += 1
-        return StepResult(found.loss, norm, totals.tokens, found.metrics | {"actor/lr": rate})
+        return StepResult(found.loss, norm, totals.tokens, metrics | {"actor/lr": rate})
 
-    def _refuse(
-        self, fault: str, found: _Accumulated, norm: float, samples: list[Sample], version_in: int
-    ) -> StepResult:
-        """Says what was wrong, and stops or goes on without an update, as the settings say."""
+    def _several_updates(self, samples: list[Sample], version_in: int, updates: list[list[int]]) -> StepResult:
+        totals = window_totals(sum(sample.loss_mask) for sample in samples)
+        before = self._look(samples, version_in, totals)
+        if before.mismatches:
+            raise LogprobMismatch(before.mismatches[0])
+        metrics = step_metrics(before.seen)
+        self._compared(samples, metrics)
+        fault = window_fault(self._settings, before.loss, metrics)
+        if fault:
+            self._refuse(fault, before.loss, math.nan, samples, version_in)
+            return _skipped(fault, before.loss, math.nan, metrics)
+        done: list[Update] = []
+        for members in updates:
+            chosen = [samples[member] for member in members]
+            proximal = [before.logprobs[member] for member in members]
+            counted = window_totals(sum(sample.loss_mask) for sample in chosen)
+            found, seen, fault = self._backward(chosen, version_in, counted, proximal)
+            rate = learning_rate(self._settings, self._updates)
+            norm = self.engine.update(rate, self._settings.grad_norm_limit or math.inf)
+            fault = fault or norm_fault(self._settings, norm)
+            if fault:
+                self._refuse(fault, found.loss, norm, chosen, version_in)
+            else:
+                self._updates += 1
+            done.append(Update(found.loss, norm, rate, fault, seen))
+        metrics |= update_metrics(done)
+        made = [update for update in done if not update.fault]
+        if not made:
+            return _skipped(done[0].fault, done[0].loss, done[0].grad_norm, metrics)
+        loss, norm = (sum(values) / len(made) for values in ([u.loss for u in made], [u.grad_norm for u in made]))
+        return StepResult(loss, norm, totals.tokens, metrics)
+
+    def _compared(self, samples: list[Sample], metrics: dict[str, float]) -> None:
+        if any(max(sample.versions) >= 0 for sample in samples):  # else another policy sampled: nothing to compare
+            self._watch.saw(metrics[SAME_VERSION_TOKENS])
+
+    def _refuse(self, fault: str, loss: float, norm: float, samples: list[Sample], version_in: int) -> None:
+        """Says what was wrong with an update, and raises BadStep or returns, as the settings say."""
         rollouts = sorted({sample.rollout_id for sample in samples})
         evidence = (
-            f"version {version_in}: {fault.replace(':', ' ', 1)}; loss {found.loss:g}, gradient norm {norm:g} of "
+            f"version {version_in}: {fault.replace(':', ' ', 1)}; loss {loss:g}, gradient norm {norm:g} of "
             f"{len(samples)} sequences, rollouts {', '.join(rollouts[:8])}{', …' if len(rollouts) > 8 else ''}"
         )
         if self._settings.on_bad_step == "stop":
@@ -128,104 +205,84 @@ class Learner:
             )
         if self.engine.rank == 0:
             logger.warning("%s: skipped, the weights stay as they are", evidence)
-        finite = {name: value for name, value in found.metrics.items() if math.isfinite(value)}
-        return StepResult(_finite(found.loss), _finite(norm), 0, finite, skipped=fault)
 
-    def logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
-        """[M] log p of each sampled token under the current policy, and the entropy of where it came from."""
-        return self.engine.score(batch.to(self.engine.device), temperature=1.0, entropy_gradient=False)
-
-    def _accumulate(self, samples: list[Sample], version_in: int, totals: WindowTotals) -> _Accumulated:
-        """The window's loss, its tokens, and what forbids the update, the same on every rank.
+    def _backward(
+        self, samples: list[Sample], version_in: int, totals: WindowTotals, proximal: Sequence[Tensor] | None
+    ) -> tuple[_Pass, dict[str, float], str]:
+        """One update's gradients, what its tokens looked like, and what forbids it, the same on every rank.
 
         The gradients are poisoned where something does: `update` then changes nothing, and every engine cleans up.
+        `proximal`, by sample: there was a look before, which compared with the sampler.
         """
-        loss, pack_seconds, seen, mismatches = 0.0, 0.0, list[Seen](), list[str]()
-        lengths = [len(sample.token_ids) for sample in samples]
-        mine = plan(lengths, max_tokens=self._settings.micro_batch_tokens, ranks=self.engine.ranks)[self.engine.rank]
-        for number, members in enumerate(mine, 1):
+        mine, pack_seconds = _Pass(), 0.0
+        batches = self._batches(samples)
+        for number, members in enumerate(batches, 1):
             began = time.perf_counter()
-            batch = pack([samples[member] for member in members] or [_NOTHING]).to(self.engine.device)
+            batch = self._pack(samples, members, proximal)
             pack_seconds += time.perf_counter() - began
-            part, tokens, mismatch = self._score(batch, version_in, totals)
+            terms, seen = self._score(batch, version_in, totals)
             if members:
-                loss += part.item()
-                seen.append(tokens)
-                mismatches += [mismatch] if mismatch else []
-            else:
-                part = part * 0.0
-            if number < len(mine):
+                mismatch = "" if proximal else same_version_fault(self._settings, batch, terms.logprobs, version_in)
+                mine.add(terms.loss, seen, mismatch)
+            part = terms.loss if members else terms.loss * 0.0
+            if number < len(batches):
                 self.engine.backward(part, last=False)
                 continue
-            found = self._gather(loss, seen, mismatches)
-            found.metrics["timing_s/pack"] = pack_seconds
-            self.engine.backward(part * math.nan if found.mismatch or found.fault else part, last=True)
-            return found
+            found = _Pass.of(self.engine.gather(mine))
+            metrics = step_metrics(found.seen)
+            fault = loss_fault(found.loss) if proximal else window_fault(self._settings, found.loss, metrics)
+            self.engine.backward(part * math.nan if found.mismatches or fault else part, last=True)
+            return found, metrics | {"timing_s/pack": pack_seconds}, fault
         raise AssertionError("a window has samples, and so every rank a micro-batch")
 
-    def _gather(self, loss: float, seen: list[Seen], mismatches: list[str]) -> _Accumulated:
-        """What all ranks came to."""
-        found = self.engine.gather((loss, seen, mismatches))
-        loss = sum(each[0] for each in found)  # fsum refuses inf - inf, which is a fault like others
-        metrics = step_metrics([tokens for each in found for tokens in each[1]])
-        mismatch = next((mismatch for each in found for mismatch in each[2]), "")
-        return _Accumulated(loss, metrics, mismatch, window_fault(self._settings, loss, metrics))
+    @torch.no_grad()
+    def _look(self, samples: list[Sample], version_in: int, totals: WindowTotals) -> _Pass:
+        """Every token under the policy at the window's beginning."""
+        mine = _Pass()
+        for members in self._batches(samples):
+            batch = self._pack(samples, members, None)
+            terms, seen = self._score(batch, version_in, totals)
+            if not members:
+                continue
+            mine.add(terms.loss, seen, same_version_fault(self._settings, batch, terms.logprobs, version_in))
+            counts = [sum(samples[member].loss_mask) for member in members]
+            mine.logprobs |= dict(zip(members, seen.logprobs.split(counts), strict=True))
+        return _Pass.of(self.engine.gather(mine))
 
-    def _score(self, batch: PackedBatch, version_in: int, totals: WindowTotals) -> tuple[Tensor, Seen, str]:
+    def _batches(self, samples: list[Sample]) -> list[list[int]]:
+        """Numbers of samples by micro-batch of this rank."""
+        lengths = [len(sample.token_ids) for sample in samples]
+        return plan(lengths, max_tokens=self._settings.micro_batch_tokens, ranks=self.engine.ranks)[self.engine.rank]
+
+    def _pack(self, samples: list[Sample], members: list[int], proximal: Sequence[Tensor] | None) -> PackedBatch:
+        if not members:
+            return pack([_NOTHING], proximal and [torch.zeros(1)]).to(self.engine.device)
+        chosen = [samples[member] for member in members]
+        return pack(chosen, proximal and [proximal[member] for member in members]).to(self.engine.device)
+
+    def _score(self, batch: PackedBatch, version_in: int, totals: WindowTotals) -> tuple[LossTerms, Seen]:
         reference = self._reference.logprobs(batch) if self._reference else None
         entropy_gradient = self._settings.entropy_coefficient > 0
         logprobs, entropy = self.engine.score(batch, temperature=1.0, entropy_gradient=entropy_gradient)
-        sequences = Sequences.from_index(batch.sequences, len(batch.rollout_ids))
-        tokens = ScoredTokens(logprobs, entropy, batch.behaviour_logprobs, batch.advantages, sequences, reference)
+        tokens = ScoredTokens(
+            logprobs,
+            entropy,
+            batch.behaviour_logprobs,
+            batch.advantages,
+            Sequences.from_index(batch.sequences, len(batch.rollout_ids)),
+            reference,
+            batch.proximal_logprobs,
+        )
         terms = micro_batch_loss(self._settings, tokens, totals)
-        current = logprobs.detach()
-        seen = Seen(
-            current.cpu(),
-            batch.behaviour_logprobs.cpu(),
-            entropy.detach().cpu(),
-            (batch.versions == version_in).cpu(),
-            terms.ratios.cpu(),
-            terms.clipped.cpu(),
-            terms.dual_clipped.cpu(),
-            terms.held.cpu(),
-            None if terms.kl is None else terms.kl.cpu(),
-        )
-        return terms.loss, seen, self._same_version_fault(batch, current, version_in)
-
-    def _same_version_fault(self, batch: PackedBatch, current: Tensor, version_in: int) -> str:
-        """Tokens this very version sampled must have the probabilities it gave them; empty where they do."""
-        same = batch.versions == version_in
-        difference = torch.where(same, (current - batch.behaviour_logprobs).abs(), torch.zeros_like(current))
-        # NaN counts as a difference: it compares false with everything.
-        wrong = ~(difference <= self._settings.max_logprob_difference)
-        if not wrong.any():
-            return ""
-        at = int(difference.nan_to_num(nan=float("inf")).argmax())
-        return (
-            f"trainer and sampler disagree about version {version_in}: "
-            f"rollout {batch.rollout_ids[int(batch.sequences[at])]}, "
-            f"position {int(batch.position_ids[batch.predicting[at]]) + 1}, "
-            f"token {int(batch.targets[at])}: log p is {current[at].item():.6f} here, "
-            f"{batch.behaviour_logprobs[at].item():.6f} as recorded; {int(wrong.sum())} of {len(wrong)} tokens differ "
-            f"by more than trainer.max_logprob_difference = {self._settings.max_logprob_difference:g}. Nothing was "
-            "published. Usual causes: a temperature or top_p other than 1, a stale prefix cache after a swap, weights "
-            "not as announced"
-        )
-
-    def _watch_comparison(self, same_version_tokens: float) -> None:
-        """The comparison above sees only tokens of the version under training; says so when there are never any."""
-        self._unchecked = 0 if same_version_tokens else self._unchecked + 1
-        if self._unchecked and self._unchecked % UNCHECKED_STEPS == 0:
-            logger.warning(
-                "%d steps without a token sampled by the version under training: trainer and sampler were not compared "
-                "(trainer.max_logprob_difference); trainer.pacing_staleness = 0 would make every token one",
-                self._unchecked,
-            )
+        return terms, Seen.of(batch, terms, entropy.detach(), version_in)
 
 
-def _finite(value: float) -> float:
+def _skipped(fault: str, loss: float, norm: float, metrics: dict[str, float]) -> StepResult:
     """Records hold numbers only; what was none is in the reason."""
-    return value if math.isfinite(value) else 0.0
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return StepResult(
+        loss if math.isfinite(loss) else 0.0, norm if math.isfinite(norm) else 0.0, 0, finite, skipped=fault
+    )
 
 
 def load_learner(folder: Path, settings: TrainerSettings, state: Path | None = None) -> Learner:

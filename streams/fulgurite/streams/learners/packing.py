@@ -39,6 +39,8 @@ class PackedBatch:
     advantages: Tensor
     rollout_ids: list[str]
     """[B] for messages."""
+    proximal_logprobs: Tensor | None = None
+    """[M] under the policy at the window's beginning."""
 
     def to(self, device: torch.device) -> PackedBatch:
         return PackedBatch(
@@ -52,6 +54,7 @@ class PackedBatch:
             versions=self.versions.to(device),
             advantages=self.advantages.to(device),
             rollout_ids=self.rollout_ids,
+            proximal_logprobs=None if self.proximal_logprobs is None else self.proximal_logprobs.to(device),
         )
 
 
@@ -84,8 +87,8 @@ def _fill(lengths: Sequence[int], bins: int) -> list[tuple[int, list[int]]]:
     return [(load, members) for load, _, members in heap]
 
 
-def pack(samples: Sequence[Sample]) -> PackedBatch:
-    """One micro-batch; at least one sample."""
+def pack(samples: Sequence[Sample], proximal: Sequence[Tensor] | None = None) -> PackedBatch:
+    """One micro-batch; at least one sample. `proximal`: log p of each sample's sampled tokens."""
     lengths = [len(sample.token_ids) for sample in samples]
     token_ids: list[int] = []
     predicting: list[int] = []
@@ -114,4 +117,5 @@ def pack(samples: Sequence[Sample]) -> PackedBatch:
         versions=torch.tensor(versions, dtype=torch.int64),
         advantages=torch.tensor(advantages, dtype=torch.float32),
         rollout_ids=[sample.rollout_id for sample in samples],
+        proximal_logprobs=torch.cat(list(proximal)) if proximal else None,
     )

@@ -11,12 +11,13 @@ def learning_rate(settings: TrainerSettings, updates: int) -> float:
     """Of the next update, after `updates`: up linearly, then as trainer.schedule says.
 
     Windows without an update (no group with a signal, a step skipped) do not count: the end is reached after
-    trainer.steps updates, by a run that had no such window.
+    trainer.steps windows' updates, by a run that had no such window.
     """
     warmup, floor = settings.warmup_steps, settings.min_learning_rate_ratio
+    total = settings.steps * settings.epochs * settings.minibatches
     if updates < warmup:
         return settings.learning_rate * (updates + 1) / warmup
-    done = min(1.0, (updates - warmup) / max(1, settings.steps - warmup))
+    done = min(1.0, (updates - warmup) / max(1, total - warmup))
     match settings.schedule:
         case "constant":
             share = 1.0

@@ -4,8 +4,8 @@
 
 - weight_t makes the sum over all micro-batches of all ranks the window's loss (objectives/aggregation.py): its
   denominators are of the whole window, callers add up.
-- importance_t, without gradient, is there for trainer.correction truncate and mask; objective.py says which policy the
-  surrogate's ratio is against. It is never on the KL penalty or the entropy bonus.
+- importance_t = p_proximal / p_behaviour, without gradient, is there for trainer.correction truncate and mask;
+  objective.py says which policy the surrogate's ratio is against. It is never on the KL penalty or the entropy bonus.
 - As in PPO a ratio far above 1 is not held where A < 0, unless trainer.dual_clip does; trainer.max_grad_norm bounds
   what it can do.
 """
@@ -38,13 +38,19 @@ class ScoredTokens:
     advantages: Tensor
     sequences: Sequences
     reference_logprobs: Tensor | None = None
-    """Needed where trainer.kl_coefficient is not 0."""
+    """Needed where trainer.kl_coefficient is not 0 and the penalty is in the loss."""
+    proximal_logprobs: Tensor | None = None
+    """Under the policy at the window's beginning, where it may be another than the current one."""
 
 
 @dataclass(frozen=True, slots=True)
 class LossTerms:
     loss: Tensor
     """[] this micro-batch's share of the window's loss."""
+    logprobs: Tensor
+    """[N] current, detached."""
+    old_logprobs: Tensor
+    """[N] of the older policy that the current one is to be told apart from: proximal, or the one that sampled."""
     ratios: Tensor
     """[N] what the surrogate and its gradient were weighed by: ratio times importance weight, detached."""
     clipped: Tensor
@@ -64,8 +70,9 @@ def micro_batch_loss(settings: TrainerSettings, tokens: ScoredTokens, totals: Wi
     weights = token_weights(
         recipe.aggregation, tokens.sequences, totals, constant=settings.length_constant, dtype=current.dtype
     )
-    proximal = tokens.behaviour_logprobs if settings.correction == "clip" else current
-    importance = _importance(settings, current, tokens)
+    beginning = current if tokens.proximal_logprobs is None else tokens.proximal_logprobs
+    proximal = tokens.behaviour_logprobs if settings.correction == "clip" else beginning
+    importance = _importance(settings, beginning, tokens)
     policy_tokens = PolicyTokens(tokens.logprobs, proximal, tokens.advantages, tokens.sequences)
     loss, parts = policy_loss(recipe, policy_tokens, weights, importance.weights if importance else None)
     kl = _kl(settings, tokens)
@@ -75,6 +82,8 @@ def micro_batch_loss(settings: TrainerSettings, tokens: ScoredTokens, totals: Wi
         loss = loss + entropy_loss(tokens.entropies, weights, settings.entropy_coefficient)
     return LossTerms(
         loss,
+        current,
+        tokens.behaviour_logprobs if tokens.proximal_logprobs is None else proximal,
         parts.ratios * importance.weights if importance else parts.ratios,
         parts.clipped,
         parts.dual_clipped,
@@ -83,11 +92,11 @@ def micro_batch_loss(settings: TrainerSettings, tokens: ScoredTokens, totals: Wi
     )
 
 
-def _importance(settings: TrainerSettings, current: Tensor, tokens: ScoredTokens) -> ImportanceWeights | None:
+def _importance(settings: TrainerSettings, proximal: Tensor, tokens: ScoredTokens) -> ImportanceWeights | None:
     if settings.correction in ("clip", "none"):
         return None
     return importance_weights(
-        current,
+        proximal,
         tokens.behaviour_logprobs,
         tokens.sequences,
         mode=settings.correction,

@@ -2,9 +2,10 @@
 
     trainer.loss names a recipe; what else is set replaces its parts one by one.
 
-The proximal policy follows from `trainer.correction`, as a window is one optimizer step: for `clip` it is the policy
-that sampled (PPO's and GRPO's ratio against the recorded log p), else the current one (the ratio is 1, its clip never
-acts, and the weight alone corrects: REINFORCE under importance weights).
+The proximal policy follows from `trainer.correction`. For `clip` it is the policy that sampled: PPO's and GRPO's ratio
+against the recorded log p. Else it is the one at the window's beginning: with a single update that is the current one
+(the ratio is 1, its clip never acts, and the weight alone corrects: REINFORCE under importance weights), with several
+it is decoupled PPO (arXiv:2505.24298).
 """
 
 from __future__ import annotations
@@ -53,10 +54,10 @@ def _loss_fault(settings: TrainerSettings, recipe: PolicyLoss) -> str:
         return ""
     if recipe.surrogate not in ("clipped", "sequence_clipped"):
         return f"trainer.dual_clip = {settings.dual_clip:g}: trainer.loss = {settings.loss} has no dual clip"
-    if settings.correction != "clip":
+    if settings.correction != "clip" and settings.epochs * settings.minibatches == 1:
         return (
-            f"trainer.dual_clip = {settings.dual_clip:g} never acts with trainer.correction = {settings.correction}: "
-            "the ratio it bounds is 1"
+            f"trainer.dual_clip = {settings.dual_clip:g} never acts with trainer.correction = {settings.correction} "
+            "and one update a window: the ratio it bounds is 1"
         )
     return ""
 
@@ -135,9 +136,10 @@ def _terms_fault(settings: TrainerSettings) -> str:
                 f"trainer.overlong_buffer_tokens = {settings.overlong_buffer_tokens} is more than "
                 f"trainer.overlong_max_tokens = {settings.overlong_max_tokens}"
             )
-    if settings.schedule != "constant" and settings.warmup_steps >= settings.steps:
+    updates = settings.steps * settings.epochs * settings.minibatches
+    if settings.schedule != "constant" and settings.warmup_steps >= updates:
         return (
             f"trainer.warmup_steps = {settings.warmup_steps}: the learning rate cannot fall (trainer.schedule = "
-            f"{settings.schedule}) within trainer.steps = {settings.steps}"
+            f"{settings.schedule}) within the {updates} updates of trainer.steps = {settings.steps}"
         )
     return ""

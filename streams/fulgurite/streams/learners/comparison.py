@@ -1,0 +1,57 @@
+"""Trainer against sampler: tokens of the very version under training must have the probabilities it gave them.
+
+Knows no engine; a rank compares what it scored.
+"""
+
+from __future__ import annotations
+
+import logging
+
+import torch
+from torch import Tensor
+
+from fulgurite.schemas.settings import TrainerSettings
+from fulgurite.streams.learners.packing import PackedBatch
+
+logger = logging.getLogger(__name__)
+
+UNCHECKED_STEPS = 20
+"""So many steps in a row without one token of the current version are worth a warning: nothing was compared."""
+
+
+def same_version_fault(settings: TrainerSettings, batch: PackedBatch, current: Tensor, version_in: int) -> str:
+    """The worst disagreement, with its place, beyond trainer.max_logprob_difference; empty where there is none."""
+    same = batch.versions == version_in
+    difference = torch.where(same, (current - batch.behaviour_logprobs).abs(), torch.zeros_like(current))
+    # NaN counts as a difference: it compares false with everything.
+    wrong = ~(difference <= settings.max_logprob_difference)
+    if not wrong.any():
+        return ""
+    at = int(difference.nan_to_num(nan=float("inf")).argmax())
+    return (
+        f"trainer and sampler disagree about version {version_in}: "
+        f"rollout {batch.rollout_ids[int(batch.sequences[at])]}, "
+        f"position {int(batch.position_ids[batch.predicting[at]]) + 1}, "
+        f"token {int(batch.targets[at])}: log p is {current[at].item():.6f} here, "
+        f"{batch.behaviour_logprobs[at].item():.6f} as recorded; {int(wrong.sum())} of {len(wrong)} tokens differ "
+        f"by more than trainer.max_logprob_difference = {settings.max_logprob_difference:g}. Nothing was "
+        "published. Usual causes: a temperature or top_p other than 1, a stale prefix cache after a swap, weights "
+        "not as announced"
+    )
+
+
+class ComparisonWatch:
+    """Says so when there are never any tokens to compare."""
+
+    def __init__(self) -> None:
+        self._unchecked = 0
+
+    def saw(self, same_version_tokens: float) -> None:
+        """After each step."""
+        self._unchecked = 0 if same_version_tokens else self._unchecked + 1
+        if self._unchecked and self._unchecked % UNCHECKED_STEPS == 0:
+            logger.warning(
+                "%d steps without a token sampled by the version under training: trainer and sampler were not compared "
+                "(trainer.max_logprob_difference); trainer.pacing_staleness = 0 would make every token one",
+                self._unchecked,
+            )
