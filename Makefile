@@ -14,13 +14,16 @@ SERVE ?= embedded
 # Tests mostly wait for brokers and processes: three at a time keep two cores busy. Each worker has stores of its own.
 WORKERS ?= 3
 
-.PHONY: help demo test vllm test-vllm test-oracles lint format docs setup chaos chaos-outage bench-ingest bench-queries bench-gateway bench-train clean
+.PHONY: help demo reproduce test vllm test-vllm test-oracles lint format docs setup chaos chaos-outage bench-ingest bench-queries bench-gateway bench-train clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
 
 demo: $(STAMP) $(if $(filter vllm,$(SERVE)),vllm) ## train the calculator agent online, end to end, on this machine (about 5 minutes; SERVE=vllm: on vLLM)
 	@$(BIN)/fulgurite demo --serve $(SERVE) $(ARGS)
+
+reproduce: $(STAMP) ## train the calculator on 5 seeds, with ablations, and print curves with intervals (an hour or two)
+	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m examples.calculator.reproduce $(ARGS)
 
 test: $(STAMP) ## all tests but those that need a GPU or a vLLM
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m "not gpu and not vllm and not oracles" --numprocesses $(WORKERS) --dist loadfile --no-loadscope-reorder $(ARGS)

@@ -32,7 +32,7 @@ from fulgurite.producers.rollout import RolloutContext
 
 MAX_TOKENS: Final = 32
 """The longest right message, CALC((37+56)*74), takes 16."""
-_CALL = re.compile(r"CALC\((.*)\)", re.DOTALL)
+CALL = re.compile(r"CALC\((.*)\)", re.DOTALL)
 
 # One client, and so one pool of connections, for all rollouts of an event loop: making one costs more than a call.
 _clients: WeakKeyDictionary[asyncio.AbstractEventLoop, AsyncOpenAI] = WeakKeyDictionary()
@@ -42,7 +42,7 @@ async def agent(task: Task, rollout: RolloutContext) -> float:
     """Two turns: `CALC(expression)`, the tool's result, `ANS number`. Who answers at once gets no tool."""
     messages: list[ChatCompletionMessageParam] = [{"role": "user", "content": task["question"]}]
     text = await _ask(rollout, messages)
-    call = _CALL.fullmatch(text)
+    call = CALL.fullmatch(text)
     if call is not None:
         with rollout.tool("calculator", input=call.group(1)) as span:
             span.output = calculate(call.group(1))

@@ -1,0 +1,152 @@
+"""Rollouts of the calculator without services: the policy server's own engine samples, and what comes out is what the
+assembler would publish.
+
+The same conversation as agent.py's (two turns, the tool between them), with the tokens of the first turn carried into
+the second as they were sampled, which is what the gateway does. Every rollout has a random stream of its own, so that
+what it samples does not depend on who is sampled beside it.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from examples.calculator.agent import CALL, MAX_TOKENS
+from examples.calculator.calculator import calculate
+from examples.calculator.model import END
+from examples.calculator.reproduce.cells import RESOURCE
+from examples.calculator.reward import reward_of
+from examples.calculator.tasks import Task
+from fulgurite.schemas.event import VersionSpan
+from fulgurite.schemas.trajectories import TokenSequence, Trajectory
+from fulgurite.streams.policy_server.engine import Engine, Generation
+from fulgurite.streams.policy_server.policy import Policy, load_policy
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A rollout to be done."""
+
+    rollout_id: str
+    group_id: str
+    task: Task
+    greedy: bool = False
+
+
+@dataclass(eq=False)
+class _Conversation:
+    asked: Asked
+    tokens: list[int]
+    logprobs: list[float] = field(default_factory=list)
+    mask: list[int] = field(default_factory=list)
+    calls: int = 0
+    text: str = ""
+
+    def given(self, tokens: Sequence[int]) -> None:
+        self.tokens += tokens
+        self.logprobs += [0.0] * len(tokens)
+        self.mask += [0] * len(tokens)
+
+    def sampled(self, generation: Generation) -> None:
+        self.tokens += generation.tokens
+        self.logprobs += generation.logprobs
+        self.mask += [1] * len(generation.tokens)
+        self.calls += 1
+
+
+class Sampler:
+    """The policies that may still sample, by version."""
+
+    def __init__(self, run_id: str) -> None:
+        self._run_id = run_id
+        self._policies: dict[int, Policy] = {}
+        self._engine: Engine | None = None
+
+    def add(self, version: int, folder: Path, keep: int) -> None:
+        """A new version; the newest `keep` can sample from now on."""
+        like = next(iter(self._policies.values()), None)
+        self._policies[version] = load_policy(folder, like)
+        for old in sorted(self._policies)[:-keep]:
+            del self._policies[old]
+
+    def rollouts(self, version: int, asked: Sequence[Asked], group_size: int) -> list[Trajectory]:
+        """All of them, sampled by this version."""
+        policy = self._policies[version]
+        engine = self._engine
+        if engine is None:
+            engine = self._engine = Engine(policy, str(version))
+        engine.swap(policy, str(version))
+        conversations = [_Conversation(one, []) for one in asked]
+        for conversation in conversations:
+            messages = [{"role": "user", "content": conversation.asked.task["question"]}]
+            prompt = policy.tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True)
+            conversation.given(_ids(policy, str(prompt)))
+        self._turn(engine, conversations)
+        with_tool = [one for one in conversations if _use_tool(policy, one)]
+        self._turn(engine, with_tool)
+        return [self._trajectory(one, version, group_size) for one in conversations]
+
+    def _turn(self, engine: Engine, conversations: Sequence[_Conversation]) -> None:
+        generations: list[Generation] = []
+        for one in conversations:
+            seed = zlib.crc32(f"{one.asked.rollout_id} {one.calls}".encode())
+            temperature = 0.0 if one.asked.greedy else 1.0
+            generation = Generation(list(one.tokens), MAX_TOKENS, temperature, seed)
+            generations.append(generation)
+            engine.submit(generation)
+        while not engine.idle:
+            engine.step()
+        for one, generation in zip(conversations, generations, strict=True):
+            one.sampled(generation)
+            one.text = str(engine.policy.tokenizer.decode(generation.tokens, skip_special_tokens=True))
+
+    def _trajectory(self, one: _Conversation, version: int, group_size: int) -> Trajectory:
+        sequence = TokenSequence(
+            token_ids=one.tokens,
+            loss_mask=one.mask,
+            logprobs=one.logprobs,
+            weight_versions=_spans(one.mask, version),
+            resource=RESOURCE,
+        )
+        return Trajectory(
+            rollout_id=one.asked.rollout_id,
+            run_id=self._run_id,
+            group_id=one.asked.group_id,
+            group_size=group_size,
+            status="succeeded",
+            sequences=[sequence],
+            reward=reward_of(one.text, one.asked.task["answer"]),
+            calls=one.calls,
+            min_version=version,
+            max_version=version,
+        )
+
+
+def _use_tool(policy: Policy, conversation: _Conversation) -> bool:
+    """Appends the tool's answer where the policy has asked for one."""
+    call = CALL.fullmatch(conversation.text)
+    if call is None:
+        return False
+    # A message that was cut off has no end of its own; the template writes one.
+    ended = conversation.tokens[-1] in policy.stop_ids
+    text = f"{'' if ended else END}<|tool|>{calculate(call.group(1))}{END}<|assistant|>"
+    conversation.given(_ids(policy, text))
+    return True
+
+
+def _ids(policy: Policy, text: str) -> list[int]:
+    return policy.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
+
+
+def _spans(mask: Sequence[int], version: int) -> list[VersionSpan]:
+    spans: list[VersionSpan] = []
+    start = None
+    for position, sampled in enumerate([*mask, 0]):
+        if sampled and start is None:
+            start = position
+        elif not sampled and start is not None:
+            spans.append(VersionSpan(version=version, start=start, end=position))
+            start = None
+    return spans

@@ -1,0 +1,93 @@
+"""The experiments: what is sampled is what the learner scores, a cell is the same every time, intervals are right."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+
+import pytest
+import torch
+from rich.console import Console
+
+from examples.calculator.model import new_model, train_tokenizer
+from examples.calculator.reproduce import __main__ as command
+from examples.calculator.reproduce import training
+from examples.calculator.reproduce.cells import BASE, CELLS, COMPARISONS, Cell, Sizes
+from examples.calculator.reproduce.statistics import estimate, paired
+from examples.calculator.reproduce.training import Result, finished, run_cell
+from examples.calculator.warm_start import Recipe, save
+
+SMALL = Sizes(seeds=2, steps=3, rollouts_per_step=16, heldout_tasks=8, evaluate_every=2, warm_start_steps=1)
+
+
+def quiet(_: str) -> None:
+    pass
+
+
+@pytest.fixture(autouse=True)
+def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
+    """No warm start: half a minute. An untrained policy's rewards are all 0, so they are made up here."""
+
+    def make(folder: Path, recipe: Recipe, _: object) -> bool:
+        if not folder.exists():
+            torch.manual_seed(recipe.seed)
+            tokenizer = train_tokenizer(recipe.seed, conversations=200)
+            save(folder, new_model(tokenizer), tokenizer, recipe.manifest())
+        return True
+
+    monkeypatch.setattr(training, "warm_start", make)
+    monkeypatch.setattr("examples.calculator.reproduce.rollouts.reward_of", lambda text, answer: len(text) % 7 / 6)
+
+
+def test_a_cell_trains_and_gives_the_same_again(tmp_path: Path) -> None:
+    """Also that sampler and learner agree: the learner compares their logprobs and raises where they do not."""
+    lagged = Cell("lagged", lag=1, correction="truncate")
+    for cell in (BASE, lagged):
+        results = [run_cell(tmp_path / name, cell, 1, SMALL, quiet) for name in ("a", "b")]
+        assert results[0].points == results[1].points
+        assert [point.step for point in results[0].points] == [0, 1, 2, 3]
+        assert [step for step, _ in results[0].heldout] == [0, 2, 3]
+        assert all(point.tokens > 0 for point in results[0].points[1:])
+        assert finished(tmp_path / "a", cell, 1, SMALL) == results[0]
+        assert finished(tmp_path / "a", cell, 2, SMALL) is None
+    assert [point.staleness for point in results[0].points[1:]] == [0.0, 1.0, 1.0]
+    assert results[0].points[2].effective_sample_size < 1.0
+    assert not list(tmp_path.glob("a/*.work"))
+
+
+def test_finished_cells_are_kept_and_everything_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    cells = [BASE, Cell("lag16-uncorrected", lag=1, correction="none")]
+    console = Console(record=True, width=160)
+    assert command.reproduce(console, tmp_path / "kept", tmp_path / "out", cells, SMALL) == 0
+
+    def never(*_: object) -> Result:
+        raise AssertionError("a finished cell was run again")
+
+    monkeypatch.setattr(training, "run_cell", never)
+    assert command.reproduce(console, tmp_path / "kept", tmp_path / "out", cells, SMALL) == 0
+    figures = json.loads((tmp_path / "out" / "reproduce.json").read_text())
+    assert set(figures["cells"]) == {"base", "lag16-uncorrected"}
+    assert figures["cells"]["base"]["seeds"] == [1, 2]
+    assert [each["worse"] for each in figures["comparisons"]] == ["lag16-uncorrected"]
+    assert figures["comparisons"][0]["after"]["n"] == 2
+    assert (tmp_path / "out" / "reproduce.png").stat().st_size > 10_000
+    assert "Ablations: difference in held-out reward" in console.export_text()
+
+
+def test_arguments_that_are_wrong_say_so(capsys: pytest.CaptureFixture[str]) -> None:
+    assert command.main(["--cells", "base,nothing"]) == 2
+    assert "--cells nothing: unknown; they are base, lag4" in capsys.readouterr().err
+    names = {cell.name for cell in CELLS}
+    assert {name for each in COMPARISONS for name in (each.better, each.worse)} <= names
+    assert all(Sizes().rollouts_per_step % cell.group_size == 0 for cell in CELLS)
+
+
+def test_intervals_are_students() -> None:
+    found = estimate([0.8, 0.9, 0.85, 0.7, 0.95])
+    assert found.mean == pytest.approx(0.84)
+    assert found.half_width == pytest.approx(2.776 * math.sqrt(0.00925 / 5), rel=1e-3)
+    assert math.isnan(estimate([1.0]).half_width)
+    difference = paired({1: 0.9, 2: 0.8, 3: 0.7}, {1: 0.8, 2: 0.7, 3: 0.6, 4: 0.0})
+    assert (difference.n, difference.mean) == (3, pytest.approx(0.1))
+    assert difference.excludes_zero
