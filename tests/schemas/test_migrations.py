@@ -107,7 +107,7 @@ def test_every_table_that_keeps_records_refuses_a_second_insert(clickhouse_setti
     rows = ask(
         clickhouse_settings,
         "SELECT name, engine_full FROM system.tables WHERE database = currentDatabase() AND engine LIKE '%MergeTree' "
-        "AND name NOT IN ('schema_migrations', 'ingest_log')",
+        "AND name NOT IN ('schema_migrations', 'ingest_log', 'ingest_fences')",
     )
     assert {row[0] for row in rows} == {*TABLES, "dead_letters", "dead_letter_actions", "replay_log"}
     assert all("non_replicated_deduplication_window" in row[1] for row in rows)

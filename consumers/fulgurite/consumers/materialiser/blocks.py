@@ -15,8 +15,8 @@ from typing import Final, Protocol
 import numpy as np
 import pyarrow as pa
 
+from fulgurite.consumers.materialiser.lines import all_lines
 from fulgurite.consumers.records import LogRecord
-from fulgurite.schemas.codec import split_lines
 from fulgurite.schemas.topics import OTLP_SPANS, REWARDS, SPANS, Topic
 
 LINE_TOPICS: Final = frozenset({SPANS, REWARDS})
@@ -101,12 +101,29 @@ def block(slices: Sequence[Slice]) -> pa.Table:
     return _records_block(slices)
 
 
-def arrow(table: pa.Table) -> memoryview:
-    """Arrow's stream format, everything in one record batch: a body cut short holds all of it or nothing."""
-    sink = pa.BufferOutputStream()
-    with pa.ipc.new_stream(sink, table.schema) as writer:
+def arrow(table: pa.Table) -> list[memoryview]:
+    """Arrow's stream format, everything in one record batch: a body cut short holds all of it or nothing. In pieces,
+    which are the columns where they lie: nothing is copied."""
+    sink = _Pieces()
+    with pa.ipc.new_stream(pa.PythonFile(sink, mode="w"), table.schema) as writer:
         writer.write_table(table.combine_chunks())
-    return memoryview(sink.getvalue())
+    return sink.found
+
+
+class _Pieces:
+    """What Arrow writes to, as to a file."""
+
+    closed = False
+
+    def __init__(self) -> None:
+        self.found: list[memoryview] = []
+
+    def write(self, data: bytes | pa.Buffer) -> int:
+        self.found.append(memoryview(data))
+        return len(self.found[-1])
+
+    def flush(self) -> None:
+        """Nothing is kept back."""
 
 
 def _lines_block(slices: Sequence[Slice]) -> pa.Table:
@@ -115,19 +132,13 @@ def _lines_block(slices: Sequence[Slice]) -> pa.Table:
     ordered = sorted(
         ((record.key or b"", part, record) for part in slices for record in part.records), key=lambda found: found[0]
     )
-    raw: list[bytes] = []
-    numbers: list[int] = []
-    counts: list[int] = []
-    for _, _, record in ordered:
-        value = record.value or b""
+    values = [record.value or b"" for _, _, record in ordered]
+    for value in values:
         if len(value) > MAX_LINES and (count := value.count(b"\n")) > MAX_LINES:
             raise TooManyLines(f"the record has {count + 1:,} lines, of at most {MAX_LINES:,}: send several records")
-        indexes, lines = split_lines(value)
-        raw += lines
-        numbers += indexes
-        counts.append(len(lines))
+    lines = all_lines(values)
     total = len(ordered)
-    row_of = np.repeat(np.arange(total, dtype=np.int32), counts)
+    row_of = np.repeat(np.arange(total, dtype=np.int32), lines.counts)
     partitions = np.fromiter((part.partition.number for _, part, _ in ordered), np.uint32, total)
     offsets = np.fromiter((record.offset for _, _, record in ordered), np.uint64, total)
     times = np.fromiter((record.timestamp for _, _, record in ordered), np.int64, total)
@@ -135,12 +146,12 @@ def _lines_block(slices: Sequence[Slice]) -> pa.Table:
     keys = pa.array([key for key, _, _ in ordered], pa.binary()).dictionary_encode()
     return pa.table(
         {
-            "raw": pa.array(raw, pa.binary()),
+            "raw": lines.raw,
             "key": keys.take(pa.array(row_of)),
-            "_topic": _constant(name, len(raw)),
+            "_topic": _constant(name, len(lines.raw)),
             "_partition": pa.array(partitions[row_of]),
             "_offset": pa.array(offsets[row_of]),
-            "_index": pa.array(numbers, pa.uint32()),
+            "_index": pa.array(lines.numbers),
             "_ts": pa.array(times[row_of]).cast(pa.timestamp("ms", "UTC")),
             "_into": pa.array(np.fromiter(into, np.uint8, total)[row_of]),
         }

@@ -9,9 +9,9 @@ groups or offsets' order.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncIterator, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import aiohttp
 import clickhouse_connect
@@ -30,6 +30,7 @@ from fulgurite.consumers.materialiser.blocks import (
     dead_block,
     missing,
 )
+from fulgurite.consumers.materialiser.body import Pieces
 from fulgurite.consumers.materialiser.errors import REJECTED_CODES, Rejected, Unavailable, first_line, meaning
 from fulgurite.consumers.materialiser.fences import (
     RUNNING,
@@ -60,8 +61,6 @@ TABLES: dict[Topic, str] = {
 in."""
 
 _ONE_BLOCK = 2**40
-_CHUNK_BYTES = 256 * 1024
-"""Of an insert's body, between which the event loop gets its turn."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +68,8 @@ class Body:
     """What one insert carries."""
 
     columns: Sequence[str]
-    data: bytes | memoryview
+    data: Sequence[bytes | memoryview]
+    """In pieces."""
     format: str
     settings: Mapping[str, str | int]
     refusals: frozenset[int]
@@ -160,9 +160,9 @@ class Store:
         guarded = f" SELECT {columns} FROM input() WHERE {guard.condition}" if guard.condition else ""
         statement = f"INSERT INTO {into} ({columns}){guarded} FORMAT {body.format}\n"
         try:
-            await self._connected.raw_insert(
-                insert_block=_chunks(statement.encode(), body.data), settings=settings, compression=None
-            )
+            # The client hands on to aiohttp what it does not know.
+            pieces = cast(Any, Pieces([statement.encode(), *body.data]))
+            await self._connected.raw_insert(insert_block=pieces, settings=settings, compression=None)
         except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
             raise meaning(error, body.refusals) from error
 
@@ -262,7 +262,7 @@ def _body(slices: Sequence[Slice], *, mend: bool = False) -> Body:
         except TooManyLines as error:
             raise Rejected(str(error)) from error
     try:
-        data = b"".join(_otlp(part, mend=mend) for part in slices)
+        data = [_otlp(part, mend=mend) for part in slices]
     except Malformed as error:
         raise Rejected(str(error)) from error
     return Body(batches.COLUMNS, data, batches.FORMAT, batches.insert_settings(), REJECTED_CODES | batches.REFUSALS)
@@ -278,14 +278,6 @@ def _otlp(part: Slice, *, mend: bool) -> bytes:
 def arrow_body(table: pa.Table) -> Body:
     """For a table or an input table that takes Arrow."""
     return Body(table.column_names, arrow(table), "ArrowStream", {}, REJECTED_CODES)
-
-
-async def _chunks(statement: bytes, data: bytes | memoryview) -> AsyncIterator[bytes]:
-    """Of a body given in one piece the client makes three copies; one in pieces it also never sends again by itself."""
-    yield statement
-    view = memoryview(data)
-    for at in range(0, len(view), _CHUNK_BYTES):
-        yield bytes(view[at : at + _CHUNK_BYTES])
 
 
 def _named(partitions: Collection[Partition]) -> dict[str, object]:

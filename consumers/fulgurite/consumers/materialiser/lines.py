@@ -1,0 +1,82 @@
+"""The lines of many records as one Arrow array, each byte copied once: what split_lines says, for whole batches.
+
+Most records are of objects that begin with { and end with }, one a line. Their line feeds are found and left out by
+vectorised code, which makes no Python object of a line; all others go through split_lines. Pure.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Final
+
+import numpy as np
+import numpy.typing as npt
+import pyarrow as pa
+
+from fulgurite.schemas.codec import split_lines
+
+_WORTH_BYTES: Final = 2_048
+"""Of a smaller record the lines are split sooner than numpy is called."""
+_LINE_FEED, _OPEN, _CLOSE = (ord(char) for char in "\n{}")
+
+
+@dataclass(frozen=True, slots=True)
+class Lines:
+    """Of records, in their order."""
+
+    raw: pa.Array
+    numbers: npt.NDArray[np.uint32]
+    """Of each line, in its record."""
+    counts: npt.NDArray[np.int32]
+    """Of lines, by record."""
+
+
+def all_lines(values: Sequence[bytes]) -> Lines:
+    """Every record has a line at least."""
+    data = bytearray(sum(map(len, values)))
+    view = memoryview(data)
+    at = 0
+    lengths: list[npt.NDArray[np.int32]] = []
+    uneven: list[tuple[int, Sequence[int]]] = []
+    for place, value in enumerate(values):
+        found = _even(value)
+        if found is None:
+            numbers, lines = split_lines(value)
+            stripped = b"".join(lines)
+            lengths.append(np.fromiter(map(len, lines), np.int32, len(lines)))
+            if len(lines) > 1 or numbers[0]:
+                uneven.append((place, numbers))
+        else:
+            stripped, line_lengths = found
+            lengths.append(line_lengths)
+        view[at : at + len(stripped)] = stripped
+        at += len(stripped)
+    counts = np.fromiter(map(len, lengths), np.int32, len(lengths))
+    offsets = np.zeros(int(counts.sum()) + 1, np.int32)
+    if lengths:
+        np.cumsum(np.concatenate(lengths), out=offsets[1:])
+    begins = np.cumsum(counts) - counts
+    numbers = (np.arange(len(offsets) - 1) - np.repeat(begins, counts)).astype(np.uint32)
+    for place, known in uneven:
+        numbers[begins[place] : begins[place] + len(known)] = known
+    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(data)]
+    return Lines(pa.Array.from_buffers(pa.binary(), len(offsets) - 1, buffers), numbers, counts)
+
+
+def _even(value: bytes) -> tuple[bytes, npt.NDArray[np.int32]] | None:
+    """The lines without their line feeds, and their lengths, where each is an object from its first to its last byte;
+    one line feed may end the record."""
+    if len(value) < _WORTH_BYTES:
+        return None
+    if value[-1] == _LINE_FEED:
+        value = value[:-1]
+    chars = np.frombuffer(value, np.uint8)
+    ends = np.flatnonzero(chars == _LINE_FEED)
+    if chars[0] != _OPEN or chars[-1] != _CLOSE:
+        return None
+    # Before and after each line feed there is something: the record neither begins nor ends with one.
+    if (chars[ends - 1] != _CLOSE).any() or (chars[ends + 1] != _OPEN).any():
+        return None
+    bounds = np.concatenate(([-1], ends, [len(value)]))
+    return value.replace(b"\n", b""), (np.diff(bounds) - 1).astype(np.int32)
