@@ -203,7 +203,7 @@ async def test_a_restart_is_waited_for():
         await fake.stop()
         waiting = [asyncio.create_task(ask(pool)) for _ in range(20)]
         await until(lambda: not pool.state()[0]["well"])
-        assert await pool.health(1) == "ClientConnectorError"
+        assert await pool.health(1) == "ConnectionRefusedError"
         await fake.start()
         began = time.monotonic()
         assert [status for status, _ in await asyncio.gather(*waiting)] == [200] * 20

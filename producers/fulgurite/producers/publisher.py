@@ -37,6 +37,7 @@ from pydantic import BaseModel
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.idempotent import abandon, connect
 from fulgurite.producers.redaction import redactor
+from fulgurite.producers.within import within
 from fulgurite.schemas.codec import encode, encode_key
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import BufferFull, FulguriteError, RecordTooLarge, Undelivered
@@ -150,19 +151,23 @@ class Publisher:
             )
         name = self._topics.get(topic) or self._topics.setdefault(topic, self._kafka.topic(topic))
         try:
-            async with asyncio.timeout(self._settings.buffer_wait_seconds):
-                await self._room.acquire()
-                try:
-                    sent = await self._send(name, key, value, headers)
-                except BaseException:
-                    self._room.release()
-                    raise
+            sent = await within(self._settings.buffer_wait_seconds, self._buffered(name, key, value, headers))
         except TimeoutError:
             raise BufferFull(self._why_no_room(name)) from None
         acknowledgement: Acknowledgement = asyncio.get_running_loop().create_future()
         self._waiting[sent] = acknowledgement
         sent.add_done_callback(self._settle)
         return acknowledgement
+
+    async def _buffered(
+        self, topic: str, key: bytes | None, value: bytes | None, headers: Headers
+    ) -> asyncio.Future[RecordMetadata]:
+        await self._room.acquire()
+        try:
+            return await self._send(topic, key, value, headers)
+        except BaseException:
+            self._room.release()
+            raise
 
     async def flush(self, timeout_seconds: float | None = None) -> None:
         """Waits until every record accepted so far is acknowledged, at most producer.delivery_seconds.

@@ -88,7 +88,14 @@ async def serve_asgi(app: Any, host: str, port: int, stop: asyncio.Event, name: 
 
     import uvicorn
 
-    config = uvicorn.Config(app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=5)
+    config = uvicorn.Config(
+        app,
+        log_config=None,
+        access_log=False,
+        lifespan="on",
+        proxy_headers=False,  # who asks is told by keys and ids, never by an address
+        timeout_graceful_shutdown=5,
+    )
     server = uvicorn.Server(config)
     # run_service has handlers of its own; uvicorn's would replace them.
     setattr(server, "capture_signals", contextlib.nullcontext)  # noqa: B010

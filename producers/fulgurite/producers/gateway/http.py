@@ -10,6 +10,7 @@ from starlette.types import Message, Receive, Scope, Send
 
 from fulgurite.producers.gateway.errors import ApiError, Headers
 from fulgurite.producers.gateway.sse import MEDIA_TYPE
+from fulgurite.producers.within import within
 
 DRAIN_BYTES: Final = 64 * 1024 * 1024
 """A refused body is read up to here: a client that is still sending would see a reset instead of the 413."""
@@ -77,8 +78,8 @@ async def read_body(receive: Receive, headers: dict[str, str], limit: int, deadl
     """The whole body. Raises ApiError: 413 over `limit` bytes, after the client has sent it; 408 where it has not all
     come at the deadline, of the event loop's clock."""
     try:
-        async with asyncio.timeout_at(deadline):
-            return await _whole_body(receive, headers, limit)
+        left = deadline - asyncio.get_running_loop().time()
+        return await within(left, _whole_body(receive, headers, limit))
     except TimeoutError:
         raise ApiError(408, "request_timeout", "the body did not come within the time that the call has") from None
 

@@ -11,10 +11,9 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Final
 
-import aiohttp
-
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.exchange import BackendKind
+from fulgurite.producers.gateway.http_connection import Broken, Response
 from fulgurite.producers.gateway.places import Seat
 
 if TYPE_CHECKING:
@@ -34,7 +33,7 @@ class HttpExchange:
         self,
         replica: Replica,
         seat: Seat,
-        response: aiohttp.ClientResponse,
+        response: Response,
         route: str,
         tries: int,
         version_before: str | None,
@@ -59,7 +58,7 @@ class HttpExchange:
 
     @property
     def headers(self) -> Mapping[str, str]:
-        return {name.lower(): value for name, value in self._response.headers.items()}
+        return self._response.headers
 
     @property
     def kind(self) -> BackendKind:
@@ -76,16 +75,16 @@ class HttpExchange:
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it arrives. Raises ApiError: 502 when it breaks or is too large, 504 when nothing comes, or for
         too long."""
-        content = self._response.content
+        response = self._response
         size, tail = 0, b""
         while True:
             try:
-                chunk = content.read_nowait()
-                if not chunk and not content.at_eof():
+                chunk = response.read_now()
+                if not chunk and not response.at_eof:
                     async with asyncio.timeout_at(min(self._clock() + self._silence_seconds, self._ends_at)):
-                        chunk = await content.readany()
-            except aiohttp.ClientError as error:
-                self._failed(type(error).__name__)
+                        chunk = await response.read()
+            except Broken as error:
+                self._failed(str(error))
                 raise ApiError(502, "backend_broken", "the backend broke off in the middle of its answer") from None
             except TimeoutError:
                 self._ensure_in_time()
@@ -126,7 +125,7 @@ class HttpExchange:
             raise ApiError(504, "backend_timeout", message)
 
     def _is_whole(self) -> bool:
-        return self._response.content.at_eof()
+        return self._response.at_eof
 
     def _failed(self, why: str) -> None:
         logger.warning("backend %s broke off in the middle of an answer (%s)", self.endpoint, why)

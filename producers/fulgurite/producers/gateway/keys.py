@@ -21,7 +21,7 @@ import math
 import secrets
 import time
 from collections.abc import Callable, Generator, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import Final
 
@@ -92,6 +92,9 @@ class TooOften(ApiError):
         return [(b"retry-after", str(max(1, math.ceil(self.after_seconds))).encode())]
 
 
+_NOBODY: Final = nullcontext("")
+
+
 class Keys:
     """Who may ask, and how often."""
 
@@ -99,15 +102,15 @@ class Keys:
         self._holders = {key.name: _Holder(key, clock()) for key in settings}
         self._clock = clock
 
-    @contextmanager
-    def held(self, key: str) -> Generator[str]:
+    def held(self, key: str) -> AbstractContextManager[str]:
         """The name of the key's holder, while a call of theirs is under way; empty where no keys are configured.
 
         Raises ApiError: 401 for no key or a wrong one, 429 where the key's bounds are reached.
         """
-        if not self._holders:
-            yield ""
-            return
+        return self._held(key) if self._holders else _NOBODY
+
+    @contextmanager
+    def _held(self, key: str) -> Generator[str]:
         holder = self._holder(key)
         holder.enter(self._clock())
         try:

@@ -12,8 +12,6 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any, Final
 
-import aiohttp
-
 from fulgurite.producers.gateway.breaker import Breaker
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.exchange import Ask
@@ -31,12 +29,10 @@ RELIST_SECONDS: Final = 1.0
 class Member(Replica):
     """A backend in the pool, with its metrics."""
 
-    def __init__(
-        self, settings: BackendSettings, gateway: GatewaySettings, session: aiohttp.ClientSession, metrics: Metrics
-    ) -> None:
+    def __init__(self, settings: BackendSettings, gateway: GatewaySettings, metrics: Metrics) -> None:
         breaker = Breaker(gateway.breaker_failures, gateway.breaker_seconds, gateway.max_breaker_seconds)
         capacity = Capacity(settings.url, breaker, settings.max_concurrent_requests, settings.max_queued_requests)
-        super().__init__(settings, capacity, session, gateway.max_answer_bytes, gateway.answer_seconds)
+        super().__init__(settings, capacity, gateway.max_answer_bytes, gateway.answer_seconds)
         self.metrics: BackendMetrics = metrics.backend(settings.url)
         self.metrics.in_flight.set_function(lambda: capacity.in_flight)
 
@@ -47,7 +43,6 @@ class Members:
     def __init__(
         self,
         settings: GatewaySettings,
-        session: aiohttp.ClientSession,
         metrics: Metrics,
         tasks: asyncio.TaskGroup,
         changed: Callable[[], None],
@@ -57,7 +52,7 @@ class Members:
         self._loop = asyncio.get_running_loop()
         self._tasks = tasks
         self._changed = changed
-        self.all = [Member(backend, settings, session, metrics) for backend in settings.all_backends()]
+        self.all = [Member(backend, settings, metrics) for backend in settings.all_backends()]
         self._by_capacity = {member.capacity: member for member in self.all}
         self._looking = [tasks.create_task(self._look_after(member)) for member in self.all]
         self._relisted_at = float("-inf")

@@ -67,6 +67,7 @@ class Metrics:
             "prompts", "prompts given by their tokens, by what they do with the turn before", ("turn",)
         )
         self._key_requests = self._counter("key_requests", "requests by name of the API key", ("key",))
+        self._by_key: dict[str, Counter] = {}  # finding a metric's child costs more than counting
         self.unrecorded = Counter(
             self._name("unrecorded_answers"), "calls answered although Kafka did not take them", registry=self.registry
         )
@@ -100,8 +101,11 @@ class Metrics:
         self._prompts.labels(turn).inc()
 
     def asked_with(self, key: str) -> None:
-        """A key's name, empty where there are no keys."""
-        self._key_requests.labels(key).inc()
+        """A key's name, of those in the settings; empty where there are no keys."""
+        counter = self._by_key.get(key)
+        if counter is None:
+            counter = self._by_key[key] = self._key_requests.labels(key)
+        counter.inc()
 
     def app(self) -> Starlette:
         async def health(request: Request) -> PlainTextResponse:

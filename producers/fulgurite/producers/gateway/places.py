@@ -15,8 +15,7 @@ Knows no HTTP: a Capacity is what is known of a backend. Time is the event loop'
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Generator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from dataclasses import dataclass
 from hashlib import blake2b
 
@@ -74,6 +73,22 @@ class _Waiter:
     """In order of arrival."""
 
 
+class Admission:
+    """A block in which a request is admitted."""
+
+    __slots__ = ("_candidates", "_places")
+
+    def __init__(self, places: Places, candidates: tuple[Capacity, ...]) -> None:
+        self._places = places
+        self._candidates = candidates
+
+    def __enter__(self) -> None:
+        self._places.admit(self._candidates)
+
+    def __exit__(self, *_: object) -> None:
+        self._places.dismiss()
+
+
 class QueueTimeout(Exception):
     """No seat in time. `busy`: a backend was there, but full."""
 
@@ -119,9 +134,12 @@ class Places:
         if self._alarm:
             self._alarm.cancel()
 
-    @contextmanager
-    def admitted(self, candidates: tuple[Capacity, ...]) -> Generator[None]:
-        """A request is ours from here to its end. Raises ApiError(429) when it would have to wait, and too many do."""
+    def admitted(self, candidates: tuple[Capacity, ...]) -> Admission:
+        """A request is ours within the block. Raises ApiError(429) when it would have to wait, and too many do."""
+        return Admission(self, candidates)
+
+    def admit(self, candidates: tuple[Capacity, ...]) -> None:
+        """What `admitted` does at its beginning."""
         if not self._has_room(candidates):
             if self.waiting >= self._most_waiting:
                 message = f"{self.waiting} requests wait already (gateway.max_queued_requests)"
@@ -131,10 +149,10 @@ class Places:
                 message = f"{bound} requests wait for this model already (max_queued_requests of its backends)"
                 raise ApiError(429, "too_many_requests", message)
         self._admitted += 1
-        try:
-            yield
-        finally:
-            self._admitted -= 1
+
+    def dismiss(self) -> None:
+        """The end of a request that was admitted."""
+        self._admitted -= 1
 
     def take_now(self, candidates: Sequence[Capacity], pin: str) -> Seat | None:
         """A seat, where there is one without waiting. Passes whoever stands in line: for those who stood there once."""

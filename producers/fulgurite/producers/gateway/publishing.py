@@ -11,6 +11,7 @@ from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.recording import Recorder, Recording
 from fulgurite.producers.publisher import Acknowledgement
+from fulgurite.producers.within import within
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import BufferFull, RecordTooLarge
 from fulgurite.schemas.spans import Span
@@ -53,13 +54,16 @@ class Log:
             self._unrecorded()
 
     async def _publish(self, call: Call, recording: Recording) -> None:
+        clock = asyncio.get_running_loop().time
+        until = clock() + self._seconds
         try:
-            async with asyncio.timeout(self._seconds):
-                sent = await self._send(call, recording)
-                # Not gather: cancelled by the timeout, it would cancel acknowledgements, and a record may still arrive.
-                await asyncio.wait(sent)
+            sent = await within(self._seconds, self._send(call, recording))
         except (TimeoutError, BufferFull):
             raise self._unacknowledged() from None
+        # Neither gather nor a timeout around it: they would cancel acknowledgements, and a record may still arrive.
+        _, late = await asyncio.wait(sent, timeout=until - clock())
+        if late:
+            raise self._unacknowledged()
         for acknowledgement in sent:
             if problem := acknowledgement.exception():
                 logger.warning("a span was not delivered: %r", problem)

@@ -8,14 +8,14 @@ agents. Bodies and keys are never logged.
 from __future__ import annotations
 
 import asyncio
-import io
 import logging
 from typing import Any, Final
 
-import aiohttp
 import orjson
 
 from fulgurite.producers.gateway.exchange import Ask, BackendKind
+from fulgurite.producers.gateway.http_client import HttpClient, NotConnected
+from fulgurite.producers.gateway.http_connection import Broken
 from fulgurite.producers.gateway.http_exchange import HttpExchange
 from fulgurite.producers.gateway.keys import parse_bearer
 from fulgurite.producers.gateway.labels import Labels, NoSuchRoute
@@ -36,9 +36,6 @@ MAX_BROKEN_TRIES: Final = 4
 """Of one request. More than a rolling restart of its backends breaks."""
 MAX_PROVIDER_TRIES: Final = 2
 """Of one request, where a provider may have worked on each."""
-CONNECT_SECONDS: Final = 5.0
-KEEPALIVE_SECONDS: Final = 4.0
-"""Less than vLLM's and uvicorn's 5 s: a connection that the server is about to close must not be used again."""
 CHECK_SECONDS: Final = 5.0
 """Longest that a question about health, models or version may take."""
 MAX_CHECK_BYTES: Final = 4 * 1024 * 1024
@@ -48,18 +45,6 @@ HEALTH_FAILURES: Final = 2
 """In a row, until a backend counts as not well: a busy one may miss one."""
 NOT_FOUND: Final = 404
 NO_ROUTE: Final = frozenset({404, 405, 501})
-LARGE_BODY_BYTES: Final = 1 << 20
-
-
-def open_session() -> aiohttp.ClientSession:
-    """For all replicas of a pool, which bounds connections by its seats. Close it."""
-    return aiohttp.ClientSession(
-        connector=aiohttp.TCPConnector(limit=0, keepalive_timeout=KEEPALIVE_SECONDS),
-        timeout=aiohttp.ClientTimeout(total=None, sock_connect=CONNECT_SECONDS),
-        cookie_jar=aiohttp.DummyCookieJar(),
-        # Identity: a compressed stream comes in the compressor's time.
-        headers={"accept-encoding": "identity", "user-agent": "fulgurite-gateway"},
-    )
 
 
 class Away(Exception):
@@ -80,7 +65,6 @@ class Replica:
         self,
         settings: BackendSettings,
         capacity: Capacity,
-        session: aiohttp.ClientSession,
         max_answer_bytes: int,
         answer_seconds: float,
     ) -> None:
@@ -92,7 +76,7 @@ class Replica:
         self.max_answer_bytes = max_answer_bytes
         self.answer_seconds = answer_seconds
         self._named = frozenset(settings.models)
-        self._session = session
+        self._client = HttpClient(settings.url)
         self._labels = Labels(self._read_label)
         self._gives_versions: dict[str, bool] = {}
         self._failed_checks = 0
@@ -128,6 +112,7 @@ class Replica:
 
     def close(self) -> None:
         self._labels.close()
+        self._client.close()
 
     def read_key(self) -> None:
         """From its file, which may have changed; one that cannot be read just now leaves the key as it was."""
@@ -149,19 +134,12 @@ class Replica:
         body = ask.body_for(self.kind)
         if model != ask.model:
             body = orjson.dumps(orjson.loads(body) | {"model": model})
-        headers = {"content-type": "application/json"} | self._authorization(ask.authorization)
         try:
-            response = await self._session.post(
-                f"{self.url}{ask.route}",
-                # aiohttp would write a large body in one piece, and warns of it.
-                data=body if len(body) < LARGE_BODY_BYTES else io.BytesIO(body),
-                headers=headers,
-                allow_redirects=False,
-            )
-        except (aiohttp.ClientConnectorError, aiohttp.ConnectionTimeoutError) as error:
-            raise Away(type(error).__name__) from None
-        except aiohttp.ClientError as error:
-            raise Away(type(error).__name__, most_tries=MAX_BROKEN_TRIES) from None
+            response = await self._client.post(ask.route, body, self._authorization(ask.authorization))
+        except NotConnected as error:
+            raise Away(str(error)) from None
+        except Broken as error:
+            raise Away(str(error), most_tries=MAX_BROKEN_TRIES) from None
         exchange = HttpExchange(self, seat, response, route, tries, before, adapter, silence_seconds)
         most_tries = self._most_tries(response.status)
         if most_tries:
@@ -219,8 +197,10 @@ class Replica:
         """Empty when /health says that it is well, or when there is no such route."""
         try:
             status, _ = await self._get("/health")
-        except (TimeoutError, aiohttp.ClientError) as error:
-            return type(error).__name__
+        except TimeoutError:
+            return "TimeoutError"
+        except (NotConnected, Broken) as error:
+            return str(error)
         return "" if status == 200 or status in NO_ROUTE else f"status {status}"
 
     async def list_models(self, authorization: str = "") -> bool:
@@ -228,7 +208,7 @@ class Replica:
         try:
             status, data = await self._get("/v1/models", authorization)
             answer = orjson.loads(data) if status == 200 else None
-        except (TimeoutError, aiohttp.ClientError, ValueError):
+        except (TimeoutError, NotConnected, Broken, ValueError):
             return False
         entries = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(entries, list):
@@ -244,7 +224,7 @@ class Replica:
         try:
             status, data = await self._get("/weight_info")
             info = orjson.loads(data) if status == 200 else None
-        except (TimeoutError, aiohttp.ClientError, ValueError):
+        except (TimeoutError, NotConnected, Broken, ValueError):
             return None
         if status in NO_ROUTE:
             raise NoSuchRoute
@@ -252,27 +232,26 @@ class Replica:
         return str(label) if label is not None else None
 
     async def _get(self, path: str, authorization: str = "") -> tuple[int, bytes]:
-        """A short question. Raises TimeoutError and aiohttp.ClientError; a long answer is one."""
-        async with (
-            asyncio.timeout(CHECK_SECONDS),
-            self._session.get(
-                f"{self.url}{path}", headers=self._authorization(authorization), allow_redirects=False
-            ) as response,
-        ):
+        """A short question. Raises TimeoutError, NotConnected and Broken; a long answer is broken."""
+        async with asyncio.timeout(CHECK_SECONDS):
+            response = await self._client.get(path, self._authorization(authorization))
             data = bytearray()
-            async for part in response.content.iter_any():
-                data += part
-                if len(data) > MAX_CHECK_BYTES:
-                    response.close()
-                    raise aiohttp.ClientPayloadError(f"over {MAX_CHECK_BYTES} bytes")
+            try:
+                while part := await response.read():
+                    data += part
+                    if len(data) > MAX_CHECK_BYTES:
+                        raise Broken("AnswerTooLarge")
+            finally:
+                response.close()
             return response.status, bytes(data)
 
-    def _authorization(self, of_agent: str) -> dict[str, str]:
+    def _authorization(self, of_agent: str) -> str:
+        """The header; empty for none."""
         if self._key:
-            return {"authorization": f"Bearer {self._key}"}
+            return f"Bearer {self._key}"
         if not self.settings.forward_authorization or not of_agent or not of_agent.isprintable():
-            return {}
+            return ""
         bearer = parse_bearer(of_agent)
         if bearer.rollout_id or bearer.attempt_id:
-            return {"authorization": f"Bearer {bearer.key}"} if bearer.key else {}
-        return {"authorization": of_agent}
+            return f"Bearer {bearer.key}" if bearer.key else ""
+        return of_agent
