@@ -6,7 +6,7 @@ from typing import Annotated
 
 import typer
 
-from fulgurite.infra.cli_common import DataOption, SetOption, lazy_module, read_settings, register
+from fulgurite.infra.cli_common import DataOption, SetOption, lazy_module, read_settings, register, start_service
 
 PANEL = "Services"
 
@@ -25,6 +25,13 @@ def add_to(app: typer.Typer) -> None:
         "fulgurite aggregator   (its sources and rules stand in fulgurite.toml: docs/algorithms.md)",
         rich_help_panel=PANEL,
     )(aggregator)
+    register(
+        app,
+        "optimise-prompt",
+        "fulgurite optimise-prompt --set prompt.run_id=first --set prompt.resource=support --set prompt.seed=seed.txt "
+        "--set prompt.tasks=my_tasks:task --set prompt.critic_url=http://127.0.0.1:8000/v1 --set prompt.critic_model=m",
+        rich_help_panel=PANEL,
+    )(optimise_prompt)
 
 
 def algorithm(
@@ -53,5 +60,9 @@ def algorithm(
 
 def aggregator(data: DataOption = None, sets: SetOption = None) -> int:
     """Give trajectories the rewards of functions, judges and rules before they are trained on."""
-    settings = read_settings(data, sets)
-    return int(lazy_module("fulgurite.streams.algorithms.aggregator").main(settings))
+    return start_service("aggregator", "fulgurite.streams.algorithms.aggregator", data, sets)
+
+
+def optimise_prompt(data: DataOption = None, sets: SetOption = None) -> int:
+    """Search for a better prompt template: critiques and edits by a model, tried by the agents themselves."""
+    return start_service("optimise-prompt", "fulgurite.streams.algorithms.prompts", data, sets)

@@ -15,6 +15,7 @@ from typing import Literal
 from fulgurite.producers.agents import Agent, AgentCalls, reward_of
 from fulgurite.producers.coordinator_client import CoordinatorClient
 from fulgurite.producers.outbox import Outbox
+from fulgurite.producers.prompts import PromptTemplates
 from fulgurite.producers.publisher import Publisher
 from fulgurite.producers.rollout import RolloutContext, as_text, describe
 from fulgurite.schemas.coordinator import AttemptedRollout
@@ -56,6 +57,7 @@ class Means:
     client: CoordinatorClient
     publisher: Publisher
     worker_id: str
+    prompts: PromptTemplates | None = None
 
 
 class AttemptRun:
@@ -84,6 +86,7 @@ class AttemptRun:
             gateway_url=self._means.settings.gateway.url,
             agent=self._means.agent.name,
             outbox=outbox,
+            prompts=self._means.prompts,
         )
         try:
             with rollout.active(as_text(rollout.task)[:ROOT_TEXT_CHARS]) as root:

@@ -16,6 +16,7 @@ Does not know Kafka, nor how the attempt came here or ends.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import json
 from collections.abc import Generator, Mapping
@@ -24,6 +25,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from fulgurite.producers.outbox import Outbox
+from fulgurite.producers.prompts import PromptTemplate, PromptTemplates
 from fulgurite.schemas.coordinator import AttemptedRollout
 from fulgurite.schemas.errors import FulguriteError
 from fulgurite.schemas.event import MAX_TEXT_CHARS
@@ -35,6 +37,9 @@ from fulgurite.schemas.topics import REWARDS, SPANS
 
 ATTRIBUTE_ROLLOUT_ID = "agentlightning.rollout_id"
 ATTRIBUTE_ATTEMPT_ID = "agentlightning.attempt_id"
+
+ATTRIBUTE_PROMPT_TEMPLATE = "fulgurite.prompt_template"
+"""With the template's name behind it, on the root span: which version the agent was given, as resource@version."""
 
 SERVICE = "runner"
 
@@ -84,7 +89,15 @@ class ActiveSpan:
 class RolloutContext:
     """One attempt at one rollout, as the agent sees it."""
 
-    def __init__(self, attempted: AttemptedRollout, *, gateway_url: str, agent: str, outbox: Outbox) -> None:
+    def __init__(
+        self,
+        attempted: AttemptedRollout,
+        *,
+        gateway_url: str,
+        agent: str,
+        outbox: Outbox,
+        prompts: PromptTemplates | None = None,
+    ) -> None:
         self.rollout_id = attempted.rollout_id
         self.attempt_id = attempted.attempt.attempt_id
         self.attempt_number = attempted.attempt.sequence_id
@@ -102,7 +115,12 @@ class RolloutContext:
         self.base_url = f"{gateway_url.rstrip('/')}/rollout/{self.rollout_id}/attempt/{self.attempt_id}/v1"
         """OpenAI base URL; calls through it are recorded with tokens, logprobs and policy versions."""
         self.trace_id = attempt_trace_id(self.rollout_id, self.attempt_id)
+        self.resources_id = attempted.resources_id or ""
+        """What it is pinned to: see prompt_template."""
         self._outbox = outbox
+        self._prompts = prompts
+        self._loop = asyncio.get_running_loop() if prompts is not None else None
+        self._root: ActiveSpan | None = None
         self._rewards_left = MAX_REWARDS
 
     @contextlib.contextmanager
@@ -188,6 +206,24 @@ class RolloutContext:
         self._rewards_left -= 1
         return reward
 
+    async def prompt_template(self, name: str) -> PromptTemplate:
+        """The newest version of a prompt template, or the one this rollout is pinned to; noted on its root span.
+
+        Raises NoTemplate: what there is instead.
+        """
+        if self._prompts is None:
+            raise FulguriteError("this rollout has no prompt templates: it does not run under a runner")
+        template = await self._prompts.get(name, self.resources_id)
+        if self._root is not None:
+            self._root.attributes[f"{ATTRIBUTE_PROMPT_TEMPLATE}.{name}"] = template.pin
+        return template
+
+    def prompt_template_sync(self, name: str) -> PromptTemplate:
+        """The same, for plain functions, which run in threads."""
+        if self._loop is None:
+            raise FulguriteError("this rollout has no prompt templates: it does not run under a runner")
+        return asyncio.run_coroutine_threadsafe(self.prompt_template(name), self._loop).result()
+
     def allow_final_reward(self) -> None:
         """For the runner: the reward that the agent returned is never refused, however many it gave before."""
         self._rewards_left += 1
@@ -228,8 +264,10 @@ class RolloutContext:
                 input=root_input,
                 attributes={"gen_ai.agent.name": self.agent, "fulgurite.attempt_number": self.attempt_number},
             ) as root:
+                self._root = root
                 yield root
         finally:
+            self._root = None
             _current_rollout.reset(token)
 
     def _span_event(self, active: ActiveSpan) -> Span:

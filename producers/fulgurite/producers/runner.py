@@ -49,6 +49,7 @@ from fulgurite.producers.agents import CANCEL_SECONDS, Agent, AgentCalls, load_a
 from fulgurite.producers.attempt import AttemptRun, End, Means
 from fulgurite.producers.backoff import LOG_SECONDS, Backoff
 from fulgurite.producers.coordinator_client import CoordinatorClient
+from fulgurite.producers.prompts import PromptTemplates
 from fulgurite.producers.publisher import Publisher
 from fulgurite.producers.rollout import describe
 from fulgurite.producers.service import run_service
@@ -77,12 +78,19 @@ class _Slot:
 class Runner:
     """One worker. `run` returns after `stop` is set and everything that ran was reported or given up."""
 
-    def __init__(self, settings: Settings, agent: Agent, client: CoordinatorClient, publisher: Publisher) -> None:
+    def __init__(
+        self,
+        settings: Settings,
+        agent: Agent,
+        client: CoordinatorClient,
+        publisher: Publisher,
+        prompts: PromptTemplates | None = None,
+    ) -> None:
         self._settings = settings
         self._client = client
         self._calls = AgentCalls()
         self.worker_id = settings.runner.worker_id or default_worker_id()
-        self._means = Means(settings, agent, self._calls, client, publisher, self.worker_id)
+        self._means = Means(settings, agent, self._calls, client, publisher, self.worker_id, prompts)
         self._capacity = settings.runner.concurrency
         self._slots: dict[str, _Slot] = {}
         self.ended: Counter[str] = Counter()
@@ -206,16 +214,18 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """The service: waits for Kafka and the coordinator, then works until `stop`."""
     agent = load_agent(settings.runner.agent)
     publisher = Publisher(settings.kafka, settings.producer, settings.redaction)
+    prompts = PromptTemplates(settings.kafka)
     try:
         async with CoordinatorClient(settings.coordinator.url) as client:
             for peer_is_there in (publisher.start, client.wait_until_healthy):
                 if not await _unless_stopped(peer_is_there(), stop):
                     return
-            runner = Runner(settings, agent, client, publisher)
+            runner = Runner(settings, agent, client, publisher, prompts)
             concurrency = settings.runner.concurrency
             logger.info("ready: worker %s, agent %s, %d at once", runner.worker_id, agent.name, concurrency)
             await runner.run(stop)
     finally:
+        await prompts.close()
         try:
             # What is left belongs to attempts that were never reported as ended: they are tried again.
             await publisher.close(FAREWELL_SECONDS)

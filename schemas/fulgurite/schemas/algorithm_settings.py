@@ -278,7 +278,7 @@ class PromptSettings(Section):
     """Edits of each of them."""
     gradient_batch: Annotated[int, Field(ge=1, le=64)] = 4
     """Rollouts, the worst ones first, that the critic is shown."""
-    val_batch: Annotated[int, Field(ge=1, le=4_096)] = 16
+    val_batch: Annotated[int, Field(ge=1, le=1_024)] = 16
     """Tasks that every candidate is tried on, the same for all."""
     max_rollouts: Annotated[int, Field(ge=1)] = 2_000
     """Budget: no candidate is tried that would need more."""

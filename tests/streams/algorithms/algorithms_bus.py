@@ -33,7 +33,8 @@ async def send(kafka: KafkaSettings, topic: Topic, *events: Any) -> None:
             if isinstance(event, bytes):
                 await producer.send_and_wait(kafka.topic(topic), event, b"k")
             else:
-                key = getattr(event, "group_id", "") or getattr(event, "rollout_id", "")
+                names = (getattr(event, name, "") for name in ("group_id", "rollout_id", "resource"))
+                key = next(filter(None, names))
                 await producer.send_and_wait(kafka.topic(topic), encode(event), encode_key(key))
     finally:
         await producer.stop()

@@ -27,8 +27,9 @@ from fulgurite.schemas.settings import (
 from fulgurite.schemas.spans import Span
 from fulgurite.schemas.trajectories import FinishedAttempt, Trajectory
 from fulgurite.streams.algorithms.aggregator import serve
-from fulgurite.streams.algorithms.aggregator.judges import number_in, question_of, shortened
+from fulgurite.streams.algorithms.aggregator.judges import number_in, question_of
 from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
+from fulgurite.streams.algorithms.transcript import shortened
 from fulgurite.streams.assembler import serve as assemble
 from tests.streams.algorithms.algorithms_bus import send, until
 from tests.streams.algorithms.judge_server import model_server

@@ -14,6 +14,7 @@ work.py         one input's way through the function: tries, time limits, dead l
 service.py      the flow and its delivery contract: begin here
 compliance.py   pure: rules of conduct, and what in the spans violates them
 aggregator/     an algorithm of ours: rewards from functions, judges and rules
+prompts/        another program: the search for a better prompt template
 """
 
 from fulgurite.streams.algorithms.definition import Algorithm, InputRefused, algorithm

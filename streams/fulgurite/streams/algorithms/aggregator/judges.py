@@ -16,31 +16,25 @@ from __future__ import annotations
 
 import asyncio
 import json
-import logging
 import math
 import re
 from weakref import WeakValueDictionary
 
 import httpx
 
-from fulgurite.producers.backoff import Backoff
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.patterns import portable
 from fulgurite.schemas.settings import AggregatorSettings, RewardSource
-from fulgurite.schemas.spans import OPERATION_AGENT, OPERATION_CHAT, Span
 from fulgurite.schemas.trajectories import FinishedAttempt
 from fulgurite.streams.algorithms.aggregator.combine import Part
 from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
-from fulgurite.streams.algorithms.compliance import tool_of
+from fulgurite.streams.algorithms.chat import ChatModel, NoAnswer
+from fulgurite.streams.algorithms.transcript import shortened, texts_of
 
-logger = logging.getLogger(__name__)
-
-AWAY = frozenset({429, 502, 503, 504})
 MAX_ANSWER_CHARS = 4_000
 """Of an answer, in the audit."""
 
 _PLACE = re.compile(r"\{(input|output|transcript|agent|status)\}")
-_LEFT_OUT = "\n[… left out …]\n"
 
 
 class PartFailed(Exception):
@@ -62,14 +56,11 @@ class Judge:
         assert source.template, "the settings' validator sees to it"
         self._source = source
         self._settings = settings
-        self._client = client
         self._verdicts = verdicts
         self._room = room
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
-        self._url = f"{source.url.rstrip('/')}/chat/completions"
+        self._model = ChatModel(client, source.url, source.model, source.api_key, settings.timeout_seconds)
         self._number = portable(source.answer).compiled()
-        key = source.api_key.get_secret_value()
-        self._headers = {"authorization": f"Bearer {key}"} if key else {}
         try:
             self._template = source.template.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -89,55 +80,22 @@ class Judge:
             answer = self._verdicts.get(identity)
             known = answer is not None
             try:
-                answer = answer if answer is not None else await self._ask(question)
+                if answer is None:
+                    async with self._room:
+                        answer = await self._model.ask(question, temperature=0)
                 value = number_in(self._number, answer)
-            except PartFailed as error:
+            except NoAnswer as error:
                 problem = str(error)
                 continue
             if not known:
                 self._verdicts.put(identity, answer)
             metadata = {"answer": answer[:MAX_ANSWER_CHARS], "model": self._source.model}
             return Part(self._source.name, {self._source.name: value}, metadata)
-        raise PartFailed(f"judge {self._source.name} ({self._url}): {problem} ({self._settings.tries} tries)")
-
-    async def _ask(self, question: str) -> str:
-        body = {
-            "model": self._source.model,
-            "messages": [{"role": "user", "content": question}],
-            "temperature": 0,
-        }
-        backoff = Backoff(logger)
-        while True:
-            try:
-                async with self._room:
-                    response = await self._client.post(
-                        self._url, json=body, headers=self._headers, timeout=self._settings.timeout_seconds
-                    )
-            except httpx.ReadTimeout:
-                raise PartFailed(f"no answer within {self._settings.timeout_seconds:g} s") from None
-            except httpx.TransportError as error:
-                await backoff.wait(f"judge {self._source.name} ({self._url}) does not answer: {error!r}")
-                continue
-            if response.status_code not in AWAY:
-                return content_of(response)
-            await backoff.wait(f"judge {self._source.name} ({self._url}) answers {response.status_code}")
-
-
-def content_of(response: httpx.Response) -> str:
-    """The text of a chat completion. Raises PartFailed."""
-    if not response.is_success:
-        raise PartFailed(f"status {response.status_code}: {response.text[:500]}")
-    try:
-        content = response.json()["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
-        raise PartFailed(f"no chat completion: {response.text[:500]}") from None
-    if not isinstance(content, str):
-        raise PartFailed(f"an answer without text: {response.text[:500]}")
-    return content
+        raise PartFailed(f"judge {self._source.name} ({self._source.url}): {problem} ({self._settings.tries} tries)")
 
 
 def number_in(pattern: re.Pattern[str], answer: str) -> float:
-    """The last match as a number: models reason first. Raises PartFailed."""
+    """The last match as a number: models reason first. Raises NoAnswer."""
     found = [match[0] for match in pattern.finditer(answer)]
     try:
         # An expression such as "score: [0-9]+" has the number at its end.
@@ -145,37 +103,11 @@ def number_in(pattern: re.Pattern[str], answer: str) -> float:
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
-        raise PartFailed(f"no number in the answer {answer[:500]!r}")
+        raise NoAnswer(f"no number in the answer {answer[:500]!r}")
     return value
 
 
 def question_of(template: str, attempt: FinishedAttempt, max_chars: int) -> str:
     """The template filled in. What the attempt says is never taken for a part of the template."""
-    calls = [span for span in attempt.spans if span.operation == OPERATION_CHAT or span.resource]
-    roots = [span for span in attempt.spans if span.operation == OPERATION_AGENT]
-    texts = {
-        "input": next((span.input for span in [*roots, *calls] if span.input), ""),
-        "output": next((span.output for span in [*reversed(calls), *roots] if span.output), ""),
-        "transcript": "\n\n".join(filter(None, (_said(span) for span in attempt.spans))),
-        "agent": attempt.agent,
-        "status": attempt.status,
-    }
+    texts = {**texts_of(attempt.spans), "agent": attempt.agent, "status": attempt.status}
     return _PLACE.sub(lambda place: shortened(texts[place[1]], max_chars), template)
-
-
-def shortened(text: str, max_chars: int) -> str:
-    """Without its middle where it is too long: how it began and how it ended say most."""
-    if len(text) <= max_chars:
-        return text
-    room = max_chars - len(_LEFT_OUT)
-    return text[: room // 2] + _LEFT_OUT + text[len(text) - (room - room // 2) :]
-
-
-def _said(span: Span) -> str:
-    if span.operation == OPERATION_AGENT:
-        return ""
-    what = f"tool {tool}" if (tool := tool_of(span)) else (span.operation or span.name)
-    lines = [f"[{what}]", f"in: {span.input}" if span.input else "", f"out: {span.output}" if span.output else ""]
-    if span.status_message:
-        lines.append(f"error: {span.status_message}")
-    return "\n".join(filter(None, lines))

@@ -1,0 +1,70 @@
+"""A question to a model over OpenAI's chat completions, and its answer as text.
+
+Promises: a model that is away (no connection, 429, 502, 503, 504) is waited for, for ever, visibly; anything else that
+is no answer (another status, none in time, no text) raises NoAnswer. Does not know what is asked.
+"""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+
+import httpx
+from pydantic import SecretStr
+
+from fulgurite.producers.backoff import Backoff
+
+logger = logging.getLogger(__name__)
+
+AWAY = frozenset({429, 502, 503, 504})
+
+
+class NoAnswer(Exception):
+    """The model is there and gave no answer that can be used."""
+
+
+@dataclass(frozen=True, slots=True)
+class ChatModel:
+    """A model by the base URL of its server."""
+
+    client: httpx.AsyncClient
+    url: str
+    model: str
+    api_key: SecretStr
+    timeout_seconds: float
+
+    async def ask(self, question: str, temperature: float) -> str:
+        """Raises NoAnswer."""
+        url = f"{self.url.rstrip('/')}/chat/completions"
+        body = {
+            "model": self.model,
+            "messages": [{"role": "user", "content": question}],
+            "temperature": temperature,
+        }
+        key = self.api_key.get_secret_value()
+        headers = {"authorization": f"Bearer {key}"} if key else {}
+        backoff = Backoff(logger)
+        while True:
+            try:
+                response = await self.client.post(url, json=body, headers=headers, timeout=self.timeout_seconds)
+            except httpx.ReadTimeout:
+                raise NoAnswer(f"no answer within {self.timeout_seconds:g} s") from None
+            except httpx.TransportError as error:
+                await backoff.wait(f"{self.model} at {self.url} does not answer: {error!r}")
+                continue
+            if response.status_code not in AWAY:
+                return _content(response)
+            await backoff.wait(f"{self.model} at {self.url} answers {response.status_code}")
+
+
+def _content(response: httpx.Response) -> str:
+    """The text of a chat completion. Raises NoAnswer."""
+    if not response.is_success:
+        raise NoAnswer(f"status {response.status_code}: {response.text[:500]}")
+    try:
+        content = response.json()["choices"][0]["message"]["content"]
+    except (ValueError, LookupError, TypeError):
+        raise NoAnswer(f"no chat completion: {response.text[:500]}") from None
+    if not isinstance(content, str):
+        raise NoAnswer(f"an answer without text: {response.text[:500]}")
+    return content

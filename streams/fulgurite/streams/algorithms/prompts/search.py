@@ -1,0 +1,168 @@
+"""The search's state: which templates were tried, how good they are, which to go on from, what is left to spend. Pure.
+
+    round 0:  the seed is tried
+    round r:  of each of the beam_width best, branch_factor edits are asked for (propose), then tried (evaluate)
+
+Promises: never more than max_rollouts rollouts or max_critic_calls calls; a template is tried once; candidates are
+compared on the same tasks. The score is the mean reward of those rollouts that have one: a rollout without a reward is
+not taken for one of 0, but a candidate of which fewer than min_share have one is out.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from typing import Literal
+
+from pydantic import BaseModel, Field
+
+from fulgurite.schemas.settings import PromptSettings
+
+CALLS_PER_EDIT = 2
+"""A critique and an edit."""
+
+EXAMPLES_PER_SHOWN = 2
+"""Rollouts remembered of a candidate, for each that the critic is shown: its edits see different ones."""
+
+
+class Example(BaseModel):
+    """A rollout, for the critic."""
+
+    input: str
+    output: str
+    reward: float
+
+
+class Candidate(BaseModel):
+    """A template."""
+
+    number: int
+    text: str
+    version: int
+    """Of the resource under which it is tried."""
+    round: int = 0
+    parent: int | None = None
+    score: float | None = None
+    rewarded: int = 0
+    why_out: str = ""
+    """Why it is none any more; empty while it is one."""
+    examples: list[Example] = Field(default_factory=list[Example])
+    """Its worst rollouts; only of the beam."""
+
+
+class Search(BaseModel):
+    """All that is remembered."""
+
+    run_id: str
+    resource: str
+    phase: Literal["evaluate", "propose", "over"] = "evaluate"
+    round: int = 0
+    candidates: list[Candidate] = Field(default_factory=list[Candidate])
+    beam: list[int] = Field(default_factory=list[int])
+    tried: int = 0
+    """Edits asked for in this round."""
+    rollouts: int = 0
+    critic_calls: int = 0
+    version: int = 0
+    """The newest version of the resource that this search knows of, and which candidate it is."""
+    published: int = 0
+    spans_from: dict[int, int] = Field(default_factory=dict[int, int])
+    """By partition: before it lies no span of the candidates being tried."""
+
+    def waiting(self) -> list[Candidate]:
+        """Candidates being tried."""
+        return [candidate for candidate in self.candidates if candidate.score is None and not candidate.why_out]
+
+    def rollout_ids(self, candidate: Candidate, settings: PromptSettings) -> list[str]:
+        """By task."""
+        return [f"{self.run_id}-c{candidate.number}-t{task}" for task in range(settings.val_batch)]
+
+    def first(self, text: str, version: int, settings: PromptSettings) -> Candidate:
+        """The seed."""
+        return self._add(Candidate(number=0, text=text, version=version), settings)
+
+    def next_parent(self, settings: PromptSettings) -> tuple[Candidate, int] | None:
+        """The candidate to be edited next and how many edits of it were asked for; None where this round has had its
+        edits, or a budget is used up."""
+        if self.tried >= len(self.beam) * settings.branch_factor:
+            return None
+        if self.critic_calls + CALLS_PER_EDIT > settings.max_critic_calls:
+            return None
+        if self.rollouts + settings.val_batch > settings.max_rollouts:
+            return None
+        place, branch = divmod(self.tried, settings.branch_factor)
+        return self.candidates[self.beam[place]], branch
+
+    def proposed(self, parent: Candidate, text: str | None, version: int, settings: PromptSettings) -> Candidate | None:
+        """Takes in an edit (None: the critic gave none); the candidate, if it is one."""
+        self.tried += 1
+        self.critic_calls += CALLS_PER_EDIT
+        made = None
+        if text is not None and not self.fault(text, settings):
+            number = len(self.candidates)
+            made = self._add(
+                Candidate(number=number, text=text, version=version, round=self.round, parent=parent.number), settings
+            )
+        if self.next_parent(settings) is None:
+            self.phase = "evaluate" if self.waiting() else "over"
+        return made
+
+    def fault(self, text: str, settings: PromptSettings) -> str:
+        """Why an edit is thrown away; empty where it is not."""
+        if not text.strip():
+            return "it is empty"
+        if len(text) > settings.max_template_chars:
+            return f"it has {len(text)} characters; prompt.max_template_chars = {settings.max_template_chars}"
+        if missing := [part for part in settings.must_contain if part not in text]:
+            return f"it lacks {', '.join(missing)}"
+        if any(candidate.text == text for candidate in self.candidates):
+            return "it was tried already"
+        return ""
+
+    def scored(
+        self,
+        rewards: Mapping[int, Sequence[float | None]],
+        examples: Mapping[int, Sequence[Example]],
+        settings: PromptSettings,
+    ) -> Candidate | None:
+        """Takes in the rewards of the candidates being tried, by number; chooses the beam and begins the next round.
+
+        Gives the candidate to be published, None where none is better than the one that is.
+        """
+        for candidate in self.waiting():
+            known = [reward for reward in rewards[candidate.number] if reward is not None]
+            candidate.rewarded = len(known)
+            if len(known) < settings.min_share * settings.val_batch:
+                candidate.why_out = f"{len(known)} of {settings.val_batch} rollouts have a reward"
+                continue
+            candidate.score = math.fsum(known) / len(known)
+            candidate.examples = list(examples.get(candidate.number, ()))
+        ranked = self.ranked()
+        self.beam = [candidate.number for candidate in ranked[: settings.beam_width]]
+        for candidate in self.candidates:
+            if candidate.number not in self.beam:
+                candidate.examples = []
+        self.round, self.tried = self.round + 1, 0
+        going_on = bool(self.beam) and self.round <= settings.rounds and self.next_parent(settings) is not None
+        self.phase = "propose" if going_on else "over"
+        return self._better(ranked)
+
+    def ranked(self) -> list[Candidate]:
+        """The best first; of equals the one that was tried first."""
+        tried = [candidate for candidate in self.candidates if candidate.score is not None]
+        return sorted(tried, key=lambda candidate: (-(candidate.score or 0.0), candidate.number))
+
+    def _better(self, ranked: Sequence[Candidate]) -> Candidate | None:
+        if not ranked or ranked[0].number == self.published:
+            return None
+        now = self.candidates[self.published].score
+        if now is not None and (ranked[0].score or 0.0) <= now:
+            return None
+        self.published = ranked[0].number
+        self.version += 1
+        return ranked[0]
+
+    def _add(self, candidate: Candidate, settings: PromptSettings) -> Candidate:
+        self.candidates.append(candidate)
+        self.rollouts += settings.val_batch
+        return candidate

@@ -1,0 +1,281 @@
+"""The search for a prompt: a scripted critic over real HTTP, and agents whose reward depends on their template."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import re
+from collections.abc import AsyncGenerator, Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fulgurite.producers.prompts import PromptTemplates
+from fulgurite.schemas.codec import decode, decode_union
+from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.resources import ResourceVersion, prompt_version
+from fulgurite.schemas.rollouts import ROLLOUT_EVENT, RolloutQueued
+from fulgurite.schemas.settings import KafkaSettings, PromptSettings, Settings
+from fulgurite.schemas.spans import Span
+from fulgurite.schemas.topics import RESOURCES, ROLLOUTS, SPANS, TRAJECTORIES
+from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
+from fulgurite.schemas.trajectories import Trajectory
+from fulgurite.streams.algorithms.prompts import serve
+from fulgurite.streams.algorithms.prompts.critic import template_in
+from fulgurite.streams.algorithms.prompts.search import Example, Search
+from fulgurite.streams.trainer.ownership import ResourceTaken
+from tests.streams.algorithms.algorithms_bus import send
+from tests.streams.algorithms.judge_server import ModelServer, model_server
+from tests.streams.trainer_world import read_topic, training_events
+
+RUN = "search"
+GOOD = ("step by step", "check", "unit")
+"""What makes the toy agent better, each by a third."""
+
+
+class Killed(BaseException):
+    """Stands for kill -9."""
+
+
+def task(index: int) -> dict[str, str]:
+    return {"question": f"{index}+{index}"}
+
+
+def worth(template: str) -> float:
+    return sum(word in template for word in GOOD) / len(GOOD)
+
+
+def critic(question: str) -> str | int:
+    """A critique names what is missing; an edit heeds it. Each third edit is useless: it loses the place."""
+    template = re.findall(r"<template>\n(.*?)\n</template>", question, re.DOTALL)[0]
+    missing = [word for word in GOOD if word not in template]
+    if "A reviewer says:" not in question:
+        assert "reward" in question
+        assert "answered: I was told" in question
+        return f"Missing: {missing[0] if missing else 'nothing'}."
+    said = re.findall(r"Missing: (.*?)\.", question)[0]
+    if len(template) % 3 == 0:
+        return "<template>no place at all</template>"
+    return f"Here it is:\n<template>\n{template} And {said}!\n</template>"
+
+
+@contextlib.asynccontextmanager
+async def agents(kafka: KafkaSettings, lost: Callable[[str], bool] = lambda _: False) -> AsyncGenerator[list[str]]:
+    """Whoever runs agents: does what is queued with the template that the rollout is pinned to."""
+    prompts = PromptTemplates(kafka)
+    done: list[str] = []
+    stop = asyncio.Event()
+
+    async def act() -> None:
+        while not stop.is_set():
+            for record in await read_topic(kafka, ROLLOUTS):
+                queued = decode_union(ROLLOUT_EVENT, "RolloutEvent", record.value)
+                assert isinstance(queued, RolloutQueued)
+                if queued.rollout_id not in done:
+                    done.append(queued.rollout_id)
+                    if not lost(queued.rollout_id):
+                        await answer(queued)
+            await asyncio.sleep(0.1)
+
+    async def answer(queued: RolloutQueued) -> None:
+        template = await prompts.get("greeting", str((queued.model_extra or {})["resources_id"]))
+        attempt_id = f"{queued.rollout_id}-a"
+        said = Span(
+            rollout_id=queued.rollout_id,
+            attempt_id=attempt_id,
+            span_id=f"{queued.rollout_id}-s",
+            name="chat",
+            operation="chat",
+            start_ns=1,
+            end_ns=2,
+            input=template.render(**queued.input),
+            output=f"I was told {template.render(**queued.input)}",
+        )
+        ended = Trajectory(
+            rollout_id=queued.rollout_id,
+            attempt_id=attempt_id,
+            run_id=queued.run_id,
+            group_id=queued.group_id,
+            group_size=queued.group_size,
+            mode=queued.mode,
+            status="succeeded",
+            reward=worth(template.text),
+        )
+        await send(kafka, SPANS, said)
+        await send(kafka, TRAJECTORIES, ended)
+
+    acting = asyncio.create_task(act())
+    try:
+        yield done
+    finally:
+        stop.set()
+        await acting
+        await prompts.close()
+
+
+def settings_for(kafka: KafkaSettings, server: ModelServer, tmp_path: Path, **changes: Any) -> Settings:
+    seed = tmp_path / "seed.txt"
+    seed.write_text("Answer {question}")
+    values: dict[str, Any] = {
+        "run_id": RUN,
+        "resource": "greeting",
+        "seed": seed,
+        "tasks": "tests.streams.algorithms.test_prompts:task",
+        "critic_url": server.url,
+        "critic_model": "critic",
+        "must_contain": ["{question}"],
+        "rounds": 3,
+        "beam_width": 2,
+        "branch_factor": 2,
+        "val_batch": 2,
+        "gradient_batch": 1,
+        **changes,
+    }
+    return Settings(kafka=kafka, prompt=PromptSettings.model_validate(values))
+
+
+async def versions(kafka: KafkaSettings, resource: str) -> list[ResourceVersion]:
+    found = [decode(ResourceVersion, record.value) for record in await read_topic(kafka, RESOURCES)]
+    return [version for version in found if version.resource == resource]
+
+
+async def steps_of(kafka: KafkaSettings) -> list[TrainingStep]:
+    return [event for event in await training_events(kafka, RUN) if isinstance(event, TrainingStep)]
+
+
+async def test_the_template_gets_better_and_a_killed_search_goes_on(
+    kafka_settings: KafkaSettings, tmp_path: Path
+) -> None:
+    async with model_server(critic) as server, agents(kafka_settings) as done:
+        settings = settings_for(kafka_settings, server, tmp_path)
+        for dies_at in ("begun", "committed", "read", "scored", "asked", "sent", "proposed"):
+
+            def hook(step: str, dies_at: str = dies_at) -> None:
+                if step == dies_at:
+                    raise Killed
+
+            with pytest.raises(Killed):
+                async with asyncio.timeout(30):
+                    await serve(settings, asyncio.Event(), hook)
+        async with asyncio.timeout(60):
+            await serve(settings, asyncio.Event())
+        rollouts = await read_topic(kafka_settings, ROLLOUTS)
+        await serve(settings, asyncio.Event())  # over: nothing more happens
+    events = await training_events(kafka_settings, RUN)
+    assert [type(events[0]), type(events[-1])] == [RunStarted, RunFinished]
+    assert sum(isinstance(event, RunStarted | RunFinished) for event in events) == 2
+    steps = await steps_of(kafka_settings)
+    assert [step.step for step in steps] == [1, 2, 3, 4]
+    assert [round(step.metrics["prompt/best"], 3) for step in steps] == [0, 0.333, 0.667, 1.0]
+
+    found = await versions(kafka_settings, "greeting")
+    assert [version.version for version in found] == [1, 2, 3, 4]
+    assert [version.kind for version in found] == ["prompt_template"] * 4
+    assert found[0].content == "Answer {question}"
+    assert worth(found[-1].content) == 1.0
+    assert "{question}" in found[-1].content
+
+    queued = [record.key.decode() for record in rollouts]
+    assert len(queued) == len(set(queued)), "each rollout is asked for once, whatever was killed"
+    assert set(queued) == set(done) == {rollout_id for step in steps for rollout_id in step.rollout_ids}
+    assert len(queued) == steps[-1].metrics["prompt/rollouts"]
+
+
+async def test_budgets_hold_and_lost_rollouts_are_no_zeros(kafka_settings: KafkaSettings, tmp_path: Path) -> None:
+    async with (
+        model_server(critic) as server,
+        agents(kafka_settings, lambda rollout_id: rollout_id == f"{RUN}-c0-t1") as done,
+    ):
+        settings = settings_for(
+            kafka_settings, server, tmp_path, max_rollouts=6, max_critic_calls=4, candidate_deadline_seconds=2
+        )
+        async with asyncio.timeout(60):
+            await serve(settings, asyncio.Event())
+    assert len(server.questions) <= 4
+    assert len(done) <= 6
+    first, *_ = await steps_of(kafka_settings)
+    assert first.metrics["prompt/out"] == 0
+    assert first.reward_mean == 0.0
+    (last,) = [event for event in await training_events(kafka_settings, RUN) if isinstance(event, RunFinished)]
+    assert "4 calls of the critic" in last.reason
+
+
+async def test_another_writer_ends_the_search(kafka_settings: KafkaSettings, tmp_path: Path) -> None:
+    async with model_server(critic) as server, agents(kafka_settings):
+        settings = settings_for(kafka_settings, server, tmp_path)
+
+        def hook(step: str) -> None:
+            if step == "scored":
+                raise Killed
+
+        with pytest.raises(Killed):
+            await serve(settings, asyncio.Event(), hook)
+        await send(kafka_settings, RESOURCES, prompt_version("greeting", 9, "mine"))
+        with pytest.raises(ResourceTaken, match="version 9 was announced by a writer without run_id"):
+            await serve(settings, asyncio.Event())
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"run_id": ""}, r"prompt\.run_id is empty"),
+        ({"critic_model": ""}, r"prompt\.critic_model is empty"),
+        ({"max_rollouts": 1}, "not enough for one candidate"),
+        ({"seed": None}, "no prompt template greeting yet"),
+        ({"must_contain": ["{answer}"]}, r"cannot be used: it lacks \{answer\}"),
+        ({"edit_template": "/no/such/file"}, r"prompt\.edit_template = /no/such/file"),
+    ],
+)
+async def test_what_cannot_be_run_is_refused(
+    kafka_settings: KafkaSettings, tmp_path: Path, changes: dict[str, Any], words: str
+) -> None:
+    async with model_server(critic) as server:
+        settings = settings_for(kafka_settings, server, tmp_path, **changes)
+        with pytest.raises(SettingsError, match=words):
+            await serve(settings, asyncio.Event())
+    assert await read_topic(kafka_settings, RESOURCES) == []
+
+
+@given(st.data())
+def test_no_search_spends_more_than_its_budgets(data: st.DataObject) -> None:
+    draw = data.draw
+    settings = PromptSettings(
+        rounds=draw(st.integers(1, 4)),
+        beam_width=draw(st.integers(1, 3)),
+        branch_factor=draw(st.integers(1, 3)),
+        val_batch=draw(st.integers(1, 4)),
+        max_rollouts=draw(st.integers(4, 60)),
+        max_critic_calls=draw(st.integers(1, 20)),
+    )
+    search = Search(run_id="r", resource="p", version=1)
+    search.first("seed", 1, settings)
+    best = -1.0
+    while search.phase != "over":
+        if search.phase == "propose":
+            found = search.next_parent(settings)
+            assert found is not None
+            assert found[0].number in search.beam
+            text = draw(st.sampled_from([None, "", "seed", *(f"t{i}" for i in range(30))]))
+            search.proposed(found[0], text, 1, settings)
+            continue
+        tried = search.waiting()
+        rewards = {c.number: [draw(st.sampled_from([None, 0.0, 0.5, 1.0]))] * settings.val_batch for c in tried}
+        examples = {c.number: [Example(input="", output="", reward=0.0)] for c in tried}
+        search.scored(rewards, examples, settings)
+        scores = [candidate.score for candidate in search.candidates if candidate.score is not None]
+        assert max(scores, default=-1.0) >= best, "the best that was found stays"
+        best = max(scores, default=-1.0)
+        assert not scores or search.candidates[search.published].score == best
+    assert search.rollouts <= settings.max_rollouts
+    assert search.critic_calls <= settings.max_critic_calls
+    assert search.round <= settings.rounds + 1
+    texts = [candidate.text for candidate in search.candidates]
+    assert len(texts) == len(set(texts))
+
+
+def test_the_template_stands_between_the_marks() -> None:
+    assert template_in("a <template>x</template> b <template>\ny\n</template>") == "y"
+    assert template_in("  just this ") == "just this"
