@@ -125,14 +125,23 @@ async def test_killed_between_every_two_steps_it_ends_as_if_it_had_not_been(
 async def test_a_replay_killed_between_steps_ends_as_if_it_had_not_been(
     kafka_settings: KafkaSettings, tmp_path: Path
 ) -> None:
-    """Its windows do not depend on timing, and so it may run ahead: two windows of the source are in three of its."""
+    """Its windows do not depend on timing, and so it may run ahead: two windows of the source are in three of its. They
+    slide, and so what earlier windows had is in its checkpoints too."""
     live = settings_of(kafka_settings, build_model(tmp_path / "model", seed=3), tmp_path, "live")
     async with World(kafka_settings).running():
         async with asyncio.timeout(60):
             await serve(live, asyncio.Event())
 
     def replay(name: str) -> Settings:
-        trainer = TrainerSettings(run_id=name, resource=name, output=tmp_path, groups_per_step=2, keep_versions=3)
+        trainer = TrainerSettings(
+            run_id=name,
+            resource=name,
+            output=tmp_path,
+            groups_per_step=2,
+            keep_versions=3,
+            overlap_groups=3,
+            incomplete="fill",
+        )
         return Settings(kafka=kafka_settings, trainer=trainer, source=SourceSettings(run_id="live"))
 
     async with asyncio.timeout(60):
@@ -143,5 +152,7 @@ async def test_a_replay_killed_between_steps_ends_as_if_it_had_not_been(
     assert weights(replay("killed")) == weights(replay("calm"))
     before, after = [await training_events(kafka_settings, name) for name in ("calm", "killed")]
     steps = [event for event in after if isinstance(event, TrainingStep)]
-    assert [event.rollout_ids for event in steps] == [e.rollout_ids for e in before if isinstance(e, TrainingStep)]
+    expected = [event for event in before if isinstance(event, TrainingStep)]
+    assert [(e.rollout_ids, e.again) for e in steps] == [(e.rollout_ids, e.again) for e in expected]
+    assert all(event.again for event in steps[2:])
     assert all_once(after) == all_once(before)

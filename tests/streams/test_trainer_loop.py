@@ -201,6 +201,40 @@ async def test_a_bad_step_is_skipped_and_the_ledger_says_why(
     assert len({version.sha256 for version in world.versions}) == 1
 
 
+async def test_a_window_closed_by_time_does_not_wait_for_the_slowest_and_the_next_one_slides_over_it(
+    kafka_settings: KafkaSettings, trainer_settings: TrainerSettings
+) -> None:
+    held: list[Trajectory] = []
+
+    def alter(trajectory: Trajectory) -> Trajectory | None:
+        number = float(trajectory.rollout_id.rpartition("r")[2])
+        trajectory = trajectory.model_copy(update={"reward": number, "assembled_ns": 1})
+        if trajectory.group_id != f"{RUN}-g1":
+            return trajectory
+        held.append(trajectory)
+        return None
+
+    changes = {"steps": 2, "groups_per_step": 2, "window_seconds": 0.5, "overlap_groups": 2}
+    async with World(kafka_settings, alter).running() as world:
+        running = asyncio.create_task(train(kafka_settings, trainer_settings.model_copy(update=changes)))
+        while True:
+            events = await training_events(kafka_settings, RUN)
+            if any(isinstance(event, TrainingStep) for event in events):
+                break
+            await asyncio.sleep(0.1)
+        for trajectory in held:
+            await world.send(trajectory)
+        await running
+    events = await training_events(kafka_settings, RUN)
+    first, second = (event for event in events if isinstance(event, TrainingStep))
+    of = [[f"{RUN}-g{group}-r{member}" for member in range(4)] for group in range(3)]
+    assert (first.groups, first.rollout_ids, first.again) == (1, of[0], [])
+    assert second.again == of[0]
+    assert second.metrics["rollouts/trained_again"] == 4.0
+    assert set(all_once(events)) == set(world.queued)
+    assert len(world.queued) == 12, "three groups: the one that was not there was not asked for again"
+
+
 async def test_stragglers_poison_and_broken_groups_do_not_stop_it(
     kafka_settings: KafkaSettings, trainer_settings: TrainerSettings, unused_tcp_port: int
 ) -> None:

@@ -23,9 +23,16 @@ from fulgurite.streams.learners.learner import BadStep, Learner, load_learner
 from fulgurite.streams.learners.packing import pack
 from fulgurite.streams.trainer.checkpoints import Checkpoints, RunState, copy_companions
 from fulgurite.streams.trainer.plan import make_plan
-from fulgurite.streams.trainer.samples import ModelLimits, Sample, member_of, read_limits, training_set
+from fulgurite.streams.trainer.samples import (
+    ModelLimits,
+    Sample,
+    member_of,
+    read_limits,
+    trained_sequences,
+    training_set,
+)
 from fulgurite.streams.trainer.tasks import group_records, load_tasks
-from fulgurite.streams.trainer.windows import Member, Shape, Window, Windows
+from fulgurite.streams.trainer.windows import FILLED, Group, Member, Shape, Window, Windows
 from tests.streams.trainer_world import build_model, sample
 
 LIMITS = ModelLimits(vocab_size=16, max_positions=8)
@@ -92,6 +99,31 @@ def test_one_advantage_a_rollout_broadcast_to_its_sequences_and_silent_groups_dr
     assert [(d.rollout_id, d.reason) for d in found.dropped] == [(f"r-g1-r{i}", "zero_variance") for i in (0, 1)]
     assert found.rewards == [1.0, 0.0, 0.5, 0.5]
     assert found.samples[0].versions == [-1, -1, 3, 3]
+
+
+def test_a_member_that_is_filled_in_counts_in_the_comparison_and_is_not_trained_on() -> None:
+    """Rewards 1 and 1 say nothing; with a failed one that counts as 0 the two were good."""
+    alive = [Member(trajectory(sequence(), rollout_id=f"r{n}", reward=1.0), "", 3) for n in range(2)]
+    gone = Member(trajectory(rollout_id="r2", reward=0.0), FILLED)
+    settings = TrainerSettings(advantage="mean_centred")
+    assert training_set(Window(3, [alive], []), settings).samples == []
+    found = training_set(Window(3, [[*alive, gone]], []), settings)
+    assert found.rollout_ids == ["r0", "r1"]
+    assert found.dropped == []
+    assert [sample.advantage for sample in found.samples] == pytest.approx([1 / 3, 1 / 3])
+    gone = replace(gone, trajectory=gone.trajectory.model_copy(update={"reward": 1.0}))
+    silent = training_set(Window(3, [[*alive, gone]], []), settings)
+    assert [each.rollout_id for each in silent.dropped] == ["r0", "r1"], "the ledger has named r2"
+
+
+def test_agents_and_policies_are_told_apart() -> None:
+    given = trajectory(
+        sequence(agent="planner"), sequence(agent="critic"), sequence(agent="critic", resource="other"), sequence()
+    )
+    assert len(trained_sequences(given, "policy")) == 3
+    assert [s.agent for s in trained_sequences(given, "policy", ["critic"])] == ["critic"]
+    assert [s.resource for s in trained_sequences(given, "other", ["critic"])] == ["other"]
+    assert member_of(given, "policy", LIMITS, ["nobody"])[0].reason == "no_calls"
 
 
 def samples_from(folder: Path, version: int = 3) -> list[Sample]:
@@ -251,14 +283,18 @@ def test_a_checkpoint_gives_back_the_windows_as_they_were(tmp_path: Path) -> Non
         given = trajectory(sequence(), rollout_id=f"r-g{group}-r{index}", group_id=f"r-g{group}")
         windows.add(Member(given, reason, 3), 5)
     windows.close([2])
-    folder = Checkpoints(tmp_path, "r")
+    earlier = Member(trajectory(sequence(), rollout_id="r-g0-r1", group_id="r-g0"), "", 2)
+    windows.recent = [Group(0, 5, {"r-g0-r1": earlier}, True, size=1)]
+    windows.groups_short = 1
+    folder = Checkpoints(tmp_path, "r", {"loss": "dapo"})
     written = checkpoint(folder, 7, windows)
+    assert json.loads((written.folder / "settings.json").read_text()) == {"loss": "dapo"}
     loaded = folder.load(7)
     assert loaded == written
     assert loaded.state.offsets == {0: 4, 1: 7}
     restored = folder.windows(loaded, shape(), now_ns=99)
     assert {group.arrived_ns for group in restored.groups.values()} == {99}, "time that nobody ran does not count"
-    for group in restored.groups.values():
+    for group in (*restored.groups.values(), *restored.recent):
         group.arrived_ns = 5
     assert restored == windows
     assert loaded.uri.startswith("file:///")
@@ -343,6 +379,9 @@ def test_groups_are_asked_for_with_the_same_ids_every_time() -> None:
         ({"run_id": "a/b"}, "run_id"),
         ({"run_id": "x" * 65}, "run_id"),
         ({"pacing_staleness": 5}, "max_staleness"),
+        ({"fill_reward": -1.0}, "trainer.incomplete = mask fills nothing in"),
+        ({"overlap_seconds": 5.0}, "trainer.overlap_groups is 0, windows do not slide"),
+        ({"overlap_groups": 2, "max_staleness": 0, "pacing_staleness": 0}, "no group could be in a second window"),
     ],
 )
 def test_settings_that_cannot_work_say_so_before_anything_is_loaded(changes: dict[str, Any], message: str) -> None:

@@ -3,23 +3,26 @@
 from __future__ import annotations
 
 import asyncio
+import zlib
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import clickhouse_connect
 import pytest
+import torch
+from transformers import AutoModelForCausalLM
 
 from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.migrations import apply_migrations, connection_options
 from fulgurite.schemas.settings import ClickHouseSettings, KafkaSettings, Settings, SourceSettings, TrainerSettings
 from fulgurite.schemas.topics import RESOURCES, TRAJECTORIES
 from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
-from fulgurite.schemas.trajectories import Trajectory
+from fulgurite.schemas.trajectories import TokenSequence, Trajectory
 from fulgurite.streams.learners import learner
-from fulgurite.streams.learners.policy import Policy, load_policy
 from fulgurite.streams.trainer import serve
-from tests.streams.trainer_world import LOADING, World, all_once, build_model, read_topic, training_events
+from tests.streams.trainer_world import LOADING, World, all_once, build_model, read_topic, sample, training_events
 
 STEPS = 4
 
@@ -31,11 +34,13 @@ def start_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def one_load_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    def load(folder: Path) -> Policy:
-        with LOADING:
-            return load_policy(folder)
+    load_learner = learner.load_learner
 
-    monkeypatch.setattr(learner, "load_policy", load)
+    def load(*arguments: Any) -> learner.Learner:
+        with LOADING:
+            return load_learner(*arguments)
+
+    monkeypatch.setattr(learner, "load_learner", load)
 
 
 @pytest.fixture
@@ -224,6 +229,46 @@ async def test_a_query_says_which_rollouts_and_in_which_order(
     ):
         with pytest.raises(SettingsError, match=message):
             await run(replay_of(live, "wrong", {"begin": "sql", "sql": wrong}))
+
+
+async def test_two_policies_that_act_in_the_same_rollouts_have_a_trainer_each(live: Settings, tmp_path: Path) -> None:
+    """The critic's trainer follows the one that asks for the rollouts; the versions it sees are its own."""
+    folder = build_model(tmp_path / "critic-model", seed=8)
+    model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+
+    def criticised(trajectory: Trajectory) -> Trajectory:
+        tokens, logprobs = sample(model, [3, 4], zlib.crc32(trajectory.rollout_id.encode()))
+        own = TokenSequence(
+            token_ids=tokens,
+            loss_mask=[0, 0] + [1] * (len(tokens) - 2),
+            logprobs=logprobs,
+            weight_versions=[VersionSpan(version=1, start=2, end=len(tokens))],
+            resource="critic",
+            agent="critic",
+        )
+        return trajectory.model_copy(update={"sequences": [*trajectory.sequences, own]})
+
+    live = live.model_copy(update={"trainer": live.trainer.model_copy(update={"steps": 2})})
+    trainer = TrainerSettings(
+        run_id="critic", resource="critic", model=folder, output=tmp_path, agents=["critic"], max_staleness=0,
+        pacing_staleness=0, steps=2,
+    )  # fmt: skip
+    critic = live.model_copy(
+        update={"trainer": trainer, "source": SourceSettings(run_id="live", resource="critic", begin="beginning")}
+    )
+    async with World(live.kafka, criticised).running():
+        await run(live)
+    await run(critic)
+    (first,) = await steps_of(critic)
+    assert first.metrics["sampling/same_version_tokens"] > 0, (
+        "trainer and sampler are compared: the versions are its own"
+    )
+    assert first.staleness_max == 0
+    finished = (await training_events(live.kafka, "critic"))[-1]
+    assert isinstance(finished, RunFinished)
+    assert finished.reason == "its source is over; 1 steps done"
+    fates = all_once(await training_events(live.kafka, "critic"))
+    assert {fates[f"live-g{group}-r0"] for group in (3, 4, 5)} == {"stale"}, "version 1 sampled them, 2 is trained"
 
 
 async def test_what_cannot_be_replayed_says_so_at_once(live: Settings) -> None:

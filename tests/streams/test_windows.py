@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+from typing import Literal
+
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulgurite.schemas.trajectories import Trajectory
-from fulgurite.streams.trainer.windows import Member, Shape, Windows
+from fulgurite.streams.trainer.windows import FILLED, Member, Shape, Window, Windows
 
 SHAPE = Shape(run_id="r", group_size=3, groups_per_step=2, groups_ahead=4, max_staleness=2, group_deadline_seconds=10.0)
 SECOND = 1_000_000_000
@@ -144,15 +147,102 @@ def test_the_end_names_everything_that_is_left_once() -> None:
     assert w.end() == []
 
 
+def test_incomplete_groups_are_masked_dropped_or_filled() -> None:
+    """r-g0 has a failed member, r-g1 one that does not come."""
+    found: dict[str, Window] = {}
+    for policy in ("mask", "drop", "fill"):
+        shape = replace(SHAPE, incomplete=policy, fill_reward=-1.0)
+        w = Windows(shape, asked=4)
+        for group in (0, 1, 2, 3):
+            for index in range(3):
+                failed = (group, index) == (0, 1)
+                if (group, index) != (1, 2):
+                    w.add(member(group, index, "failed" if failed else "", reward=0.5 * index), 0)
+        w.close([1])
+        window = w.take(5)
+        assert window
+        found[policy] = window
+    assert ids(found["mask"].groups) == [["r-g0-r0", "r-g0-r2"], ["r-g1-r0", "r-g1-r1"]]
+    assert found["mask"].groups_incomplete == 2
+    assert ids(found["drop"].groups) == [[f"r-g{group}-r{index}" for index in range(3)] for group in (2, 3)]
+    reasons = {d.rollout_id: d.reason for d in found["drop"].dropped}
+    assert reasons == {
+        "r-g1-r2": "deadline", "r-g0-r0": "incomplete", "r-g0-r1": "failed", "r-g0-r2": "incomplete",
+        "r-g1-r0": "incomplete", "r-g1-r1": "incomplete",
+    }  # fmt: skip
+    filled = [[(m.trajectory.rollout_id, m.trajectory.reward, m.reason) for m in g] for g in found["fill"].groups]
+    assert filled == [
+        [("r-g0-r0", 0.0, ""), ("r-g0-r2", 1.0, ""), ("r-g0-r1", 0.5, "filled")],
+        [("r-g1-r0", 0.0, ""), ("r-g1-r1", 0.5, ""), ("r-g1-r2", -1.0, "filled")],
+    ]
+
+
+def test_one_survivor_is_enough_where_the_others_are_filled_in() -> None:
+    w = Windows(replace(SHAPE, incomplete="fill", groups_per_step=1), asked=1)
+    for index in range(3):
+        w.add(member(0, index, "failed" if index else ""), 0)
+    window = w.take(5)
+    assert window
+    assert [m.reason for m in window.groups[0]] == ["", "filled", "filled"]
+    assert [(d.rollout_id, d.reason) for d in window.dropped] == [("r-g0-r1", "failed"), ("r-g0-r2", "failed")]
+
+
+def test_windows_slide_by_count_within_the_bound_on_staleness() -> None:
+    w = Windows(replace(SHAPE, groups_per_step=1, overlap_groups=2), asked=6)
+    for group in range(6):
+        add_group(w, group, min_version=5 + group)
+    seen: list[tuple[list[str], set[str]]] = []
+    for version in range(5, 11):
+        window = w.take(version)
+        assert window
+        groups = [group[0].trajectory.group_id for group in window.groups]
+        seen.append((groups, {rollout_id.rpartition("-")[0] for rollout_id in window.again}))
+        assert window.dropped == []
+    assert seen == [
+        (["r-g0"], set()),
+        (["r-g1", "r-g0"], {"r-g0"}),
+        *(([f"r-g{n}", f"r-g{n - 2}", f"r-g{n - 1}"], {f"r-g{n - 2}", f"r-g{n - 1}"}) for n in range(2, 6)),
+    ]
+    assert w.take(13) is None
+    add_group(w, 5)
+    assert w.duplicates == 3, "it was trained on: what comes again does not count again"
+
+
+def test_windows_slide_by_time() -> None:
+    w = Windows(replace(SHAPE, groups_per_step=1, overlap_groups=9, overlap_seconds=2.5), asked=5)
+    for group in range(5):
+        for index in range(3):
+            one = member(group, index)
+            at = one.trajectory.model_copy(update={"assembled_ns": group * SECOND})
+            w.add(Member(at, "", 5), 0)
+    windows_found = [w.take(5) for _ in range(5)]
+    assert [[group[0].trajectory.group_id for group in window.groups] for window in windows_found if window] == [
+        ["r-g0"], ["r-g1", "r-g0"], ["r-g2", "r-g0", "r-g1"], ["r-g3", "r-g1", "r-g2"], ["r-g4", "r-g2", "r-g3"],
+    ]  # fmt: skip
+
+
+def test_a_window_closed_by_time_has_what_is_there_and_pacing_knows() -> None:
+    w = windows()
+    add_group(w, 0)
+    assert w.take(5) is None
+    assert w.usable == 1
+    window = w.take(5, least=1)
+    assert window
+    assert len(window.groups) == 1
+    assert w.groups_short == 1
+
+
 happening = st.tuples(
     st.integers(0, 5), st.integers(0, 2), st.sampled_from(["", "", "", "failed"]), st.integers(0, 6), st.booleans()
 )
 
 
 @settings(deadline=None, max_examples=300)
-@given(st.lists(happening, max_size=60))
-def test_every_rollout_comes_out_exactly_once(happenings: list[tuple[int, int, str, int, bool]]) -> None:
-    w = windows(asked=6)
+@given(st.lists(happening, max_size=60), st.sampled_from(["mask", "drop", "fill"]), st.integers(0, 3))
+def test_every_rollout_comes_out_exactly_once(
+    happenings: list[tuple[int, int, str, int, bool]], incomplete: Literal["mask", "drop", "fill"], overlap: int
+) -> None:
+    w = Windows(replace(SHAPE, incomplete=incomplete, overlap_groups=overlap), asked=6)
     version, found = 4, list[str]()
     for group, index, reason, min_version, closes in happenings:
         w.add(member(group, index, reason, min_version), 0)
@@ -161,10 +251,15 @@ def test_every_rollout_comes_out_exactly_once(happenings: list[tuple[int, int, s
         window = w.take(version)
         if window:
             version += 1
-            assert len(window.groups) == SHAPE.groups_per_step
-            assert all(2 <= len(g) <= 3 for g in window.groups)
-            assert all(window.version_in - m.min_version <= SHAPE.max_staleness for g in window.groups for m in g)
-            found += [m.trajectory.rollout_id for g in window.groups for m in g]
+            survivors = [[m for m in g if m.reason != FILLED] for g in window.groups]
+            assert SHAPE.groups_per_step <= len(window.groups) <= SHAPE.groups_per_step + overlap
+            assert all((1 if incomplete == "fill" else 2) <= len(g) <= 3 for g in survivors)
+            assert all(len(g) == 3 for g in survivors) or incomplete != "drop" or window.again
+            assert all(window.version_in - m.min_version <= SHAPE.max_staleness for g in survivors for m in g)
+            ids_in = [m.trajectory.rollout_id for g in survivors for m in g]
+            assert len(ids_in) == len(set(ids_in)), "in one window twice"
+            assert {i for i in ids_in if i in window.again} <= set(found), "again before it was named"
+            found += [i for i in ids_in if i not in window.again]
             found += [d.rollout_id for d in window.dropped]
     found += [d.rollout_id for d in w.end()]
     assert sorted(found) == sorted(f"r-g{g}-r{i}" for g in range(6) for i in range(3))

@@ -73,7 +73,21 @@ class TrainerSettings(Section):
     group_size: Annotated[int, Field(ge=2, le=1_024)] = 8
     """Rollouts of one task."""
     group_deadline_seconds: Seconds = 120.0
-    """After its first trajectory a group waits this long for the rest; then it closes with at least two survivors."""
+    """After its first trajectory a group waits this long for the rest; then it closes with who is there."""
+    incomplete: Literal["mask", "drop", "fill"] = "mask"
+    """Of groups with a member that gives no data (failed, partial, stale, not there at the deadline). mask: the others,
+    two at least, are compared with each other; drop: the group is; fill: its reward counts in the comparison, or
+    fill_reward where it has none, and nothing of it is trained on."""
+    fill_reward: float = 0.0
+    """For incomplete = fill."""
+    window_seconds: Seconds | None = None
+    """Windows by time: a window whose first complete group has waited so long is closed with what is there, at least
+    one group. Not set: it waits for groups_per_step."""
+    overlap_groups: Annotated[int, Field(ge=0, le=65_536)] = 0
+    """Sliding windows: a window has this many groups of earlier ones besides its new ones, the newest that
+    max_staleness allows. A rollout is trained on once in each window that it is in."""
+    overlap_seconds: Seconds | None = None
+    """The same by time: such groups are at most so much older than the window's newest. Not set: any age."""
     max_staleness: Annotated[int, Field(ge=0, le=1_000)] = 4
     """Rollouts with a token more versions behind are dropped."""
     pacing_staleness: Annotated[int, Field(ge=0, le=1_000)] = 1

@@ -47,7 +47,9 @@ class TrainingStep(TrainingEventBase):
     version_in: Version
     version_out: Version
     rollout_ids: list[Id] = Field(default_factory=list)
-    """Trained on, each once in the life of the run."""
+    """Trained on, each named once in the life of the run."""
+    again: list[Id] = Field(default_factory=list)
+    """Trained on here, too, after an earlier step that named them: windows that slide."""
     dropped: list[DroppedRollout] = Field(default_factory=list)
     groups: Annotated[int, Field(ge=0)] = 0
     tokens: Annotated[int, Field(ge=0)] = 0

@@ -49,11 +49,15 @@ class Asking:
         """Reads until there is a window for the current version."""
         reported = time.monotonic()
         asked = 0.0
+        ready: float | None = None
+        limit = self._plan.trainer.window_seconds
         while True:
-            window = self._run.windows.take(self._run.version)
+            now = time.monotonic()
+            due = limit is not None and ready is not None and now - ready >= limit
+            window = self._run.windows.take(self._run.version, least=1 if due else None)
             if window is not None:
                 return window
-            now = time.monotonic()
+            ready = None if not self._run.windows.usable else now if ready is None else ready
             if self._intake.is_full or (self._missing_groups() and now - asked >= REPLACE_SECONDS):
                 asked = now
                 await self._ask_between_versions()
@@ -119,4 +123,5 @@ class Asking:
             groups_per_step=self._plan.trainer.groups_per_step,
             pacing_staleness=self._plan.trainer.pacing_staleness,
             groups_dropped=self._run.windows.groups_dropped,
+            groups_short=self._run.windows.groups_short,
         )

@@ -5,6 +5,7 @@
         optimizer.pt                    the learner's own state (newest checkpoint only)
         state.json                      version, step, next offsets, groups asked for, ledger not yet published
         groups.jsonl                    open groups: one line a member, with its trajectory
+        settings.json                   what the version was made with
 
 A folder that exists was completely written. Whether its version is *committed* the log alone knows: a folder one newer
 than the last committed version is a leftover of a crash and is removed before it can be mistaken for one. Anything more
@@ -14,10 +15,11 @@ a callback.
 
 from __future__ import annotations
 
+import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
@@ -34,6 +36,7 @@ WEIGHTS = "weights"
 OPTIMIZER = "optimizer.pt"
 STATE = "state.json"
 GROUPS = "groups.jsonl"
+SETTINGS = "settings.json"
 
 _TEMPORARY = ".tmp-"
 
@@ -42,6 +45,7 @@ class OpenGroup(BaseModel):
     index: int
     closed: bool
     version: int | None = None
+    size: int | None = None
 
 
 class SourceState(BaseModel):
@@ -71,12 +75,15 @@ class RunState(BaseModel):
     asked: int
     """Groups asked for: the cursor over tasks."""
     groups_dropped: int = 0
+    groups_short: int = 0
     settled_below: int = 0
     settled: list[int] = Field(default_factory=list)
     missing: list[str] = Field(default_factory=list)
     dropped: list[DroppedRollout] = Field(default_factory=list)
     """Settled, but in no step's record yet."""
     open: list[OpenGroup] = Field(default_factory=list[OpenGroup])
+    recent: list[OpenGroup] = Field(default_factory=list[OpenGroup])
+    """Of earlier windows, for later ones that slide."""
     source: SourceState | None = None
     """Of a replay."""
 
@@ -85,6 +92,7 @@ class _MemberLine(BaseModel):
     group: int
     reason: str
     min_version: int
+    recent: bool = False
     trajectory: Trajectory
 
 
@@ -105,8 +113,9 @@ class Checkpoint:
 class Checkpoints:
     """The folders of one run. `output` need not exist."""
 
-    def __init__(self, output: Path, run_id: str) -> None:
+    def __init__(self, output: Path, run_id: str, settings: Mapping[str, Any] | None = None) -> None:
         self._root = output.resolve() / run_id
+        self._settings = dict(settings or {})
 
     def folder(self, version: int) -> Path:
         return self._root / f"v{version:06d}"
@@ -127,6 +136,7 @@ class Checkpoints:
             save_state(temporary / OPTIMIZER)
             state = state.model_copy(update={"sha256": folder_sha256(temporary / WEIGHTS), **_of(windows)})
             (temporary / STATE).write_text(state.model_dump_json(indent=1))
+            (temporary / SETTINGS).write_text(json.dumps(self._settings, indent=1) + "\n")
             with (temporary / GROUPS).open("w") as file:
                 for line in _member_lines(windows):
                     file.write(line.model_dump_json() + "\n")
@@ -169,18 +179,22 @@ class Checkpoints:
         windows = Windows(
             shape,
             asked=state.asked,
-            groups={g.index: Group(g.index, now_ns, {}, g.closed, g.version) for g in state.open},
+            groups={g.index: _group(g, now_ns) for g in state.open},
             settled_below=state.settled_below,
             settled=set(state.settled),
             missing=set(state.missing),
             dropped=list(state.dropped),
             groups_dropped=state.groups_dropped,
+            groups_short=state.groups_short,
+            recent=[_group(g, now_ns) for g in state.recent],
         )
+        recent = {group.index: group for group in windows.recent}
         with (checkpoint.folder / GROUPS).open() as file:
             for text in file:
                 line = _MemberLine.model_validate_json(text)
                 member = Member(line.trajectory, line.reason, line.min_version)
-                windows.groups[line.group].members[line.trajectory.rollout_id] = member
+                group = recent[line.group] if line.recent else windows.groups[line.group]
+                group.members[line.trajectory.rollout_id] = member
         return windows
 
     def discard_uncommitted(self, committed: int | None) -> list[Path]:
@@ -241,20 +255,36 @@ def _of(windows: Windows) -> dict[str, Any]:
     return {
         "asked": windows.asked,
         "groups_dropped": windows.groups_dropped,
+        "groups_short": windows.groups_short,
         "settled_below": windows.settled_below,
         "settled": sorted(windows.settled),
         "missing": sorted(windows.missing),
         "dropped": list(windows.dropped),
-        "open": [OpenGroup(index=g.index, closed=g.closed, version=g.version) for g in windows.groups.values()],
+        "open": [_open(group) for group in windows.groups.values()],
+        "recent": [_open(group) for group in windows.recent],
     }
+
+
+def _open(group: Group) -> OpenGroup:
+    return OpenGroup(index=group.index, closed=group.closed, version=group.version, size=group.size)
+
+
+def _group(saved: OpenGroup, now_ns: int) -> Group:
+    """Without its members, which are lines of their own."""
+    return Group(saved.index, now_ns, {}, saved.closed, saved.version, saved.size)
 
 
 def _member_lines(windows: Windows) -> list[_MemberLine]:
     return [
         _MemberLine(
-            group=group.index, reason=member.reason, min_version=member.min_version, trajectory=member.trajectory
+            group=group.index,
+            reason=member.reason,
+            min_version=member.min_version,
+            recent=recent,
+            trajectory=member.trajectory,
         )
-        for group in windows.groups.values()
+        for recent, groups in ((False, windows.groups.values()), (True, windows.recent))
+        for group in groups
         for member in group.members.values()
     ]
 

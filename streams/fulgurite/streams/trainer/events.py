@@ -15,7 +15,7 @@ from fulgurite.streams.objectives.advantages import mean_and_std
 from fulgurite.streams.trainer.checkpoints import Checkpoint
 from fulgurite.streams.trainer.plan import Plan
 from fulgurite.streams.trainer.samples import ADAPTER_CONFIG, TrainingSet
-from fulgurite.streams.trainer.windows import Window
+from fulgurite.streams.trainer.windows import FILLED, Window
 from fulgurite.streams.transactions import Outgoing
 
 
@@ -80,7 +80,7 @@ def staleness(training: TrainingSet, window: Window) -> tuple[float, int]:
 
 
 def window_metrics(window: Window, training: TrainingSet) -> dict[str, float]:
-    members = [member for group in window.groups for member in group]
+    members = [member for group in window.groups for member in group if member.reason != FILLED]
     lengths = [float(sum(sum(sequence.loss_mask) for sequence in member.trajectory.sequences)) for member in members]
     prompts = [
         float(sequence.loss_mask.index(1))
@@ -96,7 +96,10 @@ def window_metrics(window: Window, training: TrainingSet) -> dict[str, float]:
         **_spread("prompt_length", prompts),
         **_spread("num_turns", [float(member.trajectory.calls) for member in members]),
         "frac_reward_zero_std": training.groups_without_signal / max(1, training.groups),
+        "groups/incomplete": float(window.groups_incomplete),
         "rollouts/trained": float(len(training.rollout_ids)),
+        "rollouts/trained_again": float(len(training.again)),
+        "rollouts/filled": float(sum(member.reason == FILLED for group in window.groups for member in group)),
         "rollouts/dropped": float(len(training.dropped)),
     }
     for dropped in training.dropped:

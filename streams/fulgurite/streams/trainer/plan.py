@@ -72,6 +72,15 @@ class Plan:
         starts the run again fences whoever ran it before."""
         return f"{self.settings.kafka.topic_prefix}trainer.{self.run_id}"
 
+    def changed(self) -> list[str]:
+        """What is otherwise than by default, as `section.name = value`."""
+        sections: dict[str, TrainerSettings | SourceSettings] = {"trainer": self.trainer, "source": self.source}
+        return [
+            f"{section}.{name} = {value}"
+            for section, settings in sections.items()
+            for name, value in settings.model_dump(mode="json", exclude_defaults=True).items()
+        ]
+
 
 def make_plan(settings: Settings) -> Plan:
     """Raises SettingsError for what cannot work."""
@@ -100,6 +109,7 @@ def make_plan(settings: Settings) -> Plan:
             f"trainer.reference = {trainer.reference}: no model there (a folder with config.json is needed)"
         )
     check_source(settings)
+    _check_windows(trainer)
     is_replay = bool(settings.source.run_id) or settings.source.begin == "sql"
     shape = Shape(
         run_id=settings.source.run_id or run_id,
@@ -108,6 +118,10 @@ def make_plan(settings: Settings) -> Plan:
         groups_ahead=(trainer.pacing_staleness + 1) * trainer.groups_per_step,
         max_staleness=trainer.max_staleness,
         group_deadline_seconds=trainer.group_deadline_seconds,
+        incomplete=trainer.incomplete,
+        fill_reward=trainer.fill_reward,
+        overlap_groups=trainer.overlap_groups,
+        overlap_seconds=trainer.overlap_seconds,
         replayed=is_replay,
     )
     if trainer.pacing_staleness > trainer.max_staleness:
@@ -129,6 +143,10 @@ def check_source(settings: Settings) -> None:
                 f"source.{name} has no effect: source.run_id is empty, so the run asks for its rollouts"
             )
         return
+    if trainer.window_seconds is not None:
+        raise SettingsError(
+            f"trainer.window_seconds = {trainer.window_seconds:g}: a replay has no clock, its windows go by count"
+        )
     for name, kind in (("offsets", "offset"), ("time", "time"), ("sql", "sql")):
         given = bool(getattr(source, name))
         if given != (source.begin == kind):
@@ -143,4 +161,22 @@ def check_source(settings: Settings) -> None:
     if not source.resource and not source.run_id:
         raise SettingsError(
             "source.resource is empty: say whose sampled tokens source.sql selects, or set source.run_id"
+        )
+
+
+def _check_windows(trainer: TrainerSettings) -> None:
+    """Raises SettingsError for settings of windows that nothing would read, or that could never act."""
+    if trainer.fill_reward and trainer.incomplete != "fill":
+        raise SettingsError(
+            f"trainer.fill_reward = {trainer.fill_reward:g}: trainer.incomplete = {trainer.incomplete} fills nothing in"
+        )
+    if trainer.overlap_seconds is not None and not trainer.overlap_groups:
+        raise SettingsError(
+            f"trainer.overlap_seconds = {trainer.overlap_seconds:g}: trainer.overlap_groups is 0, windows do not "
+            "slide; set the most groups that a window may have again"
+        )
+    if trainer.overlap_groups and not trainer.max_staleness:
+        raise SettingsError(
+            f"trainer.overlap_groups = {trainer.overlap_groups}: with trainer.max_staleness = 0 no group could be in a "
+            "second window"
         )

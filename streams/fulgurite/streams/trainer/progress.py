@@ -73,6 +73,7 @@ class Progress:
             version_in=window.version_in,
             version_out=state.version,
             rollout_ids=training.rollout_ids,
+            again=training.again,
             dropped=training.dropped,
             groups=training.groups,
             tokens=result.tokens if result else 0,

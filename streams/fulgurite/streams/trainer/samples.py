@@ -7,8 +7,8 @@ it.
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -20,7 +20,7 @@ from fulgurite.streams.objectives.advantages import ESTIMATORS, has_signal
 from fulgurite.streams.objectives.rewards import overlong_penalty
 from fulgurite.streams.trainer.imitation import NOT_CHOSEN, chosen, needs_signal
 from fulgurite.streams.trainer.objective import recipe_of
-from fulgurite.streams.trainer.windows import Member, Window
+from fulgurite.streams.trainer.windows import FILLED, Member, Window
 
 UNKNOWN_VERSION = -1
 
@@ -67,11 +67,22 @@ class TrainingSet:
     """One per rollout trained on."""
     groups: int
     groups_without_signal: int
+    again: list[str] = field(default_factory=list[str])
+    """Of rollouts trained on those that an earlier window had, too."""
+
+    def apart(self, again: Collection[str]) -> TrainingSet:
+        """The same with rollouts of earlier windows listed apart: the ledger has named them."""
+        return replace(
+            self,
+            rollout_ids=[rollout_id for rollout_id in self.rollout_ids if rollout_id not in again],
+            dropped=[each for each in self.dropped if each.rollout_id not in again],
+            again=[rollout_id for rollout_id in self.rollout_ids if rollout_id in again],
+        )
 
     def skipped(self, reason: str) -> TrainingSet:
         """The same window, not trained on after all: its rollouts are dropped with this reason."""
         dropped = [DroppedRollout(rollout_id=rollout_id, reason=reason[:512]) for rollout_id in self.rollout_ids]
-        return replace(self, samples=[], rollout_ids=[], dropped=[*self.dropped, *dropped])
+        return replace(self, samples=[], rollout_ids=[], dropped=[*self.dropped, *dropped], again=[])
 
 
 def read_limits(model: Path) -> ModelLimits:
@@ -140,10 +151,13 @@ def training_set(window: Window, settings: TrainerSettings, resource: str = "") 
     silent = [not has_signal(group) for group in rewards]
     for group, sequences, numbers, is_silent in zip(window.groups, trained, advantages, silent, strict=True):
         if is_silent and needs_signal(settings):
-            dropped += [DroppedRollout(rollout_id=m.trajectory.rollout_id, reason="zero_variance") for m in group]
+            named = [member for member in group if member.reason != FILLED]
+            dropped += [DroppedRollout(rollout_id=m.trajectory.rollout_id, reason="zero_variance") for m in named]
             continue
         wanted = chosen([_reward(member.trajectory) for member in group], settings)
         for member, own, advantage, is_wanted in zip(group, sequences, numbers, wanted, strict=True):
+            if member.reason == FILLED:
+                continue  # dropped already: it counted in the comparison only
             rollout_id = member.trajectory.rollout_id
             if not is_wanted:
                 dropped.append(DroppedRollout(rollout_id=rollout_id, reason=NOT_CHOSEN))

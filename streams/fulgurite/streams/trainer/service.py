@@ -118,7 +118,7 @@ async def _train(plan: Plan) -> None:
     # A restart or a second trainer of the same run fences this one: see the contract.
     transactions = Transactions(kafka, transactional_id=plan.name, group=plan.name)
     reader = TrajectoryReader(kafka, plan.topic)
-    checkpoints = Checkpoints(plan.trainer.output, plan.run_id)
+    checkpoints = Checkpoints(plan.trainer.output, plan.run_id, plan.config())
     supply: Supply | None = None
     try:
         await transactions.start()
@@ -186,6 +186,7 @@ class Trainer:
         self._progress = Progress(plan.trainer.steps, run.step)
 
     async def train(self) -> None:
+        logger.info("settings other than by default: %s", ", ".join(self._plan.changed()))
         await self._start()
         logger.info("ready: run %s, version %d", self._plan.run_id, self._run.version)
         while self._run.step < self._plan.trainer.steps:
@@ -226,7 +227,7 @@ class Trainer:
 
         Such a window still makes a version (of the same weights), so that versions, steps and pacing stay in step.
         """
-        training = training_set(window, self._plan.trainer, self._plan.sampling_resource)
+        training = training_set(window, self._plan.trainer, self._plan.sampling_resource).apart(window.again)
         if not training.samples:
             logger.warning("step %d: no group's rewards differ; the weights stay as they are", self._run.step + 1)
             return training, None

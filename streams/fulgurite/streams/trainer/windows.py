@@ -11,6 +11,13 @@
 - A window is the `groups_per_step` oldest usable groups, by the order in which they were asked for. Groups whose
   rewards do not differ count as groups of the window, though nothing can be learned from them: asked for and consumed
   stay equal.
+- Where a member gives no data (failed, partial, stale, missing) `shape.incomplete` says what becomes of its group.
+  mask: the others are trained on, if there are two, and compared with each other. drop: none is (`incomplete`). fill:
+  its reward, or `shape.fill_reward` where it has none, counts in the group's comparison; it has no gradient.
+- A window may slide: `overlap_groups` of the groups in earlier windows, the newest ones, are in it again, as long as
+  they are neither too stale nor more than `overlap_seconds` older than its newest group (by the time their last member
+  was written, so the log alone decides). A rollout has a gradient once in each window that it is in; the ledger names
+  it in the first one's record, later ones list it apart (`TrainingStep.again`).
 - In a replay (`shape.replayed`) the source run's ledger closes groups, no clock does: see `settle`. What is in a window
   is then a function of the log alone.
 
@@ -21,73 +28,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from fulgurite.schemas.training import DroppedRollout
 from fulgurite.schemas.trajectories import Trajectory
-
-MIN_SURVIVORS = 2
-"""Below it there is no baseline to compare with."""
-
-LEFT_OUT = ("deadline", "run_ended", "not_asked")
-"""Why a source run dropped a rollout, where its clock or its own counts decided: a replay leaves the same ones out."""
-
-
-@dataclass(frozen=True, slots=True)
-class Shape:
-    """The run's constants that windows depend on."""
-
-    run_id: str
-    group_size: int
-    groups_per_step: int
-    groups_ahead: int
-    """Most groups that pacing has on their way at once."""
-    max_staleness: int
-    group_deadline_seconds: float
-    replayed: bool = False
-    """The groups are those of another run, `run_id`, which asked for them and decided when they were over."""
-
-    def group_id(self, index: int) -> str:
-        return f"{self.run_id}-g{index}"
-
-    def rollout_ids(self, index: int) -> list[str]:
-        """All rollouts of a group. The ids follow from run and index, so asking twice asks for the same ones."""
-        return [f"{self.run_id}-g{index}-r{member}" for member in range(self.group_size)]
-
-
-@dataclass(slots=True)
-class Member:
-    """A rollout that ended. `reason` says why it gives no data, empty when it does."""
-
-    trajectory: Trajectory
-    reason: str = ""
-    min_version: int = 0
-    """Oldest version that sampled one of its tokens; meaningless without data."""
-
-
-@dataclass(slots=True)
-class Group:
-    index: int
-    arrived_ns: int
-    """When its first member was read: the deadline counts from here."""
-    members: dict[str, Member] = field(default_factory=dict[str, Member])
-    closed: bool = False
-    """No further member is waited for."""
-    version: int | None = None
-    """The version that the age of its tokens is measured against; None: the one that is trained."""
-
-
-@dataclass(frozen=True, slots=True)
-class Window:
-    """What one step consumes."""
-
-    version_in: int
-    groups: list[list[Member]]
-    """[groups_per_step][2..group_size] survivors, in the order of their ids."""
-    dropped: list[DroppedRollout]
-    """Everything settled since the last window without being trained on."""
-    measured_at: dict[str, int] = field(default_factory=dict[str, int])
-    """The version that a rollout's age is measured against, where it is not version_in."""
+from fulgurite.streams.trainer.groups import FILLED as FILLED
+from fulgurite.streams.trainer.groups import LEFT_OUT as LEFT_OUT
+from fulgurite.streams.trainer.groups import MIN_SURVIVORS as MIN_SURVIVORS
+from fulgurite.streams.trainer.groups import Group as Group
+from fulgurite.streams.trainer.groups import Member as Member
+from fulgurite.streams.trainer.groups import Shape as Shape
+from fulgurite.streams.trainer.groups import Window as Window
+from fulgurite.streams.trainer.groups import filled_in
 
 
 @dataclass(slots=True)
@@ -106,6 +58,12 @@ class Windows:
     dropped: list[DroppedRollout] = field(default_factory=list[DroppedRollout])
     """For the next step's record."""
     groups_dropped: int = 0
+    groups_short: int = 0
+    """How many fewer than groups_per_step windows have had, in all: a window may be closed by time."""
+    recent: list[Group] = field(default_factory=list[Group])
+    """Of earlier windows, for the next ones: their survivors, oldest group first."""
+    usable: int = 0
+    """Complete groups that waited when `take` last looked."""
     late: int = 0
     """Members that came after their group's deadline, since the last window."""
     duplicates: int = 0
@@ -165,7 +123,7 @@ class Windows:
     def put(self, index: int, members: Iterable[Member], version: int | None) -> None:
         """For a replay by selection: a whole group, at this place of the order."""
         found = {member.trajectory.rollout_id: member for member in members}
-        self.groups[index] = Group(index, 0, found, True, version)
+        self.groups[index] = Group(index, 0, found, True, version, len(found))
 
     def deadline_due(self, now_ns: int) -> list[int]:
         """Groups that have waited long enough. Ask the log for what is there before `close` them."""
@@ -186,30 +144,39 @@ class Windows:
             for rollout_id in absent:
                 self._drop(rollout_id, "deadline")
 
-    def take(self, version_in: int) -> Window | None:
-        """The next window for a policy at `version_in`, as soon as there are enough usable groups."""
-        usable: list[int] = []
+    def take(self, version_in: int, least: int | None = None) -> Window | None:
+        """The next window for a policy at `version_in`, as soon as there are groups_per_step usable groups, or `least`
+        of them."""
+        usable: list[Group] = []
         for index in sorted(self.groups):
             group = self.groups[index]
             if not group.closed:
                 continue
-            if len(self._survivors(group, version_in)) >= MIN_SURVIVORS:
-                usable.append(index)
+            if fault := self._fault(group, version_in):
+                self.groups_dropped += 1
+                self._settle(group, version_in, fault)
             else:
-                self._drop_group(group, version_in)
-        if len(usable) < self.shape.groups_per_step:
+                usable.append(group)
+        self.usable = len(usable)
+        if len(usable) < (least or self.shape.groups_per_step):
             return None
-        chosen: list[list[Member]] = []
-        measured_at: dict[str, int] = {}
-        for index in usable[: self.shape.groups_per_step]:
-            group = self.groups[index]
-            survivors = self._survivors(group, version_in)
-            chosen.append(survivors)
-            if group.version is not None:
-                measured_at.update({member.trajectory.rollout_id: group.version for member in survivors})
+        chosen = usable[: self.shape.groups_per_step]
+        again = self._again(chosen, version_in)
+        members = [self._trained(group, version_in) for group in (*chosen, *again)]
+        incomplete = sum(len(self._survivors(group, version_in)) < self._size(group) for group in chosen)
+        measured_at = {
+            member.trajectory.rollout_id: group.version
+            for group, those in zip((*chosen, *again), members, strict=True)
+            if group.version is not None
+            for member in those
+        }
+        for group in chosen:
             self._settle(group, version_in, "")
-        window = Window(version_in, chosen, self.dropped, measured_at)
+        self.groups_short += self.shape.groups_per_step - len(chosen)
+        repeated = frozenset(rollout_id for group in again for rollout_id in group.members)
+        window = Window(version_in, members, self.dropped, measured_at, repeated, incomplete)
         self.dropped = []
+        self._remember(chosen, version_in)
         return window
 
     def outstanding(self) -> list[str]:
@@ -273,9 +240,46 @@ class Windows:
             return member.reason
         return "stale" if version_in - member.min_version > self.shape.max_staleness else ""
 
-    def _drop_group(self, group: Group, version_in: int) -> None:
-        self.groups_dropped += 1
-        self._settle(group, version_in, "too_few")
+    def _size(self, group: Group) -> int:
+        return self.shape.group_size if group.size is None else group.size
+
+    def _fault(self, group: Group, version_in: int) -> str:
+        """Why a closed group cannot be trained on; empty where it can."""
+        survivors = len(self._survivors(group, version_in))
+        if self.shape.incomplete == "drop" and MIN_SURVIVORS <= survivors < self._size(group):
+            return "incomplete"
+        filled = self.shape.incomplete == "fill" and survivors > 0 and self._size(group) >= MIN_SURVIVORS
+        return "" if survivors >= MIN_SURVIVORS or filled else "too_few"
+
+    def _trained(self, group: Group, version_in: int) -> list[Member]:
+        """The survivors, and behind them what is filled in."""
+        survivors = self._survivors(group, version_in)
+        if self.shape.incomplete != "fill":
+            return survivors
+        return [*survivors, *filled_in(group, survivors, self.shape)]
+
+    def _again(self, chosen: list[Group], version_in: int) -> list[Group]:
+        """Groups of earlier windows that are in this one too. Measured against the newest version of a replay."""
+        newest_ns = max(group.assembled_ns for group in chosen)
+        version = max((group.version for group in chosen if group.version is not None), default=None)
+        found: list[Group] = []
+        for group in self.recent:
+            seconds = (newest_ns - group.assembled_ns) / 1e9
+            if self.shape.overlap_seconds is not None and seconds > self.shape.overlap_seconds:
+                continue
+            group.version = version
+            if not self._fault(group, version_in):
+                found.append(group)
+        return found
+
+    def _remember(self, chosen: list[Group], version_in: int) -> None:
+        """Keeps what the next windows may have again: what the ledger has named as dropped stays dropped."""
+        if not self.shape.overlap_groups:
+            return
+        for group in chosen:
+            survivors = {member.trajectory.rollout_id: member for member in self._survivors(group, version_in)}
+            self.recent.append(replace(group, members=survivors, size=len(survivors)))
+        self.recent = self.recent[-self.shape.overlap_groups :]
 
     def _settle(self, group: Group, version_in: int, reason_for_survivors: str) -> None:
         version = version_in if group.version is None else group.version
