@@ -24,7 +24,7 @@ from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.learner import load_learner
 from fulgurite.streams.learners.packing import pack
 from fulgurite.streams.objectives.advantages import group_advantages
-from fulgurite.streams.trainer.samples import Sample
+from fulgurite.streams.trainer.sample import Sample
 
 MODEL: Final = "model"
 WINDOW: Final = "window.json"

@@ -36,7 +36,7 @@ from transformers import AutoModelForCausalLM, PreTrainedTokenizerFast, TrainerC
 
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.learner import load_learner
-from fulgurite.streams.trainer.samples import Sample
+from fulgurite.streams.trainer.sample import Sample
 from tests.bench.train_batch import GROUP, MODEL, SIZES, Sizes, read_window, settings_for
 
 VERSION = 2

@@ -42,7 +42,7 @@ from fulgurite.schemas.training import TRAINING_EVENT, TrainingStep
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
 from fulgurite.streams.learners.learner import Learner, StepResult
 from fulgurite.streams.trainer import serve, service
-from fulgurite.streams.trainer.samples import Sample
+from fulgurite.streams.trainer.sample import Sample
 from tests.bench.train_batch import GROUP, SIZES, prepare, read_window, settings_for
 
 STEPS: Final = 10

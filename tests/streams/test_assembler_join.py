@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.spans import Span
-from fulgurite.schemas.trajectories import TokenSequence, Trajectory
+from fulgurite.schemas.trajectories import CallRange, TokenSequence, Trajectory
 from fulgurite.streams.assembler import join
 from fulgurite.streams.assembler.join import EXPIRED, Announcement, assemble, merge_calls
 from tests.streams.assembler_records import finished, llm_call, reward, value
@@ -37,6 +37,10 @@ def test_calls_that_continue_exactly_are_one_sequence() -> None:
             logprobs=[0, 0, 0, -0.004, -0.005, 0, -0.008],
             weight_versions=[VersionSpan(version=7, start=3, end=5), VersionSpan(version=8, start=6, end=7)],
             span_ids=["r-1-1", "r-1-2"],
+            calls=[
+                CallRange(span_id="r-1-1", number=0, start=3, end=5),
+                CallRange(span_id="r-1-2", number=1, start=6, end=7),
+            ],
             resource="policy",
             finish_reason="stop",
         )

@@ -109,6 +109,12 @@ class TrainerSettings(Section):
     advantage: AdvantageName = "recipe"
     """How much better a rollout was than its baseline, from its group's or its window's rewards; recipe: as
     trainer.loss."""
+    credit: Literal["rollout", "discounted", "call"] = "rollout"
+    """Which tokens get it. rollout: all of a rollout's alike; discounted: those of a call, times credit_discount for
+    each call after it; call: each call's own, from rewards that name its span (the rollout's reward is its last
+    call's) and credit_discount times what followed, compared with all calls of the group."""
+    credit_discount: Annotated[float, Field(ge=0, le=1)] = 1.0
+    """Gamma from call to call, for discounted and call."""
     aggregation: Literal["recipe", "token_mean", "sequence_mean", "sequence_sum"] = "recipe"
     """How losses of tokens become the window's: every token counts the same, every sequence does, or sums of sequences
     over trainer.length_constant; recipe: as trainer.loss."""
@@ -136,6 +142,9 @@ class TrainerSettings(Section):
     """Bound of the weight above, for truncate and mask."""
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the KL penalty against a frozen reference policy; 0: none, and no reference is loaded."""
+    kl_in_reward: bool = False
+    """Take it from the reward, as PPO and REINFORCE++ do, instead of adding it to the loss: kl_coefficient times its
+    sum over a rollout's (or call's) tokens, by the log p of the policy that sampled them."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Its value on sampled tokens, with d = log p_ref - log p: k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d."""
     kl_gradient: Literal["estimator", "k2", "ratio"] = "estimator"

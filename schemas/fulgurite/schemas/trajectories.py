@@ -16,6 +16,19 @@ from fulgurite.schemas.rollouts import MAX_GROUP_SIZE, FinalStatus, Mode
 from fulgurite.schemas.spans import Span
 
 
+class CallRange(BaseModel):
+    """Where in a sequence the tokens stand that one call sampled."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    span_id: OptionalId = ""
+    number: Annotated[int, Field(ge=0)]
+    """Its place among the rollout's calls, over all its sequences, from 0."""
+    start: Annotated[int, Field(ge=0)]
+    end: Annotated[int, Field(ge=0)]
+    """One past its last token."""
+
+
 class TokenSequence(BaseModel):
     """Calls whose tokens continue each other exactly, merged. All four views have the length of token_ids (T)."""
 
@@ -30,6 +43,8 @@ class TokenSequence(BaseModel):
     """Spans over token positions with loss_mask 1; sampled tokens without a known version are in none."""
     span_ids: list[str] = Field(default_factory=list)
     """The calls that were merged, in order."""
+    calls: list[CallRange] = Field(default_factory=list)
+    """The same, with their tokens; empty in records of before there was such a field."""
     resource: Name = ""
     agent: Name = ""
     finish_reason: Name = ""
@@ -42,6 +57,8 @@ class TokenSequence(BaseModel):
             raise ValueError(f"{length} token_ids, {len(self.loss_mask)} loss_mask, {len(self.logprobs)} logprobs")
         if any(part.end > length or part.end <= part.start for part in self.weight_versions):
             raise ValueError("weight_versions reach outside the sequence")
+        if any(call.end > length or call.end <= call.start for call in self.calls):
+            raise ValueError("calls reach outside the sequence")
         return self
 
 

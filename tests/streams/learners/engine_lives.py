@@ -16,7 +16,7 @@ from typing import Any
 from fulgurite.schemas.errors import LogprobMismatch
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.learner import BadStep, load_learner
-from fulgurite.streams.trainer.samples import Sample
+from fulgurite.streams.trainer.sample import Sample
 
 VOCABULARY = 97
 

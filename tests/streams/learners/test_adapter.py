@@ -16,7 +16,7 @@ from fulgurite.schemas.errors import SettingsError, StartError
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.learner import Learner, load_learner
 from fulgurite.streams.learners.packing import pack
-from fulgurite.streams.trainer.samples import Sample
+from fulgurite.streams.trainer.sample import Sample
 from tests.streams.trainer_world import build_model
 
 

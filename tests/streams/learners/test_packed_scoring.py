@@ -19,7 +19,7 @@ from fulgurite.streams.learners.attention import NAME, layout_of
 from fulgurite.streams.learners.packing import pack, plan
 from fulgurite.streams.learners.policy import Policy
 from fulgurite.streams.learners.scoring import token_scores
-from fulgurite.streams.trainer.samples import Sample
+from fulgurite.streams.trainer.sample import Sample
 
 VOCABULARY = 97
 SIZES: dict[str, Any] = {

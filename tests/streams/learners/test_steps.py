@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -342,3 +343,36 @@ def test_the_learning_rate_rises_and_falls_as_said() -> None:
     falling = [1.0, 0.6 + 0.4 * half, 0.6, 0.6 - 0.4 * half, 0.2, 0.2]
     assert rates(schedule="cosine") == pytest.approx([0.5, 1.0, *falling])
     assert rates(warmup_steps=0)[0] == 1.0
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_the_penalty_taken_from_rewards_moves_advantages_and_adds_no_gradient(
+    folder: Path, other: Path, epochs: int
+) -> None:
+    changes = {"advantage": "mean_centred", "kl_in_reward": True, "kl_estimator": "k1", "kl_coefficient": 0.5}
+    settings = settings_of(reference=other, epochs=epochs, **changes)
+    taken = window(folder)
+    frozen: Any = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
+    lowered: list[list[float]] = []
+    total = 0.0
+    for group, rewards in ((taken.groups[0], REWARDS[0]), (taken.groups[2], REWARDS[2])):
+        lowered.append([])
+        for member, reward in zip(group, rewards, strict=True):
+            for sequence in member.trajectory.sequences:
+                with torch.no_grad():
+                    kl = torch.tensor(sequence.logprobs[2:]) - log_p(frozen, sequence.token_ids, sequence.loss_mask)
+                reward -= 0.5 * kl.sum().item()
+                total += kl.sum().item()
+            lowered[-1].append(reward)
+    advantages = [centred(reward, rewards) for rewards in lowered for reward in rewards]
+    plain = settings_of(advantage="mean_centred", epochs=epochs)
+    by_rollout = dict(zip(training_set(taken, plain).rollout_ids, advantages, strict=True))
+    expected = [
+        replace(sample, advantage=by_rollout[sample.rollout_id]) for sample in training_set(taken, plain).samples
+    ]
+    result = load_learner(folder, settings).step(training_set(taken, settings).samples, 2)
+    same = load_learner(folder, plain).step(expected, 2)
+    assert result.loss == pytest.approx(same.loss, abs=1e-5)
+    assert result.grad_norm == pytest.approx(same.grad_norm, rel=1e-4)
+    assert result.metrics["actor/reward_kl_penalty"] == pytest.approx(total / 20, rel=1e-4)
+    assert "actor/kl_loss" not in result.metrics

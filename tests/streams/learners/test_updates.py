@@ -20,7 +20,7 @@ from fulgurite.streams.learners.learner import BadStep, Learner, load_learner
 from fulgurite.streams.learners.schedule import learning_rate
 from fulgurite.streams.learners.updates import update_plan
 from fulgurite.streams.trainer.objective import check_objective
-from fulgurite.streams.trainer.samples import Sample
+from fulgurite.streams.trainer.sample import Sample
 from tests.streams.trainer_world import build_model
 
 CAP = 1.1

@@ -44,7 +44,7 @@ from fulgurite.schemas.ids import now_ns
 from fulgurite.schemas.rewards import FINAL_REWARD, Reward
 from fulgurite.schemas.rollouts import RolloutFinished
 from fulgurite.schemas.spans import Span
-from fulgurite.schemas.trajectories import FinishedAttempt, TokenSequence, Trajectory, TrajectoryReward
+from fulgurite.schemas.trajectories import CallRange, FinishedAttempt, TokenSequence, Trajectory, TrajectoryReward
 
 E = TypeVar("E", Span, Reward)
 
@@ -252,12 +252,12 @@ def merge_calls(calls: Sequence[Span]) -> list[TokenSequence]:
     """Each call continues the newest sequence of its agent and policy when its prompt begins with exactly all of it."""
     sequences: list[_Sequence] = []
     newest: dict[tuple[str, str], _Sequence] = {}
-    for call in calls:
+    for number, call in enumerate(calls):
         sequence = newest.get((call.resource, call.agent))
         if sequence is None or not sequence.continued_by(call):
             sequence = newest[call.resource, call.agent] = _Sequence()
             sequences.append(sequence)
-        sequence.add(call)
+        sequence.add(call, number)
     return [sequence.finish() for sequence in sequences]
 
 
@@ -270,12 +270,13 @@ class _Sequence:
     logprobs: list[float] = field(default_factory=list[float])
     versions: list[VersionSpan] = field(default_factory=list[VersionSpan])
     calls: list[Span] = field(default_factory=list[Span])
+    ranges: list[CallRange] = field(default_factory=list[CallRange])
 
     def continued_by(self, call: Span) -> bool:
         length = len(self.token_ids)
         return len(call.prompt_token_ids) >= length and call.prompt_token_ids[:length] == self.token_ids
 
-    def add(self, call: Span) -> None:
+    def add(self, call: Span, number: int) -> None:
         given = call.prompt_token_ids[len(self.token_ids) :]
         sampled = call.response_token_ids
         start = len(self.token_ids) + len(given)
@@ -287,6 +288,7 @@ class _Sequence:
             for part in call.weight_versions
         ]
         self.calls.append(call)
+        self.ranges.append(CallRange(span_id=call.span_id, number=number, start=start, end=start + len(sampled)))
 
     def finish(self) -> TokenSequence:
         last = self.calls[-1]
@@ -296,6 +298,7 @@ class _Sequence:
             logprobs=self.logprobs,
             weight_versions=self.versions,
             span_ids=[call.span_id for call in self.calls],
+            calls=self.ranges,
             resource=last.resource,
             agent=last.agent,
             finish_reason=last.finish_reason,

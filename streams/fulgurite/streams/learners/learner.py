@@ -19,7 +19,7 @@ import logging
 import math
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
 
@@ -46,9 +46,11 @@ from fulgurite.streams.learners.reference import Base, Reference, load_reference
 from fulgurite.streams.learners.schedule import learning_rate
 from fulgurite.streams.learners.updates import update_plan
 from fulgurite.streams.objectives.aggregation import WindowTotals, window_totals
+from fulgurite.streams.objectives.kl import kl_estimate
 from fulgurite.streams.objectives.packing import Sequences
+from fulgurite.streams.trainer.credit import with_penalties
 from fulgurite.streams.trainer.losses import LossTerms, ScoredTokens, micro_batch_loss
-from fulgurite.streams.trainer.samples import Sample
+from fulgurite.streams.trainer.sample import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -128,12 +130,17 @@ class Learner:
     def step(self, samples: list[Sample], version_in: int) -> StepResult:
         """The updates of a window. Raises LogprobMismatch or BadStep: these weights must not be used any more."""
         torch.set_num_threads(self._settings.threads)  # OpenMP's setting is the calling thread's own
+        if self._settings.kl_in_reward:
+            samples, penalty = self._penalised(samples)
+        else:
+            penalty = {}
         updates = update_plan(samples, self._settings, version_in)
-        return (
+        result = (
             self._one_update(samples, version_in)
             if len(updates) == 1
             else self._several_updates(samples, version_in, updates)
         )
+        return replace(result, metrics=result.metrics | penalty)
 
     def logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """[M] log p of each sampled token under the current policy, and the entropy of where it came from."""
@@ -190,6 +197,28 @@ class Learner:
     def _compared(self, samples: list[Sample], metrics: dict[str, float]) -> None:
         if any(max(sample.versions) >= 0 for sample in samples):  # else another policy sampled: nothing to compare
             self._watch.saw(metrics[SAME_VERSION_TOKENS])
+
+    @torch.no_grad()
+    def _penalised(self, samples: list[Sample]) -> tuple[list[Sample], dict[str, float]]:
+        """KL in the reward: advantages anew from what is left of each call's."""
+        assert self._reference is not None, "check_objective refuses kl_in_reward without a coefficient"
+        mine: dict[int, tuple[list[float], float]] = {}
+        for members in self._batches(samples):
+            batch = self._pack(samples, members, None)
+            logprobs = self._reference.logprobs(batch)
+            kl = kl_estimate(batch.behaviour_logprobs, logprobs, self._settings.kl_estimator).cpu()
+            counts = [sum(samples[member].loss_mask) for member in members]
+            for member, values in zip(members, kl.split(counts) if members else (), strict=True):
+                mine[member] = samples[member].sums_by_call(values.tolist()), values.sum().item()
+        found = {number: sums for part in self.engine.gather(mine) for number, sums in part.items()}
+        coefficient = self._settings.kl_coefficient
+        penalties = [[coefficient * value for value in found[number][0]] for number in range(len(samples))]
+        tokens = sum(sum(sample.loss_mask) for sample in samples)
+        metrics = {
+            "actor/reward_kl_penalty": sum(total for _, total in found.values()) / tokens,
+            "actor/reward_kl_penalty_coeff": coefficient,
+        }
+        return with_penalties(samples, penalties, self._settings), metrics
 
     def _refuse(self, fault: str, loss: float, norm: float, samples: list[Sample], version_in: int) -> None:
         """Says what was wrong with an update, and raises BadStep or returns, as the settings say."""
@@ -261,7 +290,8 @@ class Learner:
         return pack(chosen, proximal and [proximal[member] for member in members]).to(self.engine.device)
 
     def _score(self, batch: PackedBatch, version_in: int, totals: WindowTotals) -> tuple[LossTerms, Seen]:
-        reference = self._reference.logprobs(batch) if self._reference else None
+        in_loss = None if self._settings.kl_in_reward else self._reference
+        reference = in_loss.logprobs(batch) if in_loss else None
         entropy_gradient = self._settings.entropy_coefficient > 0
         logprobs, entropy = self.engine.score(batch, temperature=1.0, entropy_gradient=entropy_gradient)
         tokens = ScoredTokens(

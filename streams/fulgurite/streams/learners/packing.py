@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from fulgurite.streams.learners.attention import Layout, layout_of
-from fulgurite.streams.trainer.samples import Sample
+from fulgurite.streams.trainer.sample import Sample
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,7 +103,7 @@ def pack(samples: Sequence[Sample], proximal: Sequence[Tensor] | None = None) ->
         sequences += [number] * len(sampled)
         behaviour += [sample.behaviour_logprobs[position] for position in sampled]
         versions += [sample.versions[position] for position in sampled]
-        advantages += [sample.advantage] * len(sampled)
+        advantages += sample.sampled_advantages()
         token_ids += sample.token_ids
     tokens, places = torch.tensor(token_ids), torch.tensor(predicting, dtype=torch.int64)
     return PackedBatch(

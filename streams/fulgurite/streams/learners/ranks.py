@@ -20,7 +20,7 @@ from fulgurite.schemas.errors import LogprobMismatch
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.deepspeed_engine import start_processes
 from fulgurite.streams.learners.learner import BadStep, Learner, StepResult, load_learner
-from fulgurite.streams.trainer.samples import Sample
+from fulgurite.streams.trainer.sample import Sample
 
 logger = logging.getLogger(__name__)
 

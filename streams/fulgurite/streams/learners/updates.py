@@ -10,7 +10,7 @@ import random
 from collections.abc import Sequence
 
 from fulgurite.schemas.settings import TrainerSettings
-from fulgurite.streams.trainer.samples import Sample
+from fulgurite.streams.trainer.sample import Sample
 
 
 def update_plan(samples: Sequence[Sample], settings: TrainerSettings, version_in: int) -> list[list[int]]:

@@ -108,7 +108,7 @@ def _importance(settings: TrainerSettings, proximal: Tensor, tokens: ScoredToken
 
 
 def _kl(settings: TrainerSettings, tokens: ScoredTokens) -> Tensor | None:
-    if not settings.kl_coefficient:
+    if not settings.kl_coefficient or settings.kl_in_reward:
         return None
     assert tokens.reference_logprobs is not None, "the learner scores with the reference where there is a coefficient"
     return kl_penalty(

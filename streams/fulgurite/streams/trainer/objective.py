@@ -116,8 +116,24 @@ def _correction_fault(settings: TrainerSettings, recipe: PolicyLoss) -> str:
 
 
 def _terms_fault(settings: TrainerSettings) -> str:
+    if settings.credit == "rollout" and settings.credit_discount != 1.0:
+        return (
+            f"trainer.credit_discount = {settings.credit_discount:g}: trainer.credit = rollout gives all calls the "
+            "same; set discounted or call"
+        )
+    if settings.kl_in_reward and not settings.kl_coefficient:
+        return "trainer.kl_in_reward: trainer.kl_coefficient is 0, there is no penalty to take from the reward"
+    if settings.kl_in_reward and settings.incomplete == "fill":
+        return (
+            "trainer.kl_in_reward: trainer.incomplete = fill gives members without tokens, and so without a penalty, "
+            "which the others would be compared with; set mask or drop"
+        )
     if settings.kl_coefficient:
-        if settings.kl_estimator == "k1" and settings.kl_gradient == "estimator":
+        if settings.kl_in_reward and settings.kl_gradient != "estimator":
+            return (
+                f"trainer.kl_gradient = {settings.kl_gradient}: with trainer.kl_in_reward the penalty has no gradient"
+            )
+        if settings.kl_estimator == "k1" and settings.kl_gradient == "estimator" and not settings.kl_in_reward:
             return (
                 "trainer.kl_gradient = estimator: k1 has a gradient of 0 on average, no penalty at all; set k2 or ratio"
             )

@@ -16,10 +16,10 @@ from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.schemas.training import DroppedRollout
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
-from fulgurite.streams.objectives.advantages import ESTIMATORS, has_signal
 from fulgurite.streams.objectives.rewards import overlong_penalty
+from fulgurite.streams.trainer.credit import calls_of, credited, teaches
 from fulgurite.streams.trainer.imitation import NOT_CHOSEN, chosen, needs_signal
-from fulgurite.streams.trainer.objective import recipe_of
+from fulgurite.streams.trainer.sample import Call, Sample
 from fulgurite.streams.trainer.windows import FILLED, Member, Window
 
 UNKNOWN_VERSION = -1
@@ -40,19 +40,6 @@ class ModelLimits:
 
 
 @dataclass(frozen=True, slots=True)
-class Sample:
-    """One sequence of a rollout with the rollout's advantage. All lists have the sequence's length T."""
-
-    rollout_id: str
-    token_ids: list[int]
-    loss_mask: list[int]
-    behaviour_logprobs: list[float]
-    versions: list[int]
-    """[T] the version that sampled the token; UNKNOWN_VERSION where it was given."""
-    advantage: float
-
-
-@dataclass(frozen=True, slots=True)
 class TrainingSet:
     """A window, ready for the learner, with what its record tells."""
 
@@ -64,7 +51,7 @@ class TrainingSet:
     penalties: list[float]
     """What was added to each of them for its length, before it became an advantage."""
     advantages: list[float]
-    """One per rollout trained on."""
+    """One per rollout trained on; where calls have their own, one per call."""
     groups: int
     groups_without_signal: int
     again: list[str] = field(default_factory=list[str])
@@ -134,47 +121,84 @@ def training_set(window: Window, settings: TrainerSettings, resource: str = "") 
     a signal its rewards say, not what length costs.
 
     `resource` is the policy that sampled, where it is not the one that is trained."""
-    sampler, agents = resource or settings.resource, settings.agents
-    trained = [[trained_sequences(m.trajectory, sampler, agents) for m in group] for group in window.groups]
-    tokens = [[sum(sum(s.loss_mask) for s in sequences) for sequences in group] for group in trained]
-    rewards = [[_reward(member.trajectory) for member in group] for group in window.groups]
-    penalties = [[_penalty(count, settings) for count in group] for group in tokens]
-    shaped = [
-        [reward + penalty for reward, penalty in zip(*both, strict=True)]
-        for both in zip(rewards, penalties, strict=True)
-    ]
-    advantages = ESTIMATORS[recipe_of(settings).advantage](shaped, tokens)
-    samples: list[Sample] = []
-    rollout_ids: list[str] = []
+    sampler = resource or settings.resource
+    members = [_Member.of(m, number, settings, sampler) for number, group in enumerate(window.groups) for m in group]
+    groups = [[each for each in members if each.group == number] for number in range(len(window.groups))]
+    silent = [not teaches([each.calls for each in group], settings) for group in groups]
+    samples = credited([sample for each in members for sample in each.samples()], settings)
     dropped = list(window.dropped)
-    trained_advantages: list[float] = []
-    silent = [not has_signal(group) for group in rewards]
-    for group, sequences, numbers, is_silent in zip(window.groups, trained, advantages, silent, strict=True):
-        if is_silent and needs_signal(settings):
-            named = [member for member in group if member.reason != FILLED]
-            dropped += [DroppedRollout(rollout_id=m.trajectory.rollout_id, reason="zero_variance") for m in named]
-            continue
-        wanted = chosen([_reward(member.trajectory) for member in group], settings)
-        for member, own, advantage, is_wanted in zip(group, sequences, numbers, wanted, strict=True):
-            if member.reason == FILLED:
+    rollout_ids: list[str] = []
+    for group, is_silent in zip(groups, silent, strict=True):
+        useless = is_silent and needs_signal(settings)
+        for each, is_wanted in zip(group, chosen([each.reward for each in group], settings), strict=True):
+            if each.is_filled:
                 continue  # dropped already: it counted in the comparison only
-            rollout_id = member.trajectory.rollout_id
-            if not is_wanted:
-                dropped.append(DroppedRollout(rollout_id=rollout_id, reason=NOT_CHOSEN))
-                continue
-            rollout_ids.append(rollout_id)
-            trained_advantages.append(advantage)
-            samples += [_sample(rollout_id, sequence, advantage) for sequence in own]
+            if not useless and is_wanted:
+                rollout_ids.append(each.rollout_id)
+            else:
+                reason = "zero_variance" if useless else NOT_CHOSEN
+                dropped.append(DroppedRollout(rollout_id=each.rollout_id, reason=reason))
+    trained = frozenset(rollout_ids)
+    samples = [sample for sample in samples if sample.rollout_id in trained]
+    by_rollout = {sample.rollout_id: sample.advantage for sample in samples}
     return TrainingSet(
         samples=samples,
         rollout_ids=rollout_ids,
         dropped=dropped,
-        rewards=[reward for group in rewards for reward in group],
-        penalties=[penalty for group in penalties for penalty in group],
-        advantages=trained_advantages,
+        rewards=[each.reward for each in members],
+        penalties=[each.penalty for each in members],
+        advantages=[number for s in samples for number in s.advantages] or [by_rollout[i] for i in rollout_ids],
         groups=len(window.groups),
         groups_without_signal=sum(silent),
     )
+
+
+@dataclass(frozen=True, slots=True)
+class _Member:
+    """A survivor's trained sequences, with what each of their calls earned."""
+
+    rollout_id: str
+    group: int
+    sequences: list[TokenSequence]
+    by_sequence: list[tuple[Call, ...]]
+    reward: float
+    penalty: float
+    is_filled: bool
+
+    @staticmethod
+    def of(member: Member, group: int, settings: TrainerSettings, sampler: str) -> _Member:
+        trajectory = member.trajectory
+        reward = _reward(trajectory)
+        if member.reason == FILLED:
+            nothing = [(Call(0, 0, 0, reward),)]
+            return _Member(trajectory.rollout_id, group, [], nothing, reward, 0.0, is_filled=True)
+        sequences = trained_sequences(trajectory, sampler, settings.agents)
+        penalty = _penalty(sum(sum(s.loss_mask) for s in sequences), settings)
+        calls = calls_of(trajectory, sequences, reward, settings)
+        return _Member(trajectory.rollout_id, group, sequences, calls, reward, penalty, is_filled=False)
+
+    @property
+    def calls(self) -> list[Call]:
+        return [call for calls in self.by_sequence for call in calls]
+
+    def samples(self) -> list[Sample]:
+        """Without advantages; the penalty for length is the last call's. One without tokens where it is filled in."""
+        if self.is_filled:
+            return [Sample(self.rollout_id, [], [], [], [], 0.0, self.group, self.by_sequence[0])]
+        last = max(call.number for call in self.calls)
+        return [
+            Sample(
+                self.rollout_id,
+                sequence.token_ids,
+                sequence.loss_mask,
+                sequence.logprobs,
+                token_versions(sequence),
+                0.0,
+                self.group,
+                tuple(replace(c, reward=c.reward + self.penalty) if c.number == last else c for c in calls),
+            )
+            for sequence, calls in zip(self.sequences, self.by_sequence, strict=True)
+        ]
 
 
 def _reason(trajectory: Trajectory, sequences: list[TokenSequence], fault: str) -> str:
@@ -202,6 +226,11 @@ def token_fault(sequence: TokenSequence, limits: ModelLimits) -> str:
         return f"token id {worst}; the model's vocabulary has {limits.vocab_size}"
     if sequence.loss_mask[0]:
         return "the first token is marked as sampled, but nothing comes before it that it could be predicted from"
+    in_calls = [sum(sequence.loss_mask[call.start : call.end]) for call in sequence.calls]
+    if sequence.calls and (
+        sum(in_calls) != sum(sequence.loss_mask) or in_calls != [call.end - call.start for call in sequence.calls]
+    ):
+        return "its calls are not exactly its sampled tokens"
     return ""
 
 
@@ -216,12 +245,6 @@ def token_versions(sequence: TokenSequence) -> list[int]:
     for part in sequence.weight_versions:
         versions[part.start : part.end] = [part.version] * (part.end - part.start)
     return versions
-
-
-def _sample(rollout_id: str, sequence: TokenSequence, advantage: float) -> Sample:
-    return Sample(
-        rollout_id, sequence.token_ids, sequence.loss_mask, sequence.logprobs, token_versions(sequence), advantage
-    )
 
 
 def _reward(trajectory: Trajectory) -> float:

@@ -1,0 +1,159 @@
+"""Which call of a rollout gets the credit for its reward, from trajectories to the advantages of tokens."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.event import VersionSpan
+from fulgurite.schemas.settings import TrainerSettings
+from fulgurite.schemas.trajectories import CallRange, TokenSequence, Trajectory, TrajectoryReward
+from fulgurite.streams.learners.packing import pack
+from fulgurite.streams.objectives.advantages import group_advantages, mean_centred
+from fulgurite.streams.trainer.credit import Outcome, call_advantages
+from fulgurite.streams.trainer.objective import check_objective
+from fulgurite.streams.trainer.samples import ModelLimits, TrainingSet, member_of, training_set
+from fulgurite.streams.trainer.windows import Member, Window
+
+MASK = [0, 0, 1, 1, 0, 1, 1, 1]
+"""A prompt, a call of two tokens, a tool's answer, and calls of one and two tokens with nothing between them."""
+RANGES = ((0, 2, 4), (1, 5, 6), (2, 6, 8))
+
+
+def settings_of(**changes: Any) -> TrainerSettings:
+    return TrainerSettings.model_validate({"loss": "rloo", "advantage": "mean_centred"} | changes)
+
+
+def sequence(ranges: tuple[tuple[int, int, int], ...] = RANGES, mask: list[int] = MASK) -> TokenSequence:
+    """Calls are named c0, c1, …"""
+    return TokenSequence(
+        token_ids=list(range(1, len(mask) + 1)),
+        loss_mask=mask,
+        logprobs=[-1.0 * sampled for sampled in mask],
+        weight_versions=[VersionSpan(version=1, start=2, end=len(mask))],
+        span_ids=[f"c{number}" for number, _, _ in ranges],
+        calls=[CallRange(span_id=f"c{number}", number=number, start=start, end=end) for number, start, end in ranges],
+    )
+
+
+def trajectory(name: str, reward: float, links: dict[str, float], *sequences: TokenSequence) -> Trajectory:
+    """`links`: rewards of calls, by their names."""
+    given = [TrajectoryReward(reward_id=f"{name}-{s}", name="step", value=v, span_id=s) for s, v in links.items()]
+    final = TrajectoryReward(reward_id=f"{name}-final", name="reward", value=reward)
+    return Trajectory(
+        rollout_id=name,
+        status="succeeded",
+        reward=reward,
+        rewards=[*given, final],
+        sequences=list(sequences) or [sequence()],
+    )
+
+
+def trained(settings: TrainerSettings, *group: Trajectory) -> TrainingSet:
+    return training_set(Window(1, [[Member(each) for each in group]], []), settings)
+
+
+def by_token(found: TrainingSet) -> list[list[float]]:
+    return [sample.sampled_advantages() for sample in found.samples]
+
+
+def test_all_tokens_of_a_rollout_get_its_advantage() -> None:
+    found = trained(settings_of(), trajectory("a", 1.0, {"c0": 5.0}), trajectory("b", 0.0, {}))
+    assert by_token(found) == [[0.5] * 5, [-0.5] * 5]
+    assert found.advantages == [0.5, -0.5]
+
+
+def test_discounted_earlier_calls_get_less() -> None:
+    settings = settings_of(credit="discounted", credit_discount=0.5)
+    found = trained(
+        settings, trajectory("a", 1.0, {}), trajectory("b", 0.0, {}, sequence(((0, 2, 8),), [0, 0] + [1] * 6))
+    )
+    assert by_token(found) == [[0.125, 0.125, 0.25, 0.5, 0.5], [-0.5] * 6]
+    packed = pack(found.samples).advantages.tolist()
+    assert packed == [0.125, 0.125, 0.25, 0.5, 0.5, *[-0.5] * 6]
+
+
+def test_each_call_gets_what_it_led_to_among_all_calls_of_the_group() -> None:
+    settings = settings_of(credit="call", credit_discount=0.5)
+    found = trained(settings, trajectory("a", 1.0, {"c0": 1.0, "c1": -2.0}), trajectory("b", 0.0, {"c2": 4.0}))
+    # From the back: 1, -2 + 0.5, 1 - 0.75; and 4, 2, 1.
+    expected = mean_centred([0.25, -1.5, 1.0, 1.0, 2.0, 4.0])
+    a, b = expected[:3], expected[3:]
+    assert by_token(found)[0] == pytest.approx([a[0], a[0], a[1], a[2], a[2]])
+    assert by_token(found)[1] == pytest.approx([b[0], b[0], b[1], b[2], b[2]])
+    assert found.advantages == pytest.approx(expected)
+    assert found.rewards == [1.0, 0.0]
+
+
+def test_a_final_reward_that_names_its_call_counts_there_and_once() -> None:
+    named = trajectory("a", 3.0, {})
+    named.rewards[-1].span_id = "c1"
+    found = trained(settings_of(credit="call", credit_discount=0.0), named, trajectory("b", 0.0, {}))
+    assert [call.reward for call in found.samples[0].calls] == [0.0, 3.0, 0.0]
+
+
+def test_calls_of_several_sequences_are_in_the_order_of_the_rollout() -> None:
+    """Two branches that took turns: calls 0 and 2 in one, 1 and 3 in the other."""
+    one = sequence(((0, 2, 4), (2, 5, 8)))
+    other = sequence(((1, 2, 4), (3, 5, 8)))
+    settings = settings_of(credit="discounted", credit_discount=0.5)
+    found = trained(settings, trajectory("a", 1.0, {}, one, other), trajectory("b", 0.0, {}))
+    assert [sample.advantages for sample in found.samples[:2]] == [(0.0625, 0.25), (0.125, 0.5)]
+
+
+def test_a_group_is_silent_where_nothing_its_calls_led_to_differs() -> None:
+    same = [trajectory(name, 1.0, {"c0": 2.0}) for name in "ab"]
+    assert trained(settings_of(credit="rollout"), *same).groups_without_signal == 1
+    found = trained(settings_of(credit="call", credit_discount=1.0), *same)
+    assert found.groups_without_signal == 0, "a call with 3 to come and one with 1 differ"
+    flat = [trajectory(name, 1.0, {}) for name in "ab"]
+    assert trained(settings_of(credit="call"), *flat).groups_without_signal == 1
+
+
+def test_length_costs_the_last_call() -> None:
+    changes = {"overlong_buffer_tokens": 4, "overlong_max_tokens": 5, "overlong_penalty": 0.5}
+    found = trained(settings_of(credit="call", **changes), trajectory("a", 1.0, {}), trajectory("b", 0.0, {}))
+    assert [call.reward for call in found.samples[0].calls] == [0.0, 0.0, 0.5]
+
+
+def test_records_without_ranges_have_their_runs_of_tokens_as_calls() -> None:
+    old = sequence().model_copy(update={"calls": [], "span_ids": ["c0", "c1"]})
+    settings = settings_of(credit="call", credit_discount=0.0)
+    found = trained(settings, trajectory("a", 1.0, {"c0": 2.0}, old), trajectory("b", 0.0, {}, old))
+    assert [(c.start, c.end, c.reward) for c in found.samples[0].calls] == [(2, 4, 2.0), (5, 8, 1.0)]
+    merged = sequence().model_copy(update={"calls": []})
+    found = trained(settings, trajectory("a", 1.0, {"c0": 2.0}, merged), trajectory("b", 0.0, {}, old))
+    assert [(c.start, c.end, c.reward) for c in found.samples[0].calls] == [(2, 4, 0.0), (5, 8, 1.0)]
+
+
+def test_calls_that_are_not_the_sampled_tokens_are_a_fault() -> None:
+    wrong = sequence(((0, 2, 5), (1, 5, 8)))
+    member, fault = member_of(trajectory("a", 1.0, {}, wrong), "", ModelLimits(100, 100))
+    assert (member.reason, fault) == ("bad_tokens", "its calls are not exactly its sampled tokens")
+
+
+@given(
+    st.lists(
+        st.lists(st.lists(st.floats(-4, 4), min_size=1, max_size=4), min_size=2, max_size=4), min_size=1, max_size=3
+    )
+)
+def test_one_call_a_rollout_or_no_discount_is_the_rollouts_advantage(groups: list[list[list[float]]]) -> None:
+    outcomes = [[[Outcome(reward, 2) for reward in calls] for calls in group] for group in groups]
+    plain = call_advantages(outcomes, TrainerSettings())
+    assert call_advantages(outcomes, TrainerSettings(credit="discounted")) == plain
+    for group, found in zip(groups, plain, strict=True):
+        expected = group_advantages([sum(calls) for calls in group])
+        assert [calls[-1] for calls in found] == pytest.approx(expected)
+    single = [[calls[:1] for calls in group] for group in outcomes]
+    assert call_advantages(single, TrainerSettings(credit="call")) == call_advantages(single, TrainerSettings())
+
+
+def test_what_would_be_ignored_is_refused() -> None:
+    with pytest.raises(SettingsError, match="rollout gives all calls the same"):
+        check_objective(TrainerSettings(credit_discount=0.9))
+    with pytest.raises(SettingsError, match="there is no penalty to take from the reward"):
+        check_objective(TrainerSettings(kl_in_reward=True))
