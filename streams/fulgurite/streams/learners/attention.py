@@ -6,6 +6,9 @@ Promises: no token sees one of another sequence, whatever the model's mask code 
 in half precision torch's variable-length flash kernel does it; elsewhere the tokens are spread over [B, H, T_max, D]
 for the attention alone, causal, with padding on the right, so that padding is seen by nobody. Does not know what the
 tokens are, nor which model asks: any that reaches attention through transformers' AttentionInterface.
+
+Elsewhere padding costs by the square of lengths, so sequences are spread in buckets: none is longer than its bucket's
+shortest by more than a third.
 """
 
 from __future__ import annotations
@@ -27,6 +30,22 @@ NAME: Final = "fulgurite_packed"
 _HALF: Final = (torch.float16, torch.bfloat16)
 
 
+LEAST_FILL: Final = 0.75
+"""Of the longest sequence of a bucket, that its shortest has."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bucket:
+    """Sequences of about one length."""
+
+    sequences: int
+    longest: int
+    tokens: Tensor
+    """[n] int64: which of the packed tokens are theirs."""
+    slots: Tensor
+    """[n] int64: where each lies in [sequences, longest], flattened."""
+
+
 @dataclass(frozen=True, slots=True)
 class Layout:
     """Where the sequences lie: made once a micro-batch, used by every layer."""
@@ -34,28 +53,32 @@ class Layout:
     starts: Tensor
     """[B + 1] int32: sequence b is starts[b]..starts[b + 1] - 1."""
     longest: int
-    slots: Tensor
-    """[N] int64: where token n lies in [B, longest], flattened."""
-
-    @property
-    def sequences(self) -> int:
-        return len(self.starts) - 1
+    buckets: tuple[Bucket, ...]
+    """Every sequence is in one."""
 
     def to(self, device: torch.device) -> Layout:
-        return Layout(self.starts.to(device), self.longest, self.slots.to(device))
+        moved = [Bucket(b.sequences, b.longest, b.tokens.to(device), b.slots.to(device)) for b in self.buckets]
+        return Layout(self.starts.to(device), self.longest, tuple(moved))
 
 
 def layout_of(lengths: list[int]) -> Layout:
     """Of sequences of these lengths, each at least 1, in this order."""
     if not lengths or min(lengths) < 1:
         raise ValueError(f"sequences have at least one token: {lengths}")
-    sizes = torch.tensor(lengths)
     starts = torch.zeros(len(lengths) + 1, dtype=torch.int64)
-    starts[1:] = sizes.cumsum(0)
-    longest = max(lengths)
-    within = torch.arange(int(starts[-1])) - torch.repeat_interleave(starts[:-1], sizes)
-    slots = within + torch.repeat_interleave(torch.arange(len(lengths)) * longest, sizes)
-    return Layout(starts.to(torch.int32), longest, slots)
+    starts[1:] = torch.tensor(lengths).cumsum(0)
+    by_length = sorted(range(len(lengths)), key=lambda number: -lengths[number])
+    buckets: list[Bucket] = []
+    while by_length:
+        longest = lengths[by_length[0]]
+        members = [number for number in by_length if lengths[number] >= LEAST_FILL * longest]
+        by_length = by_length[len(members) :]
+        sizes = torch.tensor([lengths[number] for number in members])
+        rows = torch.repeat_interleave(torch.arange(len(members)), sizes)
+        within = torch.arange(len(rows)) - torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
+        tokens = torch.repeat_interleave(starts[torch.tensor(members)], sizes) + within
+        buckets.append(Bucket(len(members), longest, tokens, rows * longest + within))
+    return Layout(starts.to(torch.int32), max(lengths), tuple(buckets))
 
 
 def packed_attention(
@@ -105,24 +128,31 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, lay
 
 
 def _spread(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
-    out = functional.scaled_dot_product_attention(
-        _padded(query, layout),
-        _padded(key, layout),
-        _padded(value, layout),
-        is_causal=True,
-        scale=scaling,
-        enable_gqa=query.shape[1] != key.shape[1],
-    )
-    flat = out.transpose(1, 2).reshape(layout.sequences * layout.longest, query.shape[1], -1)
-    return flat[layout.slots].unsqueeze(0)
+    # [1, H, N, D] -> [N, H, D]
+    query, key, value = (each.squeeze(0).transpose(0, 1) for each in (query, key, value))
+    parts: list[Tensor] = []
+    for bucket in layout.buckets:
+        out = functional.scaled_dot_product_attention(
+            _padded(query, bucket),
+            _padded(key, bucket),
+            _padded(value, bucket),
+            is_causal=True,
+            scale=scaling,
+            enable_gqa=query.shape[1] != key.shape[1],
+        )
+        flat = out.transpose(1, 2).reshape(bucket.sequences * bucket.longest, query.shape[1], -1)
+        parts.append(flat[bucket.slots])
+    tokens = torch.cat([bucket.tokens for bucket in layout.buckets])
+    together = torch.cat(parts)
+    return torch.empty_like(together).index_copy(0, tokens, together).unsqueeze(0)
 
 
-def _padded(packed: Tensor, layout: Layout) -> Tensor:
-    """[1, H, N, D] -> [B, H, longest, D], zeros where no token is."""
-    heads, size = packed.shape[1], packed.shape[3]
-    spread = packed.new_zeros(layout.sequences * layout.longest, heads, size)
-    spread = spread.index_copy(0, layout.slots, packed.squeeze(0).transpose(0, 1))
-    return spread.view(layout.sequences, layout.longest, heads, size).transpose(1, 2)
+def _padded(packed: Tensor, bucket: Bucket) -> Tensor:
+    """[N, H, D] -> [sequences, H, longest, D] of the bucket's, zeros where no token is."""
+    heads, size = packed.shape[1], packed.shape[2]
+    spread = packed.new_zeros(bucket.sequences * bucket.longest, heads, size)
+    spread = spread.index_copy(0, bucket.slots, packed[bucket.tokens])
+    return spread.view(bucket.sequences, bucket.longest, heads, size).transpose(1, 2)
 
 
 AttentionInterface.register(NAME, packed_attention)

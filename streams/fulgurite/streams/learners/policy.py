@@ -25,8 +25,10 @@ from fulgurite.streams.learners.attention import NAME, layout_of
 from fulgurite.streams.learners.packing import PackedBatch
 from fulgurite.streams.learners.scoring import token_scores
 
-CHUNK_TOKENS: Final = 1_024
-"""Positions whose logits exist at once: 620 MB of float32 for a vocabulary of 152k."""
+CHUNK_BYTES: Final = {"cpu": 8 << 20, "cuda": 512 << 20}
+"""Of the float32 logits that exist at once: what a processor's cache holds; what a GPU is busy with."""
+LEAST_CHUNK_TOKENS: Final = 64
+MOST_CHUNK_TOKENS: Final = 16_384
 _PROBE_TOKENS: Final = 8
 _PROBE_TOLERANCE: Final = 1e-2
 """Half precision rounds; a soft cap or a scale differs by far more."""
@@ -35,7 +37,8 @@ _PROBE_TOLERANCE: Final = 1e-2
 class Policy(nn.Module):
     """Wraps a Hugging Face model; `model` is that model, to be saved as it is."""
 
-    def __init__(self, model: PreTrainedModel, chunk_tokens: int = CHUNK_TOKENS) -> None:
+    def __init__(self, model: PreTrainedModel, chunk_tokens: int | None = None) -> None:
+        """`chunk_tokens`: positions whose logits exist at once; None: by the device and the vocabulary."""
         super().__init__()
         self.model = model
         self._chunk_tokens = chunk_tokens
@@ -52,7 +55,7 @@ class Policy(nn.Module):
             self._head,
             batch.targets,
             temperature=temperature,
-            chunk_tokens=self._chunk_tokens,
+            chunk_tokens=self._chunk_tokens or self._fitting_chunk(hidden.device),
             entropy_gradient=entropy_gradient,
         )
 
@@ -70,6 +73,11 @@ class Policy(nn.Module):
     @property
     def has_adapter(self) -> bool:
         return hasattr(self.model, "peft_config")
+
+    def _fitting_chunk(self, device: torch.device) -> int:
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
+        fitting = CHUNK_BYTES.get(device.type, CHUNK_BYTES["cuda"]) // (4 * vocabulary)
+        return max(LEAST_CHUNK_TOKENS, min(MOST_CHUNK_TOKENS, fitting))
 
     def _hidden(self, token_ids: Tensor, position_ids: Tensor, layout: Any) -> Tensor:
         body: Any = self.model.base_model
@@ -116,14 +124,14 @@ class Policy(nn.Module):
             )
 
 
-def load_policy(folder: Path, *, dtype: torch.dtype = torch.float32, chunk_tokens: int = CHUNK_TOKENS) -> Policy:
+def load_policy(folder: Path, *, dtype: torch.dtype = torch.float32) -> Policy:
     """From a Hugging Face folder on this machine. Raises OSError for a folder that is none, SettingsError for a model
     whose scores would not be exact."""
     if is_adapter(folder):
         raise SettingsError(f"{folder} is a LoRA adapter, not a model: merge it into its base first (peft can)")
     transformers_logging.disable_progress_bar()
     model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, attn_implementation=NAME)
-    return Policy(model, chunk_tokens)
+    return Policy(model)
 
 
 def load_trained_policy(folder: Path, settings: TrainerSettings) -> Policy:
