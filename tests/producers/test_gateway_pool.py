@@ -401,6 +401,24 @@ async def test_versions_bound_an_answer_that_has_none():
         assert fake.asked.count("/weight_info") == known
 
 
+async def test_a_label_that_went_and_came_back_bounds_nothing():
+    async with FakeBackend(label="7") as fake, pool_of(fake.settings()) as pool:
+
+        async def another() -> str | None:
+            async with pool.open(asking()) as exchange:
+                assert [chunk async for chunk in exchange.chunks()]
+                return await exchange.version_after()
+
+        async with pool.open(asking()) as exchange:
+            assert exchange.version_before == "7"
+            fake.label = "8"
+            assert await another() == "8"
+            fake.label = "7"
+            assert [chunk async for chunk in exchange.chunks()]
+            assert await exchange.version_after() is None
+        assert await another() == "7"
+
+
 async def test_nobody_asks_for_versions_that_answers_have():
     async def versioned(request: web.Request) -> web.StreamResponse:
         response = web.StreamResponse()

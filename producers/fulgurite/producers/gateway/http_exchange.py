@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.exchange import BackendKind
 from fulgurite.producers.gateway.http_connection import Broken, Response
+from fulgurite.producers.gateway.labels import Seen
 from fulgurite.producers.gateway.places import Seat
 
 if TYPE_CHECKING:
@@ -36,7 +37,7 @@ class HttpExchange:
         response: Response,
         route: str,
         tries: int,
-        version_before: str | None,
+        before: Seen | None,
         adapter_version: int | None,
         silence_seconds: float,
     ) -> None:
@@ -48,7 +49,7 @@ class HttpExchange:
         self._clock = asyncio.get_running_loop().time
         self._ends_at = self._clock() + replica.answer_seconds
         self._says_versions = False
-        self.version_before = version_before
+        self._before = before
         self.adapter_version = adapter_version
         self.tries = tries
 
@@ -71,6 +72,10 @@ class HttpExchange:
     @property
     def resource(self) -> str:
         return self._replica.settings.resource if self.kind == "vllm" else ""
+
+    @property
+    def version_before(self) -> str | None:
+        return self._before.label if self._before else None
 
     async def chunks(self) -> AsyncIterator[bytes]:
         """The body as it arrives. Raises ApiError: 502 when it breaks or is too large, 504 when nothing comes, or for
@@ -109,7 +114,7 @@ class HttpExchange:
             return None
         if self._is_whole():
             self._replica.learned(self._route, gives_versions=self._says_versions)
-        return None if self._says_versions else await self._replica.label()
+        return None if self._says_versions else await self._replica.label(self._before)
 
     def close(self) -> None:
         """Ends it: what the backend has not said yet is not wanted."""

@@ -1,15 +1,20 @@
 """Which version a server's weights have, asked as seldom as that allows: GET /weight_info around calls.
 
-For servers that do not say in their answers which version sampled. Versions only grow, so the same label at any time
-before a call and at any time after it means that this version sampled all of it. Hence:
+For servers that do not say in their answers which version sampled. Versions only grow, and a number never means other
+weights (the follower sees to both), so the same label at any time before a call and at any time after it means that
+this version sampled all of it. Hence:
 - before: what was seen last will do; if it is old it is asked for again, since an old label bounds less;
 - after: the question must leave after the answer came; one question serves all calls that wait for it.
+
+Whoever labels servers by hand may go from one version to another and back. A call that was under way then has no
+version if any call's question saw the one in between; with nobody asking, it is not seen.
 """
 
 from __future__ import annotations
 
 import asyncio
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass
 from typing import Final
 
 FRESH_SECONDS: Final = 0.05
@@ -22,28 +27,44 @@ class NoSuchRoute(Exception):
     """The server does not have it."""
 
 
+@dataclass(slots=True, frozen=True)
+class Seen:
+    """A label, and how many others had been seen before it."""
+
+    label: str | None
+    changes: int
+
+
 class Labels:
     """Of one server. `read` gives the label, None when it cannot be had now; raises NoSuchRoute."""
 
     def __init__(self, read: Callable[[], Awaitable[str | None]]) -> None:
         self._read = read
         self._label: str | None = None
+        self._last: str | None = None
+        self._changes = 0
         self._seen_at = -FRESH_SECONDS
         self._absent_until = 0.0
-        self._asking: asyncio.Task[str | None] | None = None
-        self._next: asyncio.Task[str | None] | None = None
+        self._asking: asyncio.Task[Seen] | None = None
+        self._next: asyncio.Task[Seen] | None = None
 
-    async def before(self) -> str | None:
+    async def before(self) -> Seen:
         """A label the server had at some time before now."""
         if asyncio.get_running_loop().time() - self._seen_at < FRESH_SECONDS:
-            return self._label
-        return await self.after()
+            return Seen(self._label, self._changes)
+        return await self._now()
 
-    async def after(self) -> str | None:
-        """A label the server has at some time after now."""
+    async def after(self, before: Seen | None) -> str | None:
+        """A label the server has at some time after now; None where it is that of `before`, but another one was seen
+        in between."""
+        now = await self._now()
+        went_and_came = before is not None and before.label == now.label and before.changes != now.changes
+        return None if went_and_came else now.label
+
+    async def _now(self) -> Seen:
         loop = asyncio.get_running_loop()
         if loop.time() < self._absent_until:
-            return None
+            return Seen(None, self._changes)
         if self._next is None:
             # What is being asked left too early for us. The task begins only once we wait, and so after now.
             self._next = loop.create_task(self._ask_after(self._asking))
@@ -54,7 +75,7 @@ class Labels:
             if task:
                 task.cancel()
 
-    async def _ask_after(self, earlier: asyncio.Task[str | None] | None) -> str | None:
+    async def _ask_after(self, earlier: asyncio.Task[Seen] | None) -> Seen:
         if earlier is not None:
             await asyncio.wait({earlier})
         self._asking, self._next = self._next, None
@@ -64,6 +85,9 @@ class Labels:
             self._label = await self._read()
         except NoSuchRoute:
             self._label, self._absent_until = None, loop.time() + ABSENT_SECONDS
+        if self._label is not None and self._label != self._last:
+            self._last = self._label
+            self._changes += 1
         # Of the time it was asked: it is at least so old.
         self._seen_at = asked_at
-        return self._label
+        return Seen(self._label, self._changes)

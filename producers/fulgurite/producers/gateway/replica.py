@@ -18,7 +18,7 @@ from fulgurite.producers.gateway.http_client import HttpClient, NotConnected
 from fulgurite.producers.gateway.http_connection import Broken
 from fulgurite.producers.gateway.http_exchange import HttpExchange
 from fulgurite.producers.gateway.keys import parse_bearer
-from fulgurite.producers.gateway.labels import Labels, NoSuchRoute
+from fulgurite.producers.gateway.labels import Labels, NoSuchRoute, Seen
 from fulgurite.producers.gateway.places import Capacity, Seat
 from fulgurite.producers.gateway.routing import LOST_ADAPTERS, UNVERSIONED
 from fulgurite.schemas.resources import adapter_name, adapter_version
@@ -168,9 +168,9 @@ class Replica:
             raise Away(f"it has no adapter of {ask.model} now")
         return adapter_name(self.settings.resource, self._newest_adapter)
 
-    async def label(self) -> str | None:
-        """The version its weights have at some time after now."""
-        return await self._labels.after()
+    async def label(self, before: Seen | None) -> str | None:
+        """The version its weights have at some time after now; None where they had another one since `before`."""
+        return await self._labels.after(before)
 
     def learned(self, route: str, *, gives_versions: bool) -> None:
         """Whether an answer of this route said which version sampled it. While all do, nobody asks before a call."""
