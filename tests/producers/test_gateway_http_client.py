@@ -146,6 +146,15 @@ async def test_an_answer_that_is_cut_off_gives_what_came_and_then_breaks(parts: 
         assert server.connections == 2
 
 
+async def test_headers_behind_a_body_are_not_of_the_next_answer():
+    chunked = b"HTTP/1.1 200 OK\r\ntransfer-encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\ncontent-encoding: gzip\r\n\r\n"
+    async with serving([chunked], [sized(b"next")]) as (server, client):
+        assert await whole(await client.get("/", "")) == b"abc"
+        response = await client.get("/", "")
+        assert (await whole(response), response.headers) == (b"next", {"x-one": "1", "content-length": "4"})
+        assert server.connections == 1
+
+
 async def test_an_answer_that_nobody_asked_for_ends_the_connection():
     async with serving([sized(b"one") + sized(b"another")], [sized(b"next")]) as (server, client):
         assert await whole(await client.get("/", "")) == b"one"

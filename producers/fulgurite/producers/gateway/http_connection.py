@@ -169,6 +169,8 @@ class Connection(asyncio.Protocol):
     # What the parser calls.
 
     def on_header(self, name: bytes, value: bytes) -> None:
+        if self._response is not None:
+            return  # behind a chunked body: nobody asks for those, and they are not of the next answer
         self._headers[name.decode("latin-1").lower()] = value.decode("latin-1")
 
     def on_headers_complete(self) -> None:

@@ -51,7 +51,10 @@ class _ChatStream(ChoicesStream):
     def fold_text(self, index: int, given: Json) -> None:
         delta = given.get("delta")
         if isinstance(delta, dict) and delta:
-            self._messages.setdefault(index, _Pieces()).add(delta)
+            message = self._messages.get(index)
+            if message is None:
+                message = self._messages[index] = _Pieces()
+            message.add(delta)
 
     def says_nothing(self, choice: Json) -> bool:
         return not choice.get("delta")
