@@ -56,7 +56,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     if not await _started(publisher, stop):
         return
     try:
-        _spare_the_collector()
         async with Pool(settings.gateway) as pool:
             gateway = Gateway(settings.gateway, pool, publisher, lambda: broker_problem(settings.kafka))
             await _serve_all(gateway, pool, settings.gateway, stop)
@@ -121,4 +120,5 @@ async def _started(publisher: Publisher, stop: asyncio.Event) -> bool:
 
 
 def main(settings: Settings) -> int:
+    _spare_the_collector()
     return run_service("gateway", settings.log, lambda stop: serve(settings, stop))
