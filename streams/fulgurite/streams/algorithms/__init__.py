@@ -11,6 +11,7 @@ events.py       what it may yield, and where that goes
 groups.py       pure: which groups are open, complete, or too old
 memory.py       Kafka: what is remembered of open groups, and the beginning of a first start
 work.py         one input's way through the function: tries, time limits, dead letters
+program.py      inputs between what was read and what is committed
 service.py      the flow and its delivery contract: begin here
 compliance.py   pure: rules of conduct, and what in the spans violates them
 aggregator/     an algorithm of ours: rewards from functions, judges and rules
