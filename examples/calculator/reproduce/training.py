@@ -9,6 +9,7 @@ staleness needs. The same cell, seed and machine give the same result, bit for b
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
 import time
@@ -181,6 +182,7 @@ class _Run:
             for index in range(self._sizes.heldout_tasks)
         ]
         found = self._sampler.rollouts(version, asked, 1)
+        gc.collect()  # old policies lie in cycles, and next to torch's objects Python hardly ever looks for them
         return (
             sum(trajectory.reward or 0.0 for trajectory in found) / len(found),
             sum(trajectory.calls > 1 for trajectory in found) / len(found),

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 
 from fulgurite.schemas.ids import now_ns
 from fulgurite.schemas.training import TrainingStep
+from fulgurite.streams.learners.launch import launched_ranks
 from fulgurite.streams.objectives.advantages import mean_and_std
 from fulgurite.streams.trainer.checkpoints import Checkpoint
 from fulgurite.streams.trainer.events import staleness, window_metrics
@@ -55,6 +56,7 @@ class Progress:
         reward_mean, reward_std = mean_and_std(training.rewards)
         behind_mean, behind_max = staleness(training, window)
         began, filled, optimized = self._marks
+        taken = max(time.monotonic() - began, 1e-9)
         metrics = {
             **window_metrics(window, training),
             **(result.metrics if result else {}),
@@ -63,6 +65,10 @@ class Progress:
             "timing_s/wait": filled - began,
             "timing_s/update_actor": optimized - filled,
             "timing_s/checkpoint": time.monotonic() - optimized,
+            "timing_s/step": taken,
+            # As verl counts: prompts too, over the whole step, for each rank.
+            "perf/throughput": sum(len(sample.token_ids) for sample in training.samples) / taken / launched_ranks(),
+            "perf/wait_share": (filled - began) / taken,
         }
         windows.late = windows.duplicates = 0
         return TrainingStep(
@@ -96,10 +102,11 @@ class Progress:
         per_step = (now - self._started) / max(1, event.step - self._steps_before)
         logger.info(
             "step %d/%d version %d | reward %.3f | loss %+.4f | %d rollouts trained, %d dropped | staleness %.2f, "
-            "at most %d | wait %.1f s, train %.1f s, publish %.1f s | %s left",
+            "at most %d | wait %.1f s (%.0f %%), train %.1f s, publish %.1f s | %.0f tokens/s | %s left",
             event.step, self._steps, event.version_out, event.reward_mean, event.loss, len(event.rollout_ids),
-            len(event.dropped), event.staleness_mean, event.staleness_max, filled - began, optimized - filled,
-            now - optimized, _duration(per_step * (self._steps - event.step)),
+            len(event.dropped), event.staleness_mean, event.staleness_max, filled - began,
+            100 * (filled - began) / (now - began), optimized - filled, now - optimized,
+            event.metrics["perf/throughput"], _duration(per_step * (self._steps - event.step)),
         )  # fmt: skip
 
 
