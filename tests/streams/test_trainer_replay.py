@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import asyncio
+import os
+import sys
 import zlib
 from datetime import UTC, datetime
 from pathlib import Path
@@ -16,7 +18,14 @@ from transformers import AutoModelForCausalLM
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.migrations import apply_migrations, connection_options
-from fulgurite.schemas.settings import ClickHouseSettings, KafkaSettings, Settings, SourceSettings, TrainerSettings
+from fulgurite.schemas.settings import (
+    ClickHouseSettings,
+    KafkaSettings,
+    Settings,
+    SourceSettings,
+    TrainerSettings,
+    to_environment,
+)
 from fulgurite.schemas.topics import RESOURCES, TRAJECTORIES
 from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
@@ -269,6 +278,25 @@ async def test_two_policies_that_act_in_the_same_rollouts_have_a_trainer_each(li
     assert finished.reason == "its source is over; 1 steps done"
     fates = all_once(await training_events(live.kafka, "critic"))
     assert {fates[f"live-g{group}-r0"] for group in (3, 4, 5)} == {"stale"}, "version 1 sampled them, 2 is trained"
+
+
+async def test_the_command_needs_only_the_name_of_the_run(live: Settings, tmp_path: Path) -> None:
+    trainer = live.trainer.model_copy(update={"steps": 2, "tasks": "tests.streams.trainer_world:bandit"})
+    async with World(live.kafka).running():
+        await run(live.model_copy(update={"trainer": trainer}))
+    command = ["train", "--shadow", "live", "--set", "trainer.loss=cispo", "--set", f"trainer.output={tmp_path}"]
+    environment = to_environment({"kafka": live.kafka.model_dump(exclude_defaults=True)})
+    process = await asyncio.create_subprocess_exec(
+        sys.executable, "-m", "fulgurite.infra", *command, env={**os.environ, **environment},
+        stderr=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.DEVNULL,
+    )  # fmt: skip
+    _, stderr = await asyncio.wait_for(process.communicate(), 120)
+    assert process.returncode == 0, stderr.decode()
+    assert "settings other than by default: trainer.run_id = live-shadow, trainer.resource = live-shadow" in str(stderr)
+    events = await training_events(live.kafka, "live-shadow")
+    assert isinstance(events[0], RunStarted)
+    assert (events[0].config["loss"], events[0].config["groups_per_step"]) == ("cispo", 3)
+    assert [type(event) for event in events[1:]] == [TrainingStep, TrainingStep, RunFinished]
 
 
 async def test_what_cannot_be_replayed_says_so_at_once(live: Settings) -> None:

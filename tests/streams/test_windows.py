@@ -232,6 +232,39 @@ def test_a_window_closed_by_time_has_what_is_there_and_pacing_knows() -> None:
     assert w.groups_short == 1
 
 
+def test_in_a_replay_the_sources_ledger_closes_groups_and_this_run_judges_them() -> None:
+    w = Windows(replace(SHAPE, replayed=True))
+    for group, index in ((7, 0), (7, 1), (3, 2), (3, 0), (3, 1), (5, 0), (5, 1)):
+        w.add(member(group, index, min_version=4), 0)
+    assert w.take(90) is None, "complete, but not settled by the source"
+    # What the source dropped as stale or trained on is ours to judge; its deadline is not.
+    decided = {"r-g7-r0": "", "r-g7-r1": "", "r-g7-r2": "deadline", "r-g3-r0": "stale", "r-g3-r1": "stale"}
+    assert w.settle({**decided, "r-g3-r2": "stale", "stranger": "not_asked"}, version=6) == 0
+    window = w.take(90)
+    assert window
+    assert ids(window.groups) == [["r-g3-r0", "r-g3-r1", "r-g3-r2"], ["r-g7-r0", "r-g7-r1"]]
+    assert set(window.measured_at.values()) == {6}, "ages are those of the source, not 90 versions"
+    assert [(d.rollout_id, d.reason) for d in window.dropped] == [("r-g7-r2", "deadline")]
+    w.add(member(7, 2), 0)
+    assert w.late == 1
+    assert {d.rollout_id: d.reason for d in w.end()} == {"r-g5-r0": "run_ended", "r-g5-r1": "run_ended"}
+
+
+def test_in_a_replay_groups_that_begin_before_it_are_left_out_whole() -> None:
+    w = Windows(replace(SHAPE, replayed=True, max_staleness=1))
+    w.add(member(0, 2), 0)
+    for index in range(3):
+        w.add(member(1, index, min_version=5 - index), 0)
+    cut = w.settle({f"r-g{group}-r{index}": "" for group in (0, 1, 2) for index in range(3)}, version=5)
+    assert cut == 2, "of group 0 something is missing, of group 2 everything"
+    assert w.take(9, least=1) is not None
+    found = w.take(9, least=1)
+    assert found is None
+    assert w.settled_below == 3
+    w.add(member(0, 1), 0)
+    assert w.duplicates == 1
+
+
 happening = st.tuples(
     st.integers(0, 5), st.integers(0, 2), st.sampled_from(["", "", "", "failed"]), st.integers(0, 6), st.booleans()
 )

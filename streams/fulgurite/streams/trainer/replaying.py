@@ -94,7 +94,9 @@ class Replaying:
         decided = dict.fromkeys(step.rollout_ids, "") | {each.rollout_id: each.reason for each in step.dropped}
         cut = self._run.windows.settle(decided, None if self._plan.is_own_policy else step.version_in)
         if cut and not self._cut:
-            logger.warning(
+            # Asked for, unless all of the source's rollouts were.
+            logger.log(
+                logging.WARNING if self._plan.source.begin == "beginning" else logging.INFO,
                 "step %d of the source: %d groups lie before source.begin = %s, or Kafka forgot them; such groups are "
                 "left out", step.step, cut, self._plan.source.begin,
             )  # fmt: skip

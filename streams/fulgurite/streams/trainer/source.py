@@ -55,10 +55,12 @@ async def adopt(settings: Settings) -> Settings:
             f"source.run_id = {source.run_id}: that run trains on the rollouts of {theirs['run_id']} itself; name that"
         )
     ours = settings.trainer.model_dump(include=settings.trainer.model_fields_set)
+    defaults: dict[str, Any] = TrainerSettings().model_dump(mode="json")
+    # What is as by default counts as not set: some settings are refused where they would have no effect.
     taken = {
         name: value
         for name, value in config.items()
-        if name in TrainerSettings.model_fields and name not in OWN and name not in ours
+        if name in defaults and name not in OWN and name not in ours and value != defaults[name]
     }
     try:
         trainer = TrainerSettings.model_validate(taken | ours)
