@@ -14,11 +14,17 @@ from examples.calculator.model import new_model, train_tokenizer
 from examples.calculator.reproduce import __main__ as command
 from examples.calculator.reproduce import training
 from examples.calculator.reproduce.cells import BASE, CELLS, COMPARISONS, Cell, Sizes
+from examples.calculator.reproduce.rollouts import expression_reward
 from examples.calculator.reproduce.statistics import estimate, paired
 from examples.calculator.reproduce.training import Result, finished, run_cell
+from examples.calculator.reward import reward_of
 from examples.calculator.warm_start import Recipe, save
 
 SMALL = Sizes(seeds=2, steps=3, rollouts_per_step=16, heldout_tasks=8, evaluate_every=2, warm_start_steps=1)
+
+
+def made_up(text: str, answer: float) -> float:
+    return reward_of(text, answer) if text.startswith("ANS 42") or "error" in text else len(text) % 7 / 6
 
 
 def quiet(_: str) -> None:
@@ -37,7 +43,7 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
         return True
 
     monkeypatch.setattr(training, "warm_start", make)
-    monkeypatch.setattr("examples.calculator.reproduce.rollouts.reward_of", lambda text, answer: len(text) % 7 / 6)
+    monkeypatch.setattr("examples.calculator.reproduce.rollouts.reward_of", made_up)
 
 
 def test_a_cell_trains_and_gives_the_same_again(tmp_path: Path) -> None:
@@ -54,6 +60,13 @@ def test_a_cell_trains_and_gives_the_same_again(tmp_path: Path) -> None:
     assert [point.staleness for point in results[0].points[1:]] == [0.0, 1.0, 1.0]
     assert results[0].points[2].effective_sample_size < 1.0
     assert not list(tmp_path.glob("a/*.work"))
+
+
+def test_a_first_call_with_a_reward_of_its_own(tmp_path: Path) -> None:
+    """Credit by call trains; what the calls were is in the trajectory, as the assembler would write it."""
+    result = run_cell(tmp_path, Cell("calls", credit="call", credit_discount=0.0, call_reward=True), 1, SMALL, quiet)
+    assert all(point.tokens > 0 for point in result.points[1:])
+    assert (expression_reward("42", 42.0), expression_reward("error: no", 42.0)) == (1.0, 0.0)
 
 
 def test_finished_cells_are_kept_and_everything_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -44,6 +44,10 @@ class Cell:
     lag: int = 0
     """How many versions behind the policy samples, exactly; less only in the first steps, where there is none older."""
     correction: Literal["clip", "truncate", "none"] = "clip"
+    credit: Literal["rollout", "call"] = "rollout"
+    credit_discount: float = 1.0
+    call_reward: bool = False
+    """Whether the first call has a reward of its own: 1 for an expression whose value is the answer."""
 
     def settings(self, seed: int, sizes: Sizes, model: Path, output: Path) -> TrainerSettings:
         """As for `fulgurite train`: what is not said here is the default there."""
@@ -57,6 +61,8 @@ class Cell:
             group_size=self.group_size,
             max_staleness=max(self.lag, 4),
             correction=self.correction,
+            credit=self.credit,
+            credit_discount=self.credit_discount,
             seed=seed,
         )
 
@@ -71,6 +77,8 @@ CELLS: tuple[Cell, ...] = (
     Cell("lag16-uncorrected", lag=16, correction="none"),
     Cell("groups-of-2", group_size=2),
     Cell("groups-of-32", group_size=32),
+    Cell("per-call", credit="call"),
+    Cell("per-call-rewarded", credit="call", credit_discount=0.0, call_reward=True),
 )
 
 
@@ -91,12 +99,17 @@ COMPARISONS: tuple[Comparison, ...] = (
     Comparison("lag16-truncated", "lag16-uncorrected", "so do truncated importance weights"),
     Comparison("base", "lag16", "corrected, old data still learns more slowly than fresh"),
     Comparison("base", "groups-of-2", "a baseline of one other rollout is noisier than of seven"),
+    Comparison("base", "per-call", "the final reward alone, seen from each call, has a biased baseline"),
+    Comparison("per-call-rewarded", "base", "a reward for the first call says which of the two was at fault"),
 )
 
 
 def key(cell: Cell, seed: int, sizes: Sizes) -> str:
-    """Of everything that a finished cell depends on, so that one of other sizes is not taken for it."""
-    what: dict[str, Any] = {"format": FORMAT, "cell": asdict(cell), "seed": seed, **asdict(sizes)}
+    """Of everything that a finished cell depends on, so that one of other sizes is not taken for it. Defaults are left
+    out: a new way of training leaves finished cells valid."""
+    default = asdict(Cell(cell.name))
+    differs = {name: value for name, value in asdict(cell).items() if value != default[name]}
+    what: dict[str, Any] = {"format": FORMAT, "name": cell.name, "cell": differs, "seed": seed, **asdict(sizes)}
     del what["seeds"]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
     return f"{cell.name}-{seed}-{digest}"

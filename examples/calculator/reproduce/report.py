@@ -115,8 +115,19 @@ def write_png(path: Path, results: Results) -> None:
 
 def _cells(results: Results, cells: Sequence[Cell]) -> Table:
     table = Table(title="Held-out reward, mean over seeds with 95 % intervals", title_justify="left")
-    for name in ("cell", "group", "lag", "correction", "seeds", "before", "after", "mean over evaluations", "tokens/s"):
-        table.add_column(name, justify="left" if name in ("cell", "correction") else "right")
+    for name in (
+        "cell",
+        "group",
+        "lag",
+        "correction",
+        "credit",
+        "seeds",
+        "before",
+        "after",
+        "mean over evaluations",
+        "tokens/s",
+    ):
+        table.add_column(name, justify="left" if name in ("cell", "correction", "credit") else "right")
     for cell in cells:
         found = results.get(cell.name)
         if not found:
@@ -124,7 +135,8 @@ def _cells(results: Results, cells: Sequence[Cell]) -> Table:
         before = estimate([result.heldout[0][1] for result in found.values()])
         tokens = sum(point.tokens for result in found.values() for point in result.points)
         table.add_row(
-            cell.name, str(cell.group_size), str(cell.lag), cell.correction if cell.lag else "", str(len(found)),
+            cell.name, str(cell.group_size), str(cell.lag), cell.correction if cell.lag else "",
+            cell.credit, str(len(found)),
             _level(before), _level(estimate(list(last(found).values()))),
             _level(estimate(list(average(found).values()))),
             f"{tokens / sum(result.seconds for result in found.values()):,.0f}",

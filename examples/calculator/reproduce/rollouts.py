@@ -20,7 +20,7 @@ from examples.calculator.reproduce.cells import RESOURCE
 from examples.calculator.reward import reward_of
 from examples.calculator.tasks import Task
 from fulgurite.schemas.event import VersionSpan
-from fulgurite.schemas.trajectories import TokenSequence, Trajectory
+from fulgurite.schemas.trajectories import CallRange, TokenSequence, Trajectory, TrajectoryReward
 from fulgurite.streams.policy_server.engine import Engine, Generation
 from fulgurite.streams.policy_server.policy import Policy, load_policy
 
@@ -41,8 +41,9 @@ class _Conversation:
     tokens: list[int]
     logprobs: list[float] = field(default_factory=list)
     mask: list[int] = field(default_factory=list)
-    calls: int = 0
+    calls: list[CallRange] = field(default_factory=list[CallRange])
     text: str = ""
+    tool_output: str = ""
 
     def given(self, tokens: Sequence[int]) -> None:
         self.tokens += tokens
@@ -50,17 +51,20 @@ class _Conversation:
         self.mask += [0] * len(tokens)
 
     def sampled(self, generation: Generation) -> None:
+        first, number = len(self.tokens), len(self.calls)
+        end = first + len(generation.tokens)
+        self.calls.append(CallRange(span_id=f"call-{number}", number=number, start=first, end=end))
         self.tokens += generation.tokens
         self.logprobs += generation.logprobs
         self.mask += [1] * len(generation.tokens)
-        self.calls += 1
 
 
 class Sampler:
     """The policies that may still sample, by version."""
 
-    def __init__(self, run_id: str) -> None:
+    def __init__(self, run_id: str, call_reward: bool = False) -> None:
         self._run_id = run_id
+        self._call_reward = call_reward
         self._policies: dict[int, Policy] = {}
         self._engine: Engine | None = None
 
@@ -91,7 +95,7 @@ class Sampler:
     def _turn(self, engine: Engine, conversations: Sequence[_Conversation]) -> None:
         generations: list[Generation] = []
         for one in conversations:
-            seed = zlib.crc32(f"{one.asked.rollout_id} {one.calls}".encode())
+            seed = zlib.crc32(f"{one.asked.rollout_id} {len(one.calls)}".encode())
             temperature = 0.0 if one.asked.greedy else 1.0
             generation = Generation(list(one.tokens), MAX_TOKENS, temperature, seed)
             generations.append(generation)
@@ -107,9 +111,14 @@ class Sampler:
             token_ids=one.tokens,
             loss_mask=one.mask,
             logprobs=one.logprobs,
-            weight_versions=_spans(one.mask, version),
+            weight_versions=[VersionSpan(version=version, start=call.start, end=call.end) for call in one.calls],
+            calls=one.calls,
             resource=RESOURCE,
         )
+        rewards: list[TrajectoryReward] = []
+        if self._call_reward and one.tool_output:
+            value = expression_reward(one.tool_output, one.asked.task["answer"])
+            rewards.append(TrajectoryReward(reward_id="expression", name="expression", value=value, span_id="call-0"))
         return Trajectory(
             rollout_id=one.asked.rollout_id,
             run_id=self._run_id,
@@ -118,7 +127,8 @@ class Sampler:
             status="succeeded",
             sequences=[sequence],
             reward=reward_of(one.text, one.asked.task["answer"]),
-            calls=one.calls,
+            rewards=rewards,
+            calls=len(one.calls),
             min_version=version,
             max_version=version,
         )
@@ -131,7 +141,8 @@ def _use_tool(policy: Policy, conversation: _Conversation) -> bool:
         return False
     # A message that was cut off has no end of its own; the template writes one.
     ended = conversation.tokens[-1] in policy.stop_ids
-    text = f"{'' if ended else END}<|tool|>{calculate(call.group(1))}{END}<|assistant|>"
+    conversation.tool_output = calculate(call.group(1))
+    text = f"{'' if ended else END}<|tool|>{conversation.tool_output}{END}<|assistant|>"
     conversation.given(_ids(policy, text))
     return True
 
@@ -140,13 +151,6 @@ def _ids(policy: Policy, text: str) -> list[int]:
     return policy.tokenizer.backend_tokenizer.encode(text, add_special_tokens=False).ids
 
 
-def _spans(mask: Sequence[int], version: int) -> list[VersionSpan]:
-    spans: list[VersionSpan] = []
-    start = None
-    for position, sampled in enumerate([*mask, 0]):
-        if sampled and start is None:
-            start = position
-        elif not sampled and start is not None:
-            spans.append(VersionSpan(version=version, start=start, end=position))
-            start = None
-    return spans
+def expression_reward(tool_output: str, answer: float) -> float:
+    """1 where the tool was asked for the right value, whatever the policy then made of it."""
+    return reward_of(f"ANS {tool_output}", answer)

@@ -113,7 +113,7 @@ class _Run:
         self._model: Path = settings.model
         self._limits: ModelLimits = read_limits(self._model)
         self._learner: Learner = load_learner(self._model, settings)
-        self._sampler = Sampler(settings.run_id)
+        self._sampler = Sampler(settings.run_id, cell.call_reward)
         self._windows = Windows(
             Shape(
                 run_id=settings.run_id,
