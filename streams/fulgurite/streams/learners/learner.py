@@ -18,10 +18,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 import torch
 from torch import Tensor
@@ -30,6 +30,7 @@ from fulgurite.schemas.errors import FulguriteError, LogprobMismatch
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.comparison import ComparisonWatch, same_version_fault
 from fulgurite.streams.learners.engine import AdamW, Engine, OptimizerState, TorchEngine
+from fulgurite.streams.learners.flops import model_flops, peak_flops
 from fulgurite.streams.learners.metrics import (
     SAME_VERSION_TOKENS,
     Seen,
@@ -43,6 +44,7 @@ from fulgurite.streams.learners.metrics import (
 from fulgurite.streams.learners.packing import PackedBatch, pack, plan
 from fulgurite.streams.learners.policy import Policy, load_trained_policy
 from fulgurite.streams.learners.reference import Base, Reference, load_reference
+from fulgurite.streams.learners.results import Pass, StepResult, skipped
 from fulgurite.streams.learners.schedule import learning_rate
 from fulgurite.streams.learners.updates import update_plan
 from fulgurite.streams.objectives.aggregation import WindowTotals, window_totals
@@ -63,55 +65,24 @@ class BadStep(FulguriteError):
     evidence in the message (trainer.on_bad_step = stop)."""
 
 
-@dataclass(frozen=True, slots=True)
-class StepResult:
-    loss: float
-    """Of several updates the mean; so is the norm."""
-    grad_norm: float
-    tokens: int
-    """That the weights were changed by."""
-    metrics: dict[str, float]
-    skipped: str = ""
-    """Why nothing was changed, as `kind:figures` (trainer.on_bad_step = skip); empty where something was."""
-
-
-@dataclass(slots=True)
-class _Pass:
-    """What came of scoring samples: of this rank, then of all."""
-
-    loss: float = 0.0
-    seen: list[Seen] = field(default_factory=list[Seen])
-    mismatches: list[str] = field(default_factory=list[str])
-    """How trainer and sampler disagree, where they do."""
-    logprobs: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
-    """By sample, of its sampled tokens; of a look alone."""
-
-    def add(self, part: Tensor, seen: Seen, mismatch: str) -> None:
-        self.loss += part.item()
-        self.seen.append(seen)
-        self.mismatches += [mismatch] if mismatch else []
-
-    @staticmethod
-    def of(parts: list[_Pass]) -> _Pass:
-        return _Pass(
-            sum(part.loss for part in parts),  # fsum refuses inf - inf, which is a fault like others
-            [seen for part in parts for seen in part.seen],
-            [mismatch for part in parts for mismatch in part.mismatches],
-            {number: tensor for part in parts for number, tensor in part.logprobs.items()},
-        )
-
-
 class Learner:
     """Every rank has one, and is asked the same at the same time."""
 
     def __init__(
-        self, engine: Engine, settings: TrainerSettings, updates: int = 0, reference: Reference | Base | None = None
+        self,
+        engine: Engine,
+        settings: TrainerSettings,
+        updates: int = 0,
+        reference: Reference | Base | None = None,
+        model: Mapping[str, Any] | None = None,
     ) -> None:
-        """`reference` is needed where trainer.kl_coefficient is not 0."""
+        """`reference` is needed where trainer.kl_coefficient is not 0; `model`, a text model's config, where the step's
+        utilisation of a GPU is wanted."""
         self.engine = engine
         self._settings = settings
         self._updates = updates
         self._reference = reference
+        self._model = model
         self._watch = ComparisonWatch()
 
     def save_weights(self, folder: Path) -> None:
@@ -130,6 +101,7 @@ class Learner:
     def step(self, samples: list[Sample], version_in: int) -> StepResult:
         """The updates of a window. Raises LogprobMismatch or BadStep: these weights must not be used any more."""
         torch.set_num_threads(self._settings.threads)  # OpenMP's setting is the calling thread's own
+        began = time.perf_counter()
         if self._settings.kl_in_reward:
             samples, penalty = self._penalised(samples)
         else:
@@ -140,11 +112,22 @@ class Learner:
             if len(updates) == 1
             else self._several_updates(samples, version_in, updates)
         )
-        return replace(result, metrics=result.metrics | penalty)
+        utilisation = self._utilisation(samples, time.perf_counter() - began)
+        return replace(result, metrics=result.metrics | penalty | utilisation)
 
     def logprobs(self, batch: PackedBatch) -> tuple[Tensor, Tensor]:
         """[M] log p of each sampled token under the current policy, and the entropy of where it came from."""
         return self.engine.score(batch.to(self.engine.device), temperature=1.0, entropy_gradient=False)
+
+    def _utilisation(self, samples: list[Sample], seconds: float) -> dict[str, float]:
+        """MFU: the updates' operations over what the GPUs could have done meanwhile. Nothing on a CPU."""
+        device = self.engine.device
+        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+        if peak is None or self._model is None:
+            return {}
+        lengths, sampled = [len(s.token_ids) for s in samples], sum(sum(s.loss_mask) for s in samples)
+        flops = model_flops(self._model, lengths, sampled) * self._settings.epochs
+        return {"perf/mfu/actor": flops / (seconds * peak * self.engine.ranks)}
 
     def _one_update(self, samples: list[Sample], version_in: int) -> StepResult:
         totals = window_totals(sum(sample.loss_mask) for sample in samples)
@@ -158,7 +141,7 @@ class Learner:
         fault = fault or norm_fault(self._settings, norm)
         if fault:
             self._refuse(fault, found.loss, known, samples, version_in)
-            return _skipped(fault, found.loss, known, metrics)
+            return skipped(fault, found.loss, known, metrics)
         self._updates += 1
         return StepResult(found.loss, norm, totals.tokens, metrics | {"actor/lr": rate})
 
@@ -172,7 +155,7 @@ class Learner:
         fault = window_fault(self._settings, before.loss, metrics)
         if fault:
             self._refuse(fault, before.loss, math.nan, samples, version_in)
-            return _skipped(fault, before.loss, math.nan, metrics)
+            return skipped(fault, before.loss, math.nan, metrics)
         done: list[Update] = []
         for members in updates:
             chosen = [samples[member] for member in members]
@@ -190,7 +173,7 @@ class Learner:
         metrics |= update_metrics(done)
         made = [update for update in done if not update.fault]
         if not made:
-            return _skipped(done[0].fault, done[0].loss, done[0].grad_norm, metrics)
+            return skipped(done[0].fault, done[0].loss, done[0].grad_norm, metrics)
         loss, norm = (sum(values) / len(made) for values in ([u.loss for u in made], [u.grad_norm for u in made]))
         return StepResult(loss, norm, totals.tokens, metrics)
 
@@ -237,13 +220,13 @@ class Learner:
 
     def _backward(
         self, samples: list[Sample], version_in: int, totals: WindowTotals, proximal: Sequence[Tensor] | None
-    ) -> tuple[_Pass, dict[str, float], str]:
+    ) -> tuple[Pass, dict[str, float], str]:
         """One update's gradients, what its tokens looked like, and what forbids it, the same on every rank.
 
         The gradients are poisoned where something does: `update` then changes nothing, and every engine cleans up.
         `proximal`, by sample: there was a look before, which compared with the sampler.
         """
-        mine, pack_seconds = _Pass(), 0.0
+        mine, pack_seconds = Pass(), 0.0
         batches = self._batches(samples)
         for number, members in enumerate(batches, 1):
             began = time.perf_counter()
@@ -257,7 +240,7 @@ class Learner:
             if number < len(batches):
                 self.engine.backward(part, last=False)
                 continue
-            found = _Pass.of(self.engine.gather(mine))
+            found = Pass.of(self.engine.gather(mine))
             metrics = step_metrics(found.seen)
             fault = loss_fault(found.loss) if proximal else window_fault(self._settings, found.loss, metrics)
             self.engine.backward(part * math.nan if found.mismatches or fault else part, last=True)
@@ -265,9 +248,9 @@ class Learner:
         raise AssertionError("a window has samples, and so every rank a micro-batch")
 
     @torch.no_grad()
-    def _look(self, samples: list[Sample], version_in: int, totals: WindowTotals) -> _Pass:
+    def _look(self, samples: list[Sample], version_in: int, totals: WindowTotals) -> Pass:
         """Every token under the policy at the window's beginning."""
-        mine = _Pass()
+        mine = Pass()
         for members in self._batches(samples):
             batch = self._pack(samples, members, None)
             terms, seen = self._score(batch, version_in, totals)
@@ -276,7 +259,7 @@ class Learner:
             mine.add(terms.loss, seen, same_version_fault(self._settings, batch, terms.logprobs, version_in))
             counts = [sum(samples[member].loss_mask) for member in members]
             mine.logprobs |= dict(zip(members, seen.logprobs.split(counts), strict=True))
-        return _Pass.of(self.engine.gather(mine))
+        return Pass.of(self.engine.gather(mine))
 
     def _batches(self, samples: list[Sample]) -> list[list[int]]:
         """Numbers of samples by micro-batch of this rank."""
@@ -307,14 +290,6 @@ class Learner:
         return terms, Seen.of(batch, terms, entropy.detach(), version_in)
 
 
-def _skipped(fault: str, loss: float, norm: float, metrics: dict[str, float]) -> StepResult:
-    """Records hold numbers only; what was none is in the reason."""
-    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    return StepResult(
-        loss if math.isfinite(loss) else 0.0, norm if math.isfinite(norm) else 0.0, 0, finite, skipped=fault
-    )
-
-
 def load_learner(folder: Path, settings: TrainerSettings, state: Path | None = None) -> Learner:
     """`folder` is a Hugging Face model; `state` the optimizer file of a checkpoint, None for a new run. Raises
     StartError for a state of another model."""
@@ -325,7 +300,8 @@ def load_learner(folder: Path, settings: TrainerSettings, state: Path | None = N
     engine = _engine(policy, settings)
     if saved is not None:
         engine.restore(saved)
-    return Learner(engine, settings, saved.updates if saved else 0, _reference(engine, policy, settings))
+    model = policy.model.config.get_text_config().to_dict()
+    return Learner(engine, settings, saved.updates if saved else 0, _reference(engine, policy, settings), model)
 
 
 def _reference(engine: Engine, policy: Policy, settings: TrainerSettings) -> Reference | Base | None:

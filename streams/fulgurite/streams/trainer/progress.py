@@ -68,6 +68,7 @@ class Progress:
             "timing_s/step": taken,
             # As verl counts: prompts too, over the whole step, for each rank.
             "perf/throughput": sum(len(sample.token_ids) for sample in training.samples) / taken / launched_ranks(),
+            "perf/trained_tok_s": (result.tokens if result else 0) / taken,
             "perf/wait_share": (filled - began) / taken,
         }
         windows.late = windows.duplicates = 0

@@ -1,0 +1,56 @@
+"""What comes of scoring samples, on one rank and on all, and of a whole step."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from fulgurite.streams.learners.metrics import Seen
+
+
+@dataclass(frozen=True, slots=True)
+class StepResult:
+    loss: float
+    """Of several updates the mean; so is the norm."""
+    grad_norm: float
+    tokens: int
+    """That the weights were changed by."""
+    metrics: dict[str, float]
+    skipped: str = ""
+    """Why nothing was changed, as `kind:figures` (trainer.on_bad_step = skip); empty where something was."""
+
+
+@dataclass(slots=True)
+class Pass:
+    """What came of scoring samples: of this rank, then of all."""
+
+    loss: float = 0.0
+    seen: list[Seen] = field(default_factory=list[Seen])
+    mismatches: list[str] = field(default_factory=list[str])
+    """How trainer and sampler disagree, where they do."""
+    logprobs: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
+    """By sample, of its sampled tokens; of a look alone."""
+
+    def add(self, part: Tensor, seen: Seen, mismatch: str) -> None:
+        self.loss += part.item()
+        self.seen.append(seen)
+        self.mismatches += [mismatch] if mismatch else []
+
+    @staticmethod
+    def of(parts: list[Pass]) -> Pass:
+        return Pass(
+            sum(part.loss for part in parts),  # fsum refuses inf - inf, which is a fault like others
+            [seen for part in parts for seen in part.seen],
+            [mismatch for part in parts for mismatch in part.mismatches],
+            {number: tensor for part in parts for number, tensor in part.logprobs.items()},
+        )
+
+
+def skipped(fault: str, loss: float, norm: float, metrics: dict[str, float]) -> StepResult:
+    """Records hold numbers only; what was none is in the reason."""
+    finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
+    return StepResult(
+        loss if math.isfinite(loss) else 0.0, norm if math.isfinite(norm) else 0.0, 0, finite, skipped=fault
+    )
