@@ -174,6 +174,25 @@ async def test_a_replay_of_all_there_is_ends_with_it(live: Settings) -> None:
     assert len(finished.dropped) == 8
 
 
+async def test_a_replay_need_not_wait_for_a_source_that_has_stopped(live: Settings) -> None:
+    stop = asyncio.Event()
+    async with World(live.kafka).running():
+        running = asyncio.create_task(serve(live, stop))
+        while True:
+            if len(await steps_of(live)) >= 2:
+                break
+            await asyncio.sleep(0.05)
+        stop.set()
+        await running
+    done = len(await steps_of(live))
+    settings = replay_of(live, "short", {"follow": False}, steps=50)
+    await run(settings)
+    assert what(await steps_of(settings)) == what(await steps_of(live))
+    finished = (await training_events(live.kafka, "short"))[-1]
+    assert isinstance(finished, RunFinished)
+    assert finished.step == done
+
+
 async def test_a_replay_from_an_offset_or_a_time_begins_with_the_first_whole_group(live: Settings) -> None:
     live = live.model_copy(update={"trainer": live.trainer.model_copy(update={"pacing_staleness": 0})})
     async with World(live.kafka).running():
