@@ -229,6 +229,17 @@ async def test_the_sum(
     assert len(letters) == (expected[1] == "reward_failed")
 
 
+async def test_a_trajectory_that_its_rewards_make_too_large_says_so(kafka_settings: KafkaSettings) -> None:
+    kafka = kafka_settings.model_copy(update={"max_record_bytes": 20_000})
+    rules = ComplianceSettings(rules=[ComplianceRule(name="no-a", pattern="a", cost=0.001)])
+    talkative = attempt("r").spans[0].model_copy(update={"output": "a" * 300})
+    async with aggregating(with_sources(kafka, rules=rules)):
+        await send(kafka_settings, topics.ATTEMPTS, attempt("r", spans=[talkative]))
+        found = (await trajectories(kafka_settings, 1))["r"]
+    assert (found.partial, found.rewards, found.reward) == ("too_large", [], pytest.approx(0.7))
+    assert len(await read_topic(kafka_settings, topics.REWARDS)) == 301
+
+
 async def test_a_function_that_is_not_there_is_told_at_once(kafka_settings: KafkaSettings) -> None:
     source = RewardSource(name="gone", function=f"{HERE}:gone")
     with pytest.raises(SettingsError, match=r"function of gone.*has no gone"):

@@ -4,7 +4,8 @@
 
 Promises: the same spans and rules give the same violations in the same order; each names its span and, for a pattern,
 the range of characters in the field; no rule costs an attempt more than its max_cost: violations beyond it are recorded
-at 0. Bounds: MAX_VIOLATIONS of a rule in an attempt; what comes after is neither recorded nor charged.
+at 0. Bounds: MAX_VIOLATIONS of a rule in an attempt, MAX_OF_ATTEMPT of all; what comes after is neither recorded nor
+charged.
 
 Expressions are those of `redaction`: what Python and RE2 both have. They are the operator's own; Python's engine takes
 exponential time over some, such as (a+)+b, so write none with a repetition in a repetition.
@@ -17,6 +18,7 @@ import json
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from itertools import islice
 from typing import Any
 
 from fulgurite.schemas.algorithm_settings import ComplianceRule, ComplianceSettings, Predicate
@@ -28,6 +30,7 @@ SOURCE = "compliance"
 """Name and source of the rewards that violations become."""
 
 MAX_VIOLATIONS = 1_000
+MAX_OF_ATTEMPT = 5_000
 MAX_TEXT_CHARS = 512
 """Of the text that a pattern found, in the audit."""
 
@@ -61,7 +64,8 @@ class Rules:
 
     def violations(self, spans: Sequence[Span]) -> list[Violation]:
         """Rule by rule in the order of the settings, then in that of the spans."""
-        return [violation for rule in self._rules for violation in rule.violations(spans)]
+        found = (violation for rule in self._rules for violation in rule.violations(spans))
+        return list(islice(found, MAX_OF_ATTEMPT))
 
     def rewards(self, rollout_id: str, attempt_id: str, found: Iterable[Violation]) -> list[Reward]:
         """The audit: a negative reward for each. The same violation has the same id, however often it is found."""

@@ -19,6 +19,7 @@ from fulgurite.schemas.spans import Span
 from fulgurite.schemas.topics import Topic
 from fulgurite.schemas.training import TrainingEventBase
 from fulgurite.schemas.trajectories import FinishedAttempt, Trajectory
+from fulgurite.streams.assembler.outputs import fitting
 from fulgurite.streams.transactions import Outgoing
 
 HEADER_ALGORITHM = "fulgurite.algorithm"
@@ -47,7 +48,10 @@ class Publisher:
         self._redactor = redactor
 
     def record(self, event: BaseModel) -> Outgoing:
-        """Raises TypeError for an event that nobody but its own service may write, RecordTooLarge for a large one."""
+        """Raises TypeError for an event that nobody but its own service may write, RecordTooLarge for a large one.
+
+        A trajectory that is too large says so and goes without what does not fit, as the assembler's do.
+        """
         place = next((place for place in _PLACES if isinstance(event, place[0])), None)
         if place is None or isinstance(event, FinishedAttempt):
             known = ", ".join(kind.__name__ for kind, _, _ in _PLACES)
@@ -57,7 +61,8 @@ class Publisher:
         headers = [*self._mark]
         if self._after_end and isinstance(event, Reward):
             headers.append((HEADER_AFTER_END, b"1"))
-        value = encode(redacted, self._settings.max_record_bytes)
+        bound = self._settings.max_record_bytes
+        value = fitting(redacted, bound) if isinstance(redacted, Trajectory) else encode(redacted, bound)
         return Outgoing(self._settings.topic(topic), encode_key(key(event)), value, headers)
 
     def dead_letter(self, letter: DeadLetter) -> Outgoing:

@@ -99,7 +99,7 @@ class Program:
             self._start_work()
             if self._algorithm.reads == "groups":
                 await self._close_groups()
-            if self._window and self._window[0].done:
+            if self._pause() == 0.0:
                 await self._commit()
             elif time.monotonic() - self._refreshed > _REFRESH_SECONDS:
                 await self._publish([], {})
@@ -115,17 +115,16 @@ class Program:
         await asyncio.gather(*waits, return_exceptions=True)
 
     async def _wait(self) -> None:
-        """Until there is something to read, or the function is done with something."""
-        if self._window and self._window[0].done:
-            return
-        if self._buffer and self._room():
+        """Until there is something to read or to commit, or the function is done with something."""
+        pause = self._pause()
+        if pause == 0.0 or (self._buffer and self._room()):
             return
         if self._polling is None and not self._buffer:
             self._polling = asyncio.create_task(self._reader.poll(_POLL_SECONDS))
         changed = asyncio.create_task(self._changed.wait())
         waits = {changed} if self._polling is None else {changed, self._polling}
         try:
-            await asyncio.wait(waits, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait(waits, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
         finally:
             changed.cancel()
         self._changed.clear()
@@ -135,6 +134,13 @@ class Program:
             self._read_to = dict(self._reader.offsets)
             if found:
                 self._hook("read")
+
+    def _pause(self) -> float | None:
+        """Seconds until what is done may be committed; None where the oldest input is not done."""
+        if not self._window or not self._window[0].done:
+            return None
+        full = len(self._window) >= WINDOW
+        return 0.0 if full else max(0.0, self._committed_at + COMMIT_SECONDS - time.monotonic())
 
     def _room(self) -> bool:
         return self._working < self._concurrency and len(self._window) < WINDOW
@@ -196,9 +202,10 @@ class Program:
             self._due_ends = await self._reader.ends() if self._due else {}
         taken = self._points(self._buffer)
         if self._due and all(taken[tp.partition] >= end for tp, end in self._due_ends.items()):
-            still = set(self._groups.due(time.monotonic()))
-            for group_id in still.intersection(self._due):
-                self._apply(None, self._groups.close(group_id, time.monotonic()))
+            due_then = set(self._due)
+            for group_id in self._groups.due(time.monotonic()):
+                if group_id in due_then:
+                    self._apply(None, self._groups.close(group_id, time.monotonic()))
             self._due = []
 
     async def _commit(self) -> None:
@@ -221,7 +228,6 @@ class Program:
                 remember.update(second.remember)
                 self._window.popleft()
         self._hook("taken")
-        await asyncio.sleep(max(0.0, self._committed_at + COMMIT_SECONDS - time.monotonic()))
         await self._publish(records, remember)
         self._hook("done")
 

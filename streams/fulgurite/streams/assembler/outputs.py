@@ -27,17 +27,22 @@ def records(batch: Batch, settings: KafkaSettings) -> list[Outgoing]:
 
 def _trajectory(trajectory: Trajectory, settings: KafkaSettings) -> Outgoing:
     key = encode_key(trajectory.group_id or trajectory.rollout_id)
-    try:
-        value = encode(trajectory, settings.max_record_bytes)
-    except RecordTooLarge as error:
-        value = _cut(trajectory, error, settings.max_record_bytes)
+    value = fitting(trajectory, settings.max_record_bytes)
     topic = topics.ATTEMPTS if isinstance(trajectory, FinishedAttempt) else topics.TRAJECTORIES
     return Outgoing(settings.topic(topic), key, value)
 
 
+def fitting(trajectory: Trajectory, bound: int) -> bytes:
+    """The trajectory as a record's value, without what does not fit. Never left out altogether: its group waits for
+    it."""
+    try:
+        return encode(trajectory, bound)
+    except RecordTooLarge as error:
+        return _cut(trajectory, error, bound)
+
+
 def _cut(trajectory: Trajectory, error: RecordTooLarge, bound: int) -> bytes:
-    """Without what does not fit; what remains in the end, among it `reward`, has bounds of its own far below. Never
-    left out altogether: its group waits for it."""
+    """What remains in the end, among it `reward`, has bounds of its own far below."""
     partial = ",".join(filter(None, (trajectory.partial, error.reason)))
     spans = {"spans": []} if isinstance(trajectory, FinishedAttempt) else {}
     short = trajectory.model_copy(update={"partial": partial, "sequences": [], **spans})

@@ -7,10 +7,13 @@ share stays whole. Losing it costs questions asked again, nothing else, so write
 from __future__ import annotations
 
 import hashlib
+import logging
 import sqlite3
 from pathlib import Path
 
 from fulgurite.schemas.errors import StartError
+
+logger = logging.getLogger(__name__)
 
 _TRIM_EVERY = 1_000
 _BUSY_SECONDS = 5.0
@@ -35,17 +38,22 @@ class Verdicts:
             raise StartError(f"aggregator.cache = {path}: cannot be used: {error}") from error
 
     def get(self, question: str) -> str | None:
-        row = self._file.execute("SELECT answer FROM verdicts WHERE question = ?", (_digest(question),)).fetchone()
-        return None if row is None else str(row[0])
+        found = self._execute("SELECT answer FROM verdicts WHERE question = ?", _digest(question))
+        return str(found[0][0]) if found else None
 
     def put(self, question: str, answer: str) -> None:
-        self._file.execute(
-            "INSERT OR REPLACE INTO verdicts (question, answer) VALUES (?, ?)", (_digest(question), answer)
-        )
+        self._execute("INSERT OR REPLACE INTO verdicts (question, answer) VALUES (?, ?)", _digest(question), answer)
         self._puts += 1
         if self._puts % min(_TRIM_EVERY, self._limit) == 0:
             newest = "SELECT id FROM verdicts ORDER BY id DESC LIMIT 1 OFFSET ?"
-            self._file.execute(f"DELETE FROM verdicts WHERE id <= ({newest})", (self._limit,))
+            self._execute(f"DELETE FROM verdicts WHERE id <= ({newest})", self._limit)
+
+    def _execute(self, sql: str, *values: object) -> list[tuple[object, ...]]:
+        try:
+            return self._file.execute(sql, values).fetchall()
+        except sqlite3.Error as error:  # a full disk, another process that holds it: scoring goes on without
+            logger.warning("verdicts are not kept or found: %s", error)
+            return []
 
     def close(self) -> None:
         self._file.close()
