@@ -7,7 +7,8 @@ In one run, on one broker and one engine started for it: (a) ceiling: prebuilt A
 inserts at a time; (b) native spans, newline-delimited; single: one span a record; (c) OTLP; (d) naive: a model a
 message, rows of tuples; latency: from produce to queryable at half of (b)'s rate. Prints a table and writes
 build/bench/ingest.json. The topic is filled before the materialiser starts, so a run is a backlog being worked off; the
-broker's reading is part of it, producing is not (but in the latency part it is).
+broker's reading is part of it, producing is not (but in the latency part it is). What a start with nothing to do costs,
+measured before, is taken off; everything else counts.
 """
 
 # ruff: noqa: T201 (its output is its purpose)
@@ -16,47 +17,34 @@ from __future__ import annotations
 import argparse
 import asyncio
 import json
-import os
 import statistics
-import subprocess
 import sys
 import tempfile
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import clickhouse_connect
 import psutil
-from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from clickhouse_connect.driver import Client
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ingest_load import SPANS_A_RECORD, otlp_records, records
+from ingest_rig import PARTITIONS, Cost, Rig, make_rig, processes, start_up
 
 from fulgurite.infra.clickhouse import EmbeddedClickHouse
 from fulgurite.infra.kafka import EmbeddedKafka
-from fulgurite.infra.topics import create_topics
 from fulgurite.schemas.codec import decode
-from fulgurite.schemas.migrations import apply_migrations, connection_options
-from fulgurite.schemas.settings import KafkaSettings, Settings, to_environment
 from fulgurite.schemas.spans import Span
-from fulgurite.schemas.topics import OTLP_SPANS, SPANS, Topic
+from fulgurite.schemas.topics import OTLP_SPANS, SPANS
 
 OUT = Path("build/bench/ingest.json")
-PARTITIONS = 4
 BLOCK_RECORDS = 460
 """Of the ceiling's inserts: about what the materialiser makes of its 32 MiB."""
 BLOCK_ROWS = BLOCK_RECORDS * SPANS_A_RECORD
-MATERIALISER = """
-from fulgurite.consumers.materialiser import main
-from fulgurite.schemas.settings import load_settings
-raise SystemExit(main(load_settings()))
-"""
-
 Part = Callable[[str, Callable[[], dict[str, float]]], dict[str, float]]
 """Measures under a name, prints and keeps the figures."""
 
@@ -78,112 +66,28 @@ WHERE active AND database = currentDatabase() AND table = 'spans'
 """
 
 
-@dataclass
-class Cost:
-    """CPU seconds of each process since the beginning, and their largest memory together."""
-
-    processes: dict[str, psutil.Process]
-    begun: dict[str, float] = field(default_factory=dict[str, float])
-    peak_rss_bytes: int = 0
-
-    def __post_init__(self) -> None:
-        self.begun = {name: cpu_seconds(process) for name, process in self.processes.items()}
-        self._over = threading.Event()
-        threading.Thread(target=self._watch, daemon=True).start()
-
-    def _watch(self) -> None:
-        while not self._over.wait(0.2):
-            try:
-                rss = sum(process.memory_info().rss for process in self.processes.values())
-            except psutil.NoSuchProcess:
-                continue
-            self.peak_rss_bytes = max(self.peak_rss_bytes, rss)
-
-    def end(self) -> dict[str, float]:
-        self._over.set()
-        return {name: cpu_seconds(process) - self.begun[name] for name, process in self.processes.items()}
-
-
-def cpu_seconds(process: psutil.Process) -> float:
-    times = process.cpu_times()
-    return times.user + times.system
-
-
-@dataclass(frozen=True)
-class Rig:
-    settings: Settings
-    kafka: EmbeddedKafka
-    clickhouse: EmbeddedClickHouse
-
-    def client(self) -> Client:
-        options = connection_options(self.settings.clickhouse)
-        return clickhouse_connect.get_client(**options, database=self.settings.clickhouse.database)
-
-    def fill(self, topic: Topic, load: Iterator[tuple[bytes, bytes]]) -> None:
-        asyncio.run(self._fill(self.settings.kafka.topic(topic), load))
-
-    async def _fill(self, name: str, load: Iterator[tuple[bytes, bytes]]) -> None:
-        async with self.producer(linger_ms=20) as producer:
-            for key, value in load:
-                await producer.send(name, value, key)
-
-    def producer(self, linger_ms: int) -> AIOKafkaProducer:
-        return AIOKafkaProducer(
-            bootstrap_servers=self.settings.kafka.bootstrap_servers,
-            acks="all",
-            compression_type="lz4",
-            max_batch_size=1 << 20,
-            linger_ms=linger_ms,
-        )
-
-    def materialiser(self) -> subprocess.Popen[bytes]:
-        environment = to_environment(
-            {
-                "kafka": self.settings.kafka.model_dump(
-                    include={"bootstrap_servers", "topic_prefix", "otlp_topic", "partitions"}
-                ),
-                "clickhouse": {
-                    **self.settings.clickhouse.model_dump(include={"url", "user", "database"}),
-                    "password": self.settings.clickhouse.password.get_secret_value(),
-                },
-            }
-        )
-        return subprocess.Popen(
-            [sys.executable, "-c", MATERIALISER], env={**os.environ, **environment}, stderr=subprocess.DEVNULL
-        )
-
-
 def count(client: Client) -> int:
     return int(client.query("SELECT count() FROM spans").result_rows[0][0])
 
 
-def work_off(rig: Rig, client: Client, spans: int) -> dict[str, float]:
-    """The materialiser on a full topic: rate and cost of what came after the first insert, until all is there."""
-    before = count(client)
+def work_off(rig: Rig, client: Client, spans: int, start: dict[str, float]) -> dict[str, float]:
+    """The materialiser on a full topic: rate and cost until all is there, without those of its start."""
+    before, begun = count(client), time.monotonic()
     with rig.materialiser() as child:
+        cost = Cost(processes(rig, child))
         try:
-            while not (first := count(client) - before):
-                time.sleep(0.01)
-            cost = Cost(
-                {
-                    "materialiser": psutil.Process(child.pid),
-                    "kafka": psutil.Process(rig.kafka.pid),
-                    "clickhouse": psutil.Process(rig.clickhouse.pid),
-                }
-            )
-            begun = time.monotonic()
             while (there := count(client) - before) < spans:
                 time.sleep(0.05)
                 if time.monotonic() - begun > 600 or child.poll() is not None:
                     raise SystemExit(f"only {there} of {spans} spans arrived")
-            seconds = time.monotonic() - begun
+            seconds = time.monotonic() - begun - start["seconds"]
             used = cost.end()
         finally:
             child.terminate()
             child.wait(30)
-    figures = {f"{name}_cpu_seconds_per_million": 1e6 * value / (spans - first) for name, value in used.items()}
+    figures = {f"{name}_cpu_seconds_per_million": 1e6 * (value - start[name]) / spans for name, value in used.items()}
     figures["cpu_seconds_per_million"] = sum(figures.values())
-    figures["spans_per_second"] = (spans - first) / seconds
+    figures["spans_per_second"] = spans / seconds
     figures["peak_rss_mib"] = cost.peak_rss_bytes / 2**20
     return figures
 
@@ -304,18 +208,7 @@ def main() -> None:
 
 def run(kafka: EmbeddedKafka, clickhouse: EmbeddedClickHouse, options: argparse.Namespace) -> dict[str, float]:
     def rig(name: str) -> Rig:
-        settings = Settings(
-            kafka=KafkaSettings(
-                bootstrap_servers=kafka.bootstrap_servers,
-                topic_prefix=f"{name}.",
-                otlp_topic=f"{name}.otlp_spans",
-                partitions=PARTITIONS,
-            ),
-            clickhouse=clickhouse.settings(name),
-        )
-        asyncio.run(create_topics(settings.kafka))
-        apply_migrations(settings.clickhouse)
-        return Rig(settings, kafka, clickhouse)
+        return make_rig(name, kafka, clickhouse)
 
     figures: dict[str, float] = {}
 
@@ -332,8 +225,9 @@ def run(kafka: EmbeddedKafka, clickhouse: EmbeddedClickHouse, options: argparse.
         lines = list(records(200, seed=1))
         figures["span_bytes"] = sum(len(value) for _, value in lines) / (200 * SPANS_A_RECORD) - 1
         print(f"filling the topic with {options.spans:,} spans of {figures['span_bytes']:.0f} bytes …", flush=True)
+        start = start_up(native)
         native.fill(SPANS, records(options.spans // SPANS_A_RECORD, seed=1))
-        b = part("native", lambda: work_off(native, client, options.spans))
+        b = part("native", lambda: work_off(native, client, options.spans, start))
         size = client.query(BYTES).result_rows
         figures["bytes_per_span"] = float(size[0][0])
         a = part("ceiling", lambda: ceiling(native, client, min(options.spans, 1_000_000)))
@@ -354,18 +248,20 @@ def run(kafka: EmbeddedKafka, clickhouse: EmbeddedClickHouse, options: argparse.
 
 
 def one_a_record(single: Rig, part: Part, spans: int) -> None:
+    start = start_up(single)
     with single.client() as client:
         single.fill(
             SPANS,
             ((key, line) for key, value in records(spans // SPANS_A_RECORD, seed=2) for line in value.split(b"\n")),
         )
-        part("single", lambda: work_off(single, client, spans))
+        part("single", lambda: work_off(single, client, spans, start))
 
 
 def collected(otlp: Rig, part: Part, spans: int) -> None:
+    start = start_up(otlp)
     with otlp.client() as client:
         otlp.fill(OTLP_SPANS, otlp_records(spans // SPANS_A_RECORD, seed=3))
-        part("otlp", lambda: work_off(otlp, client, spans))
+        part("otlp", lambda: work_off(otlp, client, spans, start))
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ the real engine, as a load balancer does.
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
 import re
 import socket
@@ -13,6 +14,7 @@ import ssl
 import threading
 from collections.abc import Generator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import clickhouse_connect
@@ -20,6 +22,8 @@ import pytest
 from clickhouse_connect.driver.exceptions import ClickHouseError, DatabaseError
 from pydantic import SecretStr
 
+from fulgurite.consumers.materialiser.blocks import OWN_TABLE, Partition, Slice
+from fulgurite.consumers.materialiser.store import Store
 from fulgurite.consumers.redaction import apply_redaction
 from fulgurite.infra.clickhouse import EmbeddedClickHouse
 from fulgurite.infra.clickhouse_config import users_xml
@@ -27,6 +31,7 @@ from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.migrations import apply_migrations, connection_options
 from fulgurite.schemas.redaction import RedactionSettings, ValueRule
 from fulgurite.schemas.settings import ClickHouseSettings, load_settings
+from fulgurite.schemas.topics import SPANS
 from tests.infra.tls_files import Authority, Certificate
 
 
@@ -186,7 +191,24 @@ def test_the_grants_that_we_ask_for_are_enough(tmp_path: Path, monkeypatch: pyte
             client.insert("in_spans", [[raw, "", "spans", 0, 0, 3]], column_names=names)
             assert client.command("SELECT name FROM spans") == "[redacted:email]"
             assert client.command("SELECT count() FROM llm_calls") == 0
+            asyncio.run(materialise(writer, raw.encode()))
+            assert client.command("SELECT count() FROM spans") == 2
             with pytest.raises(DatabaseError, match=r"ACCESS_DENIED|Not enough privileges"):
                 client.command("SELECT * FROM url('http://127.0.0.1:1/', 'CSV', 'x String')")
             with pytest.raises(DatabaseError, match=r"ACCESS_DENIED|Not enough privileges"):
                 client.command("CREATE DATABASE another")
+
+
+async def materialise(settings: ClickHouseSettings, value: bytes) -> None:
+    """One span, as the materialiser fences, inserts and asks."""
+    record: Any = SimpleNamespace(offset=7, value=value, key=b"r", timestamp=0, headers=())
+    spans = Partition(SPANS, "spans", 0)
+    store = Store(settings, 30, "test")
+    await store.connect()
+    try:
+        slices = [Slice(spans, [record], fence=await store.fence([spans]))]
+        assert not await store.running([spans])
+        await store.insert(slices, store.guard(slices))
+        assert await store.present({spans: 0}) == {spans: {0: OWN_TABLE, 7: OWN_TABLE}}
+    finally:
+        await store.close()
