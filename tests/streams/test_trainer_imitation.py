@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 
 from examples.calculator.model import train_tokenizer
 from fulgurite.schemas.errors import SettingsError
-from fulgurite.schemas.settings import KafkaSettings, Settings, TrainerSettings
+from fulgurite.schemas.settings import KafkaSettings, Settings, SourceSettings, TrainerSettings
 from fulgurite.schemas.training import TrainingStep
 from fulgurite.streams.trainer import serve
 from fulgurite.streams.trainer.demonstrating import order
@@ -90,6 +90,33 @@ async def test_the_best_of_each_group_are_learned(
     for step in steps:
         silent = sum(dropped.reason == "zero_variance" for dropped in step.dropped) // 8
         assert len(step.rollout_ids) == 2 * (step.groups - silent)
+
+
+async def test_the_best_of_another_runs_rollouts_are_learned_from_the_log(
+    kafka_settings: KafkaSettings, tiny_model: Path, tmp_path: Path
+) -> None:
+    """What lies on `trajectories` as demonstrations: a replay (source.run_id) with this loss."""
+    live = TrainerSettings(
+        run_id="live",
+        model=tiny_model,
+        output=tmp_path,
+        tasks="tests.streams.trainer_world:bandit",
+        steps=2,
+        groups_per_step=4,
+        group_size=4,
+    )
+    async with World(kafka_settings).running():
+        await train(kafka_settings, live)
+    own = TrainerSettings(run_id=RUN, resource="best", output=tmp_path, loss="sft", best_threshold=0.3)
+    replay = Settings(kafka=kafka_settings, trainer=own, source=SourceSettings(run_id="live"))
+    async with asyncio.timeout(90):
+        await serve(replay, asyncio.Event())
+    steps = await steps_of(kafka_settings)
+    assert [step.step for step in steps] == [1, 2]
+    fates = all_once(await training_events(kafka_settings, RUN))
+    assert set(fates) == set(all_once(await training_events(kafka_settings, "live")))
+    assert set(fates.values()) == {"trained", "not_best"}
+    assert all(len(step.rollout_ids) <= step.groups for step in steps)
 
 
 def token_lines(count: int) -> list[dict[str, Any]]:
@@ -207,3 +234,8 @@ def test_passes_differ_and_are_the_same_again() -> None:
     assert order(20, 1, 0) == order(20, 1, 0)
     assert order(20, 1, 0) != order(20, 1, 1)
     assert sorted(order(20, 2, 3)) == list(range(20))
+
+
+def test_settings_that_a_replay_takes_from_its_source_are_no_fault(tiny_model: Path, tmp_path: Path) -> None:
+    recorded = settings_for(tiny_model, tmp_path, loss="grpo", tasks="tests.streams.trainer_world:bandit").model_dump()
+    make_plan(Settings(trainer=TrainerSettings.model_validate(recorded)))

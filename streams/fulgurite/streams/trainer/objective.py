@@ -10,6 +10,7 @@ it is decoupled PPO (arXiv:2505.24298).
 
 from __future__ import annotations
 
+from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from fulgurite.schemas.errors import SettingsError
@@ -64,18 +65,24 @@ def _loss_fault(settings: TrainerSettings, recipe: PolicyLoss) -> str:
 
 def _imitation_fault(settings: TrainerSettings) -> str:
     if settings.loss != "sft":
-        for name in ("best_share", "best_threshold", "demonstrations"):
-            if name in settings.model_fields_set and getattr(settings, name) is not None:
-                return f"trainer.{name} has no effect: trainer.loss is {settings.loss}, not sft"
+        for name in _differing(settings, ("best_share", "best_threshold", "demonstrations")):
+            return f"trainer.{name} has no effect: trainer.loss is {settings.loss}, not sft"
         return ""
     if settings.advantage not in ("recipe", "one"):
         return f"trainer.advantage = {settings.advantage}: trainer.loss = sft learns what was best, as it is"
     if settings.demonstrations is None:
         return ""
-    for name in ("best_share", "best_threshold", "max_mismatch_kl", "min_effective_sample_size", "tasks"):
-        if name in settings.model_fields_set and getattr(settings, name):
-            return f"trainer.{name} has no effect with trainer.demonstrations: there are no rollouts"
+    of_rollouts = ("best_share", "best_threshold", "max_mismatch_kl", "min_effective_sample_size", "tasks")
+    for name in _differing(settings, of_rollouts):
+        return f"trainer.{name} has no effect with trainer.demonstrations: there are no rollouts"
     return ""
+
+
+def _differing(settings: TrainerSettings, names: Iterable[str]) -> Iterator[str]:
+    """Those that are not as by default. A replay's settings are all set, by its source."""
+    for name in names:
+        if getattr(settings, name) != TrainerSettings.model_fields[name].default:
+            yield name
 
 
 def _correction_fault(settings: TrainerSettings, recipe: PolicyLoss) -> str:
