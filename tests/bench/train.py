@@ -158,8 +158,10 @@ def _show_steps(folder: Path, sizes: Sizes, lengths: str, found: dict[str, Conte
 
 def agree(folder: Path, sizes: Sizes, found: dict[str, Contender]) -> None:
     """Prints how far the numbers of others are from ours. Ends the program where they are others."""
-    start = load_file(folder / MODEL / "model.safetensors") if (folder / MODEL / "model.safetensors").exists() else {}
     ours = found["ours"]
+    start = {
+        name: tensor for path in (folder / MODEL).glob("*.safetensors") for name, tensor in load_file(path).items()
+    }
     for name in ("trl", "padded"):
         other = found[name]
         loss = max(abs(a - b) / (abs(a) + 1e-2) for a, b in zip(ours.losses, other.losses, strict=True))
@@ -176,11 +178,11 @@ def agree(folder: Path, sizes: Sizes, found: dict[str, Contender]) -> None:
 
 
 def update_difference(start: dict[str, Tensor], ours: dict[str, Tensor], other: dict[str, Tensor]) -> float:
-    """|ours - other| / |ours - start| over all weights; 0 where the start is in several files and not looked at."""
-    names = [name for name in ours if name in start]
+    """|ours - other| / |ours - start| over the weights that were written out."""
+    names = [name for name in ours if name in start]  # a tied output layer is written once
     apart = sum((ours[name] - other[name]).double().square().sum().item() for name in names)
     moved = sum((ours[name] - start[name].float()).double().square().sum().item() for name in names)
-    return (apart / moved) ** 0.5 if moved else 0.0
+    return (apart / moved) ** 0.5
 
 
 def main() -> None:

@@ -105,6 +105,10 @@ def packed_attention(
             f"{type(module).__name__} attends to {sliding_window} tokens only and the longest sequence has "
             f"{layout.longest}: packed attention is full attention; bound the sequences' length"
         )
+    if query.is_cuda and torch.is_autocast_enabled("cuda"):
+        # Norms and rotary embeddings leave float32 behind; the attention itself would be cast anyway.
+        half = torch.get_autocast_dtype("cuda")
+        query, key, value = query.to(half), key.to(half), value.to(half)
     if query.is_cuda and query.dtype in _HALF:
         return _flash(query, key, value, scaling, layout), None
     return _spread(query, key, value, scaling, layout), None
