@@ -16,6 +16,7 @@ from fulgurite.schemas.errors import SettingsError, StartError
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.learner import Learner, load_learner
 from fulgurite.streams.learners.packing import pack
+from fulgurite.streams.trainer.checkpoints import copy_companions
 from fulgurite.streams.trainer.sample import Sample
 from tests.streams.trainer_world import build_model
 
@@ -114,6 +115,17 @@ def test_half_precision_keeps_float32_adapters(folder: Path, tmp_path: Path) -> 
     learner.save_weights(tmp_path)
     assert json.loads((tmp_path / "adapter_config.json").read_text())["target_modules"] == ["q_proj", "v_proj"]
     torch.testing.assert_close(by_peft(folder, tmp_path), logprobs(learner).float(), atol=5e-2, rtol=0)
+
+
+def test_companions_leave_an_adapters_own_word_of_its_base(folder: Path, tmp_path: Path) -> None:
+    """The base may have moved since the version before."""
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old" / "adapter_config.json").write_text("{}")
+    (tmp_path / "old" / "tokenizer.json").write_text("{}")
+    trained(folder, 1).save_weights(tmp_path)
+    copy_companions(tmp_path / "old", tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["base_model_name_or_path"] == str(folder)
+    assert (tmp_path / "tokenizer.json").exists()
 
 
 def test_what_does_not_fit_is_refused(folder: Path, tmp_path: Path) -> None:

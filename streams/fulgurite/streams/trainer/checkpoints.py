@@ -30,6 +30,7 @@ from fulgurite.schemas.checksum import folder_sha256
 from fulgurite.schemas.errors import Fenced, StartError
 from fulgurite.schemas.training import DroppedRollout
 from fulgurite.schemas.trajectories import Trajectory
+from fulgurite.streams.trainer.samples import ADAPTER_CONFIG
 from fulgurite.streams.trainer.windows import Group, Member, Shape, Windows
 
 WEIGHTS = "weights"
@@ -238,7 +239,8 @@ def copy_companions(model: Path, weights: Path) -> None:
     """Tokenizer, chat template, generation config: what lies beside the weights in a model folder, unchanged."""
     for path in sorted(model.iterdir()):
         is_weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth") or path.name.endswith(".index.json")
-        if path.is_file() and path.name != "config.json" and not is_weights:
+        is_own = path.name in ("config.json", ADAPTER_CONFIG)
+        if path.is_file() and not (is_own or is_weights):
             shutil.copyfile(path, weights / path.name)
 
 
