@@ -157,3 +157,6 @@ def test_what_would_be_ignored_is_refused() -> None:
         check_objective(TrainerSettings(credit_discount=0.9))
     with pytest.raises(SettingsError, match="there is no penalty to take from the reward"):
         check_objective(TrainerSettings(kl_in_reward=True))
+    for changes in ({"credit": "call"}, {"kl_in_reward": True, "kl_coefficient": 0.1, "model": "m"}):
+        with pytest.raises(SettingsError, match="has no advantages that it could change"):
+            check_objective(TrainerSettings.model_validate({"loss": "sft"} | changes))

@@ -70,6 +70,9 @@ def _imitation_fault(settings: TrainerSettings) -> str:
         return ""
     if settings.advantage not in ("recipe", "one"):
         return f"trainer.advantage = {settings.advantage}: trainer.loss = sft learns what was best, as it is"
+    if settings.credit != "rollout" or settings.kl_in_reward:
+        name = "kl_in_reward" if settings.kl_in_reward else f"credit = {settings.credit}"
+        return f"trainer.{name}: trainer.loss = sft has no advantages that it could change"
     if settings.demonstrations is None:
         return ""
     of_rollouts = ("best_share", "best_threshold", "max_mismatch_kl", "min_effective_sample_size", "tasks")
