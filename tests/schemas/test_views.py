@@ -107,3 +107,21 @@ def test_violations_are_counted_once_by_rule_and_version(client: Client) -> None
     rows = client.query(f"SELECT DISTINCT {columns} FROM violations").result_rows
     assert rows == [("no-b", "2", "s", "output", 3, 7, "b", 0.5, "run", 1)]
     assert client.query("SELECT * FROM violations_by_rule").result_rows == [("no-b", "2", "run", 1, 6, 3, 100, 3.0)]
+
+
+def test_a_rollout_that_a_window_had_again_is_in_both_and_once_in_the_ledger(client: Client) -> None:
+    def step(number: int, rollout_ids: str, again: str) -> str:
+        return (
+            f'{{"event": "step", "event_id": "s{number}", "run_id": "run", "step": {number}, "resource": "policy", '
+            f'"version_in": {number}, "version_out": {number + 1}, "rollout_ids": {rollout_ids}, "again": {again}}}'
+        )
+
+    records = [step(1, '["a", "b"]', "[]"), step(2, '["c"]', '["a"]'), step(2, '["c"]', '["a"]')]
+    rows = [[text, "run", {}, "training", 0, offset] for offset, text in enumerate(records)]
+    client.insert("in_training", rows, ["raw", "key", "headers", "_topic", "_partition", "_offset"])
+    members = client.query(
+        "SELECT step, rollout_id, is_again FROM window_members ORDER BY step, rollout_id"
+    ).result_rows
+    assert members == [(1, "a", 0), (1, "b", 0), (2, "a", 1), (2, "c", 0)]
+    ledger = client.query("SELECT rollout_id, step, times_trained FROM ledger ORDER BY rollout_id").result_rows
+    assert ledger == [("a", 1, 1), ("b", 1, 1), ("c", 2, 1)]
