@@ -124,7 +124,7 @@ def make_plan(settings: Settings) -> Plan:
         overlap_seconds=trainer.overlap_seconds,
         replayed=is_replay,
     )
-    if trainer.pacing_staleness > trainer.max_staleness:
+    if trainer.pacing_staleness > trainer.max_staleness and not is_replay:  # a replay asks for nothing
         raise SettingsError(
             f"trainer.pacing_staleness = {trainer.pacing_staleness} lets rollouts run further ahead than "
             f"trainer.max_staleness = {trainer.max_staleness} lets them be used"
@@ -169,6 +169,11 @@ def _check_windows(trainer: TrainerSettings) -> None:
     if trainer.fill_reward and trainer.incomplete != "fill":
         raise SettingsError(
             f"trainer.fill_reward = {trainer.fill_reward:g}: trainer.incomplete = {trainer.incomplete} fills nothing in"
+        )
+    if trainer.kl_in_reward and trainer.incomplete == "fill":
+        raise SettingsError(
+            "trainer.kl_in_reward and trainer.incomplete = fill: the penalty is taken from rewards, and then they are "
+            "compared without members that have no tokens; set mask or drop"
         )
     if trainer.overlap_seconds is not None and not trainer.overlap_groups:
         raise SettingsError(
