@@ -133,11 +133,6 @@ def _terms_fault(settings: TrainerSettings) -> str:
         )
     if settings.kl_in_reward and not settings.kl_coefficient:
         return "trainer.kl_in_reward: trainer.kl_coefficient is 0, there is no penalty to take from the reward"
-    if settings.kl_in_reward and settings.incomplete == "fill":
-        return (
-            "trainer.kl_in_reward: trainer.incomplete = fill gives members without tokens, and so without a penalty, "
-            "which the others would be compared with; set mask or drop"
-        )
     if settings.kl_coefficient:
         if settings.kl_in_reward and settings.kl_gradient != "estimator":
             return (
