@@ -14,7 +14,7 @@ SERVE ?= embedded
 # Tests mostly wait for brokers and processes: three at a time keep two cores busy. Each worker has stores of its own.
 WORKERS ?= 3
 
-.PHONY: help demo reproduce test vllm test-vllm test-oracles lint format docs setup chaos chaos-outage bench-ingest bench-queries bench-gateway bench-train clean
+.PHONY: help demo reproduce test vllm test-vllm test-oracles lint format docs setup chaos chaos-outage bench-ingest bench-ingest-profile bench-queries bench-gateway bench-train clean
 
 help: ## this list
 	@grep -E '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/:.*## /\t/' | expand -t 12
@@ -54,6 +54,9 @@ chaos-outage: $(STAMP) ## ClickHouse away for 5 minutes under load: what it cost
 
 bench-ingest: $(STAMP) ## how fast Kafka becomes rows, next to the engine's ceiling (about 3 minutes)
 	@$(BIN)/python tests/bench/ingest.py $(ARGS)
+
+bench-ingest-profile: $(STAMP) ## where the CPU of a span goes between Kafka and its table (about 2 minutes)
+	@$(BIN)/python tests/bench/ingest_profile.py $(ARGS)
 
 bench-queries: $(STAMP) ## how fast questions are answered on 10 million spans (about 15 minutes)
 	@$(BIN)/python tests/bench/queries.py $(ARGS)
