@@ -167,7 +167,7 @@ async def test_an_insert_of_lines_that_filled_only_one_table(quick: Settings) ->
     assert_exactly_once(quick, 100)
 
 
-@pytest.mark.parametrize("step", ["claimed", "fenced", "cut"])
+@pytest.mark.parametrize("step", ["claimed", "cut"])
 async def test_a_zombie_that_wakes_up(quick: Settings, step: str) -> None:
     """Frozen between two steps for longer than its session; its successor does the work; then it goes on."""
     await produce(quick, range(100))
