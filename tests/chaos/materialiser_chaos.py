@@ -27,6 +27,7 @@ from pathlib import Path
 from fulgurite.infra.clickhouse import EmbeddedClickHouse
 from fulgurite.infra.kafka import EmbeddedKafka
 from fulgurite.infra.topics import create_topics
+from fulgurite.schemas.migrations import apply_migrations
 from fulgurite.schemas.settings import KafkaSettings, MaterialiserSettings, Settings
 from tests.chaos.consumers import Consumers
 from tests.chaos.ledger import Audit, Producer, ask, audit, ends
@@ -187,6 +188,7 @@ async def run_chaos(
             materialiser=MATERIALISER,
         )
         await create_topics(settings.kafka)
+        await asyncio.to_thread(apply_migrations, settings.clickhouse)  # on a busy machine it takes longer than a life
         consumers = Consumers(settings, folder)
         chaos = Chaos(kafka, clickhouse, consumers)
         producer = Producer(settings, seed, records_per_second)

@@ -21,7 +21,7 @@ from dataclasses import dataclass, field
 from aiokafka.errors import IllegalStateError, KafkaError
 
 from fulgurite.consumers.materialiser.blocks import Partition, Slice, halves
-from fulgurite.consumers.materialiser.errors import Fenced, Rejected, TooLarge, Unavailable
+from fulgurite.consumers.materialiser.errors import Rejected, TooLarge, Unavailable
 from fulgurite.consumers.materialiser.metrics import Metrics
 from fulgurite.consumers.materialiser.offsets import Lost, Offsets
 from fulgurite.consumers.materialiser.partition import BATCH_BYTES, BATCH_LINES, Budget, Consumer, PartitionBuffer, Room
@@ -268,8 +268,8 @@ class TopicWriter:
     def _failed(self, what: str, buffers: Sequence[PartitionBuffer], error: Exception) -> None:
         """The next try comes after a pause; says so, at most once in some seconds."""
         first, longest = RETRY_SECONDS
-        if not isinstance(error, Fenced):
-            self._pause_seconds = min(max(2 * self._pause_seconds, first), longest)
+        # Also after a fence of somebody else: two groups that both think it theirs must not take it back at once.
+        self._pause_seconds = min(max(2 * self._pause_seconds, first), longest)
         for buffer in buffers:
             self._shared.metrics.retried(*_labels(buffer.partition), f"cannot {what}: {error}")
         now = time.monotonic()
