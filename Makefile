@@ -22,7 +22,7 @@ help: ## this list
 demo: $(STAMP) $(if $(filter vllm,$(SERVE)),vllm) ## train the calculator agent online, end to end, on this machine (about 5 minutes; SERVE=vllm: on vLLM)
 	@$(BIN)/fulgurite demo --serve $(SERVE) $(ARGS)
 
-reproduce: $(STAMP) ## train the calculator on 5 seeds, with ablations, and print curves with intervals (an hour or two)
+reproduce: $(STAMP) ## train the calculator on 5 seeds, with ablations, and print curves with intervals (--jobs 2: half an hour)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" OMP_NUM_THREADS=1 $(BIN)/python -m examples.calculator.reproduce $(ARGS)
 
 test: $(STAMP) ## all tests but those that need a GPU or a vLLM

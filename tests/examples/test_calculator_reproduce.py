@@ -20,7 +20,7 @@ from examples.calculator.reproduce.training import Result, finished, run_cell
 from examples.calculator.reward import reward_of
 from examples.calculator.warm_start import Recipe, save
 
-SMALL = Sizes(seeds=2, steps=3, rollouts_per_step=16, heldout_tasks=8, evaluate_every=2, warm_start_steps=1)
+SMALL = Sizes(seeds=2, steps=2, rollouts_per_step=8, heldout_tasks=4, evaluate_every=2, warm_start_steps=1)
 
 
 def made_up(text: str, answer: float) -> float:
@@ -49,16 +49,14 @@ def untrained(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_cell_trains_and_gives_the_same_again(tmp_path: Path) -> None:
     """Also that sampler and learner agree: the learner compares their logprobs and raises where they do not."""
     lagged = Cell("lagged", lag=1, correction="truncate")
-    for cell in (BASE, lagged):
-        results = [run_cell(tmp_path / name, cell, 1, SMALL, quiet) for name in ("a", "b")]
-        assert results[0].points == results[1].points
-        assert [point.step for point in results[0].points] == [0, 1, 2, 3]
-        assert [step for step, _ in results[0].heldout] == [0, 2, 3]
-        assert all(point.tokens > 0 for point in results[0].points[1:])
-        assert finished(tmp_path / "a", cell, 1, SMALL) == results[0]
-        assert finished(tmp_path / "a", cell, 2, SMALL) is None
-    assert [point.staleness for point in results[0].points[1:]] == [0.0, 1.0, 1.0]
-    assert results[0].points[2].effective_sample_size < 1.0
+    result, again = (run_cell(tmp_path / name, lagged, 1, SMALL, quiet) for name in ("a", "b"))
+    assert result.points == again.points
+    assert [point.step for point in result.points] == [0, 1, 2]
+    assert [step for step, _ in result.heldout] == [0, 2]
+    assert all(point.tokens > 0 for point in result.points[1:])
+    assert [point.staleness for point in result.points[1:]] == [0.0, 1.0]
+    assert finished(tmp_path / "a", lagged, 1, SMALL) == result
+    assert finished(tmp_path / "a", lagged, 2, SMALL) is None
     assert not list(tmp_path.glob("a/*.work"))
 
 

@@ -1,7 +1,7 @@
 """Is the learning real? Trains the calculator on several seeds and with one thing changed at a time.
 
-    make reproduce                              # 5 seeds, all cells: an hour or two on two cores
-    make reproduce ARGS=--quick                 # 2 seeds, the base and one ablation: some minutes
+    make reproduce ARGS="--jobs 2"              # 5 seeds, all cells, two at a time: half an hour on two quiet cores
+    make reproduce ARGS=--quick                 # 2 seeds, the base and one ablation: two minutes
     python -m examples.calculator.reproduce --cells base,lag16,lag16-uncorrected --seeds 3
 
     warm start (once a seed) ─► cell by cell, seed by seed ─► tables, curve, build/bench/reproduce.json and .png
@@ -15,6 +15,9 @@ from __future__ import annotations
 import argparse
 import sys
 import time
+from collections.abc import Callable
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from multiprocessing import get_context
 from pathlib import Path
 
 from rich.console import Console
@@ -34,49 +37,86 @@ def main(arguments: list[str] | None = None) -> int:
         sizes = Sizes(**{**vars(sizes), "seeds": options.seeds})
     names = options.cells.split(",") if options.cells else QUICK_CELLS if options.quick else [c.name for c in CELLS]
     unknown = sorted(set(names) - {cell.name for cell in CELLS})
-    if unknown or sizes.seeds < 1:
+    if unknown or sizes.seeds < 1 or options.jobs < 1:
         known = ", ".join(cell.name for cell in CELLS)
-        print(f"error: --cells {', '.join(unknown)}: unknown; they are {known}; --seeds is at least 1", file=sys.stderr)
+        print(
+            f"error: --cells {', '.join(unknown)}: unknown; they are {known}; --seeds and --jobs are at least 1",
+            file=sys.stderr,
+        )
         return 2
     cells = [cell for cell in CELLS if cell.name in names]
     try:
-        return reproduce(Console(width=None if sys.stdout.isatty() else 160), options.folder, options.out, cells, sizes)
+        console = Console(width=None if sys.stdout.isatty() else 160)
+        return reproduce(console, options.folder, options.out, cells, sizes, options.jobs)
     except KeyboardInterrupt:
         print("\nstopped; the same command goes on behind the last finished cell", file=sys.stderr)
         return 130
 
 
-def reproduce(console: Console, folder: Path, out: Path, cells: list[Cell], sizes: Sizes) -> int:
+def reproduce(console: Console, folder: Path, out: Path, cells: list[Cell], sizes: Sizes, jobs: int = 1) -> int:
     """Runs what is not finished and reports what is."""
-    from examples.calculator.reproduce.training import Result, finished, run_cell
+    from examples.calculator.reproduce.training import Result, finished
 
     folder.mkdir(parents=True, exist_ok=True)
     # Seeds outside, so that a run that is stopped has every cell of the seeds it got to.
     todo = [(cell, seed) for seed in range(1, sizes.seeds + 1) for cell in cells]
-    results: list[Result] = []
-    for number, (cell, seed) in enumerate(todo, 1):
-        result = finished(folder, cell, seed, sizes)
-        if result is None:
-            clock = _Clock(console, f"{number}/{len(todo)} {cell.name} seed {seed}")
-            result = run_cell(folder, cell, seed, sizes, clock.tell)
-            left = sum(finished(folder, c, s, sizes) is None for c, s in todo[number:])
-            clock.done(f"held-out {result.heldout[0][1]:.3f} -> {result.heldout[-1][1]:.3f}", left)
-        results.append(result)
+    left = [(cell, seed) for cell, seed in todo if finished(folder, cell, seed, sizes) is None]
+    console.print(f"{len(todo)} cells, {len(todo) - len(left)} of them finished before, {jobs} at a time")
+    began = time.monotonic()
+
+    def report_finished(done: int) -> None:
+        results: list[Result] = [r for cell, seed in todo if (r := finished(folder, cell, seed, sizes))]
         report.write(out / "reproduce.json", report.by_cell(results), sizes)
-    found = report.by_cell(results)
+        if 0 < done < len(left):
+            minutes = (time.monotonic() - began) / done * (len(left) - done) / 60
+            console.print(f"{done} of {len(left)} done, about {minutes:.0f} min left", highlight=False)
+
+    _run(folder, left, sizes, jobs, report_finished)
+    report_finished(0)
+    found = report.by_cell([r for cell, seed in todo if (r := finished(folder, cell, seed, sizes))])
     report.report(console, found, cells, sizes)
     report.write_png(out / "reproduce.png", found)
     console.print(f"Figures: {out / 'reproduce.json'}; curves: {out / 'reproduce.png'}", soft_wrap=True)
     return 0
 
 
+def _run(folder: Path, left: list[tuple[Cell, int]], sizes: Sizes, jobs: int, done: Callable[[int], None]) -> None:
+    """One after another here, or in processes of their own, one thread each."""
+    if jobs == 1:
+        for number, (cell, seed) in enumerate(left, 1):
+            run_one(folder, cell, seed, sizes)
+            done(number)
+        return
+    with ProcessPoolExecutor(jobs, mp_context=get_context("spawn")) as pool:
+        # Two cells of a seed must not make its start model at the same time.
+        for made in [pool.submit(start_one, folder, seed, sizes) for seed in sorted({seed for _, seed in left})]:
+            made.result()
+        running = [pool.submit(run_one, folder, cell, seed, sizes) for cell, seed in left]
+        for number, finished in enumerate(as_completed(running), 1):
+            finished.result()
+            done(number)
+
+
+def start_one(folder: Path, seed: int, sizes: Sizes) -> None:
+    from examples.calculator.reproduce.training import start_model
+
+    start_model(folder, seed, sizes, _Clock(f"seed {seed}").tell)
+
+
+def run_one(folder: Path, cell: Cell, seed: int, sizes: Sizes) -> None:
+    from examples.calculator.reproduce.training import run_cell
+
+    clock = _Clock(f"{cell.name} seed {seed}")
+    result = run_cell(folder, cell, seed, sizes, clock.tell)
+    clock.done(f"held-out {result.heldout[0][1]:.3f} -> {result.heldout[-1][1]:.3f}")
+
+
 class _Clock:
-    """A line now and then, and how long the rest will take."""
+    """A line now and then."""
 
     _EVERY_SECONDS = 15.0
 
-    def __init__(self, console: Console, name: str) -> None:
-        self._console = console
+    def __init__(self, name: str) -> None:
         self._name = name
         self._began = self._told = time.monotonic()
 
@@ -84,12 +124,10 @@ class _Clock:
         now = time.monotonic()
         if now - self._told >= self._EVERY_SECONDS:
             self._told = now
-            self._console.print(f"  {self._name}: {what}", highlight=False)
+            print(f"  {self._name}: {what}", flush=True)
 
-    def done(self, what: str, left: int) -> None:
-        seconds = time.monotonic() - self._began
-        rest = f"about {left * seconds / 60:.0f} min left" if left else "the last one"
-        self._console.print(f"{self._name}: {what}, {seconds:.0f} s; {rest}", highlight=False)
+    def done(self, what: str) -> None:
+        print(f"{self._name}: {what}, {time.monotonic() - self._began:.0f} s", flush=True)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -100,6 +138,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--quick", action="store_true", help="2 seeds, few steps, the base and one ablation")
     parser.add_argument("--seeds", type=int, help="how many; 5, with --quick 2")
+    parser.add_argument("--jobs", type=int, default=1, help="cells at a time, a core each; 1")
     parser.add_argument("--cells", default="", help=f"of {', '.join(cell.name for cell in CELLS)}; all of them")
     parser.add_argument(
         "--folder", type=Path, default=ROOT / "build" / "reproduce", help="where finished cells are kept"

@@ -77,13 +77,19 @@ def finished(folder: Path, cell: Cell, seed: int, sizes: Sizes) -> Result | None
     return Result(fields["cell"], fields["seed"], [Point(**point) for point in fields["points"]], fields["seconds"])
 
 
-def run_cell(folder: Path, cell: Cell, seed: int, sizes: Sizes, progress: Progress) -> Result:
-    """Trains and keeps the result: complete or not there."""
+def start_model(folder: Path, seed: int, sizes: Sizes, progress: Progress) -> Path:
+    """What all cells of a seed begin with; made once."""
     torch.set_num_threads(1)
     model = folder / f"warm-start-{seed}-{sizes.warm_start_steps}"
     warm_start(
         model, Recipe(steps=sizes.warm_start_steps, seed=seed), lambda *at: progress(f"warm start {at[0]}/{at[1]}")
     )
+    return model
+
+
+def run_cell(folder: Path, cell: Cell, seed: int, sizes: Sizes, progress: Progress) -> Result:
+    """Trains and keeps the result: complete or not there."""
+    model = start_model(folder, seed, sizes, progress)
     began = time.monotonic()
     work = folder / f"{key(cell, seed, sizes)}.work"
     shutil.rmtree(work, ignore_errors=True)
