@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -104,12 +105,19 @@ COMPARISONS: tuple[Comparison, ...] = (
 )
 
 
-def key(cell: Cell, seed: int, sizes: Sizes) -> str:
-    """Of everything that a finished cell depends on, so that one of other sizes is not taken for it. Defaults are left
-    out: a new way of training leaves finished cells valid."""
+def key(cell: Cell, seed: int, sizes: Sizes, start: Mapping[str, Any]) -> str:
+    """Of everything that a finished cell depends on, so that one of other sizes is not taken for it. `start` is what
+    made its start model. Defaults of a cell are left out: a new way of training leaves finished ones valid."""
     default = asdict(Cell(cell.name))
     differs = {name: value for name, value in asdict(cell).items() if value != default[name]}
-    what: dict[str, Any] = {"format": FORMAT, "name": cell.name, "cell": differs, "seed": seed, **asdict(sizes)}
+    what: dict[str, Any] = {
+        "format": FORMAT,
+        "name": cell.name,
+        "cell": differs,
+        "seed": seed,
+        "start": dict(start),
+        **asdict(sizes),
+    }
     del what["seeds"]
     digest = hashlib.sha256(json.dumps(what, sort_keys=True).encode()).hexdigest()[:12]
     return f"{cell.name}-{seed}-{digest}"

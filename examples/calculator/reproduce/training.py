@@ -70,7 +70,7 @@ class Result:
 
 def finished(folder: Path, cell: Cell, seed: int, sizes: Sizes) -> Result | None:
     """The result that is kept of this cell, None where there is none."""
-    path = folder / f"{key(cell, seed, sizes)}.json"
+    path = folder / f"{_key(cell, seed, sizes)}.json"
     if not path.is_file():
         return None
     fields: dict[str, Any] = json.loads(path.read_text())
@@ -80,10 +80,9 @@ def finished(folder: Path, cell: Cell, seed: int, sizes: Sizes) -> Result | None
 def start_model(folder: Path, seed: int, sizes: Sizes, progress: Progress) -> Path:
     """What all cells of a seed begin with; made once."""
     torch.set_num_threads(1)
-    model = folder / f"warm-start-{seed}-{sizes.warm_start_steps}"
-    warm_start(
-        model, Recipe(steps=sizes.warm_start_steps, seed=seed), lambda *at: progress(f"warm start {at[0]}/{at[1]}")
-    )
+    recipe = _recipe(seed, sizes)
+    model = folder / f"start-{seed}-{recipe.steps}-{recipe.manifest()['format']}"
+    warm_start(model, recipe, lambda *at: progress(f"warm start {at[0]}/{at[1]}"))
     return model
 
 
@@ -91,7 +90,7 @@ def run_cell(folder: Path, cell: Cell, seed: int, sizes: Sizes, progress: Progre
     """Trains and keeps the result: complete or not there."""
     model = start_model(folder, seed, sizes, progress)
     began = time.monotonic()
-    work = folder / f"{key(cell, seed, sizes)}.work"
+    work = folder / f"{_key(cell, seed, sizes)}.work"
     shutil.rmtree(work, ignore_errors=True)
     run = _Run(cell, seed, sizes, cell.settings(seed, sizes, model, work))
     points = [run.start()]
@@ -101,12 +100,20 @@ def run_cell(folder: Path, cell: Cell, seed: int, sizes: Sizes, progress: Progre
         measured = "" if at.heldout is None else f", held-out {at.heldout:.3f}"
         progress(f"step {step}/{sizes.steps}, reward {at.reward or 0.0:.3f}{measured}")
     result = Result(cell.name, seed, points, time.monotonic() - began)
-    path = folder / f"{key(cell, seed, sizes)}.json"
+    path = folder / f"{_key(cell, seed, sizes)}.json"
     temporary = path.with_suffix(".tmp")
     temporary.write_text(json.dumps(asdict(result)))
     temporary.rename(path)
     shutil.rmtree(work)
     return result
+
+
+def _recipe(seed: int, sizes: Sizes) -> Recipe:
+    return Recipe(steps=sizes.warm_start_steps, seed=seed)
+
+
+def _key(cell: Cell, seed: int, sizes: Sizes) -> str:
+    return key(cell, seed, sizes, _recipe(seed, sizes).manifest())
 
 
 class _Run:
