@@ -142,7 +142,10 @@ def _lines_block(slices: Sequence[Slice]) -> pa.Table:
     partitions = np.fromiter((part.partition.number for _, part, _ in ordered), np.uint32, total)
     offsets = np.fromiter((record.offset for _, _, record in ordered), np.uint64, total)
     times = np.fromiter((record.timestamp for _, _, record in ordered), np.int64, total)
-    into = (missing(topic, part.present.get(record.offset, 0)) for _, part, record in ordered)
+    into = np.full(total, BOTH_TABLES, np.uint8)
+    if any(part.present for part in slices):
+        lacking = (missing(topic, part.present.get(record.offset, 0)) for _, part, record in ordered)
+        into = np.fromiter(lacking, np.uint8, total)
     keys = pa.array([key for key, _, _ in ordered], pa.binary()).dictionary_encode()
     return pa.table(
         {
@@ -153,7 +156,7 @@ def _lines_block(slices: Sequence[Slice]) -> pa.Table:
             "_offset": pa.array(offsets[row_of]),
             "_index": pa.array(lines.numbers),
             "_ts": pa.array(times[row_of]).cast(pa.timestamp("ms", "UTC")),
-            "_into": pa.array(np.fromiter(into, np.uint8, total)[row_of]),
+            "_into": pa.array(into[row_of]),
         }
     )
 

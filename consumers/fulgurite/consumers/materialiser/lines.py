@@ -37,34 +37,38 @@ def all_lines(values: Sequence[bytes]) -> Lines:
     data = bytearray(sum(map(len, values)))
     view = memoryview(data)
     at = 0
-    lengths: list[npt.NDArray[np.int32]] = []
+    lengths: list[int] = []
+    counts: list[int] = []
     uneven: list[tuple[int, Sequence[int]]] = []
     for place, value in enumerate(values):
-        found = _even(value)
-        if found is None:
+        if b"\n" not in value:
+            stripped = value
+            lengths.append(len(value))
+            counts.append(1)
+        elif (found := _even(value)) is not None:
+            stripped, line_lengths = found
+            lengths += line_lengths
+            counts.append(len(line_lengths))
+        else:
             numbers, lines = split_lines(value)
             stripped = b"".join(lines)
-            lengths.append(np.fromiter(map(len, lines), np.int32, len(lines)))
-            if len(lines) > 1 or numbers[0]:
-                uneven.append((place, numbers))
-        else:
-            stripped, line_lengths = found
-            lengths.append(line_lengths)
+            lengths += map(len, lines)
+            counts.append(len(lines))
+            uneven.append((place, numbers))
         view[at : at + len(stripped)] = stripped
         at += len(stripped)
-    counts = np.fromiter(map(len, lengths), np.int32, len(lengths))
-    offsets = np.zeros(int(counts.sum()) + 1, np.int32)
-    if lengths:
-        np.cumsum(np.concatenate(lengths), out=offsets[1:])
-    begins = np.cumsum(counts) - counts
-    numbers = (np.arange(len(offsets) - 1) - np.repeat(begins, counts)).astype(np.uint32)
+    by_record = np.array(counts, np.int32)
+    offsets = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(np.array(lengths, np.int32), out=offsets[1:])
+    begins = np.cumsum(by_record) - by_record
+    numbers = (np.arange(len(lengths)) - np.repeat(begins, by_record)).astype(np.uint32)
     for place, known in uneven:
         numbers[begins[place] : begins[place] + len(known)] = known
     buffers = [None, pa.py_buffer(offsets), pa.py_buffer(data)]
-    return Lines(pa.Array.from_buffers(pa.binary(), len(offsets) - 1, buffers), numbers, counts)
+    return Lines(pa.Array.from_buffers(pa.binary(), len(lengths), buffers), numbers, by_record)
 
 
-def _even(value: bytes) -> tuple[bytes, npt.NDArray[np.int32]] | None:
+def _even(value: bytes) -> tuple[bytes, list[int]] | None:
     """The lines without their line feeds, and their lengths, where each is an object from its first to its last byte;
     one line feed may end the record."""
     if len(value) < _WORTH_BYTES:
@@ -79,4 +83,4 @@ def _even(value: bytes) -> tuple[bytes, npt.NDArray[np.int32]] | None:
     if (chars[ends - 1] != _CLOSE).any() or (chars[ends + 1] != _OPEN).any():
         return None
     bounds = np.concatenate(([-1], ends, [len(value)]))
-    return value.replace(b"\n", b""), (np.diff(bounds) - 1).astype(np.int32)
+    return value.replace(b"\n", b""), (np.diff(bounds) - 1).tolist()

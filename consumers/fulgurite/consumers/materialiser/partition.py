@@ -75,6 +75,7 @@ class PartitionBuffer:
         self._consumer = consumer
         self._budget = budget
         self._batch_records = batch_records
+        self._has_lines = partition.topic in LINE_TOPICS
         self._share_bytes = share_bytes
         self._buffer: deque[Record] = deque()
         self.taken: Sequence[Record] = ()
@@ -110,7 +111,7 @@ class PartitionBuffer:
             if record.offset >= self._next:
                 self._next = record.offset + 1
                 self._seen_ms = record.timestamp
-                if not self._is_there(record.offset):
+                if not self._present or not self._is_there(record.offset):
                     self._buffer.append(record)
                     self._hold(size(record))
         if self._full() and not self._paused:
@@ -149,7 +150,9 @@ class PartitionBuffer:
         self.taken_bytes, self.taken_lines = used, lines
         self.bytes -= used
         self._breathe()
-        present = {r.offset: self._present[r.offset] for r in self.taken if r.offset in self._present}
+        present = dict[int, int]()
+        if self._present:
+            present = {r.offset: self._present[r.offset] for r in self.taken if r.offset in self._present}
         return Slice(self.partition, self.taken, present, self.fence)
 
     def done(self) -> tuple[int, int]:
@@ -224,7 +227,7 @@ class PartitionBuffer:
 
     def _lines(self, record: Record) -> int:
         # A line feed is a frequent byte of protobuf, and says nothing there.
-        return (record.value or b"").count(b"\n") + 1 if self.partition.topic in LINE_TOPICS else 1
+        return (record.value or b"").count(b"\n") + 1 if self._has_lines else 1
 
 
 def size(record: Record) -> int:
