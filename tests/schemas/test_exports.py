@@ -11,15 +11,16 @@ from jsonschema import Draft202012Validator
 from pydantic import BaseModel, ValidationError
 
 from fulgurite.schemas import topics
+from fulgurite.schemas.algorithms import AlgorithmState
 from fulgurite.schemas.codec import encode
 from fulgurite.schemas.exports import EVENTS, export_json_schemas, json_schema
-from fulgurite.schemas.resources import ResourceVersion
+from fulgurite.schemas.resources import ResourceVersion, prompt_version
 from fulgurite.schemas.rewards import Reward
 from fulgurite.schemas.rollouts import RolloutFinished, RolloutQueued
 from fulgurite.schemas.spans import Span
 from fulgurite.schemas.topics import Topic
 from fulgurite.schemas.training import RunStarted, TrainingStep
-from fulgurite.schemas.trajectories import Trajectory
+from fulgurite.schemas.trajectories import FinishedAttempt, Trajectory
 from fulgurite.schemas.workers import WorkerHeartbeat
 
 EXAMPLES: list[tuple[Topic, BaseModel]] = [
@@ -32,6 +33,9 @@ EXAMPLES: list[tuple[Topic, BaseModel]] = [
     (topics.TRAINING, RunStarted(run_id="a", resource="policy", version=0)),
     (topics.TRAINING, TrainingStep(run_id="a", step=1, resource="policy", version_in=0, version_out=1)),
     (topics.WORKERS, WorkerHeartbeat(worker_id="w")),
+    (topics.ATTEMPTS, FinishedAttempt(rollout_id="r", status="succeeded", reward=0.5)),
+    (topics.ALGORITHM_STATE, AlgorithmState(algorithm="best", name="g1", value={"members": [[0, 7]]})),
+    (topics.RESOURCES, prompt_version("support", 1, "Answer {question}")),
 ]
 
 REFUSED: list[tuple[Topic, dict[str, Any]]] = [
@@ -44,6 +48,8 @@ REFUSED: list[tuple[Topic, dict[str, Any]]] = [
     (topics.RESOURCES, {"resource": "p", "version": 1, "uri": "x", "sha256": "short"}),
     (topics.TRAINING, {"event": "step", "run_id": "a", "resource": "p", "version_in": 0, "version_out": 1}),
     (topics.WORKERS, {"worker_id": ""}),
+    (topics.ATTEMPTS, {"rollout_id": "r", "status": "succeeded", "spans": [{}]}),
+    (topics.ALGORITHM_STATE, {"algorithm": "best", "name": ""}),
 ]
 
 

@@ -8,7 +8,9 @@ import clickhouse_connect
 import pytest
 from clickhouse_connect.driver import Client
 
+from fulgurite.schemas.codec import encode
 from fulgurite.schemas.migrations import apply_migrations, connection_options
+from fulgurite.schemas.resources import ResourceVersion, prompt_version
 from fulgurite.schemas.settings import ClickHouseSettings
 
 ROLLOUTS = 400
@@ -125,3 +127,15 @@ def test_a_rollout_that_a_window_had_again_is_in_both_and_once_in_the_ledger(cli
     assert members == [(1, "a", 0), (1, "b", 0), (2, "a", 1), (2, "c", 0)]
     ledger = client.query("SELECT rollout_id, step, times_trained FROM ledger ORDER BY rollout_id").result_rows
     assert ledger == [("a", 1, 1), ("b", 1, 1), ("c", 2, 1)]
+
+
+def test_a_prompt_templates_text_is_a_column(client: Client) -> None:
+    versions = [
+        prompt_version("support", 1, "Answer {question}\n"),
+        ResourceVersion(resource="policy", version=1, uri="file:///x", sha256="0" * 64),
+    ]
+    rows = [[encode(version).decode(), version.resource, {}, "resources", 0, at] for at, version in enumerate(versions)]
+    client.insert("in_resources", rows, ["raw", "key", "headers", "_topic", "_partition", "_offset"])
+    found = client.query("SELECT resource, kind, content, extra FROM resources ORDER BY resource").result_rows
+    assert found == [("policy", "weights", "", {}), ("support", "prompt_template", "Answer {question}\n", {})]
+    assert client.query("SELECT count() FROM dead_letters").result_rows == [(0,)]

@@ -176,16 +176,18 @@ def test_conversations_and_completions_become_tokens(tmp_path: Path) -> None:
     config |= {"vocab_size": len(tokenizer), "max_position_embeddings": 512}
     (model / "config.json").write_text(json.dumps(config))
     turns = [("user", "1+1?"), ("assistant", "2"), ("user", "2+2?"), ("assistant", "4")]
-    lines = [
+    lines: list[Any] = [
         {"messages": [{"role": role, "content": content} for role, content in turns]},
         {"prompt": "3+3=", "completion": "6"},
         {"rollout_id": "r", "status": "succeeded", "sequences": [
             {"token_ids": [1, 2, 3], "loss_mask": [0, 1, 0], "logprobs": [0.0, -1.0, 0.0]}]},
     ]  # fmt: skip
+    lines.append({"partition": 0, "offset": 7, "value": lines[-1]})
     file = write(tmp_path / "demonstrations.jsonl", lines)
     plan = make_plan(Settings(trainer=settings_for(model, tmp_path / "out", demonstrations=file)))
     prepare(plan)
-    talk, completion, sampled = prepared(plan)
+    talk, completion, sampled, tailed = prepared(plan)
+    assert tailed == sampled
     learned = [token for token, learn in zip(talk.token_ids, talk.loss_mask, strict=True) if learn]
     assert tokenizer.decode(learned) == tokenizer.decode(tokenizer.encode("2\n4\n", add_special_tokens=False))
     assert sum(talk.loss_mask) < len(talk.token_ids)

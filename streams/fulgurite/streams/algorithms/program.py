@@ -86,6 +86,7 @@ class Program:
         self._working = 0
         self._changed = asyncio.Event()
         self._polling: asyncio.Task[list[Record]] | None = None
+        self._committing: asyncio.Task[None] | None = None
         self._due: list[str] = []
         """Groups found to have waited long enough, and the ends of the log at that time."""
         self._due_ends: dict[TopicPartition, int] = {}
@@ -99,9 +100,13 @@ class Program:
             self._start_work()
             if self._algorithm.reads == "groups":
                 await self._close_groups()
-            if self._pause() == 0.0:
-                await self._commit()
-            elif time.monotonic() - self._refreshed > _REFRESH_SECONDS:
+            if self._committing is not None and self._committing.done():
+                self._committing.result()
+                self._committing = None
+            if self._committing is None and self._pause() == 0.0:
+                # Beside what goes on: reading and the function do not wait for the broker's transaction.
+                self._committing = asyncio.create_task(self._commit())
+            elif self._committing is None and time.monotonic() - self._refreshed > _REFRESH_SECONDS:
                 await self._publish([], {})
             self._report()
             await self._wait()
@@ -109,20 +114,21 @@ class Program:
     async def close(self) -> None:
         """Ends what is under way; nothing of it was published."""
         tasks = {item.task for item in self._window if item.task is not None}
-        waits: set[asyncio.Task[Any]] = tasks if self._polling is None else {*tasks, self._polling}
+        waits: set[asyncio.Task[Any]] = {*tasks, *(one for one in (self._polling, self._committing) if one is not None)}
         for task in waits:
             task.cancel()
         await asyncio.gather(*waits, return_exceptions=True)
 
     async def _wait(self) -> None:
         """Until there is something to read or to commit, or the function is done with something."""
-        pause = self._pause()
+        pause = None if self._committing is not None else self._pause()
         if pause == 0.0 or (self._buffer and self._room()):
             return
         if self._polling is None and not self._buffer:
             self._polling = asyncio.create_task(self._reader.poll(_POLL_SECONDS))
         changed = asyncio.create_task(self._changed.wait())
-        waits = {changed} if self._polling is None else {changed, self._polling}
+        others = (self._polling, self._committing)
+        waits: set[asyncio.Task[Any]] = {changed, *(one for one in others if one is not None)}
         try:
             await asyncio.wait(waits, timeout=pause, return_when=asyncio.FIRST_COMPLETED)
         finally:

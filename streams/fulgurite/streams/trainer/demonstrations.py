@@ -8,7 +8,8 @@ One JSON object a line, in one of four forms:
         by the model's chat template; every message of the assistant is learned
     {"prompt": "…", "completion": "…"}                          the completion and the end of the text are learned
     {"prompt_token_ids": [1, 2], "response_token_ids": [3]}     the response is learned
-    {"rollout_id": "…", "status": "succeeded", "sequences": […], …}    a trajectory: what was sampled in it is learned
+    {"rollout_id": "…", "status": "succeeded", "sequences": […], …}    a trajectory: what was sampled in it is learned;
+                                                                        also within {"value": …}, as `tail` writes it
 
 Promises: what a run trains on does not change when the file does. A line that cannot be used ends the start with its
 number, before a model is loaded. Which of them a step trains on is demonstrating.py's.
@@ -135,8 +136,10 @@ class _Reading:
         if not isinstance(given, dict):
             raise ValueError("must be an object")
         fields = cast("dict[str, Any]", given)
+        if isinstance(inner := fields.get("value"), dict):  # as `fulgurite tail --full` writes a record
+            fields = cast("dict[str, Any]", inner)
         if "sequences" in fields:
-            trajectory = decode(Trajectory, line.encode())
+            trajectory = decode(Trajectory, json.dumps(fields).encode())
             sequences = [sequence for sequence in trajectory.sequences if any(sequence.loss_mask)]
             return [Demonstration(token_ids=s.token_ids, loss_mask=s.loss_mask) for s in sequences]
         if "messages" in fields:
