@@ -66,7 +66,7 @@ async def test_a_materialiser_and_the_libraries_in_it(settings: Settings, tmp_pa
     assert lines[-1]["message"] == "materialiser stopped"
     [resumed] = [line for line in lines if line.get("topic") == world.name(topics.SPANS) and line["partition"] == 1]
     assert resumed["offset"] in (0, 1)
-    assert resumed["message"].startswith(f"{world.name(topics.SPANS)}-1: resumes at offset {resumed['offset']}")
+    assert resumed["message"].startswith(f"{world.name(topics.SPANS)}-1: goes on at offset {resumed['offset']}")
 
 
 async def test_a_broker_that_is_away_and_a_stop_meanwhile(tmp_path: Path) -> None:

@@ -23,7 +23,7 @@ from fulgurite.infra.processes import wait_until
 from fulgurite.infra.topics import create_topics
 from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.settings import KafkaSettings
-from fulgurite.schemas.topics import RESOURCES
+from fulgurite.schemas.topics import RESOURCES, TOPICS
 
 
 async def _send(settings: KafkaSettings, values: list[bytes], then: Callable[[], None] = lambda: None) -> None:
@@ -71,7 +71,7 @@ def test_what_was_acknowledged_survives_kill_and_restart_on_the_same_port(tmp_pa
     with EmbeddedKafka(tmp_path) as kafka:
         first = kafka.bootstrap_servers
         settings = KafkaSettings(bootstrap_servers=first)
-        assert len(run_in_thread(create_topics(settings))) == 9
+        assert len(run_in_thread(create_topics(settings))) == len(TOPICS)
         # A commit is acknowledged before its markers are written: the next start must write them.
         run_in_thread(_send(settings, [b"one", b"two"], kafka.kill))
         assert not kafka.running
