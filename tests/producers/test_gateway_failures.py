@@ -38,15 +38,15 @@ class behind:
         self._settings = GatewaySettings(backends=list(backends), **values)
 
     async def __aenter__(self) -> str:
-        self._pool = Pool(self._settings)
-        await self._pool.__aenter__()
-        self.gateway = Gateway(self._settings, self._pool, self.publisher, well)
+        self.pool = Pool(self._settings)
+        await self.pool.__aenter__()
+        self.gateway = Gateway(self._settings, self.pool, self.publisher, well)
         self._serving = serving(self.gateway)
         return await self._serving.__aenter__()
 
     async def __aexit__(self, *error: Any) -> None:
         await self._serving.__aexit__(*error)
-        await self._pool.__aexit__(*error)
+        await self.pool.__aexit__(*error)
 
 
 def streamed(*parts: bytes, every: bytes = b"", seconds: float = 0.05) -> Any:
@@ -97,6 +97,7 @@ async def test_a_500_that_every_replica_gives_is_told_in_its_own_words():
             fake.answer = with_status(500)
         gateway = behind(*(fake.settings() for fake in servers), exact_prompts=False)
         async with gateway as url:
+            await until(lambda: all(state["models"] for state in gateway.pool.state()))  # else one alone is known
             with pytest.raises(openai.InternalServerError, match="no") as caught:
                 await ask(url)
         assert caught.value.status_code == 500
