@@ -373,7 +373,7 @@ def test_groups_are_asked_for_with_the_same_ids_every_time() -> None:
         ({"run_id": ""}, "trainer.run_id is empty: .* same name goes on"),
         ({"tasks": ""}, "module:function"),
         ({"tasks": "no.such.module:f"}, "cannot import no.such.module"),
-        ({"tasks": "json:nothing"}, "has no function nothing"),
+        ({"tasks": "json:nothing"}, "module json has no nothing"),
         ({"sampling_parameters": {"temperature": 0.7}}, "temperature = 0.7; it must be 1"),
         ({"sampling_parameters": {"top_p": 0.9}}, "top_p"),
         ({"run_id": "a/b"}, "run_id"),

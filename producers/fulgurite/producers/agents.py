@@ -11,16 +11,14 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import contextvars
-import importlib
 import inspect
 import math
-import os
-import sys
 import threading
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, SupportsFloat, cast
 
+from fulgurite.producers.named_objects import load_object
 from fulgurite.producers.rollout import RolloutContext
 from fulgurite.schemas.errors import SettingsError
 
@@ -50,21 +48,9 @@ class Agent:
 
 def load_agent(spec: str) -> Agent:
     """The agent that `module:function` names. Raises SettingsError: what is wrong and what is expected."""
-    where = f"runner.agent = {spec!r}"
-    module_name, separator, path = spec.partition(":")
-    if not (separator and module_name and path):
-        raise SettingsError(f"{where}: name the agent as module:function, for example examples.calculator.agent:solve")
-    if os.getcwd() not in sys.path:  # a console script does not look where it is started; python -m does
-        sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise SettingsError(f"{where}: cannot import {module_name} from {os.getcwd()}: {error}") from error
-    for part in path.split("."):
-        found = getattr(found, part, None)
-    if found is None:
-        raise SettingsError(f"{where}: module {module_name} has no {path}")
-    return as_agent(found, path, where)
+    where = "runner.agent"
+    found = load_object(spec, where, "examples.calculator.agent:solve")
+    return as_agent(found, spec.partition(":")[2], f"{where} = {spec!r}")
 
 
 def as_agent(function: Any, name: str, where: str = "agent") -> Agent:

@@ -19,10 +19,10 @@ from typing import Any, Literal, cast
 
 from pydantic import BaseModel
 
+from fulgurite.producers.named_objects import load_object
 from fulgurite.schemas import topics
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.topics import Topic
-from fulgurite.streams.algorithms.functions import load_object
 
 Reads = Literal["trajectories", "groups", "attempts", "spans", "rewards", "rollouts", "resources", "training"]
 

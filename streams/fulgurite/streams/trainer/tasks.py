@@ -6,13 +6,11 @@ asks for the same rollouts, and creating a rollout twice is idempotent.
 
 from __future__ import annotations
 
-import importlib
 import json
-import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
+from fulgurite.producers.named_objects import load_object
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.rollouts import RolloutConfig, RolloutQueued
 from fulgurite.schemas.settings import TrainerSettings
@@ -23,21 +21,9 @@ TaskFunction = Callable[[int], Any]
 
 def load_tasks(spec: str, where: str = "trainer.tasks") -> TaskFunction:
     """The function `module:function` names. Raises SettingsError: what is wrong and what is expected."""
-    module_name, separator, path = spec.partition(":")
-    if not (separator and module_name and path):
-        raise SettingsError(
-            f"{where} = {spec!r}: name the function as module:function; function(index) gives the input of task `index`"
-        )
-    if os.getcwd() not in sys.path:  # a console script does not look where it is started; python -m does
-        sys.path.insert(0, os.getcwd())
-    try:
-        found: Any = importlib.import_module(module_name)
-    except ImportError as error:
-        raise SettingsError(f"{where} = {spec!r}: cannot import {module_name} from {os.getcwd()}: {error}") from error
-    for part in path.split("."):
-        found = getattr(found, part, None)
+    found = load_object(spec, where, "examples.calculator.tasks:train_task")
     if not callable(found):
-        raise SettingsError(f"{where} = {spec!r}: module {module_name} has no function {path}")
+        raise SettingsError(f"{where} = {spec!r}: no function; function(index) gives the input of task `index`")
     task: TaskFunction = found
     return task
 

@@ -17,6 +17,7 @@ from typing import Any, Protocol, cast
 import httpx
 from pydantic import BaseModel
 
+from fulgurite.producers.named_objects import load_object
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.settings import AggregatorSettings, RewardSource, Settings
 from fulgurite.schemas.trajectories import FinishedAttempt
@@ -25,7 +26,6 @@ from fulgurite.streams.algorithms.aggregator.judges import Judge, PartFailed
 from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
 from fulgurite.streams.algorithms.compliance import Rules
 from fulgurite.streams.algorithms.definition import InputRefused
-from fulgurite.streams.algorithms.functions import load_object
 
 MAX_DIMENSIONS = 64
 """Names that one function may give: the bound of a reward."""

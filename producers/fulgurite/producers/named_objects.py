@@ -1,4 +1,4 @@
-"""Functions of the user's, by name: `module:function`, as imported from the folder a command is started in."""
+"""What a user names as `module:name`, agents and functions, imported from the folder a command is started in."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from fulgurite.schemas.errors import SettingsError
 
 
 def load_object(spec: str, where: str, example: str) -> Any:
-    """What `module:name` names. Raises SettingsError: what is wrong and what is expected."""
+    """What `spec` names, the value of the setting `where`. Raises SettingsError: what is wrong, what is expected."""
     module_name, separator, path = spec.partition(":")
     if not (separator and module_name and path):
         raise SettingsError(f"{where} = {spec!r}: name it as module:function, for example {example}")
