@@ -90,6 +90,8 @@ class PartitionBuffer:
         """Offsets from `first` on that are in the tables, and in which."""
         self._seen_ms = 0
         """Kafka's time of the newest record read."""
+        # Asked of every record, and hashing a topic takes longer than all else that is done with one.
+        self._has_lines = partition.topic in LINE_TOPICS
 
     @property
     def busy(self) -> bool:
@@ -195,7 +197,8 @@ class PartitionBuffer:
 
     def _is_there(self, offset: int) -> bool:
         """Whether no table lacks anything of it."""
-        return not missing(self.partition.topic, self._present.get(offset, 0))
+        tables = self._present.get(offset, 0)
+        return bool(tables) and not missing(self.partition.topic, tables)
 
     def _drop_present(self) -> None:
         """Of the buffer, what turned out to be in the tables."""
