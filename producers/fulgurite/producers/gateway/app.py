@@ -189,7 +189,7 @@ class Gateway:
         answer = b""
         try:
             async with Present(receive):  # 2
-                if self._tokens.takes(call):
+                if await self._tokens.takes(call, deadline):
                     sampled = await self._tokens.sample(call, deadline, asked)
                 if sampled is None:
                     answer = await self._ask(call, deadline, asked)

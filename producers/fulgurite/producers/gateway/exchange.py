@@ -91,6 +91,6 @@ class Backends(Protocol):
 
     def open(self, ask: Ask) -> AbstractAsyncContextManager[Exchange]: ...
 
-    def follows_policy(self, model: str) -> bool:
-        """Whether only the policy's own servers are known to serve the model."""
+    async def follows_policy(self, model: str, deadline: float) -> bool:
+        """Whether only the policy's own servers are known to serve the model, once all were asked what they serve."""
         ...

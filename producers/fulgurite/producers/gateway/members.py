@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import random
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import replace
 from typing import Any, Final
 
@@ -54,6 +55,9 @@ class Members:
         self._changed = changed
         self.all = [Member(backend, settings, metrics) for backend in settings.all_backends()]
         self._by_capacity = {member.capacity: member for member in self.all}
+        self._unasked = {member for member in self.all if member.kind == "vllm"}
+        """Not looked at yet."""
+        self._asked_all = asyncio.Event()
         self._looking = [tasks.create_task(self._look_after(member)) for member in self.all]
         self._relisted_at = float("-inf")
         self._relisting: asyncio.Task[None] | None = None
@@ -78,8 +82,13 @@ class Members:
             return asked, found
         raise ApiError(404, "model_not_found", f"no backend serves the model {ask.model[:200]!r}", param="model")
 
-    def follows_policy(self, model: str) -> bool:
-        """Whether only the policy's own servers are known to serve the model."""
+    async def follows_policy(self, model: str, deadline: float) -> bool:
+        """Whether only the policy's own servers are known to serve the model, once all were asked what they serve: the
+        first call after a start is answered like those after it."""
+        if not self._asked_all.is_set():
+            with suppress(TimeoutError):
+                async with asyncio.timeout_at(deadline):
+                    await self._asked_all.wait()
         found = with_newest_adapter(self.all, model) or named(self.all, model)
         return bool(found) and all(member.kind == "vllm" for member in found)
 
@@ -153,6 +162,9 @@ class Members:
                     await member.list_models()
                 if was_well != member.capacity.well:
                     self._changed()
+            self._unasked.discard(member)
+            if not self._unasked:
+                self._asked_all.set()
             member.metrics.stands(well=member.capacity.well, breaker=member.capacity.breaker.state(self._loop.time()))
             seconds = usual if member.capacity.well else min(usual, RECOVERY_SECONDS)
             await asyncio.sleep(seconds * random.uniform(0.9, 1.1))

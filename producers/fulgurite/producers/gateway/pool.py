@@ -95,9 +95,9 @@ class Pool:
         exchange.close()
         self._places.dismiss()
 
-    def follows_policy(self, model: str) -> bool:
-        """Whether only the policy's own servers are known to serve the model."""
-        return self._members.follows_policy(model)
+    async def follows_policy(self, model: str, deadline: float) -> bool:
+        """Whether only the policy's own servers are known to serve the model, once all were asked what they serve."""
+        return await self._members.follows_policy(model, deadline)
 
     async def models(self, authorization: str = "") -> list[dict[str, Any]]:
         """What all backends serve, as /v1/models describes it. Raises ApiError(503) when none of them could say."""

@@ -109,7 +109,7 @@ class Streaming:
 
     async def _by_tokens(self, run: _Run, deadline: float) -> Ask | None:
         """What to ask for the answer by token ids; None where it is asked of the chat route."""
-        if not self._tokens.takes(run.call):
+        if not await self._tokens.takes(run.call, deadline):
             return None
         asked = Asked()
         try:

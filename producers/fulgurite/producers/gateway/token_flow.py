@@ -76,14 +76,16 @@ class TokenRoute:
         self._asker = TokenAsker(backends)
         self._ends = TurnEnds(self._asker)
 
-    def takes(self, call: Call) -> bool:
+    async def takes(self, call: Call, deadline: float) -> bool:
         """Calls that may be trained on. Not streams with tools: a parser would see all tokens anew with each event."""
         if not self._enabled or call.api is not CHAT or not call.rollout_id:
             return False
         if call.streamed and call.body.get("tools"):
             return False
         until = self._unserved_until.get(_kind(call), 0.0)
-        return until < asyncio.get_running_loop().time() and self._backends.follows_policy(call.model)
+        if until >= asyncio.get_running_loop().time():
+            return False
+        return await self._backends.follows_policy(call.model, deadline)
 
     async def sample(self, call: Call, deadline: float, asked: Asked) -> Sampled | None:
         """The answer; None where the chat route is to be asked. Raises ApiError; who was asked stands in `asked`."""
