@@ -73,7 +73,7 @@ docs: $(STAMP) ## render docs/reference.md and docs/asyncapi.json from the code
 
 setup: $(STAMP) ## the virtual environment, without running anything
 
-# Not compiled: Python compiles what it imports, and most of these files never are. It halves the two minutes.
+# Compiled by all cores at once, which pip would do with one: a minute less.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
@@ -83,6 +83,7 @@ $(STAMP): pyproject.toml constraints.txt
 	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25"
 	@$(BIN)/python -m pip install --quiet --progress-bar on --no-compile --constraint constraints.txt --editable ".[dev]" || \
 	  { echo "Installing the packages failed (network? disk?). What was downloaded is cached; run make again."; exit 1; }
+	@$(BIN)/python -m compileall -qq -j 0 $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') || true
 	@touch $(STAMP)
 
 # The libraries go on top of this project's environment, without their dependencies: torch is not installed twice.

@@ -13,6 +13,7 @@ from dataclasses import dataclass, field, replace
 from typing import Final, Protocol
 
 import numpy as np
+import numpy.typing as npt
 import pyarrow as pa
 
 from fulgurite.consumers.materialiser.lines import all_lines
@@ -128,25 +129,25 @@ class _Pieces:
 
 def _lines_block(slices: Sequence[Slice]) -> pa.Table:
     topic, name = slices[0].partition.topic, slices[0].partition.name
-    # The tables are ordered by rollout: rows that come in this order are not sorted again by the server.
-    ordered = sorted(
-        ((record.key or b"", part, record) for part in slices for record in part.records), key=lambda found: found[0]
-    )
-    values = [record.value or b"" for _, _, record in ordered]
+    records = [record for part in slices for record in part.records]
+    total = len(records)
+    keys = pa.array([record.key or b"" for record in records], pa.binary()).dictionary_encode()
+    order = _order(keys)
+    values = [records[place].value or b"" for place in order.tolist()]
     for value in values:
         if len(value) > MAX_LINES and (count := value.count(b"\n")) > MAX_LINES:
             raise TooManyLines(f"the record has {count + 1:,} lines, of at most {MAX_LINES:,}: send several records")
     lines = all_lines(values)
-    total = len(ordered)
-    row_of = np.repeat(np.arange(total, dtype=np.int32), lines.counts)
-    partitions = np.fromiter((part.partition.number for _, part, _ in ordered), np.uint32, total)
-    offsets = np.fromiter((record.offset for _, _, record in ordered), np.uint64, total)
-    times = np.fromiter((record.timestamp for _, _, record in ordered), np.int64, total)
+    # Of each row, its record.
+    row_of = np.repeat(order, lines.counts)
+    numbers = np.array([part.partition.number for part in slices], np.uint32)
+    partitions = np.repeat(numbers, [len(part.records) for part in slices])
+    offsets = np.array([record.offset for record in records], np.uint64)
+    times = np.array([record.timestamp for record in records], np.int64)
     into = np.full(total, BOTH_TABLES, np.uint8)
     if any(part.present for part in slices):
-        lacking = (missing(topic, part.present.get(record.offset, 0)) for _, part, record in ordered)
-        into = np.fromiter(lacking, np.uint8, total)
-    keys = pa.array([key for key, _, _ in ordered], pa.binary()).dictionary_encode()
+        lacking = [missing(topic, part.present.get(record.offset, 0)) for part in slices for record in part.records]
+        into = np.array(lacking, np.uint8)
     return pa.table(
         {
             "raw": lines.raw,
@@ -159,6 +160,15 @@ def _lines_block(slices: Sequence[Slice]) -> pa.Table:
             "_into": pa.array(into[row_of]),
         }
     )
+
+
+def _order(keys: pa.DictionaryArray) -> npt.NDArray[np.int64]:
+    """Places by key, those of a key as they come. The tables are ordered by rollout: rows that come like this are not
+    sorted again by the server."""
+    known = keys.dictionary.to_pylist()
+    rank = np.empty(len(known), np.int64)
+    rank[sorted(range(len(known)), key=known.__getitem__)] = np.arange(len(known))
+    return np.argsort(rank[keys.indices.to_numpy()], kind="stable")
 
 
 def _records_block(slices: Sequence[Slice]) -> pa.Table:

@@ -34,6 +34,8 @@ class Lines:
 
 def all_lines(values: Sequence[bytes]) -> Lines:
     """Every record has a line at least."""
+    if not any(b"\n" in value for value in values):
+        return _one_each(values)
     data = bytearray(sum(map(len, values)))
     view = memoryview(data)
     at = 0
@@ -58,14 +60,25 @@ def all_lines(values: Sequence[bytes]) -> Lines:
         view[at : at + len(stripped)] = stripped
         at += len(stripped)
     by_record = np.array(counts, np.int32)
-    offsets = np.zeros(len(lengths) + 1, np.int32)
-    np.cumsum(np.array(lengths, np.int32), out=offsets[1:])
     begins = np.cumsum(by_record) - by_record
     numbers = (np.arange(len(lengths)) - np.repeat(begins, by_record)).astype(np.uint32)
     for place, known in uneven:
         numbers[begins[place] : begins[place] + len(known)] = known
-    buffers = [None, pa.py_buffer(offsets), pa.py_buffer(data)]
-    return Lines(pa.Array.from_buffers(pa.binary(), len(lengths), buffers), numbers, by_record)
+    return Lines(_array(data, np.array(lengths, np.int32)), numbers, by_record)
+
+
+def _one_each(values: Sequence[bytes]) -> Lines:
+    """Of records that are one line each."""
+    count = len(values)
+    lengths = np.fromiter(map(len, values), np.int32, count)
+    return Lines(_array(b"".join(values), lengths), np.zeros(count, np.uint32), np.ones(count, np.int32))
+
+
+def _array(data: bytes | bytearray, lengths: npt.NDArray[np.int32]) -> pa.Array:
+    """The texts that lie in `data` one after the other."""
+    offsets = np.zeros(len(lengths) + 1, np.int32)
+    np.cumsum(lengths, out=offsets[1:])
+    return pa.Array.from_buffers(pa.binary(), len(lengths), [None, pa.py_buffer(offsets), pa.py_buffer(data)])
 
 
 def _even(value: bytes) -> tuple[bytes, list[int]] | None:

@@ -75,6 +75,7 @@ class PartitionBuffer:
         self._consumer = consumer
         self._budget = budget
         self._batch_records = batch_records
+        # Asked of every record, and hashing a topic takes longer than all else that is done with one.
         self._has_lines = partition.topic in LINE_TOPICS
         self._share_bytes = share_bytes
         self._buffer: deque[Record] = deque()
@@ -90,8 +91,6 @@ class PartitionBuffer:
         """Offsets from `first` on that are in the tables, and in which."""
         self._seen_ms = 0
         """Kafka's time of the newest record read."""
-        # Asked of every record, and hashing a topic takes longer than all else that is done with one.
-        self._has_lines = partition.topic in LINE_TOPICS
 
     @property
     def busy(self) -> bool:

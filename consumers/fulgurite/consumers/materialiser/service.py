@@ -26,7 +26,7 @@ from fulgurite.consumers.materialiser.start import connected, tables_ready, topi
 from fulgurite.consumers.materialiser.store import TABLES, LogEntry, Store
 from fulgurite.consumers.materialiser.stream import subscribe
 from fulgurite.consumers.materialiser.topic import Checkpoint, Shared, TopicWriter, no_checkpoint
-from fulgurite.producers.service import run_service, serve_asgi
+from fulgurite.producers.service import run_service, serve_asgi, spare_the_collector
 from fulgurite.schemas.settings import MaterialiserSettings, Settings
 from fulgurite.schemas.topics import REWARDS, SPANS, Topic
 
@@ -46,6 +46,7 @@ STOP_SECONDS = 3.0
 
 def main(settings: Settings) -> int:
     """`fulgurite materialiser`."""
+    spare_the_collector()
     return run_service("materialiser", settings.log, lambda stop: serve(settings, stop))
 
 

@@ -31,8 +31,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import gc
-from typing import Final
 
 from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaError
@@ -42,11 +40,8 @@ from fulgurite.producers.gateway.keys import ensure_guarded
 from fulgurite.producers.gateway.pool import Pool
 from fulgurite.producers.kafka import connection_options
 from fulgurite.producers.publisher import Publisher
-from fulgurite.producers.service import run_service, serve_asgi
+from fulgurite.producers.service import run_service, serve_asgi, spare_the_collector
 from fulgurite.schemas.settings import GatewaySettings, KafkaSettings, ProducerSettings, Settings
-
-GC_THRESHOLD: Final = 20_000
-"""Objects that are new since the garbage collector last looked; Python's own 700 are three calls."""
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
@@ -61,14 +56,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
             await _serve_all(gateway, pool, settings.gateway, stop)
     finally:
         await publisher.close()
-
-
-def _spare_the_collector() -> None:
-    """What was imported stays: it need not be looked through for garbage again and again. And calls make little that
-    counting references does not free, but many objects that live for a moment: looking less often finds as much."""
-    gc.collect()
-    gc.freeze()
-    gc.set_threshold(GC_THRESHOLD, *gc.get_threshold()[1:])
 
 
 def unlingering(settings: ProducerSettings) -> ProducerSettings:
@@ -120,5 +107,5 @@ async def _started(publisher: Publisher, stop: asyncio.Event) -> bool:
 
 
 def main(settings: Settings) -> int:
-    _spare_the_collector()
+    spare_the_collector()
     return run_service("gateway", settings.log, lambda stop: serve(settings, stop))
