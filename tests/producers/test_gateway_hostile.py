@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from io import BytesIO
 from typing import Any
@@ -123,6 +124,21 @@ async def test_what_was_sampled_is_not_sampled_again_on_another_route_and_not_fo
     assert "/v1/chat/completions" not in backend.log
     assert [(span.status, span.input_tokens, span.output_tokens) for span in publisher.spans] == [("error", 2, 2)]
     assert [orjson.loads(dead.value or b"")["choices"][0]["token_ids"] for dead in publisher.dead] == [[5, 6]]
+
+
+class SlowToSay(TokenServer):
+    """Takes its time to say that it is well."""
+
+    async def _health(self, request: Request) -> Response:
+        await asyncio.sleep(0.3)
+        return await super()._health(request)
+
+
+async def test_the_first_call_waits_until_it_is_known_who_serves_its_model():
+    async with SlowToSay(label="1") as backend, gateway(FakePublisher(), backend.url) as url:
+        assert (await post(url, "/v1/chat/completions", {"model": "policy", "messages": MESSAGES}))[0] == 200
+    assert "/inference/v1/generate" in backend.log
+    assert "/v1/chat/completions" not in backend.log
 
 
 async def test_an_answer_does_without_how_its_turn_ends():
