@@ -73,17 +73,17 @@ docs: $(STAMP) ## render docs/reference.md and docs/asyncapi.json from the code
 
 setup: $(STAMP) ## the virtual environment, without running anything
 
-# Compiled by all cores at once, which pip would do with one: a minute less.
+# uv installs in a third of pip's time; where it cannot (an index that only pip is told of), pip does.
 $(STAMP): pyproject.toml constraints.txt
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || \
 	  { echo "Python 3.11 or newer is needed; '$(PYTHON)' is $$($(PYTHON) --version 2>&1). Try: make $(MAKECMDGOALS) PYTHON=python3.12"; exit 1; }
-	@echo "Setting up $(VENV): about 3 GB of packages (torch is most of it) into $(CURDIR)/$(VENV), 7 GB on disk, pip's cache is used."
+	@echo "Setting up $(VENV): about 3 GB of packages (torch is most of it) into $(CURDIR)/$(VENV), 7 GB on disk, what is cached is used."
 	@test -x $(BIN)/python || $(PYTHON) -m venv $(VENV) || \
 	  { rm -rf $(VENV); echo "Python's venv module is missing or broken: on Debian and Ubuntu install python3-venv, then run make again."; exit 1; }
-	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade "pip>=25"
-	@$(BIN)/python -m pip install --quiet --progress-bar on --no-compile --constraint constraints.txt --editable ".[dev]" || \
+	@$(BIN)/python -m pip install --quiet --disable-pip-version-check --upgrade --constraint constraints.txt "pip>=25" uv
+	@$(BIN)/uv pip install --python $(BIN)/python --compile-bytecode --constraint constraints.txt --editable ".[dev]" || \
+	  $(BIN)/python -m pip install --quiet --progress-bar on --constraint constraints.txt --editable ".[dev]" || \
 	  { echo "Installing the packages failed (network? disk?). What was downloaded is cached; run make again."; exit 1; }
-	@$(BIN)/python -m compileall -qq -j 0 $$($(BIN)/python -c 'import sysconfig; print(sysconfig.get_path("purelib"))') || true
 	@touch $(STAMP)
 
 # The libraries go on top of this project's environment, without their dependencies: torch is not installed twice.
