@@ -86,7 +86,8 @@ class PartitionBuffer:
         self._reading = False
         self._paused = True
         self._next = 0
-        """Lowest offset that was not fetched yet."""
+        """Lowest offset that is wanted: neither fetched nor known to be in the tables. At least `first`, since what is
+        in the tables below `first` is not remembered."""
         self._present: dict[int, int] = {}
         """Offsets from `first` on that are in the tables, and in which."""
         self._seen_ms = 0
@@ -128,8 +129,8 @@ class PartitionBuffer:
         while self._is_there(self.first):
             self._present.pop(self.first)
             self.first += 1
+        self._next = max(self._next, self.first)
         if not self._reading:
-            self._next = self.first
             self._consumer.seek(self.tp, self.first)
             self._reading = True
         self._drop_present()
@@ -164,6 +165,7 @@ class PartitionBuffer:
             last += 1
         self._present = {offset: tables for offset, tables in self._present.items() if offset > last}
         self.first = last + 1
+        self._next = max(self._next, self.first)
         self._release()
         return first, last
 
