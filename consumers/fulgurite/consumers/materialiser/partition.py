@@ -18,7 +18,7 @@ from aiokafka import TopicPartition
 from fulgurite.consumers.materialiser.blocks import LINE_TOPICS, MAX_LINES, Partition, Record, Slice, missing
 from fulgurite.consumers.materialiser.metrics import Lag
 
-BATCH_BYTES = 64 * 1024 * 1024
+BATCH_BYTES = 128 * 1024 * 1024
 """Most bytes of one insert, unless its first record alone is larger: ClickHouse parses a block in one piece, and holds
 about six times as much meanwhile."""
 BATCH_LINES = MAX_LINES
