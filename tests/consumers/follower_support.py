@@ -131,6 +131,7 @@ class FakeVllm(FakePolicyServer):
         return [(path, "POST", found[path]) for path in self.routes]
 
     async def restart(self, *, label: str | None = "default", weights: int = 0) -> None:
+        await self.stop()  # one that still answers would be given an adapter again
         self.adapters.clear()
         await super().restart(label=label, weights=weights)
 
