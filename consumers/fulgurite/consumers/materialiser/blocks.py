@@ -16,7 +16,7 @@ import numpy as np
 import numpy.typing as npt
 import pyarrow as pa
 
-from fulgurite.consumers.materialiser.lines import all_lines
+from fulgurite.consumers.materialiser.lines import all_lines, line_feeds
 from fulgurite.consumers.records import LogRecord
 from fulgurite.schemas.topics import OTLP_SPANS, REWARDS, SPANS, Topic
 
@@ -135,7 +135,7 @@ def _lines_block(slices: Sequence[Slice]) -> pa.Table:
     order = _order(keys)
     values = [records[place].value or b"" for place in order.tolist()]
     for value in values:
-        if len(value) > MAX_LINES and (count := value.count(b"\n")) > MAX_LINES:
+        if len(value) > MAX_LINES and (count := line_feeds(value)) > MAX_LINES:
             raise TooManyLines(f"the record has {count + 1:,} lines, of at most {MAX_LINES:,}: send several records")
     lines = all_lines(values)
     # Of each row, its record.

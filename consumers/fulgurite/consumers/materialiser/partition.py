@@ -16,6 +16,7 @@ from typing import Protocol
 from aiokafka import TopicPartition
 
 from fulgurite.consumers.materialiser.blocks import LINE_TOPICS, MAX_LINES, Partition, Record, Slice, missing
+from fulgurite.consumers.materialiser.lines import line_feeds
 from fulgurite.consumers.materialiser.metrics import Lag
 
 BATCH_BYTES = 128 * 1024 * 1024
@@ -231,7 +232,7 @@ class PartitionBuffer:
 
     def _lines(self, record: Record) -> int:
         # A line feed is a frequent byte of protobuf, and says nothing there.
-        return (record.value or b"").count(b"\n") + 1 if self._has_lines else 1
+        return line_feeds(record.value or b"") + 1 if self._has_lines else 1
 
 
 def size(record: Record) -> int:
