@@ -7,8 +7,9 @@ from pathlib import Path
 
 import pytest
 
+from fulgurite.infra.vllm import ENVIRONMENT
 from fulgurite.schemas.settings import KafkaSettings
-from tests.vllm.server import VllmServer
+from tests.vllm.server import PLUGIN, ROOT, VllmServer
 from tests.vllm.tiny_model import Oracle, make_model
 from tests.vllm.world import World, running
 
@@ -33,10 +34,20 @@ def vllm(models: dict[int, Path], tmp_path_factory: pytest.TempPathFactory) -> I
 
 @pytest.fixture
 async def world(
-    kafka_settings: KafkaSettings, vllm: VllmServer, models: dict[int, Path], tmp_path: Path
+    request: pytest.FixtureRequest,
+    kafka_settings: KafkaSettings,
+    vllm: VllmServer,
+    models: dict[int, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncGenerator[World]:
-    """Version 1 is served."""
-    async with running(kafka_settings, vllm, tmp_path) as world:
+    """Version 1 is served. With the parameter "transfer" weights are sent, and not read by vLLM."""
+    following: dict[str, str] = {}
+    if getattr(request, "param", "files") == "transfer":
+        monkeypatch.setenv("PYTHONPATH", PLUGIN)
+        python = ROOT / ENVIRONMENT / "bin" / "python"
+        following = {"load": "transfer", "transfer_python": str(python), "transfer_device": "cpu"}
+    async with running(kafka_settings, vllm, tmp_path, **following) as world:
         await world.serve(1, models[1])
         yield world
     await vllm.unload_adapters()

@@ -25,7 +25,10 @@ OPTIONS = (
     "--enable-lora",
     "--max-lora-rank=8",
     "--max-loras=2",
+    '--weight-transfer-config={"backend": "nccl"}',
 )
+PLUGIN = str(Path(__file__).with_name("plugin"))
+"""Goes on the path of vLLM and of the follower's sender: weight transfer without NCCL."""
 
 
 class VllmServer:
@@ -53,7 +56,8 @@ class VllmServer:
 
     def start(self) -> None:
         command = vllm_command(ROOT, self._model, self.port, OPTIONS)
-        self._process = start_process("vllm", command, self._log, env=vllm_environment())
+        env = vllm_environment() | {"PYTHONPATH": PLUGIN}
+        self._process = start_process("vllm", command, self._log, env=env)
 
     def kill(self) -> None:
         """SIGKILL to the server itself; its guard ends the engine. Returns when nothing of it is left."""

@@ -109,14 +109,14 @@ class World:
 
 
 @asynccontextmanager
-async def running(kafka: KafkaSettings, vllm: VllmServer, folder: Path) -> AsyncGenerator[World]:
-    """A gateway and a follower before and behind `vllm`."""
+async def running(kafka: KafkaSettings, vllm: VllmServer, folder: Path, **follower: Any) -> AsyncGenerator[World]:
+    """A gateway and a follower before and behind `vllm`; `follower`: its settings."""
     port = free_port()
     url = f"http://127.0.0.1:{port}"
     settings = Settings(
         kafka=kafka,
         gateway=GatewaySettings(port=port, url=url, backend_url=vllm.url, backend_seconds=BACKEND_SECONDS),
-        follower=FollowerSettings(servers=[vllm.url], check_seconds=0.2, cache_folder=folder / "versions"),
+        follower=FollowerSettings(servers=[vllm.url], check_seconds=0.2, cache_folder=folder / "versions", **follower),
     )
     told = json.dumps(json.loads(settings.model_dump_json(include={"kafka", "gateway"})))
     gateway = start_process("gateway", [sys.executable, "-c", _GATEWAY, told], folder / "gateway.log")

@@ -160,6 +160,16 @@ class FollowerSettings(Section):
     """rolling: at most one server is paused at a time; together: all at once, so that versions differ for less long."""
     check_weights: bool = True
     """Whether the weights a server has are hashed after each load, while it is paused: about a second for each GB."""
+    load: Literal["files", "transfer"] = "files"
+    """How weights reach a server. files: it reads the version's folder, which it must see; transfer: a process beside
+    the follower sends it the tensors from GPU to GPU (vLLM's weight-transfer routes, NCCL; docs/vllm.md). A server
+    without these routes is given files."""
+    transfer_python: str = ""
+    """Interpreter that has the servers' vLLM, for transfer; the follower's own when empty."""
+    transfer_device: str = "cuda:0"
+    """Where tensors are held while they are sent."""
+    transfer_host: str = "127.0.0.1"
+    """This machine, as the servers' workers reach it for transfer."""
     cache_folder: Path = Path(".fulgurite/versions")
     """Where files from object stores, and adapters, are kept; of one follower alone, and the servers must see it."""
     cache_bytes: Annotated[int, Field(ge=1 << 20)] = 200 << 30

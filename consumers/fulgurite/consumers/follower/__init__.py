@@ -9,6 +9,8 @@
 | `service.py` | the process: reading the topic (FastStream), one loop a server, a clean stop |
 | `converge.py` | the loop and its numbered contract |
 | `weights.py` | full weights: pause, load, hash, label, resume |
+| `transfer.py` | one server's sender, where weights go from GPU to GPU |
+| `sender.py` | that process: the tensors of a folder, over vLLM's weight-transfer routes |
 | `adapters.py` | LoRA adapters: load beside the others, unload old ones |
 | `layout.py` | which tensors files have, by their headers |
 | `loading.py` | what these two share |
@@ -22,8 +24,7 @@
 | `metrics.py` | what Prometheus is told |
 
 vLLM has the routes for weights only with VLLM_SERVER_DEV_MODE=1, and its API key does not guard them: loopback or a
-private network. Adapters need --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True instead. Tensors sent from GPU to
-GPU (vLLM's weight-transfer routes) are not among the ways: a version is a folder of files.
+private network. Adapters need --enable-lora and VLLM_ALLOW_RUNTIME_LORA_UPDATING=True instead.
 """
 
 from __future__ import annotations

@@ -20,8 +20,8 @@ begins with 1 again and finds out by itself:
    server stays paused until the next start, which goes on with 1, or resumes the server if there is nothing to load.
 3. Label the weights "loading": until 6 nobody can take them for a version, nor for whole. A paused server with this
    label is never resumed, by whichever start, before a version was loaded into it. Crash: so it is with the newest.
-4. POST /collective_rpc reload_weights; then look whether the files are still those of 1: a folder that is loaded from
-   where it lies may have been written to meanwhile. Crash: as after 3, loaded again.
+4. POST /collective_rpc reload_weights, or send the tensors (`transfer.py`); then look whether the files are still those
+   of 1: a folder that is loaded from where it lies may have been written to meanwhile. Crash: as after 3, loaded again.
 5. POST /weight_checker, where there is one: do the weights hash to what they ought to (`digests.py`)? While it is
    paused, because hashing stops the engine anyway, and wrong weights get no label and no request. Crash: as after 4.
 6. Label them with the version, and remember number and checksum. Crash: paused with the right version; loaded again.
@@ -99,6 +99,12 @@ class Convergence:
         self._metrics.follows(server.url)
 
     async def run(self) -> None:
+        try:
+            await self._run()
+        finally:
+            await self._weights.close()
+
+    async def _run(self) -> None:
         failures = 0
         while True:
             self._changed.clear()  # before the comparison: what arrives during it is compared next
@@ -108,7 +114,7 @@ class Convergence:
                 pause = self._shared.settings.check_seconds
             except (Unreachable, Refused, StoreTrouble) as error:
                 if isinstance(error, Unreachable) and not error.answered:
-                    self._server.forget()
+                    self._weights.forget()
                 failures += 1
                 pause = min(self._shared.settings.check_seconds, 0.1 * 2 ** min(failures, 6), MAX_BACKOFF_SECONDS)
                 self._metrics.trouble(self._server.url)

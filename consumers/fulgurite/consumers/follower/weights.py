@@ -23,6 +23,7 @@ from fulgurite.consumers.follower.layout import Layout, check_alike, is_tied, re
 from fulgurite.consumers.follower.loading import LoadFailed, Phases, Shared
 from fulgurite.consumers.follower.server import LABEL_LOADING, PolicyServer, Refused, State, Unreachable
 from fulgurite.consumers.follower.store import StoreTrouble, Unusable
+from fulgurite.consumers.follower.transfer import Transfer
 from fulgurite.consumers.follower.turns import Turn
 from fulgurite.consumers.follower.versions import Content, content, identity
 from fulgurite.schemas.errors import FulguriteError
@@ -52,6 +53,7 @@ class Weights:
         """The last version that this process loaded into the server without trouble."""
         self._server = server
         self._shared = shared
+        self._transfer = Transfer(server.url, shared.settings) if shared.settings.load == "transfer" else None
         self._hashed: _Hashed | None = None
         self._whole = False
         """While it is paused: whether the server has all of some version's weights."""
@@ -63,11 +65,24 @@ class Weights:
         """Forgets what was loaded when the server says something else: it was restarted, or somebody else was here."""
         if self.loaded and state.version != self.loaded[0]:
             self.loaded = self._hashed = None
-            self._server.forget()
+            self.forget()
             self._shared.digests.forget(self._server.url)
 
+    def forget(self) -> None:
+        """The server was started anew, or may have been: what was found out about it counts no more."""
+        self._server.forget()
+        if self._transfer:
+            self._transfer.forget()
+
+    async def close(self) -> None:
+        if self._transfer:
+            await self._transfer.close()
+
     async def check(self, folder: Path, layout: Layout) -> None:
-        """The rest of step 1. Raises Unusable where its tensors are not those of the version before it."""
+        """The rest of step 1. Raises Unusable where its tensors are not those of the version before it, Unreachable
+        where they cannot be sent now."""
+        if self._transfer and layout:
+            await self._transfer.connect()
         before = self._shared.layout
         if before and (layout or not _has_weights(folder)):
             check_alike(layout, before)
@@ -94,7 +109,7 @@ class Weights:
             clock.end("turn")
             if not still_wanted():
                 return False
-            await _to_its_end(self._update(wanted, files, state, clock, turn))
+            await _to_its_end(self._update(wanted, files, layout, state, clock, turn))
         clock.end("resume")
         self._shared.layout = layout
         served = await self._server.state()  # 8
@@ -102,7 +117,9 @@ class Weights:
             raise Unreachable(f"serves {served.label!r} after version {wanted.version} was loaded", answered=True)
         return True
 
-    async def _update(self, wanted: ResourceVersion, files: Verified, state: State, clock: Phases, turn: Turn) -> None:
+    async def _update(
+        self, wanted: ResourceVersion, files: Verified, layout: Layout, state: State, clock: Phases, turn: Turn
+    ) -> None:
         """Steps 2 to 7."""
         self._whole = state.whole
         try:
@@ -115,7 +132,7 @@ class Weights:
                     f"has {now.label!r}, and had {state.label!r} when its turn was asked for", answered=True
                 )
             clock.end("pause")
-            await self._swap(wanted, files, state, clock)  # 3 to 6
+            await self._swap(wanted, files, layout, state, clock)  # 3 to 6
         except Unreachable as error:
             if not error.answered:
                 turn.give_back()
@@ -134,12 +151,14 @@ class Weights:
                     wanted.version,
                 )
 
-    async def _swap(self, wanted: ResourceVersion, files: Verified, state: State, clock: Phases) -> None:
+    async def _swap(
+        self, wanted: ResourceVersion, files: Verified, layout: Layout, state: State, clock: Phases
+    ) -> None:
         await self._unlabel(state)  # 3
         loaded, self.loaded = self.loaded, None
         self._whole = False
         try:
-            await self._server.reload_weights(str(files.folder))  # 4
+            await self._bring(files.folder, layout)  # 4
             await _ensure_unchanged(files)
         except Refused as error:
             # Refused means untouched: the weights are what they were.
@@ -155,6 +174,13 @@ class Weights:
             await self._check(wanted, files.folder)  # 5
             clock.end("check")
         await self._label(wanted)  # 6
+
+    async def _bring(self, folder: Path, layout: Layout) -> None:
+        """4, by whichever way there is. Raises Refused where the server is untouched, else Unreachable."""
+        if self._transfer and layout and not self._transfer.absent:
+            await self._transfer.send(folder)
+        else:
+            await self._server.reload_weights(str(folder))
 
     async def _unlabel(self, state: State) -> None:
         if state.label is None:
@@ -203,8 +229,10 @@ class Weights:
         for version in self._others(failed):
             try:
                 files = await self._shared.files.ready(version)
-                await asyncio.to_thread(read_layout, files.folder)
-                await self._server.reload_weights(str(files.folder))
+                layout = await asyncio.to_thread(read_layout, files.folder)
+                if self._transfer and layout:
+                    await self._transfer.connect()
+                await self._bring(files.folder, layout)
                 await _ensure_unchanged(files)
                 if self._shared.settings.check_weights:
                     await self._check(version, files.folder)
