@@ -2,7 +2,7 @@
 
     make bench-train                          step and streaming (about 5 minutes on 2 cores)
     make bench-train ARGS="--model 4b"        on a GPU: the shapes of Qwen3-4B, bf16, sequences of up to 8k tokens
-    make bench-train ARGS="--only async"      the demo twice (about 10 minutes), the other figures stay as they were
+    make bench-train ARGS="--only async"      the demo four times (about 20 minutes); other figures stay as they were
 
 - step (train_contenders.py): the same window, model, device and settings through learner.step, TRL's GRPOTrainer and
   a padded Hugging Face loop, one after the other, each a process of its own. Trained tokens are those that were
@@ -21,7 +21,8 @@ Writes build/bench/train.json:
     peak_memory_ratio          our peak memory over TRL's, weights and optimizer included: below 1 is less
     streaming_share            Kafka to micro-batch, as share of a step
     publish_seconds            from the optimizer's update to the version's record in a consumer of `resources`
-    async_speedup              wall time to the same reward: synchronous over asynchronous
+    async_speedup              wall time to the same reward in the demo: synchronous over asynchronous
+    async_waiting_agents_speedup   the same where agents wait for their tools
 """
 
 # ruff: noqa: T201 (its output is its purpose)
