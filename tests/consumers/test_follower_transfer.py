@@ -3,8 +3,11 @@ nothing half sent that is served."""
 
 from __future__ import annotations
 
+import asyncio
+import json
 import os
 import signal
+import sys
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -16,8 +19,10 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
+from fulgurite.consumers.follower import sender as sender_module
 from fulgurite.consumers.follower.converge import LOAD_TRIES
 from fulgurite.consumers.follower.server import Unreachable
+from fulgurite.consumers.follower.transfer import Transfer
 from fulgurite.schemas.resources import ResourceVersion
 from tests.consumers.follower_support import FakeVllm, Follower, make_version, write_safetensors
 from tests.producers.fake_policy_server import until
@@ -39,6 +44,7 @@ class TransferringVllm(FakeVllm):
     configured: bool = True
     updating: bool = False
     told: list[Any] = field(default_factory=list[Any])
+    update_seconds: float = 0.0
 
     def more_routes(self) -> list[tuple[str, str, Any]]:
         return [
@@ -74,8 +80,12 @@ class TransferringVllm(FakeVllm):
         return JSONResponse({})
 
     async def _update(self, request: Request) -> Response:
-        assert self.paused
         info = (await request.json())["update_info"]
+        if not info:  # what no update is: as vLLM, it fails, and the update is over
+            self.updating = False
+            return PlainTextResponse("Invalid update_info", 500)
+        assert self.paused
+        await asyncio.sleep(self.update_seconds)
         self.told = info["told"]
         self.weights = sum(number for _, number in info["sent"])
         return JSONResponse({})
@@ -113,7 +123,7 @@ def follower_of(server: FakeVllm, session: aiohttp.ClientSession, *known: Resour
 
 
 def senders() -> list[psutil.Process]:
-    children = psutil.Process().children()
+    children = [child for child in psutil.Process().children() if child.status() != psutil.STATUS_ZOMBIE]
     return [child for child in children if any("sender.py" in part for part in child.cmdline())]
 
 
@@ -176,7 +186,7 @@ async def test_what_was_half_sent_is_never_served(session: aiohttp.ClientSession
                 # The version, then what is given back in its place: only that succeeds.
                 if next(fails) % 2:
                     return None
-                server.weights = -1
+                server.weights, server.updating = -1, False
                 return PlainTextResponse("the worker died", 500)
 
             server.faults["/update_weights"] = fault
@@ -187,6 +197,63 @@ async def test_what_was_half_sent_is_never_served(session: aiohttp.ClientSession
             await until(lambda: not server.paused)
             assert (server.weights, server.label) == (10, "1")
             assert (2, True) not in follower.outcome
+            # An update of nothing after each that failed: vLLM would count what it has of it.
+            started = [path for path in server.log if path in ("/start_weight_update", "/update_weights")]
+            assert started.count("/start_weight_update") == started.count("/update_weights") + LOAD_TRIES
+
+
+async def test_files_that_cannot_be_sent_are_refused_and_nothing_was_touched(
+    session: aiohttp.ClientSession, tmp_path: Path
+):
+    async with TransferringVllm() as server:
+        follower = follower_of(server, session, version(tmp_path, 1))
+        async with follower.running():
+            await until(lambda: follower.outcome == [(1, True)], SECONDS)
+            write_safetensors(tmp_path / "v2" / "model.safetensors", SHAPES, fill=2, dtype="F33")
+            follower.versions.add(make_version(tmp_path, 2))
+            await until(lambda: follower.outcome[1:] == [(2, False)], SECONDS)
+            await until(lambda: not server.paused)
+        assert server.log.count("/start_weight_update") == 1
+        assert (server.weights, server.label) == (10, "1")
+
+
+async def test_a_stop_lets_the_sender_finish_what_workers_wait_for(session: aiohttp.ClientSession, tmp_path: Path):
+    async with TransferringVllm() as server:
+        transfer = Transfer(server.url, follower_of(server, session).shared.settings)
+        await transfer.connect()
+        (sender,) = senders()
+        folder = tmp_path / "v1"
+        write_safetensors(folder / "model.safetensors", SHAPES, fill=1)
+        server.paused, server.update_seconds = True, 1.0
+        sending = asyncio.create_task(transfer.send(folder))
+        await until(lambda: server.updating)
+        sender.send_signal(signal.SIGTERM)  # as to all of a group
+        sending.cancel()
+        await asyncio.gather(sending, return_exceptions=True)
+        await transfer.close()
+        assert server.weights == 0
+        await until(lambda: server.weights == 10 and not server.updating)
+        await until(lambda: not senders())
+
+
+async def test_a_sender_ends_with_whoever_started_it_and_asks_no_proxy(tmp_path: Path):
+    async with TransferringVllm() as server:
+        env = os.environ | {"http_proxy": "http://127.0.0.1:1", sender_module.API_KEY: ""}
+        command = [sys.executable, "-P", sender_module.__file__, server.url, "--host=127.0.0.1", "--device=cpu"]
+        sender = await asyncio.create_subprocess_exec(
+            *command, "--seconds=2", stdin=asyncio.subprocess.PIPE, stdout=asyncio.subprocess.PIPE, env=env
+        )
+        assert sender.stdin
+        assert sender.stdout
+        assert json.loads(await asyncio.wait_for(sender.stdout.readline(), SECONDS)) == {"ready": True}
+        server.update_seconds, server.paused = 30.0, True
+        folder = tmp_path / "v1"
+        write_safetensors(folder / "model.safetensors", SHAPES)
+        sender.stdin.write(json.dumps({"folder": str(folder)}).encode() + b"\n")
+        await until(lambda: server.updating)
+        sender.stdin.close()
+        sender._transport.get_pipe_transport(1).close()  # type: ignore[attr-defined] # nobody hears it either
+        assert await asyncio.wait_for(sender.wait(), 20) == 1
 
 
 async def test_a_sender_that_cannot_start_pauses_nothing(session: aiohttp.ClientSession, tmp_path: Path):

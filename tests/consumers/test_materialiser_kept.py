@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import gc
+import sys
+from concurrent.futures import ThreadPoolExecutor
 
 import pyarrow as pa
 from hypothesis import given
@@ -41,6 +43,29 @@ def test_what_is_kept_is_bounded_and_what_is_too_small_goes() -> None:
     del large
     assert kept.free_bytes == (KEPT - 1) * STEP_BYTES + 2 * STEP_BYTES
     assert len(kept.take(LEAST_BYTES - 1)) == LEAST_BYTES - 1
+
+
+def test_two_threads_never_get_the_same_piece() -> None:
+    kept = Kept()
+    shared: list[int] = []
+    before = sys.getswitchinterval()
+    sys.setswitchinterval(1e-6)
+
+    def work(mark: int) -> None:
+        for _ in range(3_000):
+            view = kept.take(LEAST_BYTES)
+            view[0] = mark
+            shared.extend([mark] * (view[0] != mark))
+            del view
+
+    try:
+        with ThreadPoolExecutor(3) as pool:
+            for done in [pool.submit(work, mark) for mark in (1, 2, 3)]:
+                done.result()
+    finally:
+        sys.setswitchinterval(before)
+    assert not shared
+    assert kept.free_bytes <= KEPT * STEP_BYTES
 
 
 @given(st.lists(st.integers(1, 40), min_size=1, max_size=12))

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import asyncio
 import json
+import shutil
 from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
+from safetensors.torch import load_file, save_file
 
 from fulgurite.schemas.event import VersionSpan
 from tests.vllm.tiny_model import Oracle, make_tokenizer, worst_error
@@ -167,3 +169,36 @@ async def test_requests_under_way_survive_a_broken_version(
         whole = [VersionSpan(version=1, start=0, end=LONG)]
         tokens = (span.prompt_token_ids, span.response_token_ids, span.logprobs)
         assert worst_error({1: oracles[1]}, *tokens, whole) < TOLERANCE
+
+
+@pytest.mark.parametrize("world", ["transfer"], indirect=True)
+async def test_what_a_broken_transfer_left_is_no_part_of_the_next_version(
+    world: World, models: dict[int, Path], oracles: dict[int, Oracle], tmp_path: Path
+):
+    """A worker fails between the query's and the value's weights of a layer, which vLLM keeps as one tensor."""
+    broken = tmp_path / "broken"
+    shutil.copytree(models[2], broken)
+    weights = load_file(broken / "model.safetensors")
+    (name, *_) = sorted(name for name in weights if name.endswith("v_proj.weight"))
+    weights[name] = weights[name].clone()
+    weights[name][0, 0] = 12345.0
+    save_file(weights, broken / "model.safetensors", {"format": "pt"})
+
+    async def ask(rollout: str) -> None:
+        async with world.agent(rollout, max_retries=0) as agent:
+            messages: Any = [{"role": "user", "content": "what is left?"}]
+            await agent.chat.completions.create(model="policy", messages=messages, max_tokens=20)
+
+    await world.publish(2, broken)
+    refused = await world.reported(2)
+    assert not refused.ok
+    assert "in the middle" in refused.error
+    await ask("before")
+    await world.serve(3, models[2])
+    await ask("next")
+    spans = {span.rollout_id: span for span in await world.spans()}
+    for rollout, version, oracle in (("before", 1, oracles[1]), ("next", 3, oracles[2])):
+        span = spans[rollout]
+        assert [part.version for part in span.weight_versions] == [version]
+        tokens = (span.prompt_token_ids, span.response_token_ids, span.logprobs)
+        assert worst_error({version: oracle}, *tokens, span.weight_versions) < TOLERANCE

@@ -145,6 +145,10 @@ class PolicyServerSettings(Section):
     """Requests queued beyond it are refused with 503."""
 
 
+def _is_loopback(host: str) -> bool:
+    return host == "localhost" or host == "::1" or host.startswith("127.")
+
+
 class FollowerSettings(Section):
     servers: list[Url] = Field(default_factory=lambda: ["http://127.0.0.1:4760"])
     """Every policy server to keep at the newest version."""
@@ -169,7 +173,7 @@ class FollowerSettings(Section):
     transfer_device: str = "cuda:0"
     """Where tensors are held while they are sent."""
     transfer_host: str = "127.0.0.1"
-    """This machine, as the servers' workers reach it for transfer."""
+    """This machine, as the servers' workers reach it for transfer; loopback where all of them are on it."""
     cache_folder: Path = Path(".fulgurite/versions")
     """Where files from object stores, and adapters, are kept; of one follower alone, and the servers must see it."""
     cache_bytes: Annotated[int, Field(ge=1 << 20)] = 200 << 30
@@ -182,6 +186,15 @@ class FollowerSettings(Section):
     """Where /metrics, /ready and /health listen."""
     port: Annotated[int, Field(ge=0, lt=65_536)] = 0
     """0: nowhere."""
+
+    @field_validator("transfer_host")
+    @classmethod
+    def _reachable(cls, host: str, info: ValidationInfo) -> str:
+        # The workers of a server that looks for it in vain serve nobody for minutes.
+        away = [url for url in info.data.get("servers", []) if not _is_loopback(urlsplit(url).hostname or "")]
+        if info.data.get("load") == "transfer" and away and _is_loopback(host):
+            raise ValueError(f"{away[0]} cannot reach {host}: set it to this machine's address in their network")
+        return host
 
 
 class RunnerSettings(Section):

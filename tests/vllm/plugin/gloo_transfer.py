@@ -11,6 +11,8 @@ import torch
 from vllm.distributed.utils import StatelessProcessGroup
 from vllm.distributed.weight_transfer import factory, nccl_engine
 
+POISON = 12345.0
+
 
 class Group:
     """A communicator's `broadcast` and `destroy`."""
@@ -34,10 +36,20 @@ class Worker(nccl_engine.NCCLWeightTransferEngine):
         self.model_update_group = Group(init_info.master_address, init_info.master_port, rank, init_info.world_size)
 
     def receive_weights(self, update_info) -> None:
+        """In one call of load_weights, as NCCL's chunks of a GiB. Weights of POISON end it in the middle."""
+        weights: list[tuple[str, torch.Tensor]] = []
         for name, dtype, shape in zip(update_info.names, update_info.dtype_names, update_info.shapes, strict=True):
             weight = torch.empty(shape, dtype=getattr(torch, dtype))
             self.model_update_group.broadcast(weight, 0)
-            self.model.load_weights([(name, weight)])
+            weights.append((name, weight))
+        self.model.load_weights(self._given(weights))
+
+    @staticmethod
+    def _given(weights):
+        for name, weight in weights:
+            if POISON in weight.flatten()[:1].tolist():
+                raise RuntimeError("the worker failed in the middle")
+            yield name, weight
 
 
 class Trainer(nccl_engine.NCCLTrainerWeightTransferEngine):

@@ -6,21 +6,28 @@ follower has neither torch nor a GPU, and a communicator that breaks can only be
                                                                    this process are one group
             {"folder": "/versions/17"}                             {"sent": true}
                                                                    {"error": "…", "status": 400, "touched": false,
-                                                                    "answered": true}
+                                                                    "answered": true, "joining": false}
 
 Run by an interpreter that has the server's own vLLM (`follower.transfer_python`), by path: it knows nothing of this
-package. Everything that vLLM prints goes to stderr. Ends when stdin does, so with the follower, or after an error.
+package. Everything that vLLM prints goes to stderr. Ends when stdin does, so with the follower, or after an error; not
+by the signals that a terminal or a supervisor sends to all of a group, since workers would wait for it for ever.
 
-status: what the server answered, 0 where it did not, or was not the trouble. answered: whether the server is there, as
-far as is known. touched: whether its weights may be other than before.
+status: what the server answered, 0 where it did not, or was not the trouble. answered: whether the server is there,
+as far as is known. touched: whether its weights may be other than before. joining: whether it was asked to join a
+group, in which its engine waits, and may wait on.
+
+--reset: an update of this server began and did not come to its end. vLLM then still has what it was sent, and would
+count it as part of the next update; an empty one takes it away. It is not for a server that serves.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import importlib
 import json
 import os
+import signal
 import socket
 import sys
 import urllib.error
@@ -64,7 +71,7 @@ class Routes:
     who will not come, and nothing but the end of the process ends it.
     """
 
-    def __init__(self, url: str, seconds: float, api_key: str, end: Callable[[Refused], NoReturn]) -> None:
+    def __init__(self, url: str, seconds: float, api_key: str, end: Callable[[Exception], NoReturn]) -> None:
         self._url = url.rstrip("/")
         self._seconds = seconds
         self._end = end
@@ -73,13 +80,19 @@ class Routes:
             self._headers["Authorization"] = f"Bearer {api_key}"
         self.touched = False
         """Whether an update has begun since this was last set to False."""
+        self.joining = False
+        """Whether the server was asked to join a group, and has not."""
+        # The environment's proxies are for the world outside; the follower asks its servers without them, too.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
     def world_size(self) -> int:
         """Workers of the server, over all of its replicas."""
         return int(self._call("GET", "/get_world_size")["world_size"])
 
     def init_weight_transfer_engine(self, init_info: dict[str, Any]) -> None:
+        self.joining = True
         self._in_step("/init_weight_transfer_engine", {"init_info": init_info})
+        self.joining = False
 
     def shutdown_weight_transfer_engine(self) -> None:
         self._call("POST", "/shutdown_weight_transfer_engine")
@@ -106,20 +119,26 @@ class Routes:
         except Refused as error:
             if error.status in (0, 404):
                 raise
-            self.finish_weight_update()
+            with contextlib.suppress(Refused):
+                self._call("POST", "/update_weights", {"update_info": {}})  # it fails, and with it the update
             self.shutdown_weight_transfer_engine()
+
+    def reset(self) -> None:
+        """An update of nothing."""
+        self.start_weight_update()
+        self.finish_weight_update()
 
     def _in_step(self, path: str, body: Any) -> None:
         try:
             self._call("POST", path, body)
-        except Refused as error:
+        except Exception as error:
             self._end(error)
 
     def _call(self, method: str, path: str, body: Any = None) -> dict[str, Any]:
         data = None if body is None else json.dumps(body).encode()
         request = urllib.request.Request(f"{self._url}{path}", data, self._headers, method=method)
         try:
-            with urllib.request.urlopen(request, timeout=self._seconds) as response:
+            with self._opener.open(request, timeout=self._seconds) as response:
                 return json.loads(response.read() or b"{}")
         except urllib.error.HTTPError as error:
             text = error.read(2_000).decode(errors="replace")
@@ -164,7 +183,9 @@ def folder_source(device: str) -> Any:
     return Folder()
 
 
-def connect(routes: Routes, host: str, device: str) -> tuple[Any, Any]:
+def connect(
+    routes: Routes, host: str, device: str, end: Callable[[Exception], NoReturn], *, reset: bool
+) -> tuple[Any, Any]:
     """vLLM's trainer side of the transfer, of which this process is rank 0 and the server's workers are the others, and
     the source of what it sends."""
     world_size = 1 + routes.world_size()  # the first question: a server without these routes says so at once
@@ -179,9 +200,28 @@ def connect(routes: Routes, host: str, device: str) -> tuple[Any, Any]:
     with socket.socket() as probe:
         probe.bind((host, 0))
         port = probe.getsockname()[1]
+    _tell_at_once(nccl, end)
     about = nccl.NCCLTrainerInitInfo(master_address=host, master_port=port, world_size=world_size, rank=0)
     source = folder_source(device)
-    return factory.WeightTransferTrainerFactory.trainer_init(about, client=routes, source=source), source
+    engine = factory.WeightTransferTrainerFactory.trainer_init(about, client=routes, source=source)
+    if reset:
+        routes.reset()
+    return engine, source
+
+
+def _tell_at_once(nccl: Any, end: Callable[[Exception], NoReturn]) -> None:
+    """What goes wrong on this side of the group: vLLM waits for the server's answer first, which says nothing of it."""
+    join = getattr(nccl, "open_trainer_endpoint", None)
+    if join is None:
+        return
+
+    def joined(about: Any) -> Any:
+        try:
+            return join(about)
+        except Exception as error:
+            end(error)
+
+    nccl.open_trainer_endpoint = joined
 
 
 def main() -> NoReturn:
@@ -190,9 +230,12 @@ def main() -> NoReturn:
     parser.add_argument("--host", required=True, help="of this machine, where the server's workers reach it")
     parser.add_argument("--device", default="cuda:0", help="where tensors are read to")
     parser.add_argument("--seconds", type=float, required=True, help="longest that a call takes")
+    parser.add_argument("--reset", action="store_true", help="an update before did not come to its end")
     options = parser.parse_args()
     answers = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)  # vLLM logs to stdout
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
 
     def answer(**what: object) -> None:
         answers.write(json.dumps(what) + "\n")
@@ -200,12 +243,14 @@ def main() -> NoReturn:
     def end(error: Exception) -> NoReturn:
         status, answered = (error.status, error.status != 0) if isinstance(error, Refused) else (0, True)
         said = f"{type(error).__name__}: {error}"[:2_000]
-        answer(error=said, status=status, touched=routes.touched, answered=answered)
-        os._exit(1)  # a thread of vLLM's may wait for a broken group for ever
+        try:
+            answer(error=said, status=status, touched=routes.touched, answered=answered, joining=routes.joining)
+        finally:
+            os._exit(1)  # a thread of vLLM's may wait for a broken group for ever
 
     routes = Routes(options.url, options.seconds, os.environ.get(API_KEY, ""), end)
     try:
-        engine, source = connect(routes, options.host, options.device)
+        engine, source = connect(routes, options.host, options.device, end, reset=options.reset)
         answer(ready=True)
         for line in sys.stdin:
             routes.touched = False

@@ -12,10 +12,12 @@ import asyncio
 import contextlib
 import json
 import logging
+import math
 import os
 import sys
-from asyncio.subprocess import PIPE, Process
+import time
 from pathlib import Path
+from subprocess import PIPE, Popen, TimeoutExpired
 from typing import Any, Final
 
 from fulgurite.consumers.follower import sender
@@ -29,34 +31,47 @@ NOT_CONFIGURED: Final = "not configured"
 START_SECONDS: Final = 120.0
 """vLLM's import, and the first contact with a GPU, besides the calls themselves."""
 END_SECONDS: Final = 5.0
+TRY_AGAIN_SECONDS: Final = 30.0
+JOIN_AGAIN_SECONDS: Final = 600.0
+"""After a group that did not come about: the server's engine may wait in it for 300 s, and serves nobody meanwhile."""
+
+_left: Final[list[Popen[bytes]]] = []
+"""Senders that this process does not wait for."""
 
 
 class Transfer:
     def __init__(self, url: str, settings: FollowerSettings) -> None:
         self._url = url
         self._settings = settings
-        self._process: Process | None = None
+        self._process: Popen[bytes] | None = None
+        self._answers: asyncio.StreamReader | None = None
         self.absent = False
         """Whether this start of the server is known to have no such routes."""
+        self.spoiled = False
+        """Whether an update of the server may have begun and not come to its end."""
+        self._not_before = -math.inf
+        self._why_not = ""
+        self._sending = False
 
     @property
     def connected(self) -> bool:
-        return self._process is not None and self._process.returncode is None
+        return self._process is not None and self._process.poll() is None
 
     async def connect(self) -> None:
         """Has a sender, unless the server cannot have one. The server serves meanwhile, but for the moment in which its
         workers join. Raises Unreachable: why there is none this time."""
         if self.absent or self.connected:
             return
+        _left[:] = [process for process in _left if process.poll() is None]
+        if time.monotonic() < self._not_before:
+            raise Unreachable(f"{self._why_not}; not tried again for a while", answered=True)
         python = self._settings.transfer_python or sys.executable
         host, device = self._settings.transfer_host, self._settings.transfer_device
         seconds = self._settings.request_seconds
         command = [python, "-P", sender.__file__, self._url, f"--host={host}", f"--device={device}"]
         env = os.environ | {sender.API_KEY: self._settings.api_key.get_secret_value()}
         try:
-            self._process = await asyncio.create_subprocess_exec(
-                *command, f"--seconds={seconds}", stdin=PIPE, stdout=PIPE, env=env
-            )
+            await self._start([*command, f"--seconds={seconds}", *(["--reset"] if self.spoiled else [])], env)
         except OSError as error:
             raise Unreachable(f"follower.transfer_python: {python} cannot be run: {error}", answered=True) from None
         try:
@@ -71,59 +86,79 @@ class Transfer:
                     error,
                 )
                 return
-            # Whether the server is there at all the other routes say.
-            raise Unreachable(f"the sender of weights did not start: {error}", answered=True) from None
+            self._why_not = f"the sender of weights did not start: {error}"
+            if error.answered:
+                self._not_before = time.monotonic() + (JOIN_AGAIN_SECONDS if error.joining else TRY_AGAIN_SECONDS)
+            raise Unreachable(self._why_not, answered=error.answered) from None
+        self.spoiled = False
         logger.info("%s gets weights from GPU to GPU", self._url)
 
-    async def send(self, folder: Path) -> None:
-        """Returns when the server has all tensors of the folder. Raises Refused where it is untouched and said no, else
-        Unreachable; there is no sender then until the next `connect`."""
+    async def _start(self, command: list[str], env: dict[str, str]) -> None:
+        # Not asyncio's: that kills the process when the loop ends, and it may have to outlive this one for a moment.
+        self._process = process = await asyncio.to_thread(
+            Popen, command, stdin=PIPE, stdout=PIPE, env=env, start_new_session=True, bufsize=0
+        )
+        self._answers = reader = asyncio.StreamReader()
+        loop = asyncio.get_running_loop()
+        await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), process.stdout)
+
+    def ensure_connected(self) -> None:
+        """Raises Unreachable where `send` could not even begin."""
         if not self.connected:
             raise Unreachable("the sender of weights is gone", answered=True)
+
+    async def send(self, folder: Path) -> None:
+        """Returns when the server has all tensors of the folder. Raises Refused where it is untouched, and would be the
+        next time, else Unreachable; there is no sender then until the next `connect`."""
+        self.ensure_connected()
         assert self._process
         assert self._process.stdin
+        self._sending = True
         try:
-            self._process.stdin.write(json.dumps({"folder": str(folder)}).encode() + b"\n")
-            await self._process.stdin.drain()
+            self._process.stdin.write(json.dumps({"folder": str(folder)}).encode() + b"\n")  # it has room for that
             await self._answer(self._settings.request_seconds)
         except OSError as error:
             await self.close()
             raise Unreachable(f"the sender of weights ended: {error}", answered=True) from None
         except _Failed as error:
-            if not error.touched and 400 <= error.status < 500:
+            self.spoiled |= error.touched
+            # Untouched with nothing said by the server: the files cannot be read.
+            if not error.touched and error.answered and error.status < 500:
                 raise Refused(str(error), error.status) from None
             raise Unreachable(f"sending weights: {error}", answered=error.answered, status=error.status) from None
-        except asyncio.CancelledError:
-            await self.close()
-            raise
+        self._sending = False
 
     def forget(self) -> None:
         """The server was started anew, or may have been: its workers are not those of the group."""
-        self.absent = False
-        if self.connected:
-            assert self._process
-            self._process.kill()
+        self.absent = self.spoiled = self._sending = False
+        self._not_before = -math.inf
+        if self._process:
+            _end(self._process)
         self._process = None
 
     async def close(self) -> None:
+        """Not by force where the server's workers wait for it: it ends by itself when it has sent what it began to."""
         process, self._process = self._process, None
+        sending, self._sending = self._sending, False
         if process is None:
             return
-        if process.returncode is None:
-            process.kill()
-        with contextlib.suppress(TimeoutError):
-            await asyncio.wait_for(process.wait(), END_SECONDS)
+        if sending and process.poll() is None:
+            assert process.stdin
+            process.stdin.close()
+            _left.append(process)
+            return
+        await asyncio.to_thread(_end, process)
 
-    async def _answer(self, seconds: float) -> dict[str, Any]:
-        """The sender's next line. Raises _Failed, after which there is no sender."""
-        assert self._process
-        assert self._process.stdout
+    async def _answer(self, seconds: float) -> None:
+        """Waits for the sender's next line. Raises _Failed, after which there is no sender."""
+        assert self._answers
         try:
             async with asyncio.timeout(seconds):
-                line = await self._process.stdout.readline()
+                line = await self._answers.readline()
         except TimeoutError:
+            self._sending = False
             await self.close()
-            raise _Failed(f"no answer within {seconds:g} s", 0, touched=True, answered=False) from None
+            raise _Failed(f"no answer within {seconds:g} s", touched=True, joining=True) from None
         except asyncio.CancelledError:
             await self.close()
             raise
@@ -132,19 +167,29 @@ class Transfer:
         except ValueError:
             found = {"error": "the sender ended without a word; what it printed is above", "touched": True}
         if "error" in found:
+            self._sending = False
             await self.close()
-            answered = bool(found.get("answered", True))
-            raise _Failed(
-                str(found["error"]), int(found.get("status", 0)), touched=bool(found["touched"]), answered=answered
-            )
-        return found
+            raise _Failed(**found)
+
+
+def _end(process: Popen[bytes]) -> None:
+    """Now. Blocking, for as long as the kernel needs."""
+    assert process.stdin
+    with contextlib.suppress(OSError):
+        process.stdin.close()
+    process.kill()
+    with contextlib.suppress(TimeoutExpired):
+        process.wait(END_SECONDS)
 
 
 class _Failed(Exception):
     """What the sender said before it ended."""
 
-    def __init__(self, message: str, status: int, *, touched: bool, answered: bool) -> None:
-        super().__init__(message)
+    def __init__(
+        self, error: str, status: int = 0, *, touched: bool, answered: bool = True, joining: bool = False
+    ) -> None:
+        super().__init__(error)
         self.status = status
-        self.answered = answered
         self.touched = touched
+        self.answered = answered
+        self.joining = joining

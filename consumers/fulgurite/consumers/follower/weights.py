@@ -63,6 +63,8 @@ class Weights:
 
     def observe(self, state: State) -> None:
         """Forgets what was loaded when the server says something else: it was restarted, or somebody else was here."""
+        if self._transfer and state.held:
+            self._transfer.spoiled = True  # by whoever was at it before
         if self.loaded and state.version != self.loaded[0]:
             self.loaded = self._hashed = None
             self.forget()
@@ -154,6 +156,8 @@ class Weights:
     async def _swap(
         self, wanted: ResourceVersion, files: Verified, layout: Layout, state: State, clock: Phases
     ) -> None:
+        if self._transfer and layout and not self._transfer.absent:
+            self._transfer.ensure_connected()  # while nothing is touched
         await self._unlabel(state)  # 3
         loaded, self.loaded = self.loaded, None
         self._whole = False

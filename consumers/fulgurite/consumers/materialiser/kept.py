@@ -8,6 +8,7 @@ STEP_BYTES.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from typing import Final
 
@@ -20,10 +21,12 @@ KEPT: Final = 2
 
 
 class Kept:
-    """Pieces that nobody has at the moment."""
+    """Pieces that nobody has at the moment. Of several threads: each insert's block is made in one of its own."""
 
     def __init__(self) -> None:
         self._free: list[bytearray] = []
+        self._lock = threading.RLock()
+        """Of one thread more than once: a piece may come back, by the collector, while another is taken."""
 
     @property
     def free_bytes(self) -> int:
@@ -33,19 +36,26 @@ class Kept:
         """Writable, and of any content. Comes back by itself."""
         if size < LEAST_BYTES:
             return memoryview(bytearray(size))
-        fitting = [piece for piece in self._free if len(piece) >= size]
-        if fitting:
-            piece = min(fitting, key=len)
-            self._free.remove(piece)
-        else:
-            if self._free:  # too small, and would lie there for ever
-                self._free.remove(min(self._free, key=len))
+        with self._lock:
+            piece = self._fitting(size)
+        if piece is None:
             piece = bytearray(-(-size // STEP_BYTES) * STEP_BYTES)
         view = memoryview(piece)[:size]
         # Whoever exports the view's bytes, as Arrow's buffers do, refers to the view.
         weakref.finalize(view, self._give, piece).atexit = False
         return view
 
+    def _fitting(self, size: int) -> bytearray | None:
+        """The smallest that is large enough. Where there is none, one that is too small goes: it would never fit."""
+        self._free.sort(key=len)
+        for place, piece in enumerate(self._free):
+            if len(piece) >= size:
+                return self._free.pop(place)
+        if self._free:
+            self._free.pop(0)
+        return None
+
     def _give(self, piece: bytearray) -> None:
-        if len(self._free) < KEPT:
-            self._free.append(piece)
+        with self._lock:
+            if len(self._free) < KEPT:
+                self._free.append(piece)
