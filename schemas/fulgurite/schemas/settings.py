@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 
 from pydantic import BaseModel, Field, SecretStr, ValidationError, ValidationInfo, field_validator
 
+from fulgurite.schemas.addresses import is_loopback
 from fulgurite.schemas.algorithm_settings import AggregatorSettings as AggregatorSettings
 from fulgurite.schemas.algorithm_settings import AlgorithmSettings as AlgorithmSettings
 from fulgurite.schemas.algorithm_settings import ComplianceSettings as ComplianceSettings
@@ -145,10 +146,6 @@ class PolicyServerSettings(Section):
     """Requests queued beyond it are refused with 503."""
 
 
-def _is_loopback(host: str) -> bool:
-    return host == "localhost" or host == "::1" or host.startswith("127.")
-
-
 class FollowerSettings(Section):
     servers: list[Url] = Field(default_factory=lambda: ["http://127.0.0.1:4760"])
     """Every policy server to keep at the newest version."""
@@ -191,8 +188,8 @@ class FollowerSettings(Section):
     @classmethod
     def _reachable(cls, host: str, info: ValidationInfo) -> str:
         # The workers of a server that looks for it in vain serve nobody for minutes.
-        away = [url for url in info.data.get("servers", []) if not _is_loopback(urlsplit(url).hostname or "")]
-        if info.data.get("load") == "transfer" and away and _is_loopback(host):
+        away = [url for url in info.data.get("servers", []) if not is_loopback(urlsplit(url).hostname or "")]
+        if info.data.get("load") == "transfer" and away and is_loopback(host):
             raise ValueError(f"{away[0]} cannot reach {host}: set it to this machine's address in their network")
         return host
 

@@ -8,12 +8,12 @@ Knows nothing of keys.
 
 from __future__ import annotations
 
-import ipaddress
 from collections.abc import Iterable
 from typing import Final
 from urllib.parse import urlsplit
 
 from fulgurite.producers.gateway.errors import ApiError
+from fulgurite.schemas.addresses import is_loopback
 from fulgurite.schemas.settings import GatewaySettings
 
 MAX_PASSED: Final = 64
@@ -50,15 +50,6 @@ class Hosts:
 
     def _is_own(self, host: str) -> bool:
         return host in self._own or host.endswith(".localhost") or is_loopback(host)
-
-
-def is_loopback(host: str) -> bool:
-    if host == "localhost":
-        return True
-    try:
-        return ipaddress.ip_address(host).is_loopback
-    except ValueError:
-        return False  # a name may resolve to anything
 
 
 def _host_of(url: str) -> str:

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Final
 
 from fulgurite.producers.gateway.errors import ApiError, Headers
-from fulgurite.producers.gateway.hosts import is_loopback
+from fulgurite.schemas.addresses import is_loopback
 from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.settings import ApiKeySettings, GatewaySettings
 
