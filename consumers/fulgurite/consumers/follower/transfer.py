@@ -36,7 +36,7 @@ JOIN_AGAIN_SECONDS: Final = 600.0
 """After a group that did not come about: the server's engine may wait in it for 300 s, and serves nobody meanwhile."""
 
 _left: Final[list[Popen[bytes]]] = []
-"""Senders that this process does not wait for."""
+"""Senders that are told nothing any more, until they have ended."""
 
 
 class Transfer:
@@ -52,6 +52,7 @@ class Transfer:
         self._not_before = -math.inf
         self._why_not = ""
         self._sending = False
+        """Whether the server's workers wait for the sender, as far as is known."""
 
     @property
     def connected(self) -> bool:
@@ -60,7 +61,7 @@ class Transfer:
     async def connect(self) -> None:
         """Has a sender, unless the server cannot have one. The server serves meanwhile, but for the moment in which its
         workers join. Raises Unreachable: why there is none this time."""
-        if self.absent or self.connected:
+        if self.connected:
             return
         _left[:] = [process for process in _left if process.poll() is None]
         if time.monotonic() < self._not_before:
@@ -126,28 +127,33 @@ class Transfer:
             if not error.touched and error.answered and error.status < 500:
                 raise Refused(str(error), error.status) from None
             raise Unreachable(f"sending weights: {error}", answered=error.answered, status=error.status) from None
-        self._sending = False
 
     def forget(self) -> None:
         """The server was started anew, or may have been: its workers are not those of the group."""
-        self.absent = self.spoiled = self._sending = False
+        self.absent = self.spoiled = False
         self._not_before = -math.inf
         if self._process:
-            _end(self._process)
-        self._process = None
+            self._process.kill()
+            self._leave(self._process)
 
     async def close(self) -> None:
         """Not by force where the server's workers wait for it: it ends by itself when it has sent what it began to."""
-        process, self._process = self._process, None
-        sending, self._sending = self._sending, False
+        process = self._process
         if process is None:
             return
-        if sending and process.poll() is None:
-            assert process.stdin
-            process.stdin.close()
-            _left.append(process)
-            return
-        await asyncio.to_thread(_end, process)
+        self._leave(process)
+        if not self._sending:
+            process.kill()
+            with contextlib.suppress(TimeoutExpired):
+                await asyncio.to_thread(process.wait, END_SECONDS)
+        self._sending = False
+
+    def _leave(self, process: Popen[bytes]) -> None:
+        """It is told no more, and collected when it has ended."""
+        assert process.stdin
+        process.stdin.close()
+        _left.append(process)
+        self._process = None
 
     async def _answer(self, seconds: float) -> None:
         """Waits for the sender's next line. Raises _Failed, after which there is no sender."""
@@ -159,27 +165,14 @@ class Transfer:
             self._sending = False
             await self.close()
             raise _Failed(f"no answer within {seconds:g} s", touched=True, joining=True) from None
-        except asyncio.CancelledError:
-            await self.close()
-            raise
+        self._sending = False
         try:
             found: dict[str, Any] = json.loads(line)
         except ValueError:
             found = {"error": "the sender ended without a word; what it printed is above", "touched": True}
         if "error" in found:
-            self._sending = False
             await self.close()
             raise _Failed(**found)
-
-
-def _end(process: Popen[bytes]) -> None:
-    """Now. Blocking, for as long as the kernel needs."""
-    assert process.stdin
-    with contextlib.suppress(OSError):
-        process.stdin.close()
-    process.kill()
-    with contextlib.suppress(TimeoutExpired):
-        process.wait(END_SECONDS)
 
 
 class _Failed(Exception):

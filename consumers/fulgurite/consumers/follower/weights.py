@@ -83,8 +83,8 @@ class Weights:
     async def check(self, folder: Path, layout: Layout) -> None:
         """The rest of step 1. Raises Unusable where its tensors are not those of the version before it, Unreachable
         where they cannot be sent now."""
-        if self._transfer and layout:
-            await self._transfer.connect()
+        if sender := self._sender(layout):
+            await sender.connect()
         before = self._shared.layout
         if before and (layout or not _has_weights(folder)):
             check_alike(layout, before)
@@ -156,8 +156,8 @@ class Weights:
     async def _swap(
         self, wanted: ResourceVersion, files: Verified, layout: Layout, state: State, clock: Phases
     ) -> None:
-        if self._transfer and layout and not self._transfer.absent:
-            self._transfer.ensure_connected()  # while nothing is touched
+        if sender := self._sender(layout):
+            sender.ensure_connected()  # while nothing is touched
         await self._unlabel(state)  # 3
         loaded, self.loaded = self.loaded, None
         self._whole = False
@@ -181,10 +181,14 @@ class Weights:
 
     async def _bring(self, folder: Path, layout: Layout) -> None:
         """4, by whichever way there is. Raises Refused where the server is untouched, else Unreachable."""
-        if self._transfer and layout and not self._transfer.absent:
-            await self._transfer.send(folder)
+        if sender := self._sender(layout):
+            await sender.send(folder)
         else:
             await self._server.reload_weights(str(folder))
+
+    def _sender(self, layout: Layout) -> Transfer | None:
+        """Where these tensors are sent, as far as is known; else the server reads files."""
+        return self._transfer if self._transfer and layout and not self._transfer.absent else None
 
     async def _unlabel(self, state: State) -> None:
         if state.label is None:
@@ -234,8 +238,8 @@ class Weights:
             try:
                 files = await self._shared.files.ready(version)
                 layout = await asyncio.to_thread(read_layout, files.folder)
-                if self._transfer and layout:
-                    await self._transfer.connect()
+                if sender := self._sender(layout):
+                    await sender.connect()
                 await self._bring(files.folder, layout)
                 await _ensure_unchanged(files)
                 if self._shared.settings.check_weights:
