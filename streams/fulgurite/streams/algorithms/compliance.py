@@ -7,15 +7,13 @@ the range of characters in the field; no rule costs an attempt more than its max
 at 0. Bounds: MAX_VIOLATIONS of a rule in an attempt, MAX_OF_ATTEMPT of all; what comes after is neither recorded nor
 charged.
 
-Expressions are those of `redaction`: what Python and RE2 both have. They are the operator's own; Python's engine takes
-exponential time over some, such as (a+)+b, so write none with a repetition in a repetition.
+Expressions are those of `redaction`: what Python and RE2 both have. RE2 runs them, so none is slow (`expressions.py`).
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -25,6 +23,7 @@ from fulgurite.schemas.algorithm_settings import ComplianceRule, ComplianceSetti
 from fulgurite.schemas.patterns import glob, portable
 from fulgurite.schemas.rewards import Reward
 from fulgurite.schemas.spans import OPERATION_TOOL, Span
+from fulgurite.streams.algorithms.expressions import Expression
 
 SOURCE = "compliance"
 """Name and source of the rewards that violations become."""
@@ -100,7 +99,7 @@ class _Rule:
         self._tool = _like(rule.tool)
         self._denied = [_like(tool) for tool in rule.deny_tools]
         self._allowed = [_like(tool) for tool in rule.allow_tools]
-        self._pattern = portable(rule.pattern).compiled() if rule.pattern else None
+        self._pattern = Expression(portable(rule.pattern)) if rule.pattern else None
         self._when = [_condition(predicate) for predicate in rule.when]
 
     def violations(self, spans: Sequence[Span]) -> list[Violation]:
@@ -145,11 +144,11 @@ class _Rule:
             return not any(like(tool) for like in self._allowed)
         return True
 
-    def _matches(self, pattern: re.Pattern[str], span: Span) -> Iterator[Violation]:
+    def _matches(self, pattern: Expression, span: Span) -> Iterator[Violation]:
         field = self._rule.field
         for match in pattern.finditer(as_text(value_of(span, field))):
-            text = match[0][:MAX_TEXT_CHARS]
-            yield Violation(self._rule.name, span.span_id, field, match.start(), match.end(), text)
+            text = match.text[:MAX_TEXT_CHARS]
+            yield Violation(self._rule.name, span.span_id, field, match.start, match.end, text)
 
 
 def tool_of(span: Span) -> str:
@@ -184,8 +183,7 @@ def _named(span: Span) -> str:
 
 
 def _like(text: str) -> Callable[[str], bool]:
-    compiled = glob(text).compiled()
-    return lambda value: compiled.search(value) is not None
+    return Expression(glob(text)).found_in
 
 
 def _condition(predicate: Predicate) -> Callable[[Span], bool]:
@@ -202,8 +200,8 @@ def _ordered(compare: Callable[[float, float], bool]) -> Callable[[Any], Callabl
 
 
 def _matching(value: Any) -> Callable[[Any], bool]:
-    compiled = portable(value).compiled()
-    return lambda found: compiled.search(as_text(found)) is not None
+    expression = Expression(portable(value))
+    return lambda found: expression.found_in(as_text(found))
 
 
 _COMPARISONS: dict[str, Callable[[Any], Callable[[Any], bool]]] = {

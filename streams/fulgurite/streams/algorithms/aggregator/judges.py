@@ -29,6 +29,7 @@ from fulgurite.schemas.trajectories import FinishedAttempt
 from fulgurite.streams.algorithms.aggregator.combine import Part
 from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
 from fulgurite.streams.algorithms.chat import ChatModel, NoAnswer
+from fulgurite.streams.algorithms.expressions import Expression
 from fulgurite.streams.algorithms.transcript import shortened, texts_of
 
 MAX_ANSWER_CHARS = 4_000
@@ -60,7 +61,7 @@ class Judge:
         self._room = room
         self._turns: WeakValueDictionary[str, asyncio.Lock] = WeakValueDictionary()
         self._model = ChatModel(client, source.url, source.model, source.api_key, settings.timeout_seconds)
-        self._number = portable(source.answer).compiled()
+        self._number = Expression(portable(source.answer))
         try:
             self._template = source.template.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
@@ -94,9 +95,9 @@ class Judge:
         raise PartFailed(f"judge {self._source.name} ({self._source.url}): {problem} ({self._settings.tries} tries)")
 
 
-def number_in(pattern: re.Pattern[str], answer: str) -> float:
+def number_in(pattern: Expression, answer: str) -> float:
     """The last match as a number: models reason first. Raises NoAnswer."""
-    found = [match[0] for match in pattern.finditer(answer)]
+    found = [match.text for match in pattern.finditer(answer)]
     try:
         # An expression such as "score: [0-9]+" has the number at its end.
         value = float(re.split(r"[^0-9.eE+-]", found[-1].strip())[-1]) if found else math.nan
