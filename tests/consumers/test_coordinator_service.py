@@ -16,7 +16,7 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.structs import TopicPartition
 
 from fulgurite.consumers.coordinator import serve
-from fulgurite.consumers.coordinator.log import partition_of
+from fulgurite.producers.partitions import partition_of
 from fulgurite.producers.publisher import Publisher
 from fulgurite.schemas.dead_letters import HEADER_OFFSET, HEADER_REASON, HEADER_STAGE
 from fulgurite.schemas.errors import Fenced, StartError
@@ -409,7 +409,7 @@ async def _as_many(kafka: KafkaSettings, count: int) -> bool:
 
 async def test_a_misrouted_record_is_forwarded_once(kafka_settings: KafkaSettings) -> None:
     """Other clients' default partitioners are not Kafka's: the rollout's events would not be in one order."""
-    wrong = 1 - partition_of("r1", kafka_settings.partitions)
+    wrong = 1 - partition_of(b"r1", kafka_settings.partitions)
     producer = AIOKafkaProducer(bootstrap_servers=kafka_settings.bootstrap_servers)
     await producer.start()
     try:

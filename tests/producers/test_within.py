@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from fulgurite.producers.within import within
+from fulgurite.producers.within import settled, within
 
 
 async def at_once(value: int) -> int:
@@ -81,3 +81,26 @@ async def test_an_error_within_the_wait_reaches_the_work():
     await asyncio.sleep(0)
     future.set_exception(KeyError())
     assert await running == 7
+
+
+async def test_futures_are_waited_for_and_left_alone():
+    loop = asyncio.get_running_loop()
+    quick, slow = loop.create_future(), loop.create_future()
+    assert await settled([], 0.0)
+    assert not await settled([quick, slow], 0.001)
+    loop.call_later(0.001, quick.set_result, 1)
+    loop.call_later(0.002, slow.set_exception, ValueError("no"))
+    assert await settled([quick, slow, quick], 5.0)
+    assert (quick.result(), str(slow.exception())) == (1, "no")
+    assert await settled([quick, slow], 0.0)
+
+
+async def test_who_stops_waiting_for_futures_leaves_nothing_behind():
+    future = asyncio.get_running_loop().create_future()
+    waiting = asyncio.create_task(settled([future], 60.0))
+    await asyncio.sleep(0)
+    waiting.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await waiting
+    assert not future.done()
+    future.set_result(None)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from typing import Any, cast
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
@@ -15,6 +16,7 @@ from aiokafka.errors import KafkaError
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.credentials import connection_problem, ensure_accepted
 from fulgurite.producers.kafka import connection_options
+from fulgurite.producers.partitions import partitioner
 from fulgurite.schemas.settings import KafkaSettings, ProducerSettings
 
 logger = logging.getLogger(__name__)
@@ -44,6 +46,7 @@ async def connect(kafka: KafkaSettings, settings: ProducerSettings, *, first: bo
             **connection_options(kafka),
             enable_idempotence=True,
             acks="all",
+            partitioner=cast(Any, partitioner),  # aiokafka names its own class, and calls what it is given
             compression_type=None if settings.compression == "none" else settings.compression,
             linger_ms=settings.linger_ms,
             max_batch_size=min(BATCH_BYTES, kafka.max_record_bytes),

@@ -154,7 +154,7 @@ class Publisher:
             sent = await within(self._settings.buffer_wait_seconds, self._buffered(name, key, value, headers))
         except TimeoutError:
             raise BufferFull(self._why_no_room(name)) from None
-        acknowledgement: Acknowledgement = asyncio.get_running_loop().create_future()
+        acknowledgement: Acknowledgement = sent.get_loop().create_future()
         self._waiting[sent] = acknowledgement
         sent.add_done_callback(self._settle)
         return acknowledgement

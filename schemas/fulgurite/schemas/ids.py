@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import time
+from functools import lru_cache
 from typing import Annotated
 
 from pydantic import StringConstraints
@@ -33,6 +34,7 @@ def new_trace_id() -> str:
     return os.urandom(16).hex()
 
 
+@lru_cache(maxsize=1 << 14)  # the calls of an attempt come close together
 def attempt_trace_id(rollout_id: str, attempt_id: str) -> str:
     """The trace id of an attempt: whoever records a span of it arrives at the same one without having to talk.
 

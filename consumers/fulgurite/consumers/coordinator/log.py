@@ -10,17 +10,16 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import lru_cache
 
 from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaConnectionError, KafkaError, RequestTimedOutError
-from aiokafka.partitioner import murmur2
 from aiokafka.structs import ConsumerRecord, TopicPartition
 
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.kafka import connection_options
-from fulgurite.schemas.codec import decode_union, encode_key
+from fulgurite.producers.partitions import partition_of
+from fulgurite.schemas.codec import decode_union
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import InvalidEvent
 from fulgurite.schemas.rollouts import ROLLOUT_EVENT, RolloutEvent
@@ -58,12 +57,6 @@ class Batch:
     invalid: list[DeadLetter]
     next_offsets: Offsets
     """Of every partition, after this batch."""
-
-
-@lru_cache(maxsize=1 << 16)  # murmur2 in Python takes longer than decoding, and a rollout's events come close together
-def partition_of(rollout_id: str, partitions: int) -> int:
-    """Where Kafka's default partitioner puts this key."""
-    return (murmur2(encode_key(rollout_id)) & 0x7FFFFFFF) % partitions
 
 
 class RolloutLog:
@@ -134,7 +127,7 @@ class RolloutLog:
 
     def _entry(self, record: ConsumerRecord[bytes, bytes]) -> Entry:
         event = decode_union(ROLLOUT_EVENT, "RolloutEvent", record.value)
-        misrouted = partition_of(event.rollout_id, self.partitions) != record.partition
+        misrouted = partition_of(event.rollout_id.encode(), self.partitions) != record.partition
         return Entry(record.partition, record.offset, event, misrouted, record.key, record.value)
 
     def _invalid(self, record: ConsumerRecord[bytes, bytes], error: InvalidEvent) -> DeadLetter:

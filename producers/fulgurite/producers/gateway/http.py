@@ -21,10 +21,15 @@ class Gone(Exception):
 
 
 class Present:
-    """A block that ends, raising Gone, when the agent closes its connection meanwhile. After the body was read."""
+    """A block that ends, raising Gone, when the agent closes its connection meanwhile. After the body was read.
+
+    A call mostly ends with its agent there, so what watches is no task, which would cost more than reading the body
+    does: the coroutine is run to its first wait, and on from there when what it waits for has come.
+    """
 
     def __init__(self, receive: Receive) -> None:
-        self._receive = receive
+        self._watch = _hung_up(receive)
+        self._waiting: asyncio.Future[Any] | None = None
         self._gone = False
         self._inside = True
 
@@ -33,25 +38,38 @@ class Present:
         assert task
         self._task = task
         self._cancelling = task.cancelling()
-        self._watch = asyncio.ensure_future(_hung_up(self._receive))
-        self._watch.add_done_callback(self._left)
+        self._go_on()
         return self
 
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, _: TracebackType | None
     ) -> None:
         self._inside = False
-        self._watch.cancel()
+        if self._waiting:
+            self._waiting.remove_done_callback(self._go_on)
+        self._watch.close()
         if not self._gone:
             return
         # Takes back our own cancellation; somebody else's goes on.
         if self._task.uncancel() <= self._cancelling and (kind is None or kind is asyncio.CancelledError):
             raise Gone from error
 
-    def _left(self, watch: asyncio.Future[None]) -> None:
-        if self._inside and not watch.cancelled():
+    def _go_on(self, _: object = None) -> None:
+        if not self._inside:
+            return
+        try:
+            waiting: asyncio.Future[Any] | None = self._watch.send(None)
+        except Exception:  # the end of it, or a connection that cannot say any more
+            self._waiting = None
             self._gone = True
             self._task.cancel()
+            return
+        self._waiting = waiting
+        if waiting is None:  # it let others go first
+            self._task.get_loop().call_soon(self._go_on)
+            return
+        waiting._asyncio_future_blocking = False  # what a task does with what its coroutine waits for
+        waiting.add_done_callback(self._go_on)
 
 
 async def _hung_up(receive: Receive) -> None:

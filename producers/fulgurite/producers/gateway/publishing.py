@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import asyncio
 import logging
+import time
 from collections.abc import Callable
 from typing import Protocol
 
@@ -11,7 +11,7 @@ from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.recording import Recorder, Recording
 from fulgurite.producers.publisher import Acknowledgement
-from fulgurite.producers.within import within
+from fulgurite.producers.within import settled, within
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import BufferFull, RecordTooLarge
 from fulgurite.schemas.spans import Span
@@ -54,15 +54,13 @@ class Log:
             self._unrecorded()
 
     async def _publish(self, call: Call, recording: Recording) -> None:
-        clock = asyncio.get_running_loop().time
-        until = clock() + self._seconds
+        until = time.monotonic() + self._seconds
         try:
             sent = await within(self._seconds, self._send(call, recording))
         except (TimeoutError, BufferFull):
             raise self._unacknowledged() from None
-        # Neither gather nor a timeout around it: they would cancel acknowledgements, and a record may still arrive.
-        _, late = await asyncio.wait(sent, timeout=until - clock())
-        if late:
+        # No timeout around them: it would cancel acknowledgements, and a record may still arrive.
+        if not await settled(sent, until - time.monotonic()):
             raise self._unacknowledged()
         for acknowledgement in sent:
             if problem := acknowledgement.exception():
