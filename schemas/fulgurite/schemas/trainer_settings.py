@@ -199,6 +199,8 @@ class TrainerSettings(Section):
     the window's beginning, whose tokens are scored once more for it."""
     micro_batch_tokens: Annotated[int, Field(ge=1)] = 16_384
     """Tokens of one forward pass."""
+    share_prompts: bool = True
+    """Compute a prompt that sequences have in common, as a group's have, once in a forward pass and not for each."""
     lora_rank: Annotated[int, Field(ge=0, le=4_096)] = 0
     """Rank of a LoRA adapter, which alone is trained and published; servers must have trainer.model as it is. 0: all
     weights are trained."""

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -16,7 +17,7 @@ from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, Mistra
 
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.streams.learners.attention import NAME, layout_of
-from fulgurite.streams.learners.packing import pack, plan
+from fulgurite.streams.learners.packing import LEAST_SHARED_TOKENS, pack, plan, shared_prompts, tokens_once
 from fulgurite.streams.learners.policy import Policy
 from fulgurite.streams.learners.scoring import token_scores
 from fulgurite.streams.trainer.sample import Sample
@@ -73,6 +74,73 @@ def test_packed_sequences_are_scored_as_each_alone_with_the_same_gradient(config
     (expected * weights).sum().backward()
     for ours, theirs in zip(policy.model.parameters(), plain.parameters(), strict=True):
         torch.testing.assert_close(ours.grad, theirs.grad, atol=2e-6, rtol=1e-4)
+
+
+def rollouts(prompt: list[int], lengths: list[int], first: int) -> list[Sample]:
+    """A group's: one prompt, answers of these lengths."""
+    return [
+        replace(found, token_ids=prompt + found.token_ids[len(prompt) :])
+        for found in (
+            sample(len(prompt) + length, first + number, prompt=len(prompt)) for number, length in enumerate(lengths)
+        )
+    ]
+
+
+@pytest.mark.parametrize("config", [LlamaConfig(**SIZES), Qwen3Config(**SIZES)])
+def test_a_common_prompt_is_computed_once_and_changes_neither_scores_nor_gradients(config: PreTrainedConfig) -> None:
+    one, other = sample(24, 7).token_ids, sample(LEAST_SHARED_TOKENS, 8).token_ids
+    group, second = rollouts(one, [9, 1, 30, 12], 10), rollouts(other, [5, 20], 20)
+    alone_here, short = sample(40, 30, prompt=30), rollouts(one[:5], [6, 6], 40)
+    samples = [group[0], second[0], alone_here, *group[1:], *short, second[1]]
+    plain = model_of(config, "eager")
+    policy = Policy(model_of(config), chunk_tokens=5)
+    batch = pack(samples, share_prompts=True)
+    saved = 3 * len(one) + len(other)
+    assert len(batch.token_ids) == len(batch.position_ids) == sum(len(each.token_ids) for each in samples) - saved
+    assert saved == sum(len(s.token_ids) for s in samples) - tokens_once(samples, shared_prompts(samples))
+    logprobs, _ = policy(batch)
+    expected = torch.cat([alone(plain, each) for each in samples])
+    torch.testing.assert_close(logprobs.double(), expected, atol=2e-6, rtol=0)
+    weights = torch.linspace(-1, 1, len(expected))
+    (logprobs * weights).sum().backward()
+    (expected * weights).sum().backward()
+    for ours, theirs in zip(policy.model.parameters(), plain.parameters(), strict=True):
+        torch.testing.assert_close(ours.grad, theirs.grad, atol=2e-6, rtol=1e-4)
+
+
+def test_a_batch_without_a_common_prompt_is_packed_as_ever() -> None:
+    samples = [sample(30, seed, prompt=20) for seed in range(3)]
+    ours, plain = pack(samples, share_prompts=True), pack(samples)
+    assert ours.layout.places is None
+    for name in ("token_ids", "position_ids", "predicting", "targets", "sequences"):
+        assert torch.equal(getattr(ours, name), getattr(plain, name))
+
+
+@given(
+    st.lists(st.tuples(st.integers(1, 9), st.integers(0, 200), st.integers(2, 200)), min_size=1, max_size=20),
+    st.integers(1, 5),
+    st.integers(100, 1_500),
+)
+@hypothesis_settings(deadline=None, max_examples=200)
+def test_a_plan_keeps_groups_together_and_within_the_bound(
+    groups: list[tuple[int, int, int]], ranks: int, max_tokens: int
+) -> None:
+    together: list[list[int]] = []
+    lengths: list[int] = []
+    prompts: list[int] = []
+    for members, prompt, answer in groups:
+        together.append(list(range(len(lengths), len(lengths) + members)))
+        lengths += [prompt + answer] * members
+        prompts += [prompt] * members
+    found = plan(lengths, max_tokens=max_tokens, ranks=ranks, together=together, prompts=prompts)
+    assert len({len(batches) for batches in found}) == 1
+    assert sorted(number for batches in found for batch in batches for number in batch) == list(range(len(lengths)))
+    for batch in (batch for batches in found for batch in batches):
+        # What really lies in it: each prompt once, whoever put its readers there.
+        once = sum(max((prompts[n] for n in batch if n in group), default=0) for group in together)
+        assert len(batch) <= 1 or once + sum(lengths[n] - prompts[n] for n in batch) <= max_tokens
+    if ranks == 1 and all(sum(lengths[number] for number in group) <= max_tokens for group in together):
+        assert all(any(set(group) <= set(batch) for batch in found[0]) for group in together)
 
 
 def test_what_another_sequence_says_changes_nothing_at_all() -> None:

@@ -2,6 +2,9 @@
 
     [1, H, N, D] tokens of B sequences, packed ─► each attends to its own sequence's earlier tokens ─► [1, N, H, D]
 
+Sequences may have tokens in common: a prompt that is there once and begins many of them. Attention is then as if each
+had its own, which costs what it would; everything else in the model sees the prompt once.
+
 Promises: no token sees one of another sequence, whatever the model's mask code thinks: no mask is made at all. On a GPU
 in half precision torch's variable-length flash kernel does it; elsewhere the tokens are spread over [B, H, T_max, D]
 for the attention alone, causal, with padding on the right, so that padding is seen by nobody. Does not know what the
@@ -41,9 +44,13 @@ class Bucket:
     sequences: int
     longest: int
     tokens: Tensor
-    """[n] int64: which of the packed tokens are theirs."""
+    """[n] int64: which of the packed tokens are theirs. A token that sequences have in common is each one's."""
     slots: Tensor
     """[n] int64: where each lies in [sequences, longest], flattened."""
+    out_tokens: Tensor
+    """[m] int64: those whose result is taken from this bucket: every token's is taken once."""
+    out_slots: Tensor
+    """[m] int64."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,20 +58,34 @@ class Layout:
     """Where the sequences lie: made once a micro-batch, used by every layer."""
 
     starts: Tensor
-    """[B + 1] int32: sequence b is starts[b]..starts[b + 1] - 1."""
+    """[B + 1] int32: sequence b is starts[b]..starts[b + 1] - 1, each with all of its tokens."""
     longest: int
     buckets: tuple[Bucket, ...]
     """Every sequence is in one."""
+    places: Tensor | None = None
+    """[starts[B]] int64: where the tokens of all sequences, one after the other, are among the packed ones; None where
+    nothing is in common."""
+    firsts: Tensor | None = None
+    """[N] int64: where each packed token is first in `places`; None with it."""
 
     def to(self, device: torch.device) -> Layout:
-        moved = [Bucket(b.sequences, b.longest, b.tokens.to(device), b.slots.to(device)) for b in self.buckets]
-        return Layout(self.starts.to(device), self.longest, tuple(moved))
+        def moved(tensor: Tensor | None) -> Tensor | None:
+            return None if tensor is None else tensor.to(device)
+
+        buckets = [
+            Bucket(b.sequences, b.longest, *(t.to(device) for t in (b.tokens, b.slots, b.out_tokens, b.out_slots)))
+            for b in self.buckets
+        ]
+        starts = self.starts.to(device)
+        return Layout(starts, self.longest, tuple(buckets), moved(self.places), moved(self.firsts))
 
 
-def layout_of(lengths: list[int]) -> Layout:
-    """Of sequences of these lengths, each at least 1, in this order."""
+def layout_of(lengths: list[int], places: Tensor | None = None) -> Layout:
+    """Of sequences of these lengths, each at least 1, in this order. `places` as in Layout: without it they lie end to
+    end."""
     if not lengths or min(lengths) < 1:
         raise ValueError(f"sequences have at least one token: {lengths}")
+    firsts = None if places is None else _firsts(places)
     starts = torch.zeros(len(lengths) + 1, dtype=torch.int64)
     starts[1:] = torch.tensor(lengths).cumsum(0)
     by_length = sorted(range(len(lengths)), key=lambda number: -lengths[number])
@@ -76,9 +97,21 @@ def layout_of(lengths: list[int]) -> Layout:
         sizes = torch.tensor([lengths[number] for number in members])
         rows = torch.repeat_interleave(torch.arange(len(members)), sizes)
         within = torch.arange(len(rows)) - torch.repeat_interleave(sizes.cumsum(0) - sizes, sizes)
-        tokens = torch.repeat_interleave(starts[torch.tensor(members)], sizes) + within
-        buckets.append(Bucket(len(members), longest, tokens, rows * longest + within))
-    return Layout(starts.to(torch.int32), max(lengths), tuple(buckets))
+        at = torch.repeat_interleave(starts[torch.tensor(members)], sizes) + within
+        slots = rows * longest + within
+        if places is None or firsts is None:
+            buckets.append(Bucket(len(members), longest, at, slots, at, slots))
+        else:
+            tokens = places[at]
+            mine = firsts[tokens] == at
+            buckets.append(Bucket(len(members), longest, tokens, slots, tokens[mine], slots[mine]))
+    return Layout(starts.to(torch.int32), max(lengths), tuple(buckets), places, firsts)
+
+
+def _firsts(places: Tensor) -> Tensor:
+    """[N]: where each of 0..N - 1 is first."""
+    nowhere = torch.full((int(places.max()) + 1,), len(places))
+    return nowhere.scatter_reduce(0, places, torch.arange(len(places)), "amin")
 
 
 def packed_attention(
@@ -116,9 +149,9 @@ def packed_attention(
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
     out = varlen_attn(
-        query.squeeze(0).transpose(0, 1),
-        key.squeeze(0).transpose(0, 1),
-        value.squeeze(0).transpose(0, 1),
+        _each_its_own(query, layout),
+        _each_its_own(key, layout),
+        _each_its_own(value, layout),
         layout.starts,
         layout.starts,
         layout.longest,
@@ -128,7 +161,13 @@ def _flash(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, lay
         enable_gqa=query.shape[1] != key.shape[1],
     )
     assert isinstance(out, Tensor)
-    return out.unsqueeze(0)
+    return (out if layout.firsts is None else out[layout.firsts]).unsqueeze(0)
+
+
+def _each_its_own(packed: Tensor, layout: Layout) -> Tensor:
+    """[1, H, N, D] -> [starts[B], H, D]: every sequence with all of its tokens."""
+    tokens = packed.squeeze(0).transpose(0, 1)
+    return tokens if layout.places is None else tokens[layout.places]
 
 
 def _spread(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
@@ -145,8 +184,8 @@ def _spread(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, la
             enable_gqa=query.shape[1] != key.shape[1],
         )
         flat = out.transpose(1, 2).reshape(bucket.sequences * bucket.longest, query.shape[1], -1)
-        parts.append(flat[bucket.slots])
-    tokens = torch.cat([bucket.tokens for bucket in layout.buckets])
+        parts.append(flat[bucket.out_slots])
+    tokens = torch.cat([bucket.out_tokens for bucket in layout.buckets])
     together = torch.cat(parts)
     return torch.empty_like(together).index_copy(0, tokens, together).unsqueeze(0)
 

@@ -27,9 +27,10 @@ PEAK_BF16_FLOPS: Final[Mapping[str, float]] = MappingProxyType(
 )
 
 
-def model_flops(config: Mapping[str, Any], lengths: Sequence[int], sampled: int) -> float:
+def model_flops(config: Mapping[str, Any], lengths: Sequence[int], sampled: int, tokens: int | None = None) -> float:
     """Forward and backward over sequences of these lengths, `sampled` of whose tokens are scored. `config`: the text
-    model's, of Llama's shape (dense, gated).
+    model's, of Llama's shape (dense, gated). `tokens`: how many go through its layers, where prompts in common do so
+    once; None: all.
 
     >>> model_flops({"hidden_size": 2, "num_hidden_layers": 1, "num_attention_heads": 1, "intermediate_size": 4,
     ...              "vocab_size": 8}, [3], 2)
@@ -40,7 +41,8 @@ def model_flops(config: Mapping[str, Any], lengths: Sequence[int], sampled: int)
     kv_heads = config.get("num_key_value_heads") or heads
     head_dim = config.get("head_dim") or hidden // heads
     projections = hidden * head_dim * (2 * heads + 2 * kv_heads) + 3 * hidden * config["intermediate_size"]
-    forward = 2.0 * layers * projections * sum(lengths) + 2.0 * hidden * config["vocab_size"] * sampled
+    through = sum(lengths) if tokens is None else tokens
+    forward = 2.0 * layers * projections * through + 2.0 * hidden * config["vocab_size"] * sampled
     forward += 2.0 * layers * heads * head_dim * sum(length * length for length in lengths)
     return 3.0 * forward
 

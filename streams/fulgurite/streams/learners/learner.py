@@ -41,7 +41,7 @@ from fulgurite.streams.learners.metrics import (
     update_metrics,
     window_fault,
 )
-from fulgurite.streams.learners.packing import PackedBatch, pack, plan
+from fulgurite.streams.learners.packing import PackedBatch, pack, plan, prompt_tokens, shared_prompts, tokens_once
 from fulgurite.streams.learners.policy import Policy, load_trained_policy
 from fulgurite.streams.learners.reference import Base, Reference, load_reference
 from fulgurite.streams.learners.results import Pass, StepResult, skipped
@@ -120,14 +120,16 @@ class Learner:
         return self.engine.score(batch.to(self.engine.device), temperature=1.0, entropy_gradient=False)
 
     def _utilisation(self, samples: list[Sample], seconds: float) -> dict[str, float]:
-        """MFU: the updates' operations over what the GPUs could have done meanwhile. Nothing on a CPU."""
+        """What common prompts save; on a GPU MFU: the updates' operations over what it could have done meanwhile."""
+        lengths, sampled = [len(s.token_ids) for s in samples], sum(sum(s.loss_mask) for s in samples)
+        once = tokens_once(samples, self._together(samples))
+        found = {"perf/shared_prompt_share": 1.0 - once / sum(lengths)}
         device = self.engine.device
         peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
         if peak is None or self._model is None:
-            return {}
-        lengths, sampled = [len(s.token_ids) for s in samples], sum(sum(s.loss_mask) for s in samples)
-        flops = model_flops(self._model, lengths, sampled) * self._settings.epochs
-        return {"perf/mfu/actor": flops / (seconds * peak * self.engine.ranks)}
+            return found
+        flops = model_flops(self._model, lengths, sampled, once) * self._settings.epochs
+        return found | {"perf/mfu/actor": flops / (seconds * peak * self.engine.ranks)}
 
     def _one_update(self, samples: list[Sample], version_in: int) -> StepResult:
         totals = window_totals(sum(sample.loss_mask) for sample in samples)
@@ -263,14 +265,23 @@ class Learner:
 
     def _batches(self, samples: list[Sample]) -> list[list[int]]:
         """Numbers of samples by micro-batch of this rank."""
-        lengths = [len(sample.token_ids) for sample in samples]
-        return plan(lengths, max_tokens=self._settings.micro_batch_tokens, ranks=self.engine.ranks)[self.engine.rank]
+        return plan(
+            [len(sample.token_ids) for sample in samples],
+            max_tokens=self._settings.micro_batch_tokens,
+            ranks=self.engine.ranks,
+            together=self._together(samples),
+            prompts=[prompt_tokens(sample) for sample in samples],
+        )[self.engine.rank]
+
+    def _together(self, samples: list[Sample]) -> list[list[int]]:
+        return shared_prompts(samples) if self._settings.share_prompts else [[n] for n in range(len(samples))]
 
     def _pack(self, samples: list[Sample], members: list[int], proximal: Sequence[Tensor] | None) -> PackedBatch:
         if not members:
             return pack([_NOTHING], proximal and [torch.zeros(1)]).to(self.engine.device)
         chosen = [samples[member] for member in members]
-        return pack(chosen, proximal and [proximal[member] for member in members]).to(self.engine.device)
+        own = proximal and [proximal[member] for member in members]
+        return pack(chosen, own, share_prompts=self._settings.share_prompts).to(self.engine.device)
 
     def _score(self, batch: PackedBatch, version_in: int, totals: WindowTotals) -> tuple[LossTerms, Seen]:
         in_loss = None if self._settings.kl_in_reward else self._reference
