@@ -6,18 +6,20 @@ import asyncio
 import contextlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiohttp import web
 
 from fulgurite.schemas.checksum import folder_of, folder_sha256
 from fulgurite.schemas.dead_letters import HEADER_REASON
-from fulgurite.schemas.errors import Fenced, LogprobMismatch
+from fulgurite.schemas.errors import Fenced, LogprobMismatch, SettingsError
 from fulgurite.schemas.settings import CoordinatorSettings, KafkaSettings, Settings, TrainerSettings
 from fulgurite.schemas.topics import DEAD_LETTERS, RESOURCES
 from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
 from fulgurite.schemas.trajectories import Trajectory
-from fulgurite.streams.trainer import serve
+from fulgurite.streams.trainer import asking, serve
+from fulgurite.streams.trainer.checkpoints import Checkpoint, Checkpoints, RunState
 from tests.streams.trainer_world import World, all_once, build_model, read_topic, training_events
 
 RUN = "run"
@@ -100,7 +102,7 @@ async def test_reward_rises_and_every_rollout_is_accounted_for(
     assert set(fates.values()) <= {"trained", "failed", "no_reward", "zero_variance"}
 
     newest = world.versions[-1]
-    kept = sorted((trainer.output / RUN).iterdir())
+    kept = sorted((trainer.output / RUN).glob("v*"))
     assert len(kept) == trainer.keep_versions
     assert (folder_of(newest.uri) / "tokenizer.json").is_file()
     assert folder_sha256(folder_of(newest.uri)) == newest.sha256
@@ -304,3 +306,99 @@ async def fake_coordinator(port: int, cancel: Callable[[str], Awaitable[None]]) 
         yield
     finally:
         await server.cleanup()
+
+
+@pytest.mark.parametrize("crashes", [False, True])
+async def test_a_crash_while_training_does_not_change_what_is_trained_on(
+    kafka_settings: KafkaSettings, trainer_settings: TrainerSettings, monkeypatch: pytest.MonkeyPatch, crashes: bool
+) -> None:
+    """Groups 0 and 3 come while 1 and 2 are trained on: a restart finds all four."""
+    held: list[Trajectory] = []
+    reached = asyncio.Event()
+    loop, write = asyncio.get_running_loop(), Checkpoints.write
+
+    def alter(trajectory: Trajectory) -> Trajectory | None:
+        if trajectory.rollout_id.startswith((f"{RUN}-g0-", f"{RUN}-g3-")):
+            held.append(trajectory)
+            return None
+        return trajectory
+
+    def write_or_die(self: Checkpoints, state: RunState, *rest: Any) -> Checkpoint:
+        if state.step == 1 and not reached.is_set():
+            loop.call_soon_threadsafe(reached.set)
+            if crashes:
+                raise RuntimeError("killed before the checkpoint")
+        return write(self, state, *rest)
+
+    monkeypatch.setattr(Checkpoints, "write", write_or_die)
+    small = {"steps": 2, "groups_per_step": 2, "group_size": 2, "pacing_staleness": 1, "zero_variance": "keep"}
+    trainer = trainer_settings.model_copy(update=small)
+    async with World(kafka_settings, alter).running() as world:
+        training = asyncio.create_task(train(kafka_settings, trainer))
+        await reached.wait()
+        if crashes:
+            with pytest.raises(RuntimeError):
+                await training
+            with pytest.raises(SettingsError, match="began with 2: groups are on their way"):
+                await train(kafka_settings, trainer.model_copy(update={"group_size": 4}))
+        for trajectory in held:
+            await world.send(trajectory)
+        await (train(kafka_settings, trainer) if crashes else training)
+    steps = [event for event in await training_events(kafka_settings, RUN) if isinstance(event, TrainingStep)]
+    groups = [sorted({rollout_id.rpartition("-")[0] for rollout_id in event.rollout_ids}) for event in steps]
+    assert groups == [[f"{RUN}-g1", f"{RUN}-g2"], [f"{RUN}-g0", f"{RUN}-g3"]]
+
+
+async def test_dead_letters_are_written_once_however_often_their_records_are_read(
+    kafka_settings: KafkaSettings, trainer_settings: TrainerSettings
+) -> None:
+    """Between versions, where another group was asked for in place of the bad one, the trainer is stopped."""
+    held: list[Trajectory] = []
+    released = False
+
+    def alter(trajectory: Trajectory) -> Trajectory | None:
+        if trajectory.rollout_id.startswith(f"{RUN}-g0-"):
+            trajectory.sequences[0].token_ids[-1] = 99
+        elif not released and not trajectory.rollout_id.startswith(f"{RUN}-g1-"):
+            held.append(trajectory)
+            return None
+        return trajectory
+
+    small = {"steps": 1, "groups_per_step": 2, "group_size": 2, "zero_variance": "keep"}
+    trainer = trainer_settings.model_copy(update=small)
+    async with World(kafka_settings, alter).running() as world:
+        training = asyncio.create_task(train(kafka_settings, trainer))
+        await until(lambda: len(held) == 2)
+        training.cancel()
+        with contextlib.suppress(asyncio.CancelledError):
+            await training
+        released = True
+        for trajectory in held:
+            await world.send(trajectory)
+        await train(kafka_settings, trainer)
+    letters = [record.key for record in await read_topic(kafka_settings, DEAD_LETTERS)]
+    assert len(letters) == 2
+
+
+async def test_rollouts_of_another_policy_are_dead_letters_and_replaced_ever_more_slowly(
+    kafka_settings: KafkaSettings, trainer_settings: TrainerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(asking, "REPLACE_SECONDS", (0.1, 0.4))
+    right = False
+
+    def alter(trajectory: Trajectory) -> Trajectory:
+        if not right:
+            trajectory.sequences[0].resource = "another"
+        return trajectory
+
+    small = {"steps": 1, "groups_per_step": 2, "group_size": 2, "zero_variance": "keep"}
+    async with World(kafka_settings, alter).running() as world:
+        training = asyncio.create_task(train(kafka_settings, trainer_settings.model_copy(update=small)))
+        await until(lambda: len(world.queued) >= 12)
+        right = True
+        await training
+    steps = [event for event in await training_events(kafka_settings, RUN) if isinstance(event, TrainingStep)]
+    assert len(steps) == 1
+    reasons = [dict(record.headers)[HEADER_REASON] for record in await read_topic(kafka_settings, DEAD_LETTERS)]
+    assert set(reasons) == {b"wrong_model"}
+    assert len(reasons) == sum(each.reason == "wrong_model" for each in steps[0].dropped) >= 8

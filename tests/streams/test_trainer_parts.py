@@ -66,7 +66,8 @@ def trajectory(*sequences: TokenSequence, **changes: Any) -> Trajectory:
         (trajectory(sequence(), partial="deadline"), "partial:deadline"),
         (trajectory(sequence(), reward=None), "no_reward"),
         (trajectory(), "no_calls"),
-        (trajectory(sequence(resource="another")), "no_calls"),
+        (trajectory(sequence(resource="another")), "wrong_model"),
+        (trajectory(sequence(resource="another"), sequence(agent="judge", loss_mask=[0, 0, 0, 0])), "wrong_model"),
         (trajectory(sequence(token_ids=[0, 1, 5, 16])), "bad_tokens"),
         (trajectory(sequence(loss_mask=[1, 0, 1, 1])), "bad_tokens"),
         (trajectory(sequence(weight_versions=[VersionSpan(version=3, start=2, end=3)])), "no_version"),
@@ -79,7 +80,7 @@ def trajectory(*sequences: TokenSequence, **changes: Any) -> Trajectory:
 def test_what_cannot_be_trained_on_says_why(given: Trajectory, reason: str) -> None:
     member, fault = member_of(given, "policy", LIMITS)
     assert member.reason == reason
-    assert bool(fault) == (reason == "bad_tokens")
+    assert bool(fault) == (reason in ("bad_tokens", "wrong_model"))
     assert bool(member.trajectory.sequences) == (reason == "")
 
 

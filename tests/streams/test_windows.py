@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulgurite.schemas.trajectories import Trajectory
-from fulgurite.streams.trainer.windows import FILLED, Member, Shape, Window, Windows
+from fulgurite.streams.trainer.windows import FILLED, MOST_REFILLS, Choice, Member, Shape, Window, Windows
 
 SHAPE = Shape(run_id="r", group_size=3, groups_per_step=2, groups_ahead=4, max_staleness=2, group_deadline_seconds=10.0)
 SECOND = 1_000_000_000
@@ -31,8 +31,15 @@ def add_group(to: Windows, group: int, **fields: object) -> None:
         to.add(member(group, index, **fields), 0)  # pyright: ignore[reportArgumentType]
 
 
-def dropped(of: Windows) -> dict[str, str]:
+def dropped(of: Windows | Window) -> dict[str, str]:
     return {d.rollout_id: d.reason for d in of.dropped}
+
+
+def taken(w: Windows, version: int) -> Window | None:
+    """The next window, trained on."""
+    window = w.take(version)
+    w.remember(version)
+    return window
 
 
 def ids(groups: list[list[Member]]) -> list[list[str]]:
@@ -193,7 +200,7 @@ def test_windows_slide_by_count_within_the_bound_on_staleness() -> None:
         add_group(w, group, min_version=5 + group)
     seen: list[tuple[list[str], set[str]]] = []
     for version in range(5, 11):
-        window = w.take(version)
+        window = taken(w, version)
         assert window
         groups = [group[0].trajectory.group_id for group in window.groups]
         seen.append((groups, {rollout_id.rpartition("-")[0] for rollout_id in window.again}))
@@ -208,6 +215,85 @@ def test_windows_slide_by_count_within_the_bound_on_staleness() -> None:
     assert w.duplicates == 3, "it was trained on: what comes again does not count again"
 
 
+def test_groups_of_a_window_that_was_not_trained_on_are_in_no_later_one() -> None:
+    w = Windows(replace(SHAPE, groups_per_step=1, overlap_groups=2), asked=3)
+    for group in range(3):
+        add_group(w, group)
+    assert w.take(5)  # its step was refused: nobody says remember
+    second, third = taken(w, 5), taken(w, 5)
+    assert second
+    assert third
+    assert [group[0].trajectory.group_id for group in second.groups] == ["r-g1"]
+    assert [group[0].trajectory.group_id for group in third.groups] == ["r-g2", "r-g1"]
+
+
+def test_what_is_filled_in_counts_in_later_windows_too() -> None:
+    w = Windows(replace(SHAPE, groups_per_step=1, overlap_groups=1, incomplete="fill", fill_reward=-1.0), asked=2)
+    for group, failed in ((0, (1, 2)), (1, ())):
+        for index in range(3):
+            w.add(member(group, index, "failed" if index in failed else "", reward=float(index)), 0)
+    first, second = taken(w, 5), taken(w, 5)
+    assert first
+    assert second
+    assert second.groups[1] == first.groups[0], "the same comparison, and the only survivor still has one"
+    assert [m.reason for m in second.groups[1]] == ["", "filled", "filled"]
+    assert second.dropped == []
+
+
+def test_groups_without_a_signal_are_replaced_within_a_bound() -> None:
+    w = Windows(replace(SHAPE, groups_per_step=1, refill=True), asked=30)
+    for group in range(MOST_REFILLS + 2):
+        add_group(w, group, reward=1.0)
+    window = w.take(5)
+    assert window
+    assert [group[0].trajectory.group_id for group in window.groups] == [f"r-g{MOST_REFILLS}"], "enough of asking"
+    assert w.groups_dropped == MOST_REFILLS
+    assert {d.reason for d in window.dropped} == {"zero_variance"}
+    for index in range(3):
+        w.add(member(20, index, reward=float(index)), 0)
+    window = w.take(5)
+    assert window
+    assert [group[0].trajectory.group_id for group in window.groups] == ["r-g20"]
+    assert w.groups_dropped == MOST_REFILLS + 1
+
+
+def test_a_window_that_was_taken_before_a_crash_is_taken_again() -> None:
+    w = windows()
+    add_group(w, 2)
+    w.add(member(3, 0), 0)
+    w.add(member(3, 2), 0)
+    w.close([3])
+    before = w.take(5)
+    assert before
+    after = windows()
+    after.choice = before.choice
+    for group in (0, 1, 2):  # what came too late then is first in line now
+        add_group(after, group)
+    assert after.take(5) is None, "a member that was there is not here yet"
+    for index in (0, 1, 2):
+        after.add(member(3, index), 0)
+    again = after.take(5)
+    assert again
+    assert ids(again.groups) == ids(before.groups) == [["r-g2-r0", "r-g2-r1", "r-g2-r2"], ["r-g3-r0", "r-g3-r2"]]
+    assert dropped(before) == dropped(again) == {"r-g3-r1": "deadline"}
+    following = after.take(5)
+    assert following
+    assert [group[0].trajectory.group_id for group in following.groups] == ["r-g0", "r-g1"]
+
+
+def test_a_choice_that_cannot_be_taken_any_more_is_forgotten() -> None:
+    for choice in (Choice(4, {2: ["r-g2-r0"]}), Choice(5, {2: ["r-g2-r0"]})):
+        w = windows()
+        w.choice = choice
+        w.add(member(2, 1), 0)
+        w.close([2])
+        add_group(w, 0)
+        add_group(w, 1)
+        window = w.take(5)
+        assert window
+        assert [group[0].trajectory.group_id for group in window.groups] == ["r-g0", "r-g1"]
+
+
 def test_windows_slide_by_time() -> None:
     w = Windows(replace(SHAPE, groups_per_step=1, overlap_groups=9, overlap_seconds=2.5), asked=5)
     for group in range(5):
@@ -215,7 +301,7 @@ def test_windows_slide_by_time() -> None:
             one = member(group, index)
             at = one.trajectory.model_copy(update={"assembled_ns": group * SECOND})
             w.add(Member(at, "", 5), 0)
-    windows_found = [w.take(5) for _ in range(5)]
+    windows_found = [taken(w, 5) for _ in range(5)]
     assert [[group[0].trajectory.group_id for group in window.groups] for window in windows_found if window] == [
         ["r-g0"], ["r-g1", "r-g0"], ["r-g2", "r-g0", "r-g1"], ["r-g3", "r-g1", "r-g2"], ["r-g4", "r-g2", "r-g3"],
     ]  # fmt: skip
@@ -225,7 +311,7 @@ def test_a_window_closed_by_time_has_what_is_there_and_pacing_knows() -> None:
     w = windows()
     add_group(w, 0)
     assert w.take(5) is None
-    assert w.usable == 1
+    assert w.waiting == (0,)
     window = w.take(5, least=1)
     assert window
     assert len(window.groups) == 1
@@ -281,7 +367,7 @@ def test_every_rollout_comes_out_exactly_once(
         w.add(member(group, index, reason, min_version), 0)
         if closes and group in w.groups:
             w.close([group])
-        window = w.take(version)
+        window = taken(w, version)
         if window:
             version += 1
             survivors = [[m for m in g if m.reason != FILLED] for g in window.groups]

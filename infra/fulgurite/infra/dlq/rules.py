@@ -107,7 +107,7 @@ def _useless(
         )
     if "unknown_rollout" in reasons and kind != "queued" and rollout not in known_rollouts:
         return Refusal(f"still nobody announced rollout {rollout}: queue it first, then replay", True)
-    if "bad_tokens" in reasons and not mended:
+    if {"bad_tokens", "wrong_model"} & reasons and not mended:
         return Refusal("the trainer would refuse the same tokens again: mend it first: fulgurite dlq mend", True)
     return None
 

@@ -1,7 +1,8 @@
 """Where a run's windows come from when it asks for its rollouts itself: asks, reads, waits, drains. Live training.
 
 Unblocked by the last member of a group, or its deadline. Asks for no more groups than pacing allows (`pacing.py`); a
-group dropped as a whole may be replaced between versions, in a transaction of its own (`service.py`).
+group dropped as a whole may be replaced between versions, in a transaction of its own (`service.py`): where group after
+group gives nothing, ever more slowly, and a warning says why.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ import asyncio
 import contextlib
 import logging
 import time
+from collections import Counter
 
 from fulgurite.schemas.ids import now_ns
 from fulgurite.streams.trainer.checkpoints import SourceState
@@ -25,8 +27,9 @@ from fulgurite.streams.trainer.windows import Window
 
 logger = logging.getLogger(__name__)
 
-REPLACE_SECONDS = 1.0
-"""Least time between two askings for replacements: if everything fails at once, runners are not flooded."""
+REPLACE_SECONDS = (1.0, 60.0)
+"""Least time between two askings for replacements, first and in the end: if everything fails, runners are not flooded.
+"""
 
 REPORT_SECONDS = 10.0
 """How often a long wait says what it waits for."""
@@ -44,23 +47,26 @@ class Asking:
         self._publishing = publishing
         self._reader = reader
         self._intake = intake
+        self._waits_since: dict[int, float] = {}
+        """Complete groups, and when that was seen."""
 
     async def window(self) -> Window | None:
         """Reads until there is a window for the current version."""
         reported = time.monotonic()
-        asked = 0.0
-        ready: float | None = None
+        asked, pause = 0.0, REPLACE_SECONDS[0]
         limit = self._plan.trainer.window_seconds
         while True:
             now = time.monotonic()
-            due = limit is not None and ready is not None and now - ready >= limit
+            due = limit is not None and now - min(self._waits_since.values(), default=now) >= limit
             window = self._run.windows.take(self._run.version, least=1 if due else None)
+            self._waits_since = {index: self._waits_since.get(index, now) for index in self._run.windows.waiting}
             if window is not None:
                 return window
-            ready = None if not self._run.windows.usable else now if ready is None else ready
-            if self._intake.is_full or (self._missing_groups() and now - asked >= REPLACE_SECONDS):
-                asked = now
-                await self._ask_between_versions()
+            if self._intake.is_full:
+                await self._publish_between_versions(range(0))
+            if self._missing_groups() and now - asked >= pause:
+                asked, pause = now, min(2 * pause, REPLACE_SECONDS[1])
+                await self._replace_groups(pause)
             await self._read()
             if now - reported >= REPORT_SECONDS:
                 reported = now
@@ -106,12 +112,23 @@ class Asking:
         if self._run.windows.deadline_due(now) and await self._reader.caught_up():
             self._run.windows.close(self._run.windows.deadline_due(now))
 
-    async def _ask_between_versions(self) -> None:
+    async def _replace_groups(self, pause_seconds: float) -> None:
         groups = self.ask(steps_done=self._run.step)
-        letters = self._intake.take_dead_letters()
-        if groups:
-            logger.info("asking for %d groups in place of dropped ones", len(groups))
-        await self._publishing.more(self._run.marker(), self._run.committed_offsets, groups, letters)
+        why = Counter(each.reason for each in self._run.windows.dropped).most_common(3)
+        reasons = ", ".join(f"{count} {reason}" for reason, count in why)
+        level = logging.WARNING if pause_seconds == REPLACE_SECONDS[1] else logging.INFO
+        message = "asking for %d groups in place of dropped ones; rollouts dropped since the last step: %s"
+        logger.log(level, message, len(groups), reasons or "none")
+        await self._publish_between_versions(groups)
+
+    async def _publish_between_versions(self, groups: range) -> None:
+        """Dead letters go along only where they fill up: else they wait for the transaction that moves the offsets. The
+        marker says which have gone, so they are not written again."""
+        run = self._run
+        letters = self._intake.take_dead_letters() if self._intake.is_full else []
+        if letters:
+            run.buried = dict(self._reader.offsets)
+        await self._publishing.more(run.marker(), run.committed_offsets, groups, letters, run.buried)
 
     def _missing_groups(self) -> int:
         return max(0, self._allowed(self._run.step) - self._run.windows.asked)

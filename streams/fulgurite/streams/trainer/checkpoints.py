@@ -6,6 +6,7 @@
         state.json                      version, step, next offsets, groups asked for, ledger not yet published
         groups.jsonl                    open groups: one line a member, with its trajectory
         settings.json                   what the version was made with
+    <output>/<run_id>/choice.json       the groups of the window that is being trained on
 
 A folder that exists was completely written. Whether its version is *committed* the log alone knows: a folder one newer
 than the last committed version is a leftover of a crash and is removed before it can be mistaken for one. Anything more
@@ -31,13 +32,14 @@ from fulgurite.schemas.errors import Fenced, StartError
 from fulgurite.schemas.training import DroppedRollout
 from fulgurite.schemas.trajectories import Trajectory
 from fulgurite.streams.trainer.samples import ADAPTER_CONFIG
-from fulgurite.streams.trainer.windows import Group, Member, Shape, Windows
+from fulgurite.streams.trainer.windows import Choice, Group, Member, Shape, Windows
 
 WEIGHTS = "weights"
 OPTIMIZER = "optimizer.pt"
 STATE = "state.json"
 GROUPS = "groups.jsonl"
 SETTINGS = "settings.json"
+CHOICE = "choice.json"
 
 _TEMPORARY = ".tmp-"
 
@@ -87,6 +89,11 @@ class RunState(BaseModel):
     """Of earlier windows, for later ones that slide."""
     source: SourceState | None = None
     """Of a replay."""
+
+
+class _ChoiceFile(BaseModel):
+    version_in: int
+    groups: dict[int, list[str]]
 
 
 class _MemberLine(BaseModel):
@@ -155,6 +162,34 @@ class Checkpoints:
             ) from error
         return Checkpoint(final, state)
 
+    def choose(self, choice: Choice) -> None:
+        """Keeps which groups a window has, in place of the last window's. Raises StartError where the disk refuses."""
+        path = self._root / CHOICE
+        temporary = self._root / f"{CHOICE}-{secrets.token_hex(4)}"  # a zombie may be writing one too
+        try:
+            temporary.write_text(_ChoiceFile(version_in=choice.version_in, groups=choice.groups).model_dump_json())
+            _fsync(temporary)
+            temporary.rename(path)
+            _fsync(self._root)
+        except OSError as error:
+            temporary.unlink(missing_ok=True)
+            raise StartError(f"cannot write {path}: {error}. Make room or set trainer.output elsewhere") from error
+
+    def choice(self) -> Choice | None:
+        """The last one. None where there is none, or it cannot be read: then windows are chosen anew."""
+        try:
+            found = _ChoiceFile.model_validate_json((self._root / CHOICE).read_text())
+        except (OSError, ValueError):
+            return None
+        return Choice(found.version_in, found.groups)
+
+    def settings(self, version: int) -> dict[str, Any]:
+        """What a version was made with; nothing where that cannot be read."""
+        try:
+            return json.loads((self.folder(version) / SETTINGS).read_text())
+        except (OSError, ValueError):
+            return {}
+
     def load(self, version: int) -> Checkpoint:
         """The checkpoint of a committed version. Raises StartError where it is not there or not whole."""
         folder = self.folder(version)
@@ -211,6 +246,8 @@ class Checkpoints:
                 self._refuse(folder, f"step {'unknown' if step is None else step}", "does not know this run")
             if committed is not None and version > committed + 1:
                 self._refuse(folder, f"version {version}", f"knows this run only up to version {committed}")
+        for half_written in self._root.glob(f"{CHOICE}-*"):
+            half_written.unlink(missing_ok=True)
         gone = [*self._root.glob(f"{_TEMPORARY}*"), *(folder for _, folder in newer)]
         for folder in gone:
             shutil.rmtree(folder)

@@ -25,6 +25,8 @@ class Marker(BaseModel):
     version: int
     step: int
     asked: int
+    buried: int = 0
+    """Dead letters of this partition's records below this offset are on the log; 0: they go with the offsets."""
 
     @classmethod
     def parse(cls, metadata: str) -> Marker | None:

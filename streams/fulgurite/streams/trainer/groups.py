@@ -41,6 +41,8 @@ class Shape:
     """How old these may be."""
     replayed: bool = False
     """The groups are those of another run, `run_id`, which asked for them and decided when they were over."""
+    refill: bool = False
+    """Whether groups whose rewards do not differ are dropped before a window is made, and others asked for instead."""
 
     def group_id(self, index: int) -> str:
         return f"{self.run_id}-g{index}"
@@ -80,6 +82,16 @@ class Group:
 
 
 @dataclass(frozen=True, slots=True)
+class Choice:
+    """Which groups a window has, and which of their members were there. When that was, no log says: several groups may
+    have been waiting. So it is written down before it is trained on, and a restart takes the same."""
+
+    version_in: int
+    groups: dict[int, list[str]]
+    """Index -> rollout ids, also of members without data."""
+
+
+@dataclass(frozen=True, slots=True)
 class Window:
     """What one step consumes."""
 
@@ -95,6 +107,8 @@ class Window:
     """Rollouts of earlier windows."""
     groups_incomplete: int = 0
     """New groups of which a member gave no data."""
+    choice: Choice | None = None
+    """To be taken again after a crash; None where the log alone decides."""
 
 
 def filled_in(group: Group, survivors: list[Member], shape: Shape) -> list[Member]:

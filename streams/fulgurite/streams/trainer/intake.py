@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Mapping
 
 from fulgurite.schemas.codec import decode
 from fulgurite.schemas.dead_letters import DeadLetter
@@ -26,7 +27,10 @@ MAX_DEAD_BYTES = 32 << 20
 class Intake:
     """Feeds one run's windows. `dead_letters` wait for the transaction that commits the offsets they were read at."""
 
-    def __init__(self, plan: Plan, limits: ModelLimits, windows: Windows) -> None:
+    def __init__(
+        self, plan: Plan, limits: ModelLimits, windows: Windows, buried: Mapping[int, int] | None = None
+    ) -> None:
+        """`buried`: by partition, below which offset the letters of an earlier life are on the log."""
         self._settings = plan.settings.kafka
         self._run_id = plan.shape.run_id
         self._needle = self._run_id.encode()
@@ -34,7 +38,10 @@ class Intake:
         self._agents = plan.trainer.agents
         self._limits = limits
         self._windows = windows
-        self._keeps_letters = not plan.is_replay  # the source run has written them
+        # The source run has written the letters of a replay, but for the tokens of another policy than its own.
+        self._is_first = not plan.is_replay
+        self._judges_first = not plan.is_replay or plan.is_own_policy
+        self._buried = dict(buried or {})
         self.dead_letters: list[Outgoing] = []
         self._dead_bytes = 0
 
@@ -63,18 +70,18 @@ class Intake:
         try:
             return decode(Trajectory, record.value)
         except InvalidEvent as error:
-            self._bury(record, error.reason, str(error))
+            self._bury(record, error.reason, str(error), wanted=self._is_first)
             return None
 
     def _judged(self, record: Record, trajectory: Trajectory) -> Member:
         member, fault = member_of(trajectory, self._resource, self._limits, self._agents)
-        if member.reason == "bad_tokens":
-            self._bury(record, member.reason, f"rollout {trajectory.rollout_id}: {fault}")
+        if fault:
+            self._bury(record, member.reason, f"rollout {trajectory.rollout_id}: {fault}", wanted=self._judges_first)
         return member
 
-    def _bury(self, record: Record, reason: str, message: str) -> None:
+    def _bury(self, record: Record, reason: str, message: str, *, wanted: bool) -> None:
         logger.warning("%s partition %d offset %d: %s", record.topic, record.partition, record.offset, message)
-        if not self._keeps_letters:
+        if not wanted or record.offset < self._buried.get(record.partition, 0):
             return
         letter = DeadLetter(
             topic=record.topic,

@@ -123,6 +123,7 @@ def make_plan(settings: Settings) -> Plan:
         overlap_groups=trainer.overlap_groups,
         overlap_seconds=trainer.overlap_seconds,
         replayed=is_replay,
+        refill=trainer.zero_variance == "refill",
     )
     if trainer.pacing_staleness > trainer.max_staleness and not is_replay:  # a replay asks for nothing
         raise SettingsError(
@@ -169,6 +170,11 @@ def _check_windows(trainer: TrainerSettings) -> None:
     if trainer.fill_reward and trainer.incomplete != "fill":
         raise SettingsError(
             f"trainer.fill_reward = {trainer.fill_reward:g}: trainer.incomplete = {trainer.incomplete} fills nothing in"
+        )
+    if trainer.zero_variance == "refill" and trainer.credit == "call":
+        raise SettingsError(
+            "trainer.zero_variance = refill and trainer.credit = call: whether a group teaches anything its calls' "
+            "rewards say then, not those of its rollouts; set drop or keep"
         )
     if trainer.kl_in_reward and trainer.incomplete == "fill":
         raise SettingsError(

@@ -39,9 +39,17 @@ class Publishing:
         marker = Marker(version=state.version, step=state.step, asked=state.asked)
         await self._transactions.commit(records, self._offsets(state.offsets, marker))
 
-    async def more(self, marker: Marker, offsets: Mapping[int, int], groups: range, others: list[Outgoing]) -> None:
-        """Between versions: groups in place of dropped ones, dead letters that fill up. Offsets stay as they were."""
-        await self._transactions.commit([*self._queued(groups), *others], self._offsets(offsets, marker))
+    async def more(
+        self,
+        marker: Marker,
+        offsets: Mapping[int, int],
+        groups: range,
+        others: list[Outgoing],
+        buried: Mapping[int, int] | None = None,
+    ) -> None:
+        """Between versions: groups in place of dropped ones, dead letters that fill up. Offsets stay as they were.
+        `buried`: by partition, below which offset dead letters are on the log."""
+        await self._transactions.commit([*self._queued(groups), *others], self._offsets(offsets, marker, buried))
 
     async def finished(
         self, event: RunFinished, marker: Marker, offsets: Mapping[int, int], dead: list[Outgoing]
@@ -59,9 +67,13 @@ class Publishing:
             for queued in group_records(self._plan.trainer, self._plan.shape, tasks, index)
         ]
 
-    def _offsets(self, offsets: Mapping[int, int], marker: Marker) -> dict[TopicPartition, OffsetAndMetadata]:
-        metadata = marker.model_dump_json()
+    def _offsets(
+        self, offsets: Mapping[int, int], marker: Marker, buried: Mapping[int, int] | None = None
+    ) -> dict[TopicPartition, OffsetAndMetadata]:
+        below = buried or {}
         return {
-            TopicPartition(self._plan.topic, number): OffsetAndMetadata(offset, metadata)
+            TopicPartition(self._plan.topic, number): OffsetAndMetadata(
+                offset, marker.model_copy(update={"buried": below.get(number, 0)}).model_dump_json()
+            )
             for number, offset in offsets.items()
         }

@@ -14,9 +14,12 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
+
+from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.ids import now_ns
@@ -54,6 +57,8 @@ class Run:
     is_new: bool
     source: SourceState | None = None
     """How far a replay that goes on has read its source; None for other runs."""
+    buried: dict[int, int] = field(default_factory=dict[int, int])
+    """By partition: below which offset dead letters are on the log, since `version`."""
 
     def marker(self) -> Marker:
         return Marker(version=self.version, step=self.step, asked=self.windows.asked)
@@ -81,6 +86,7 @@ async def recover(
         raise SettingsError(
             f"trainer.resource = {plan.trainer.resource!r}, but run {plan.run_id} trains {committed.resource!r}"
         )
+    _check_unchanged(plan, checkpoints.settings(committed.version))
     await ownership.check()
     for folder in checkpoints.discard_uncommitted(committed.version):
         logger.info("removed %s: written, but never committed", folder)
@@ -88,6 +94,7 @@ async def recover(
     windows = checkpoints.windows(checkpoint, plan.shape, now_ns())
     markers = [Marker.parse(at.metadata) for at in before.values() if at is not None]
     windows.asked = max([windows.asked, *(marker.asked for marker in markers if marker)])
+    windows.choice = checkpoints.choice()
     learner = await _load(plan, checkpoint.weights, checkpoint.folder / OPTIMIZER)
     await reader.seek(checkpoint.state.offsets)
     logger.info("run %s goes on at step %d, version %d", plan.run_id, committed.step, committed.version)
@@ -100,7 +107,30 @@ async def recover(
         committed_offsets=dict(checkpoint.state.offsets),
         is_new=False,
         source=checkpoint.state.source,
+        buried=_buried(before, committed.version),
     )
+
+
+def _buried(before: Mapping[TopicPartition, OffsetAndMetadata | None], version: int) -> dict[int, int]:
+    markers = {tp.partition: Marker.parse(at.metadata) for tp, at in before.items() if at is not None}
+    return {number: marker.buried for number, marker in markers.items() if marker and marker.version == version}
+
+
+def _check_unchanged(plan: Plan, before: Mapping[str, Any]) -> None:
+    """Raises SettingsError for what a run cannot change on its way: its ledger's names are made of it."""
+    now = plan.config()
+    if before.get("group_size", now["group_size"]) != now["group_size"]:
+        raise SettingsError(
+            f"trainer.group_size = {now['group_size']}, but run {plan.run_id} began with {before['group_size']}: "
+            "groups are on their way; set it back, or trainer.run_id to a new name"
+        )
+    theirs, ours = before.get("source", {}), now.get("source", {})
+    for name in sorted(theirs if theirs else ours):
+        if theirs.get(name) != ours.get(name) and name != "follow":
+            raise SettingsError(
+                f"source.{name} = {ours.get(name)}, but run {plan.run_id} began with {theirs.get(name)}: offsets and "
+                "groups of another source mean nothing here; set it back, or trainer.run_id to a new name"
+            )
 
 
 async def _begin(plan: Plan, reader: TrajectoryReader, checkpoints: Checkpoints, ownership: Ownership) -> Run:

@@ -93,6 +93,11 @@ def member_of(
     sequences = trained_sequences(trajectory, resource, agents)
     fault = next(filter(None, (token_fault(sequence, limits) for sequence in sequences)), "")
     reason = _reason(trajectory, sequences, fault)
+    if reason == "no_calls" and (others := _of_other_policies(trajectory, resource)):
+        reason, fault = (
+            "wrong_model",
+            f"its tokens were sampled by {', '.join(others)}; this run trains on {resource}'s",
+        )
     if reason:
         # Without data its tokens need not be kept.
         return Member(trajectory.model_copy(update={"sequences": []}), reason), fault
@@ -108,6 +113,12 @@ def trained_sequences(trajectory: Trajectory, resource: str, agents: Sequence[st
         for s in trajectory.sequences
         if s.resource in ("", resource) and (not agents or s.agent in agents) and any(s.loss_mask)
     ]
+
+
+def _of_other_policies(trajectory: Trajectory, resource: str) -> list[str]:
+    """Whose tokens it has; nobody's where this policy sampled some, for whichever agent."""
+    found = {sequence.resource for sequence in trajectory.sequences if any(sequence.loss_mask)}
+    return [] if found & {"", resource} else sorted(found)
 
 
 def of_others(sample: Sample) -> Sample:

@@ -9,7 +9,8 @@ groups; unblocked by the last member, the deadline, or the other run's ledger.
 
 A version is one transaction. For each step:
 
-1. A window is filled from `trajectories` (read_committed, every partition, assigned by hand).
+1. A window is filled from `trajectories` (read_committed, every partition, assigned by hand), and which groups it has
+   is written beside the checkpoints, fsynced.
 2. The learner makes one optimizer step.
 3. A checkpoint is written under a temporary name, fsynced and renamed: weights, optimizer, random state, next offsets,
    open groups with their trajectories, groups asked for, the ledger not yet published.
@@ -19,13 +20,14 @@ A version is one transaction. For each step:
 6. Old versions' files are removed.
 
 What a crash leaves, between
-- 1, 2, 3: nothing. The last committed version is loaded, its offsets are read again; a half-written folder is removed.
+- 1, 2, 3: nothing but the names of the window's groups. The last committed version is loaded, its offsets are read
+  again, the same groups are taken; a half-written folder is removed.
 - 3 and 5: a checkpoint nobody was told of. It is removed; the broker aborts the transaction; then as above. A
   transaction whose answer was lost is asked for by its offsets (`streams/transactions.py`) before anything else is
   done.
 - 5 and 6: old files, removed after the next step.
 
-So what a version was made of is read again exactly, and given the same windows it becomes the same bits. A zombie is
+So what a version was made of is read again exactly, and becomes the same bits. A zombie is
 fenced: the transactional id names the run, and its checkpoint cannot replace a committed one. Another writer of the
 same resource ends the run before step 3 (`ownership.py`).
 
@@ -127,7 +129,7 @@ async def _train(plan: Plan) -> None:
         run = await recover(plan, transactions, reader, checkpoints, ownership)
         if run is not None:
             publishing = Publishing(plan, transactions)
-            intake = Intake(plan, read_limits(run.companions), run.windows)
+            intake = Intake(plan, read_limits(run.companions), run.windows, run.buried)
             supply = await _supply(plan, run, publishing, reader, intake)
             await Trainer(plan, run, publishing, reader, checkpoints, ownership, intake, supply).train()
         await _release_ranks(run)
@@ -204,6 +206,8 @@ class Trainer:
             return False
         self._progress.filled()
         training, result = await self._optimize_and_check(window)  # 2
+        if result and not result.skipped:
+            run.windows.remember(window.version_in)
         self._progress.optimized()
         groups = self._supply.ask(steps_done=run.step + 1)
         checkpoint = await self.write_checkpoint(run.version + 1, run.step + 1)  # 3
@@ -212,6 +216,7 @@ class Trainer:
         await self._publishing.version(checkpoint, event, groups, dead_letters)  # 4 and 5
         run.version, run.step = checkpoint.state.version, checkpoint.state.step
         run.committed_offsets = dict(checkpoint.state.offsets)
+        run.buried = {}
         run.companions = checkpoint.weights
         await self.remove_old()  # 6
         self._progress.report(event)
@@ -219,7 +224,10 @@ class Trainer:
 
     async def fill(self) -> Window | None:
         """1. Waits for a window for the current version; None where there will be none any more."""
-        return await self._supply.window()
+        window = await self._supply.window()
+        if window and window.choice:
+            await asyncio.to_thread(self._checkpoints.choose, window.choice)
+        return window
 
     async def optimize(self, window: Window) -> tuple[TrainingSet, StepResult | None]:
         """2. One optimizer step; None where no group of the window has a signal: then the weights stay as they are, and
@@ -285,7 +293,7 @@ class Trainer:
         else:
             record = outgoing(self._plan.settings.kafka, TRAINING, event.run_id, event)
             groups = self._supply.ask(steps_done=run.step)
-            await self._publishing.more(run.marker(), run.committed_offsets, groups, [record])
+            await self._publishing.more(run.marker(), run.committed_offsets, groups, [record], run.buried)
 
     async def _finish(self, reason: str) -> None:
         """The last transaction: everything that is still on its way is dropped as `run_ended`, by name."""

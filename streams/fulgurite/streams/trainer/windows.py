@@ -14,12 +14,19 @@
 - Where a member gives no data (failed, partial, stale, missing) `shape.incomplete` says what becomes of its group.
   mask: the others are trained on, if there are two, and compared with each other. drop: none is (`incomplete`). fill:
   its reward, or `shape.fill_reward` where it has none, counts in the group's comparison; it has no gradient.
-- A window may slide: `overlap_groups` of the groups in earlier windows, the newest ones, are in it again, as long as
-  they are neither too stale nor more than `overlap_seconds` older than its newest group (by the time their last member
-  was written, so the log alone decides). A rollout has a gradient once in each window that it is in; the ledger names
-  it in the first one's record, later ones list it apart (`TrainingStep.again`).
+- `shape.refill`: a group whose rewards do not differ is dropped whole (`zero_variance`) before a window is made of it,
+  and pacing asks for another: DAPO's dynamic sampling. At most MOST_REFILLS windows' worth for one window: where
+  nothing differs any more, windows go on with what there is.
+- A window may slide: `overlap_groups` of the groups in earlier windows, the newest ones, are in it again (once
+  `remember` said that these were trained on), as long as they are neither too stale nor more than `overlap_seconds`
+  older than its newest group (by the time their last member was written, so the log alone decides). A rollout has a
+  gradient once in each window that it is in; the ledger names it in the first one's record, later ones list it apart
+  (`TrainingStep.again`).
 - In a replay (`shape.replayed`) the source run's ledger closes groups, no clock does: see `settle`. What is in a window
   is then a function of the log alone.
+
+- `choice`: a window that an earlier life of the run had taken, and maybe trained on, when it died. It is taken again as
+  soon as its members are here, whatever else waits by then.
 
 Promise: every rollout asked for (in a replay: read) comes out exactly once, in a window's survivors or in `dropped`.
 """
@@ -35,11 +42,15 @@ from fulgurite.schemas.trajectories import Trajectory
 from fulgurite.streams.trainer.groups import FILLED as FILLED
 from fulgurite.streams.trainer.groups import LEFT_OUT as LEFT_OUT
 from fulgurite.streams.trainer.groups import MIN_SURVIVORS as MIN_SURVIVORS
+from fulgurite.streams.trainer.groups import Choice as Choice
 from fulgurite.streams.trainer.groups import Group as Group
 from fulgurite.streams.trainer.groups import Member as Member
 from fulgurite.streams.trainer.groups import Shape as Shape
 from fulgurite.streams.trainer.groups import Window as Window
 from fulgurite.streams.trainer.groups import filled_in
+
+MOST_REFILLS = 10
+"""Windows' worth of groups without a signal that are replaced for one window."""
 
 
 @dataclass(slots=True)
@@ -62,8 +73,14 @@ class Windows:
     """How many fewer than groups_per_step windows have had, in all: a window may be closed by time."""
     recent: list[Group] = field(default_factory=list[Group])
     """Of earlier windows, for the next ones: their survivors, oldest group first."""
-    usable: int = 0
-    """Complete groups that waited when `take` last looked."""
+    choice: Choice | None = None
+    """Of an earlier life: the next window."""
+    taken: list[Group] = field(default_factory=list[Group])
+    """Groups of the window that was taken last, until it is known what became of them."""
+    refilled: int = 0
+    """Groups without a signal dropped since the last window."""
+    waiting: tuple[int, ...] = ()
+    """Complete groups that waited when `take` last looked, and are in no window."""
     late: int = 0
     """Members that came after their group's deadline, since the last window."""
     duplicates: int = 0
@@ -147,6 +164,8 @@ class Windows:
     def take(self, version_in: int, least: int | None = None) -> Window | None:
         """The next window for a policy at `version_in`, as soon as there are groups_per_step usable groups, or `least`
         of them."""
+        if not self._choice_is_here(version_in):
+            return None
         usable: list[Group] = []
         for index in sorted(self.groups):
             group = self.groups[index]
@@ -154,13 +173,14 @@ class Windows:
                 continue
             if fault := self._fault(group, version_in):
                 self.groups_dropped += 1
+                self.refilled += fault == "zero_variance"
                 self._settle(group, version_in, fault)
             else:
                 usable.append(group)
-        self.usable = len(usable)
-        if len(usable) < (least or self.shape.groups_per_step):
+        chosen = self._chosen(usable, least or self.shape.groups_per_step)
+        self.waiting = tuple(group.index for group in usable if group not in chosen)
+        if not chosen:
             return None
-        chosen = usable[: self.shape.groups_per_step]
         again = self._again(chosen, version_in)
         members = [self._trained(group, version_in) for group in (*chosen, *again)]
         incomplete = sum(len(self._survivors(group, version_in)) < self._size(group) for group in chosen)
@@ -174,10 +194,26 @@ class Windows:
             self._settle(group, version_in, "")
         self.groups_short += self.shape.groups_per_step - len(chosen)
         repeated = frozenset(rollout_id for group in again for rollout_id in group.members)
-        window = Window(version_in, members, self.dropped, measured_at, repeated, incomplete)
-        self.dropped = []
-        self._remember(chosen, version_in)
+        choice = Choice(version_in, {group.index: sorted(group.members) for group in chosen})
+        window = Window(
+            version_in,
+            members,
+            self.dropped,
+            measured_at,
+            repeated,
+            incomplete,
+            None if self.shape.replayed else choice,
+        )
+        self.dropped, self.taken, self.choice, self.refilled = [], chosen, None, 0
         return window
+
+    def remember(self, version_in: int) -> None:
+        """The last window was trained on: later ones may have its groups again. What the ledger has named as dropped
+        stays dropped; where it counts in its group's comparison, it goes on doing so."""
+        if self.shape.overlap_groups:
+            self.recent += [self._kept(group, version_in) for group in self.taken]
+            self.recent = self.recent[-self.shape.overlap_groups :]
+        self.taken = []
 
     def outstanding(self) -> list[str]:
         """Rollouts asked for whose trajectories were not read, whether or not anyone still waits for them."""
@@ -249,7 +285,12 @@ class Windows:
         if self.shape.incomplete == "drop" and MIN_SURVIVORS <= survivors < self._size(group):
             return "incomplete"
         filled = self.shape.incomplete == "fill" and survivors > 0 and self._size(group) >= MIN_SURVIVORS
-        return "" if survivors >= MIN_SURVIVORS or filled else "too_few"
+        if survivors < MIN_SURVIVORS and not filled:
+            return "too_few"
+        if self.shape.refill and self.refilled < MOST_REFILLS * self.shape.groups_per_step:
+            rewards = {member.trajectory.reward for member in self._trained(group, version_in)}
+            return "zero_variance" if len(rewards) == 1 else ""
+        return ""
 
     def _trained(self, group: Group, version_in: int) -> list[Member]:
         """The survivors, and behind them what is filled in."""
@@ -272,14 +313,50 @@ class Windows:
                 found.append(group)
         return found
 
-    def _remember(self, chosen: list[Group], version_in: int) -> None:
-        """Keeps what the next windows may have again: what the ledger has named as dropped stays dropped."""
-        if not self.shape.overlap_groups:
-            return
-        for group in chosen:
-            survivors = {member.trajectory.rollout_id: member for member in self._survivors(group, version_in)}
-            self.recent.append(replace(group, members=survivors, size=len(survivors)))
-        self.recent = self.recent[-self.shape.overlap_groups :]
+    def _kept(self, group: Group, version_in: int) -> Group:
+        if self.shape.incomplete == "fill":
+            return group
+        survivors = {member.trajectory.rollout_id: member for member in self._survivors(group, version_in)}
+        return replace(group, members=survivors, size=len(survivors))
+
+    def _chosen(self, usable: list[Group], least: int) -> list[Group]:
+        """The next window's new groups; none where there are too few."""
+        if self.choice is not None:
+            return [group for group in usable if group.index in self.choice.groups]
+        return usable[: self.shape.groups_per_step] if len(usable) >= least else []
+
+    def _choice_is_here(self, version_in: int) -> bool:
+        """Whether what an earlier life took can be taken now; closes its groups with the members that they had. One
+        that cannot be taken any more (its version is over, a group was closed with others) is forgotten."""
+        choice = self.choice
+        if choice is None:
+            return True
+        for index, rollout_ids in choice.groups.items():
+            group = self.groups.get(index)
+            if group and group.members.keys() >= set(rollout_ids):
+                continue
+            if choice.version_in == version_in and not self.is_settled(index) and not (group and group.closed):
+                return False
+            self.choice = None
+            return True
+        if choice.version_in != version_in:
+            self.choice = None
+            return True
+        for index, rollout_ids in choice.groups.items():
+            self._close_with(self.groups[index], rollout_ids)
+        return True
+
+    def _close_with(self, group: Group, rollout_ids: list[str]) -> None:
+        """Who else belongs to the group was late then, and is now."""
+        for rollout_id in self.shape.rollout_ids(group.index):
+            if rollout_id in rollout_ids:
+                continue
+            if group.members.pop(rollout_id, None):
+                self._drop(rollout_id, "deadline")
+            elif not group.closed:
+                self.missing.add(rollout_id)
+                self._drop(rollout_id, "deadline")
+        group.closed = True
 
     def _settle(self, group: Group, version_in: int, reason_for_survivors: str) -> None:
         version = version_in if group.version is None else group.version

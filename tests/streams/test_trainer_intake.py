@@ -1,0 +1,72 @@
+"""Which records of `trajectories` become dead letters, and that nobody writes one that is on the log already."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+from aiokafka.structs import ConsumerRecord
+
+from fulgurite.schemas.codec import encode
+from fulgurite.schemas.settings import Settings, SourceSettings, TrainerSettings
+from fulgurite.schemas.trajectories import TokenSequence, Trajectory
+from fulgurite.streams.trainer.intake import Intake
+from fulgurite.streams.trainer.plan import make_plan
+from fulgurite.streams.trainer.samples import ModelLimits
+from fulgurite.streams.trainer.windows import Windows
+from tests.streams.trainer_world import build_model
+
+LIMITS = ModelLimits(vocab_size=16, max_positions=8)
+LIVE = {"run_id": "r", "tasks": "tests.streams.trainer_world:bandit"}
+
+
+@pytest.fixture(scope="module")
+def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return build_model(tmp_path_factory.mktemp("intake") / "model")
+
+
+def record(value: bytes, offset: int = 7) -> ConsumerRecord[bytes, bytes]:
+    return ConsumerRecord("trajectories", 0, offset, 0, 0, b"r-g0", value, None, 4, len(value), ())
+
+
+def of_two_policies() -> bytes:
+    """What actor and critic sampled in one rollout; the critic's tokens are none of its vocabulary."""
+    actor = TokenSequence(token_ids=[1, 2], loss_mask=[0, 1], logprobs=[0.0, -1.0], resource="policy")
+    critic = actor.model_copy(update={"token_ids": [1, 999], "resource": "critic"})
+    return encode(
+        Trajectory(
+            rollout_id="r-g0-r0", run_id="r", group_id="r-g0", status="succeeded", reward=1.0, sequences=[actor, critic]
+        )
+    )
+
+
+def letters(settings: Settings, value: bytes, buried: dict[int, int] | None = None) -> int:
+    plan = make_plan(settings)
+    intake = Intake(plan, LIMITS, Windows(plan.shape, asked=5), buried)
+    intake.take_in(record(value), 0)
+    return len(intake.take_dead_letters())
+
+
+@pytest.mark.parametrize(
+    ("trainer", "source", "bad_tokens", "not_json"),
+    [
+        (LIVE, {}, 0, 1),
+        (LIVE | {"resource": "critic"}, {}, 1, 1),
+        # The source run has its own policy's letters on the log, and those of records that nobody can read.
+        ({"run_id": "shadow", "resource": "shadow"}, {"run_id": "r", "resource": "critic"}, 0, 0),
+        ({"run_id": "second", "resource": "critic"}, {"run_id": "r", "resource": "critic"}, 1, 0),
+    ],
+)
+def test_who_judges_tokens_first_writes_their_dead_letters(
+    model: Path, trainer: dict[str, Any], source: dict[str, Any], bad_tokens: int, not_json: int
+) -> None:
+    settings = Settings(trainer=TrainerSettings(model=model, **trainer), source=SourceSettings(**source))
+    assert letters(settings, of_two_policies()) == bad_tokens
+    assert letters(settings, b"r-g0 is no JSON") == not_json
+
+
+def test_what_an_earlier_life_has_written_is_not_written_again(model: Path) -> None:
+    settings = Settings(trainer=TrainerSettings(model=model, **LIVE))
+    assert letters(settings, b"r: no JSON", {0: 8, 1: 0}) == 0
+    assert letters(settings, b"r: no JSON", {0: 7}) == 1
