@@ -13,6 +13,7 @@ from fulgurite.schemas.settings import Settings, SourceSettings, TrainerSettings
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
 from fulgurite.streams.trainer.intake import Intake
 from fulgurite.streams.trainer.plan import make_plan
+from fulgurite.streams.trainer.reader import Record
 from fulgurite.streams.trainer.samples import ModelLimits
 from fulgurite.streams.trainer.windows import Windows
 from tests.streams.trainer_world import build_model
@@ -26,7 +27,7 @@ def model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return build_model(tmp_path_factory.mktemp("intake") / "model")
 
 
-def record(value: bytes, offset: int = 7) -> ConsumerRecord[bytes, bytes]:
+def record(value: bytes, offset: int = 7) -> Record:
     return ConsumerRecord("trajectories", 0, offset, 0, 0, b"r-g0", value, None, 4, len(value), ())
 
 
@@ -61,12 +62,15 @@ def letters(settings: Settings, value: bytes, buried: dict[int, int] | None = No
 def test_who_judges_tokens_first_writes_their_dead_letters(
     model: Path, trainer: dict[str, Any], source: dict[str, Any], bad_tokens: int, not_json: int
 ) -> None:
-    settings = Settings(trainer=TrainerSettings(model=model, **trainer), source=SourceSettings(**source))
+    settings = Settings(
+        trainer=TrainerSettings.model_validate({"model": model, **trainer}),
+        source=SourceSettings.model_validate(source),
+    )
     assert letters(settings, of_two_policies()) == bad_tokens
     assert letters(settings, b"r-g0 is no JSON") == not_json
 
 
 def test_what_an_earlier_life_has_written_is_not_written_again(model: Path) -> None:
-    settings = Settings(trainer=TrainerSettings(model=model, **LIVE))
+    settings = Settings(trainer=TrainerSettings.model_validate({"model": model, **LIVE}))
     assert letters(settings, b"r: no JSON", {0: 8, 1: 0}) == 0
     assert letters(settings, b"r: no JSON", {0: 7}) == 1

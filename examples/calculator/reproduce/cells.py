@@ -100,6 +100,7 @@ COMPARISONS: tuple[Comparison, ...] = (
     Comparison("lag16-truncated", "lag16-uncorrected", "so do truncated importance weights"),
     Comparison("base", "lag16", "corrected, old data still learns more slowly than fresh"),
     Comparison("base", "groups-of-2", "a baseline of one other rollout is noisier than of seven"),
+    Comparison("base", "groups-of-32", "as many rollouts of a quarter of the tasks say less"),
     Comparison("base", "per-call", "the final reward alone, seen from each call, has a biased baseline"),
     Comparison("per-call-rewarded", "base", "a reward for the first call says which of the two was at fault"),
 )
