@@ -10,6 +10,7 @@
   what else the machine does only ever makes a step slower. Once with ragged lengths, once with equal ones, where there
   is no padding to save. On a CPU TRL computes the logits of every completion's position, on a GPU of the sampled ones
   only.
+- prompts: our step with and without trainer.share_prompts, where prompts are three quarters of the longest sequence.
 - streaming (train_streaming.py): a real trainer on the embedded broker.
 - async (train_async.py): the demo with trainer.pacing_staleness 0 and 1.
 
@@ -18,6 +19,7 @@ the difference of two updates relative to their size; the command fails where th
 
 Writes build/bench/train.json:
     trl_ratio, padded_ratio    our trained tokens a second over theirs, ragged lengths
+    shared_prompts_ratio       trained tokens a second with long prompts computed once a group, over once a rollout
     peak_memory_ratio          our peak memory over TRL's, weights and optimizer included: below 1 is less
     streaming_share            Kafka to micro-batch, as share of a step
     publish_seconds            from the optimizer's update to the version's record in a consumer of `resources`
@@ -35,7 +37,7 @@ import shutil
 import subprocess
 import sys
 import tempfile
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Final
 
@@ -124,6 +126,25 @@ def compare_steps(folder: Path, model: str, rounds: int, steps: int) -> Figures:
     return figures
 
 
+def compare_prompts(folder: Path, model: str, steps: int) -> Figures:
+    """What it saves that a group's prompt is computed once."""
+    sizes = SIZES[model]
+    prompt = sizes.row_tokens * 3 // 4
+    longest = sizes.row_tokens - prompt
+    long_prompts = replace(sizes, prompt_tokens=prompt, median_tokens=longest // 2, longest_tokens=longest)
+    prepare(folder, long_prompts, SPREADS["ragged"])
+    found = {name: run_contender(name, folder, model, steps) for name in ("ours", "unshared")}
+    print(f"\nprompts of {prompt:,} tokens, answers of up to {longest:,}")
+    for name, contender in found.items():
+        print(f"  {name:8s} step {min(contender.seconds):8.3f} s   peak {contender.peak_bytes / 2**20:10,.0f} MiB")
+    agree(folder, sizes, found)
+    ours, unshared = found["ours"], found["unshared"]
+    return {
+        "shared_prompts_ratio": min(unshared.seconds) / min(ours.seconds),
+        "shared_prompts_memory_ratio": ours.peak_bytes / unshared.peak_bytes,
+    }
+
+
 def _show_steps(folder: Path, sizes: Sizes, lengths: str, found: dict[str, Contender]) -> Figures:
     samples = read_window(folder)
     totals = [len(sample.token_ids) for sample in samples]
@@ -163,8 +184,9 @@ def agree(folder: Path, sizes: Sizes, found: dict[str, Contender]) -> None:
     start = {
         name: tensor for path in (folder / MODEL).glob("*.safetensors") for name, tensor in load_file(path).items()
     }
-    for name in ("trl", "padded"):
-        other = found[name]
+    for name, other in found.items():
+        if other is ours:
+            continue
         loss = max(abs(a - b) / (abs(a) + 1e-2) for a, b in zip(ours.losses, other.losses, strict=True))
         norm = max(abs(a - b) / a for a, b in zip(ours.grad_norms, other.grad_norms, strict=True))
         update = update_difference(start, ours.weights, other.weights)
@@ -202,6 +224,7 @@ def main() -> None:
         if "step" in options.only:
             figures |= {"device": torch.cuda.get_device_name() if torch.cuda.is_available() else "cpu"}
             figures |= {"model": options.model} | compare_steps(folder, options.model, options.rounds, options.steps)
+            figures |= compare_prompts(folder, options.model, options.steps)
         if "streaming" in options.only:
             from tests.bench.train_streaming import streaming
 

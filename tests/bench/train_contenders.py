@@ -1,8 +1,9 @@
 """One contender of `make bench-train`, in a process of its own: some optimizer steps on the prepared window.
 
-    python -m tests.bench.train_contenders {ours,trl,padded} FOLDER OUT --sizes tiny --steps 4
+    python -m tests.bench.train_contenders {ours,unshared,trl,padded} FOLDER OUT --sizes tiny --steps 4
 
 - ours: learner.step, from samples to new weights: packing, metrics and checks included.
+- unshared: the same without trainer.share_prompts.
 - trl: GRPOTrainer.train of TRL, with its own loop, loss, padding, metrics and optimizer. Only what would generate and
   score is replaced with the prepared window, padded as TRL pads it: prompts left, completions right, to the longest of
   the window; so its time for generating is not counted.
@@ -264,8 +265,13 @@ def _padded_as_trl_pads(samples: list[Sample], prompt_tokens: int) -> dict[str, 
     }
 
 
+def unshared(folder: Path, settings: TrainerSettings, sizes: Sizes, steps: int, done: Done) -> Any:
+    return ours(folder, settings.model_copy(update={"share_prompts": False}), sizes, steps, done)
+
+
 CONTENDERS: dict[str, Callable[[Path, TrainerSettings, Sizes, int, Done], Any]] = {
     "ours": ours,
+    "unshared": unshared,
     "trl": trl,
     "padded": padded,
 }
