@@ -14,7 +14,7 @@ from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.schemas.trajectories import CallRange, TokenSequence, Trajectory, TrajectoryReward
 from fulgurite.streams.learners.packing import pack
 from fulgurite.streams.objectives.advantages import group_advantages, mean_centred
-from fulgurite.streams.trainer.credit import Outcome, call_advantages
+from fulgurite.streams.trainer.credit import Outcome, call_advantages, calls_of
 from fulgurite.streams.trainer.objective import check_objective
 from fulgurite.streams.trainer.samples import ModelLimits, TrainingSet, member_of, training_set
 from fulgurite.streams.trainer.windows import Member, Window
@@ -94,6 +94,24 @@ def test_a_final_reward_that_names_its_call_counts_there_and_once() -> None:
     named.rewards[-1].span_id = "c1"
     found = trained(settings_of(credit="call", credit_discount=0.0), named, trajectory("b", 0.0, {}))
     assert [call.reward for call in found.samples[0].calls] == [0.0, 3.0, 0.0]
+
+
+@given(
+    st.floats(-4, 4), st.lists(st.tuples(st.sampled_from(["c0", "c1", "c2", "tool", ""]), st.floats(-2, 2)), max_size=6)
+)
+def test_parts_of_the_rollouts_reward_stand_at_their_calls_and_once(
+    reward: float, parts: list[tuple[str, float]]
+) -> None:
+    """As an aggregator leaves them: weighed by `counted`, whatever their own value is."""
+    whole = trajectory("a", reward, {})
+    whole.rewards[:0] = [
+        TrajectoryReward(reward_id=str(number), name="compliance", value=-9.0, span_id=span_id, counted=counted)
+        for number, (span_id, counted) in enumerate(parts)
+    ]
+    (calls,) = calls_of(whole, whole.sequences, reward, settings_of(credit="call"))
+    assert sum(call.reward for call in calls) == pytest.approx(reward, abs=1e-9)
+    for call in calls[:-1]:
+        assert call.reward == pytest.approx(sum(c for span_id, c in parts if span_id == f"c{call.number}"), abs=1e-9)
 
 
 def test_calls_of_several_sequences_are_in_the_order_of_the_rollout() -> None:

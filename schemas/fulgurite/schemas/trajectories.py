@@ -69,6 +69,9 @@ class TrajectoryReward(BaseModel):
     name: Name
     value: FiniteFloat
     span_id: OptionalId = ""
+    counted: FiniteFloat | None = None
+    """What of the rollout's own reward comes from this one, where an aggregator added it up: its value, weighed. None:
+    nothing added it up, or the record is of before there was such a field."""
 
 
 class Trajectory(Event):

@@ -6,8 +6,10 @@
 
 How a reward becomes an advantage is the recipe's (objectives/advantages.py) in each of them. `discounted` with discount
 1 is `rollout`. A baseline over calls at different places of their rollouts is biased where what they lead to depends on
-the place: `call` is for rewards of calls, not for a rollout's reward seen from each (objectives/credit.py). Calls of
-other policies have no tokens here; what they earned counts for nobody but through the rollout's reward.
+the place: `call` is for rewards of calls, not for a rollout's reward seen from each (objectives/credit.py). What an
+aggregator made the rollout's reward of (`counted`) is there once: at the call that it names, else at the last. Other
+rewards of calls come on top. Calls of other policies have no tokens here; what they earned counts for nobody but
+through the rollout's reward.
 """
 
 from __future__ import annotations
@@ -48,9 +50,10 @@ def calls_of(
         number_of = {call.span_id: call.number for calls in ranges for call in calls if call.span_id}
         linked = [(number_of[each.span_id], each) for each in trajectory.rewards if each.span_id in number_of]
         for number, each in linked:
-            earned[number] = earned.get(number, 0.0) + each.value
+            earned[number] = earned.get(number, 0.0) + (each.value if each.counted is None else each.counted)
+            reward -= each.counted or 0.0  # a part of it that names its call: a violation's cost
         final = next((each for each in reversed(trajectory.rewards) if each.name == FINAL_REWARD), None)
-        if final is not None and final.span_id in number_of:
+        if final is not None and final.counted is None and final.span_id in number_of:
             reward -= final.value  # it names its call, and was counted there
     earned[last] = earned.get(last, 0.0) + reward
     return [

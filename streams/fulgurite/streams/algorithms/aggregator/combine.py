@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import MappingProxyType
 
 from fulgurite.schemas.rewards import FINAL_REWARD, Reward
 from fulgurite.schemas.settings import AggregatorSettings
 from fulgurite.schemas.trajectories import FinishedAttempt, Trajectory, TrajectoryReward
+from fulgurite.streams.algorithms.compliance import SOURCE as VIOLATION
 
 SOURCE = "aggregator"
 FAILED = "reward_failed"
@@ -89,8 +91,25 @@ def sum_reward(attempt: FinishedAttempt, value: float, added: Mapping[str, float
     )
 
 
-def rewarded(attempt: FinishedAttempt, rewards: Sequence[Reward], value: float | None, failed: bool) -> Trajectory:
-    """The trajectory with these rewards, and `value` as its own."""
+def shares(
+    attempt: FinishedAttempt, rewards: Iterable[Reward], added: Mapping[str, float], rules_weight: float
+) -> dict[str, float]:
+    """What of the sum comes from which reward, by their ids; its parts are the agent's own, sources and violations."""
+    own = next((each for each in reversed(attempt.rewards) if each.name == FINAL_REWARD), None)
+    found = {own.reward_id: added.get(AGENT, 0.0)} if own else {}
+    for each in rewards:
+        found[each.reward_id] = rules_weight * each.value if each.source == VIOLATION else added[each.name]
+    return found
+
+
+def rewarded(
+    attempt: FinishedAttempt,
+    rewards: Sequence[Reward],
+    value: float | None,
+    failed: bool,
+    counted: Mapping[str, float] = MappingProxyType({}),
+) -> Trajectory:
+    """The trajectory with these rewards, and `value` as its own. counted: see `shares`."""
     partial = [reason for reason in attempt.partial.split(",") if reason]
     if failed:
         partial.append(FAILED)
@@ -100,7 +119,11 @@ def rewarded(attempt: FinishedAttempt, rewards: Sequence[Reward], value: float |
         TrajectoryReward(reward_id=one.reward_id, name=one.name, value=one.value, span_id=one.span_id)
         for one in rewards
     ]
-    changes = {"rewards": [*attempt.rewards, *added], "reward": value, "partial": ",".join(dict.fromkeys(partial))}
+    all_rewards = [
+        one.model_copy(update={"counted": counted[one.reward_id]}) if one.reward_id in counted else one
+        for one in (*attempt.rewards, *added)
+    ]
+    changes = {"rewards": all_rewards, "reward": value, "partial": ",".join(dict.fromkeys(partial))}
     return attempt.trajectory().model_copy(update=changes)
 
 

@@ -21,7 +21,15 @@ from fulgurite.producers.named_objects import load_object
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.settings import AggregatorSettings, RewardSource, Settings
 from fulgurite.schemas.trajectories import FinishedAttempt
-from fulgurite.streams.algorithms.aggregator.combine import FAILED, Part, part_reward, rewarded, sum_reward, total
+from fulgurite.streams.algorithms.aggregator.combine import (
+    FAILED,
+    Part,
+    part_reward,
+    rewarded,
+    shares,
+    sum_reward,
+    total,
+)
 from fulgurite.streams.algorithms.aggregator.judges import Judge, PartFailed
 from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
 from fulgurite.streams.algorithms.compliance import Rules
@@ -83,8 +91,9 @@ class Scoring:
                 raise InputRefused(FAILED, f"rollout {attempt.rollout_id}: {'; '.join(failed)}", events)
             return events
         value, dimensions = added
+        counted = shares(attempt, rewards, dimensions, self._rules_weight)
         rewards = [*rewards, sum_reward(attempt, value, dimensions)]
-        return [*rewards, rewarded(attempt, rewards, value, failed=False)]
+        return [*rewards, rewarded(attempt, rewards, value, failed=False, counted=counted)]
 
 
 class FunctionScorer:

@@ -1,0 +1,96 @@
+"""What an attempt's reward is made of, and what each call earns of it: from spans to the trainer's calls; no broker."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import httpx
+import pytest
+
+from fulgurite.schemas.event import VersionSpan
+from fulgurite.schemas.rewards import Reward
+from fulgurite.schemas.settings import Settings, TrainerSettings
+from fulgurite.schemas.spans import Span
+from fulgurite.schemas.trajectories import CallRange, FinishedAttempt, TokenSequence, Trajectory, TrajectoryReward
+from fulgurite.streams.algorithms.aggregator.scoring import Scoring
+from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
+from fulgurite.streams.trainer.credit import calls_of
+
+RULE = {"name": "no-phone-numbers", "operation": "chat", "pattern": "[0-9]{3}-[0-9]{4}", "cost": 0.5}
+
+
+def attempt(own: TrajectoryReward) -> FinishedAttempt:
+    """Two calls of two tokens; the first says a phone number."""
+    sequence = TokenSequence(
+        token_ids=[1] * 5,
+        loss_mask=[0, 1, 1, 1, 1],
+        logprobs=[0.0] * 5,
+        weight_versions=[VersionSpan(version=1, start=1, end=5)],
+        calls=[CallRange(span_id=f"s{n}", number=n, start=1 + 2 * n, end=3 + 2 * n) for n in range(2)],
+    )
+    said = ("call 555-1234", "ok")
+    spans = [
+        Span(span_id=f"s{n}", name="chat", operation="chat", start_ns=n, end_ns=n + 1, output=text)
+        for n, text in enumerate(said)
+    ]
+    return FinishedAttempt(
+        rollout_id="r",
+        attempt_id="a",
+        status="succeeded",
+        reward=own.value,
+        rewards=[own],
+        sequences=[sequence],
+        spans=spans,
+    )
+
+
+async def scored(given: FinishedAttempt, **settings: Any) -> tuple[Trajectory, list[Reward]]:
+    async with httpx.AsyncClient() as client:
+        events = await Scoring(Settings.model_validate(settings), client, Verdicts(None, 10)).score(given)
+    (trajectory,) = [event for event in events if isinstance(event, Trajectory)]
+    return Trajectory.model_validate_json(trajectory.model_dump_json()), [e for e in events if isinstance(e, Reward)]
+
+
+def by_call(trajectory: Trajectory) -> list[float]:
+    assert trajectory.reward is not None
+    (calls,) = calls_of(trajectory, trajectory.sequences, trajectory.reward, TrainerSettings(credit="call"))
+    return [call.reward for call in calls]
+
+
+@pytest.mark.parametrize(
+    ("weight", "reward", "calls"),
+    [(0.0, 1.0, [0.0, 1.0]), (1.0, 0.5, [-0.5, 1.0]), (2.0, 0.0, [-1.0, 1.0])],
+)
+async def test_a_violation_costs_its_call_what_it_costs_the_rollout(
+    weight: float, reward: float, calls: list[float]
+) -> None:
+    own = TrajectoryReward(reward_id="own", name="reward", value=1.0)
+    found, given = await scored(attempt(own), compliance={"weight": weight, "rules": [RULE]})
+    assert found.reward == reward
+    assert by_call(found) == calls
+    (audit,) = [each for each in given if each.source == "compliance"]
+    assert (audit.value, audit.span_id) == (-0.5, "s0"), "the audit does not depend on the weight"
+    assert [(each.value, each.counted) for each in found.rewards if each.name == "compliance"] == [
+        (-0.5, pytest.approx(-0.5 * weight))
+    ]
+
+
+async def test_bounds_of_the_sum_are_heeded_and_the_calls_still_add_up_to_it() -> None:
+    own = TrajectoryReward(reward_id="own", name="reward", value=1.0)
+    found, _ = await scored(attempt(own), compliance={"rules": [RULE]}, aggregator={"low": 0.75})
+    assert found.reward == 0.75
+    assert by_call(found) == [-0.5, 1.25]
+
+
+async def test_the_agents_own_reward_that_names_its_call_counts_there_with_its_weight() -> None:
+    own = TrajectoryReward(reward_id="own", name="reward", value=1.0, span_id="s0")
+    found, _ = await scored(attempt(own), compliance={"rules": [RULE]}, aggregator={"agent_weight": 3.0})
+    assert found.reward == 2.5
+    assert by_call(found) == [2.5, 0.0]
+
+
+async def test_a_users_own_rewards_of_calls_come_on_top() -> None:
+    given = attempt(TrajectoryReward(reward_id="own", name="reward", value=1.0))
+    given.rewards.insert(0, TrajectoryReward(reward_id="step", name="step", value=0.25, span_id="s0"))
+    found, _ = await scored(given, compliance={"rules": [RULE]})
+    assert by_call(found) == [-0.25, 1.0]
