@@ -20,7 +20,7 @@ from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
 from fulgurite.schemas.trajectories import Trajectory
 from fulgurite.streams.trainer import asking, serve
 from fulgurite.streams.trainer.checkpoints import Checkpoint, Checkpoints, RunState
-from tests.streams.trainer_world import World, all_once, build_model, read_topic, training_events
+from tests.streams.trainer_world import RESPONSE, World, all_once, build_model, read_topic, training_events
 
 RUN = "run"
 
@@ -201,6 +201,29 @@ async def test_a_bad_step_is_skipped_and_the_ledger_says_why(
     assert set(fates) == set(world.queued)
     assert all(fate.startswith("grad_norm:") and "trainer.grad_norm_limit = 1e-09" in fate for fate in fates.values())
     assert len({version.sha256 for version in world.versions}) == 1
+
+
+async def test_of_several_updates_only_a_bad_ones_rollouts_are_dropped(
+    kafka_settings: KafkaSettings, trainer_settings: TrainerSettings
+) -> None:
+    def alter(trajectory: Trajectory) -> Trajectory:
+        """Advantages of 1e-3 in size, but for the first group's 1e3."""
+        number = float(trajectory.rollout_id.rpartition("r")[2])
+        scale = 1e3 if trajectory.group_id == f"{RUN}-g0" else 1e-3
+        return trajectory.model_copy(update={"reward": number * scale})
+
+    shape = {"steps": 1, "groups_per_step": 2, "group_size": 2, "minibatches": 4, "advantage": "mean_centred"}
+    changes = {**shape, "grad_norm_limit": 1.0, "on_bad_step": "skip"}
+    async with World(kafka_settings, alter).running():
+        await train(kafka_settings, trainer_settings.model_copy(update=changes))
+    events = await training_events(kafka_settings, RUN)
+    (step,) = [event for event in events if isinstance(event, TrainingStep)]
+    assert step.rollout_ids == [f"{RUN}-g1-r0", f"{RUN}-g1-r1"]
+    assert {(each.rollout_id, each.reason.partition(":")[0]) for each in step.dropped} == {
+        (f"{RUN}-g0-r0", "grad_norm"), (f"{RUN}-g0-r1", "grad_norm"),
+    }  # fmt: skip
+    assert step.tokens == 2 * RESPONSE
+    assert (step.metrics["rollouts/trained"], step.metrics["rollouts/dropped/grad_norm"]) == (2.0, 2.0)
 
 
 async def test_a_window_closed_by_time_does_not_wait_for_the_slowest_and_the_next_one_slides_over_it(

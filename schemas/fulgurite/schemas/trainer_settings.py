@@ -168,7 +168,7 @@ class TrainerSettings(Section):
     on_bad_step: Literal["stop", "skip"] = "stop"
     """A step whose loss or gradient is no number, or past one of the next three bounds, changes nothing. stop: the run
     ends with the reason; skip: it makes a version of the same weights, and the ledger names its rollouts and the
-    reason."""
+    reason. Of several updates only that one is left out, with the rollouts that no other was made of."""
     grad_norm_limit: Annotated[float, Field(gt=0)] | None = None
     """Largest gradient norm, before it is clipped to max_grad_norm. Not set: any number."""
     max_mismatch_kl: Annotated[float, Field(gt=0)] | None = None

@@ -2,7 +2,8 @@
 
     python engine_lives.py '{"zero_stage": 3, "model": …, "state": …, "steps": 3, "out": …, "poisoned": [1],
                              "settings": {"loss": "gspo"}}' …
-Each argument is one life, one after the other in the same process; rank 0 writes out/lives.json and the model.
+Each argument is one life, one after the other in the same process; rank 0 writes out/steps.json and the model, and
+out/left_out.json: of each step, by rank, the tokens trained on and the rollouts that no update was made of.
 """
 
 from __future__ import annotations
@@ -55,12 +56,14 @@ def live(life: dict[str, Any]) -> None:
     state = Path(life["state"]) if life.get("state") else None
     learner = load_learner(Path(life["model"]), settings, state)
     steps: list[Any] = []
+    left_out: list[Any] = []
     for number in range(life["steps"]):
         # Version 0 is that of the samples, whose logprobs are made up: asked for, the comparison refuses the step.
         version = 0 if number in life.get("poisoned", []) else 1
         try:
             result = learner.step(samples(life.get("samples", 13)), version)
             steps.append([result.loss, result.grad_norm, result.tokens, result.metrics["actor/entropy"]])
+            left_out.append(learner.engine.gather([result.tokens, *sorted(result.left_out)]))
         except (BadStep, LogprobMismatch) as error:
             steps.append(type(error).__name__)
     out = Path(life["out"])
@@ -69,6 +72,7 @@ def live(life: dict[str, Any]) -> None:
     learner.save_state(out / "optimizer.pt")
     if learner.engine.rank == 0:
         (out / "steps.json").write_text(json.dumps(steps))
+        (out / "left_out.json").write_text(json.dumps(left_out))
     learner.engine.gather(None)  # the next life may begin with what rank 0 has written
 
 

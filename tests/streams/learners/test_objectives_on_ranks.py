@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -9,7 +10,7 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from tests.streams.learners.engine_lives import VOCABULARY
+from tests.streams.learners.engine_lives import VOCABULARY, samples
 from tests.streams.learners.test_engines import Life, farthest, run, steps
 
 pytestmark = pytest.mark.timeout(600)  # processes under torchrun, which share two cores with other tests
@@ -23,6 +24,8 @@ OBJECTIVES: dict[str, Life] = {
 UNDER = {"masked": 1, "gspo": 3, "lone": 3}
 """The ZeRO stage of each."""
 LIMITED = {"grad_norm_limit": 1e-3, "on_bad_step": "skip"}
+PARTLY = {"minibatches": 4, "grad_norm_limit": 0.54, "on_bad_step": "skip"}
+"""Some updates of a window are within the limit."""
 
 
 @pytest.fixture(scope="module")
@@ -41,11 +44,16 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         place = {"model": str(found / "m0"), "out": str(found / f"{name}{stage}")}
         return {"zero_stage": stage, "steps": 2, "settings": told, **place, **more}
 
-    run(1, *(life(name, 0, **more) for name, more in OBJECTIVES.items()), life("limited", 0, LIMITED))
+    run(
+        1,
+        *(life(name, 0, **more) for name, more in OBJECTIVES.items()),
+        life("limited", 0, LIMITED),
+        life("partly", 0, PARTLY),
+    )
     run(
         2,
         *(life(name, stage, **OBJECTIVES[name]) for name, stage in UNDER.items()),
-        *(life("limited", stage, LIMITED) for stage in (1, 3)),
+        *(life(name, stage, limits) for stage in (1, 3) for name, limits in (("limited", LIMITED), ("partly", PARTLY))),
     )
     return found
 
@@ -65,3 +73,14 @@ def test_a_gradient_past_the_limit_changes_nothing_on_any_rank(folder: Path, sta
     assert norm > 1e-3
     assert [step[1:3] for step in steps(folder / f"limited{stage}")] == [[pytest.approx(norm, abs=1e-5), 0]] * 2
     assert farthest(folder / f"limited{stage}", folder / "m0") == 0.0
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_every_rank_names_the_same_rollouts_of_a_refused_update(folder: Path, stage: int) -> None:
+    alone, found = (json.loads((folder / f"partly{n}" / "left_out.json").read_text()) for n in (0, stage))
+    assert any(0 < len(rollouts) < len(samples()) for ((_, *rollouts),) in alone)
+    assert found == [[each, each] for (each,) in alone]
+    tokens = {sample.rollout_id: sum(sample.loss_mask) for sample in samples()}
+    for ((trained, *rollouts),) in alone:
+        assert trained == sum(tokens.values()) - sum(tokens[rollout] for rollout in rollouts)
+    assert farthest(folder / f"partly{stage}", folder / "partly0") < 2e-5

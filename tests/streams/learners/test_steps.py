@@ -323,7 +323,7 @@ def test_a_skipped_window_names_its_rollouts_and_a_later_one_is_trained_on(folde
     result = learner.step(poisoned, 2)
     assert result.skipped == "nonfinite:loss nan"
     assert (result.loss, result.grad_norm) == (0.0, 0.0)
-    told = training.skipped(result.skipped)
+    told = training.without(result.left_out)
     assert (told.samples, told.rollout_ids) == ([], [])
     assert {(d.rollout_id, d.reason) for d in told.dropped if d.reason != "zero_variance"} == {
         (rollout_id, "nonfinite:loss nan") for rollout_id in training.rollout_ids

@@ -16,11 +16,13 @@ from transformers import AutoModelForCausalLM
 
 from fulgurite.schemas.errors import LogprobMismatch, SettingsError
 from fulgurite.schemas.settings import TrainerSettings
+from fulgurite.schemas.training import DroppedRollout
 from fulgurite.streams.learners.learner import BadStep, Learner, load_learner
 from fulgurite.streams.learners.schedule import learning_rate
-from fulgurite.streams.learners.updates import update_plan
+from fulgurite.streams.learners.updates import left_out, trained_tokens, update_plan
 from fulgurite.streams.trainer.objective import check_objective
 from fulgurite.streams.trainer.sample import Sample
+from fulgurite.streams.trainer.samples import TrainingSet
 from tests.streams.trainer_world import build_model
 
 CAP = 1.1
@@ -158,6 +160,56 @@ def test_an_update_past_a_bound_is_left_out_alone(folder: Path) -> None:
     assert result.grad_norm < limit
     with pytest.raises(BadStep, match="grad_norm"):
         load_learner(folder, settings.model_copy(update={"on_bad_step": "stop"})).step(samples(), 2)
+
+
+@given(
+    st.lists(st.integers(0, 5), min_size=1, max_size=12),
+    st.integers(1, 3),
+    st.integers(1, 4),
+    st.lists(st.sampled_from(["", "nonfinite:loss nan", "grad_norm:9"]), min_size=12, max_size=12),
+)
+def test_a_rollout_is_trained_on_or_left_out_with_a_reason_of_one_of_its_updates(
+    rollouts: list[int], epochs: int, minibatches: int, faults: list[str]
+) -> None:
+    window = [replace(samples(1)[0], rollout_id=f"r{rollout}") for rollout in rollouts]
+    plan = update_plan(window, settings_of(epochs=epochs, minibatches=minibatches), 1)
+    fates = list(zip(plan, faults, strict=False))
+    out = left_out(window, fates)
+    for rollout_id in {sample.rollout_id for sample in window}:
+        own = [fault for members, fault in fates if any(window[m].rollout_id == rollout_id for m in members)]
+        assert len(own) == epochs
+        assert (rollout_id in out) == all(own)
+        assert rollout_id not in out or out[rollout_id] == own[0]
+    trained = [sample for sample in window if sample.rollout_id not in out]
+    assert trained_tokens(window, fates) == sum(sum(sample.loss_mask) for sample in trained)
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_the_ledger_has_only_those_that_an_update_was_made_of(folder: Path, epochs: int) -> None:
+    """Two rollouts in an update each; the gradient of r1's is always too large."""
+    window = [replace(samples(2)[1], rollout_id=f"r{number}", advantage=(1e-3, -1e3)[number]) for number in range(2)]
+    settings = settings_of(epochs=epochs, grad_norm_limit=1.0, on_bad_step="skip")
+    result = load_learner(folder, settings).step(window, 2)
+    assert (result.metrics["actor/updates"], result.metrics["actor/updates_skipped"]) == (epochs, epochs)
+    assert not result.skipped
+    assert result.tokens == sum(window[0].loss_mask)
+    assert result.left_out.keys() == {"r1"}
+    assert result.left_out["r1"].startswith("grad_norm:")
+    whole = TrainingSet(window, ["r0", "r1"], [], [0.0, 1.0], [0.0, 0.0], [1e-3, -1e3], 1, 0)
+    told = whole.without(result.left_out)
+    assert (told.rollout_ids, [sample.rollout_id for sample in told.samples]) == (["r0"], ["r0"])
+    assert told.dropped == [DroppedRollout(rollout_id="r1", reason=result.left_out["r1"])]
+    told = whole.apart(["r1"]).without(result.left_out)
+    assert (told.rollout_ids, told.again, told.dropped) == (["r0"], [], []), "the ledger has named r1"
+
+
+def test_where_every_update_is_refused_each_rollout_has_its_own_reason(folder: Path) -> None:
+    settings = settings_of(epochs=1, grad_norm_limit=1e-9, on_bad_step="skip")
+    result = load_learner(folder, settings).step(samples(), 2)
+    assert result.skipped.startswith("grad_norm:")
+    assert result.tokens == 0
+    assert result.left_out.keys() == {sample.rollout_id for sample in samples()}
+    assert len(set(result.left_out.values())) == 2, "the norms of two updates"
 
 
 def test_the_schedule_counts_updates() -> None:

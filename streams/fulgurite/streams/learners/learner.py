@@ -9,8 +9,8 @@ policy at the window's beginning (decoupled PPO, see trainer/losses.py).
 
 Promises: the same files, settings, samples and ranks give the same weights, bit for bit (on a CPU); nothing is changed
 when a step is skipped, or raises before its first update, and it does so on every rank or on none; of several updates
-one that is refused is left out. Does not know Kafka, windows or versions on disk; knows the number of the version it
-trains only to compare its own logprobs with the sampler's.
+one that is refused is left out, and the result names the rollouts that none was made of. Does not know Kafka, windows
+or versions on disk; knows the number of the version it trains only to compare its own logprobs with the sampler's.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ from fulgurite.streams.learners.policy import Policy, load_trained_policy
 from fulgurite.streams.learners.reference import Base, Reference, load_reference
 from fulgurite.streams.learners.results import Pass, StepResult, skipped
 from fulgurite.streams.learners.schedule import learning_rate
-from fulgurite.streams.learners.updates import update_plan
+from fulgurite.streams.learners.updates import left_out, trained_tokens, update_plan
 from fulgurite.streams.objectives.aggregation import WindowTotals, window_totals
 from fulgurite.streams.objectives.kl import kl_estimate
 from fulgurite.streams.objectives.packing import Sequences
@@ -143,7 +143,7 @@ class Learner:
         fault = fault or norm_fault(self._settings, norm)
         if fault:
             self._refuse(fault, found.loss, known, samples, version_in)
-            return skipped(fault, found.loss, known, metrics)
+            return skipped(fault, found.loss, known, metrics, left_out(samples, [(range(len(samples)), fault)]))
         self._updates += 1
         return StepResult(found.loss, norm, totals.tokens, metrics | {"actor/lr": rate})
 
@@ -157,7 +157,8 @@ class Learner:
         fault = window_fault(self._settings, before.loss, metrics)
         if fault:
             self._refuse(fault, before.loss, math.nan, samples, version_in)
-            return skipped(fault, before.loss, math.nan, metrics)
+            everything = left_out(samples, [(range(len(samples)), fault)])
+            return skipped(fault, before.loss, math.nan, metrics, everything)
         done: list[Update] = []
         for members in updates:
             chosen = [samples[member] for member in members]
@@ -174,10 +175,12 @@ class Learner:
             done.append(Update(found.loss, norm, rate, fault, seen))
         metrics |= update_metrics(done)
         made = [update for update in done if not update.fault]
+        fates = [(members, update.fault) for members, update in zip(updates, done, strict=True)]
+        untrained = left_out(samples, fates)
         if not made:
-            return skipped(done[0].fault, done[0].loss, done[0].grad_norm, metrics)
+            return skipped(done[0].fault, done[0].loss, done[0].grad_norm, metrics, untrained)
         loss, norm = (sum(values) / len(made) for values in ([u.loss for u in made], [u.grad_norm for u in made]))
-        return StepResult(loss, norm, totals.tokens, metrics)
+        return StepResult(loss, norm, trained_tokens(samples, fates), metrics, left_out=untrained)
 
     def _compared(self, samples: list[Sample], metrics: dict[str, float]) -> None:
         if any(max(sample.versions) >= 0 for sample in samples):  # else another policy sampled: nothing to compare

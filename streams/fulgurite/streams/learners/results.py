@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -20,6 +21,9 @@ class StepResult:
     metrics: dict[str, float]
     skipped: str = ""
     """Why nothing was changed, as `kind:figures` (trainer.on_bad_step = skip); empty where something was."""
+    left_out: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Rollouts that no update was made of, and why: all of the window where nothing was changed, or those whose every
+    update was refused."""
 
 
 @dataclass(slots=True)
@@ -48,9 +52,8 @@ class Pass:
         )
 
 
-def skipped(fault: str, loss: float, norm: float, metrics: dict[str, float]) -> StepResult:
+def skipped(fault: str, loss: float, norm: float, metrics: dict[str, float], left_out: Mapping[str, str]) -> StepResult:
     """Records hold numbers only; what was none is in the reason."""
     finite = {name: value for name, value in metrics.items() if math.isfinite(value)}
-    return StepResult(
-        loss if math.isfinite(loss) else 0.0, norm if math.isfinite(norm) else 0.0, 0, finite, skipped=fault
-    )
+    loss, norm = (value if math.isfinite(value) else 0.0 for value in (loss, norm))
+    return StepResult(loss, norm, 0, finite, fault, left_out)

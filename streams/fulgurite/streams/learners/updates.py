@@ -1,13 +1,13 @@
 """Which samples each optimizer update of a window is made of: trainer.epochs passes, each in trainer.minibatches parts.
 
 Promises: every sample once an epoch; all sequences of a rollout in one part; the same window of the same version is
-split the same way, on every rank and after a restart. Pure, no torch.
+split the same way, on every rank and after a restart. And what came of them: who was trained on. Pure, no torch.
 """
 
 from __future__ import annotations
 
 import random
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.trainer.sample import Sample
@@ -30,3 +30,22 @@ def update_plan(samples: Sequence[Sample], settings: TrainerSettings, version_in
             chosen = order[part * len(order) // parts : (part + 1) * len(order) // parts]
             plan.append(sorted(number for rollout_id in chosen for number in of_rollout[rollout_id]))
     return plan
+
+
+def trained_tokens(samples: Sequence[Sample], updates: Iterable[tuple[Sequence[int], str]]) -> int:
+    """Sampled tokens that had a gradient, each once. An update: its samples, by number; why it was refused, if so."""
+    members = {number for numbers, fault in updates if not fault for number in numbers}
+    return sum(sum(samples[number].loss_mask) for number in members)
+
+
+def left_out(samples: Sequence[Sample], updates: Iterable[tuple[Sequence[int], str]]) -> dict[str, str]:
+    """Rollouts that no update was made of, and why their first one was refused."""
+    trained: set[str] = set()
+    reasons: dict[str, str] = {}
+    for numbers, fault in updates:
+        for rollout_id in [samples[number].rollout_id for number in numbers]:
+            if fault:
+                reasons.setdefault(rollout_id, fault)
+            else:
+                trained.add(rollout_id)
+    return {rollout_id: fault for rollout_id, fault in reasons.items() if rollout_id not in trained}

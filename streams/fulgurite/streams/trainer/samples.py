@@ -7,7 +7,7 @@ it.
 from __future__ import annotations
 
 import json
-from collections.abc import Collection, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Final
@@ -51,7 +51,7 @@ class TrainingSet:
     penalties: list[float]
     """What was added to each of them for its length, before it became an advantage."""
     advantages: list[float]
-    """One per rollout trained on; where calls have their own, one per call."""
+    """One per rollout that the learner is given; where calls have their own, one per call."""
     groups: int
     groups_without_signal: int
     again: list[str] = field(default_factory=list[str])
@@ -66,10 +66,21 @@ class TrainingSet:
             again=[rollout_id for rollout_id in self.rollout_ids if rollout_id in again],
         )
 
-    def skipped(self, reason: str) -> TrainingSet:
-        """The same window, not trained on after all: its rollouts are dropped with this reason."""
-        dropped = [DroppedRollout(rollout_id=rollout_id, reason=reason[:512]) for rollout_id in self.rollout_ids]
-        return replace(self, samples=[], rollout_ids=[], dropped=[*self.dropped, *dropped], again=[])
+    def without(self, reasons: Mapping[str, str]) -> TrainingSet:
+        """The same window without rollouts that were not trained on after all: dropped, each with its reason. Those of
+        earlier windows the ledger has named: they are only taken from `again`."""
+        dropped = [
+            DroppedRollout(rollout_id=rollout_id, reason=reasons[rollout_id][:512])
+            for rollout_id in self.rollout_ids
+            if rollout_id in reasons
+        ]
+        return replace(
+            self,
+            samples=[sample for sample in self.samples if sample.rollout_id not in reasons],
+            rollout_ids=[rollout_id for rollout_id in self.rollout_ids if rollout_id not in reasons],
+            dropped=[*self.dropped, *dropped],
+            again=[rollout_id for rollout_id in self.again if rollout_id not in reasons],
+        )
 
 
 def read_limits(model: Path) -> ModelLimits:

@@ -231,7 +231,7 @@ class Trainer:
 
     async def optimize(self, window: Window) -> tuple[TrainingSet, StepResult | None]:
         """2. One optimizer step; None where no group of the window has a signal: then the weights stay as they are, and
-        so they do where the learner skips a bad step.
+        so they do where the learner skips a bad step. Rollouts that it made no update of are dropped, with its reason.
 
         Such a window still makes a version (of the same weights), so that versions, steps and pacing stay in step.
         """
@@ -243,7 +243,7 @@ class Trainer:
         result = await asyncio.to_thread(self._run.learner.step, samples, window.version_in)
         if self._plan.trainer.demonstrations is not None:
             result = without_sampler(result)
-        return (training.skipped(result.skipped) if result.skipped else training), result
+        return training.without(result.left_out), result
 
     async def _optimize_and_check(self, window: Window) -> tuple[TrainingSet, StepResult | None]:
         """2, and meanwhile the look for another writer: a round trip or two that cost the step no time."""
