@@ -13,9 +13,10 @@ from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.schemas.trajectories import CallRange, TokenSequence, Trajectory, TrajectoryReward
 from fulgurite.streams.learners.packing import pack
-from fulgurite.streams.objectives.advantages import group_advantages, mean_centred
-from fulgurite.streams.trainer.credit import Outcome, call_advantages, calls_of
+from fulgurite.streams.objectives.advantages import ESTIMATORS, group_advantages, mean_centred
+from fulgurite.streams.trainer.credit import Outcome, call_advantages, calls_of, with_penalties
 from fulgurite.streams.trainer.objective import check_objective
+from fulgurite.streams.trainer.sample import Sample
 from fulgurite.streams.trainer.samples import ModelLimits, TrainingSet, member_of, training_set
 from fulgurite.streams.trainer.windows import Member, Window
 
@@ -168,6 +169,53 @@ def test_one_call_a_rollout_or_no_discount_is_the_rollouts_advantage(groups: lis
         assert [calls[-1] for calls in found] == pytest.approx(expected)
     single = [[calls[:1] for calls in group] for group in outcomes]
     assert call_advantages(single, TrainerSettings(credit="call")) == call_advantages(single, TrainerSettings())
+
+
+@st.composite
+def windows(draw: st.DrawFn) -> list[list[Trajectory]]:
+    """Groups some of whose rewards do not differ."""
+    groups: list[list[Trajectory]] = []
+    for number in range(draw(st.integers(1, 4))):
+        size, same = draw(st.integers(2, 4)), draw(st.booleans())
+        rewards = [draw(st.sampled_from([-1.0, 0.0, 0.3, 1.0]))] * size
+        if not same:
+            rewards = [draw(st.sampled_from([-1.0, 0.0, 0.3, 1.0])) for _ in range(size)]
+        shapes = [draw(st.sampled_from([RANGES, ((0, 2, 4),), ((0, 2, 4), (1, 5, 8))])) for _ in range(size)]
+        sequences = [
+            sequence(ranges, [int(any(s <= at < e for _, s, e in ranges)) for at in range(8)]) for ranges in shapes
+        ]
+        groups.append([trajectory(f"g{number}r{n}", reward, {}, sequences[n]) for n, reward in enumerate(rewards)])
+    return groups
+
+
+@given(
+    windows(),
+    st.sampled_from(sorted(ESTIMATORS)),
+    st.sampled_from([("rollout", 1.0), ("discounted", 0.5), ("call", 0.5)]),
+    st.sampled_from(["drop", "keep"]),
+    st.lists(st.floats(0, 2), min_size=48, max_size=48),
+)
+def test_kl_in_reward_compares_with_what_is_compared_without_it(
+    groups: list[list[Trajectory]], advantage: str, credit: tuple[str, float], zero_variance: str, kl: list[float]
+) -> None:
+    """A penalty of 0 changes nothing at all, and another what it changes where every group is trained on."""
+    changes = {"advantage": advantage, "credit": credit[0], "credit_discount": credit[1]}
+    window = Window(1, [[Member(each) for each in group] for group in groups], [])
+    in_reward, dropping = {**changes, "kl_in_reward": True}, {"zero_variance": zero_variance}
+    plain = training_set(window, settings_of(**changes, **dropping))
+    found = training_set(window, settings_of(**in_reward, **dropping))
+    everyone = training_set(window, settings_of(**in_reward, zero_variance="keep")).samples
+    drawn = iter(kl)
+    penalties = {sample.rollout_id: [next(drawn) for _ in sample.calls] for sample in everyone}
+
+    def anew(factor: float, samples: list[Sample]) -> list[Sample]:
+        own = [[factor * value for value in penalties[sample.rollout_id]] for sample in samples]
+        return with_penalties(samples, own, settings_of(**in_reward))
+
+    assert anew(0.0, [*found.samples, *found.compared])[: len(found.samples)] == plain.samples
+    expected = {sample.rollout_id: sample for sample in anew(1.0, everyone)}
+    for sample in anew(1.0, [*found.samples, *found.compared])[: len(found.samples)]:
+        assert sample == expected[sample.rollout_id]
 
 
 def test_what_would_be_ignored_is_refused() -> None:

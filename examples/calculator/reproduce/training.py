@@ -175,7 +175,7 @@ class _Run:
         behind, _ = staleness(training, window)
         if not training.samples:
             return behind, None
-        return behind, self._learner.step(training.samples, window.version_in)
+        return behind, self._learner.step(training.samples, window.version_in, training.compared)
 
     def _rollouts(self, step: int, version: int) -> list[Trajectory]:
         shape = self._windows.shape

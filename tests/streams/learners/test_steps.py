@@ -6,7 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import torch
@@ -18,7 +18,10 @@ from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
 from fulgurite.streams.learners.learner import BadStep, Learner, StepResult, load_learner
+from fulgurite.streams.learners.packing import PackedBatch
+from fulgurite.streams.learners.reference import Reference
 from fulgurite.streams.learners.schedule import learning_rate
+from fulgurite.streams.objectives.advantages import batch_normalised
 from fulgurite.streams.trainer.samples import TrainingSet, training_set
 from fulgurite.streams.trainer.windows import Member, Window
 from tests.streams.trainer_world import build_model
@@ -376,3 +379,55 @@ def test_the_penalty_taken_from_rewards_moves_advantages_and_adds_no_gradient(
     assert result.grad_norm == pytest.approx(same.grad_norm, rel=1e-4)
     assert result.metrics["actor/reward_kl_penalty"] == pytest.approx(total / 20, rel=1e-4)
     assert "actor/kl_loss" not in result.metrics
+
+
+class Same:
+    """A reference policy from which nobody has moved away."""
+
+    def logprobs(self, batch: PackedBatch) -> Tensor:
+        return batch.behaviour_logprobs
+
+
+def test_a_penalty_of_nothing_taken_from_rewards_changes_nothing(folder: Path) -> None:
+    """Also where the baseline is over the window: its second group is dropped, and counts in it."""
+    in_reward = settings_of(loss="reinforce_plus_plus", kl_in_reward=True, kl_coefficient=0.5, reference=folder)
+    plain, taken = settings_of(loss="reinforce_plus_plus"), window(folder)
+    training = training_set(taken, in_reward)
+    assert [sample.rollout_id for sample in training.compared] == ["r-g1-r0", "r-g1-r1"]
+    learner = load_learner(folder, in_reward)
+    learner = Learner(learner.engine, in_reward, reference=cast(Reference, Same()))
+    result = learner.step(training.samples, 2, training.compared)
+    same = load_learner(folder, plain)
+    expected = same.step(training_set(taken, plain).samples, 2)
+    assert (result.loss, result.grad_norm, result.tokens) == (expected.loss, expected.grad_norm, expected.tokens)
+    assert result.metrics["actor/reward_kl_penalty"] == 0.0
+    assert all(torch.equal(tensor, trained(same)[name]) for name, tensor in trained(learner).items())
+
+
+def test_all_that_a_window_compares_pays_the_penalty(folder: Path, other: Path) -> None:
+    changes = {"kl_in_reward": True, "kl_estimator": "k1", "kl_coefficient": 0.5, "reference": other}
+    settings = settings_of(loss="reinforce_plus_plus", **changes)
+    taken, plain = window(folder), settings_of(loss="reinforce_plus_plus")
+    frozen: Any = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
+
+    def paid(member: Member) -> float:
+        with torch.no_grad():
+            kl = [
+                torch.tensor(s.logprobs[2:]) - log_p(frozen, s.token_ids, s.loss_mask)
+                for s in member.trajectory.sequences
+            ]
+        return (member.trajectory.reward or 0.0) - 0.5 * torch.cat(kl).sum().item()
+
+    tokens = [[sum(sum(s.loss_mask) for s in m.trajectory.sequences) for m in group] for group in taken.groups]
+    advantages = batch_normalised([[paid(member) for member in group] for group in taken.groups], tokens)
+    by_rollout = {
+        member.trajectory.rollout_id: advantage
+        for group, found in zip(taken.groups, advantages, strict=True)
+        for member, advantage in zip(group, found, strict=True)
+    }
+    expected = [replace(s, advantage=by_rollout[s.rollout_id]) for s in training_set(taken, plain).samples]
+    training = training_set(taken, settings)
+    result = load_learner(folder, settings).step(training.samples, 2, training.compared)
+    same = load_learner(folder, plain).step(expected, 2)
+    assert result.loss == pytest.approx(same.loss, abs=1e-5)
+    assert result.grad_norm == pytest.approx(same.grad_norm, rel=1e-4)

@@ -98,12 +98,14 @@ class Learner:
     def close(self) -> None:
         """Nothing to give back."""
 
-    def step(self, samples: list[Sample], version_in: int) -> StepResult:
-        """The updates of a window. Raises LogprobMismatch or BadStep: these weights must not be used any more."""
+    def step(self, samples: list[Sample], version_in: int, compared: Sequence[Sample] = ()) -> StepResult:
+        """The updates of a window. Raises LogprobMismatch or BadStep: these weights must not be used any more.
+
+        `compared`: see TrainingSet; they have no gradient."""
         torch.set_num_threads(self._settings.threads)  # OpenMP's setting is the calling thread's own
         began = time.perf_counter()
         if self._settings.kl_in_reward:
-            samples, penalty = self._penalised(samples)
+            samples, penalty = self._penalised(samples, compared)
         else:
             penalty = {}
         updates = update_plan(samples, self._settings, version_in)
@@ -187,9 +189,11 @@ class Learner:
             self._watch.saw(metrics[SAME_VERSION_TOKENS])
 
     @torch.no_grad()
-    def _penalised(self, samples: list[Sample]) -> tuple[list[Sample], dict[str, float]]:
-        """KL in the reward: advantages anew from what is left of each call's."""
+    def _penalised(self, trained: list[Sample], compared: Sequence[Sample]) -> tuple[list[Sample], dict[str, float]]:
+        """KL in the reward: advantages anew from what is left of each call's. Those that the others are compared with
+        pay as they do: their rewards count in the same mean and deviation."""
         assert self._reference is not None, "check_objective refuses kl_in_reward without a coefficient"
+        samples = [*trained, *compared]
         mine: dict[int, tuple[list[float], float]] = {}
         for members in self._batches(samples):
             batch = self._pack(samples, members, None)
@@ -201,12 +205,12 @@ class Learner:
         found = {number: sums for part in self.engine.gather(mine) for number, sums in part.items()}
         coefficient = self._settings.kl_coefficient
         penalties = [[coefficient * value for value in found[number][0]] for number in range(len(samples))]
-        tokens = sum(sum(sample.loss_mask) for sample in samples)
+        tokens = sum(sum(sample.loss_mask) for sample in trained)
         metrics = {
-            "actor/reward_kl_penalty": sum(total for _, total in found.values()) / tokens,
+            "actor/reward_kl_penalty": sum(found[number][1] for number in range(len(trained))) / tokens,
             "actor/reward_kl_penalty_coeff": coefficient,
         }
-        return with_penalties(samples, penalties, self._settings), metrics
+        return with_penalties(samples, penalties, self._settings)[: len(trained)], metrics
 
     def _refuse(self, fault: str, loss: float, norm: float, samples: list[Sample], version_in: int) -> None:
         """Says what was wrong with an update, and raises BadStep or returns, as the settings say."""

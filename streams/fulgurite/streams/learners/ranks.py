@@ -10,6 +10,7 @@ the last committed version. Does not know what the commands compute.
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from datetime import timedelta
 from pathlib import Path
 from typing import Any, Final, Protocol
@@ -31,7 +32,7 @@ WAIT: Final = timedelta(days=30)
 class AnyLearner(Protocol):
     """What the trainer asks of a learner."""
 
-    def step(self, samples: list[Sample], version_in: int) -> StepResult: ...
+    def step(self, samples: list[Sample], version_in: int, compared: Sequence[Sample] = ()) -> StepResult: ...
     def save_weights(self, folder: Path) -> None: ...
     def save_state(self, path: Path) -> None: ...
     def close(self) -> None: ...
@@ -46,9 +47,9 @@ class Lead:
         self._tell("load", folder, settings, state)
         self._learner = load_learner(folder, settings, state)
 
-    def step(self, samples: list[Sample], version_in: int) -> StepResult:
-        self._tell("step", samples, version_in)
-        return self._learner.step(samples, version_in)
+    def step(self, samples: list[Sample], version_in: int, compared: Sequence[Sample] = ()) -> StepResult:
+        self._tell("step", samples, version_in, compared)
+        return self._learner.step(samples, version_in, compared)
 
     def save_weights(self, folder: Path) -> None:
         self._tell("save_weights", folder)

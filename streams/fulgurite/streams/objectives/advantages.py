@@ -130,3 +130,6 @@ ESTIMATORS: Mapping[str, Estimator] = MappingProxyType(
         "one": lambda rewards, tokens: [[1.0] * len(group) for group in rewards],
     }
 )
+
+OVER_WINDOW = frozenset({"batch_normalised", "group_mean_batch_normalised"})
+"""The estimators in which a rollout's advantage depends on other groups, too."""

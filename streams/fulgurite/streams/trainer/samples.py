@@ -16,9 +16,11 @@ from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.schemas.training import DroppedRollout
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
+from fulgurite.streams.objectives.advantages import OVER_WINDOW
 from fulgurite.streams.objectives.rewards import overlong_penalty
 from fulgurite.streams.trainer.credit import calls_of, credited, teaches
 from fulgurite.streams.trainer.imitation import NOT_CHOSEN, chosen, needs_signal
+from fulgurite.streams.trainer.objective import recipe_of
 from fulgurite.streams.trainer.sample import Call, Sample
 from fulgurite.streams.trainer.windows import FILLED, Member, Window
 
@@ -56,6 +58,8 @@ class TrainingSet:
     groups_without_signal: int
     again: list[str] = field(default_factory=list[str])
     """Of rollouts trained on those that an earlier window had, too."""
+    compared: list[Sample] = field(default_factory=list[Sample])
+    """Not trained on; advantages of the others that are made anew (trainer.kl_in_reward) depend on them."""
 
     def apart(self, again: Collection[str]) -> TrainingSet:
         """The same with rollouts of earlier windows listed apart: the ledger has named them."""
@@ -161,6 +165,8 @@ def training_set(window: Window, settings: TrainerSettings, resource: str = "") 
                 reason = "zero_variance" if useless else NOT_CHOSEN
                 dropped.append(DroppedRollout(rollout_id=each.rollout_id, reason=reason))
     trained = frozenset(rollout_ids)
+    is_anew = settings.kl_in_reward and recipe_of(settings).advantage in OVER_WINDOW
+    compared = [sample for sample in samples if sample.rollout_id not in trained] if is_anew else []
     samples = [sample for sample in samples if sample.rollout_id in trained]
     by_rollout = {sample.rollout_id: sample.advantage for sample in samples}
     return TrainingSet(
@@ -172,6 +178,7 @@ def training_set(window: Window, settings: TrainerSettings, resource: str = "") 
         advantages=[number for s in samples for number in s.advantages] or [by_rollout[i] for i in rollout_ids],
         groups=len(window.groups),
         groups_without_signal=sum(silent),
+        compared=compared,
     )
 
 

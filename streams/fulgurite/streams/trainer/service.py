@@ -240,7 +240,7 @@ class Trainer:
             logger.warning("step %d: no group's rewards differ; the weights stay as they are", self._run.step + 1)
             return training, None
         samples = training.samples if self._plan.is_own_policy else [of_others(sample) for sample in training.samples]
-        result = await asyncio.to_thread(self._run.learner.step, samples, window.version_in)
+        result = await asyncio.to_thread(self._run.learner.step, samples, window.version_in, training.compared)
         if self._plan.trainer.demonstrations is not None:
             result = without_sampler(result)
         return training.without(result.left_out), result
