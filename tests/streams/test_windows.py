@@ -216,8 +216,8 @@ def test_windows_slide_by_count_within_the_bound_on_staleness() -> None:
 
 
 def test_groups_of_a_window_that_was_not_trained_on_are_in_no_later_one() -> None:
-    w = Windows(replace(SHAPE, groups_per_step=1, overlap_groups=2), asked=3)
-    for group in range(3):
+    w = Windows(replace(SHAPE, groups_per_step=1, overlap_groups=2), asked=4)
+    for group in range(4):
         add_group(w, group)
     assert w.take(5)  # its step was refused: nobody says remember
     second, third = taken(w, 5), taken(w, 5)
@@ -225,6 +225,10 @@ def test_groups_of_a_window_that_was_not_trained_on_are_in_no_later_one() -> Non
     assert third
     assert [group[0].trajectory.group_id for group in second.groups] == ["r-g1"]
     assert [group[0].trajectory.group_id for group in third.groups] == ["r-g2", "r-g1"]
+    w.recent.clear()
+    assert w.take(5)
+    w.remember(5, ["r-g3-r1"])  # one of several updates was
+    assert w.recent == []
 
 
 def test_what_is_filled_in_counts_in_later_windows_too() -> None:

@@ -207,7 +207,7 @@ class Trainer:
         self._progress.filled()
         training, result = await self._optimize_and_check(window)  # 2
         if result and not result.skipped:
-            run.windows.remember(window.version_in)
+            run.windows.remember(window.version_in, result.left_out)
         self._progress.optimized()
         groups = self._supply.ask(steps_done=run.step + 1)
         checkpoint = await self.write_checkpoint(run.version + 1, run.step + 1)  # 3

@@ -34,7 +34,7 @@ Promise: every rollout asked for (in a replay: read) comes out exactly once, in 
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
 from fulgurite.schemas.training import DroppedRollout
@@ -207,11 +207,13 @@ class Windows:
         self.dropped, self.taken, self.choice, self.refilled = [], chosen, None, 0
         return window
 
-    def remember(self, version_in: int) -> None:
-        """The last window was trained on: later ones may have its groups again. What the ledger has named as dropped
-        stays dropped; where it counts in its group's comparison, it goes on doing so."""
+    def remember(self, version_in: int, left_out: Collection[str] = ()) -> None:
+        """The last window was trained on: later ones may have its groups again, but for those with rollouts that were
+        left out. What the ledger has named as dropped stays dropped; where it counts in its group's comparison, it goes
+        on doing so."""
         if self.shape.overlap_groups:
-            self.recent += [self._kept(group, version_in) for group in self.taken]
+            trained = [group for group in self.taken if not group.members.keys() & set(left_out)]
+            self.recent += [self._kept(group, version_in) for group in trained]
             self.recent = self.recent[-self.shape.overlap_groups :]
         self.taken = []
 
