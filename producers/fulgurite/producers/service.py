@@ -90,7 +90,8 @@ def bind(name: str, host: str, port: int) -> socket.socket:
             listener.close()
             raise
     except OSError as error:
-        setting = f"{name.replace('-', '_')}.port"
+        section, _, part = name.replace("-", "_").partition(" ")  # of "gateway metrics" it is gateway.metrics_port
+        setting = f"{section}.{part}_port" if part else f"{section}.port"
         raise StartError(f"{name} cannot listen on {host}:{port}: {error} (set {setting})") from error
     logger.info("listening on %s:%d", *listener.getsockname()[:2])
     return listener

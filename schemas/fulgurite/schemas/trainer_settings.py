@@ -230,3 +230,7 @@ class TrainerSettings(Section):
     """torch threads."""
     seed: int = 1
     """Of everything random in the trainer."""
+    metrics_host: str = "127.0.0.1"
+    """Where /metrics and /health listen; under torchrun on rank 0 alone."""
+    metrics_port: Annotated[int, Field(ge=0, lt=65_536)] = 0
+    """0: nowhere."""

@@ -96,3 +96,18 @@ class RunFinished(TrainingEventBase):
 
 TrainingEvent = Annotated[RunStarted | TrainingStep | VersionApplied | RunFinished, Field(discriminator="event")]
 TRAINING_EVENT: TypeAdapter[TrainingEvent] = TypeAdapter(TrainingEvent)
+
+
+def scalars(step: TrainingStep) -> dict[str, float]:
+    """What is drawn of a step: its metrics, and what its record holds beside them."""
+    return {
+        **step.metrics,
+        "reward": step.reward_mean,
+        "reward_std": step.reward_std,
+        "actor/pg_loss": step.loss,
+        "actor/grad_norm": step.grad_norm,
+        "staleness/mean": step.staleness_mean,
+        "staleness/max": float(step.staleness_max),
+        "training/version": float(step.version_out),
+        "training/tokens": float(step.tokens),
+    }

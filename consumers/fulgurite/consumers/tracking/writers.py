@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from fulgurite.schemas.errors import SettingsError
-from fulgurite.schemas.training import RunStarted, TrainingStep
+from fulgurite.schemas.training import RunStarted, TrainingStep, scalars
 
 
 class Writer(Protocol):
@@ -22,21 +22,6 @@ class Writer(Protocol):
     def write(self, event: TrainingStep) -> None: ...
 
     def close(self) -> None: ...
-
-
-def scalars(event: TrainingStep) -> dict[str, float]:
-    """What is drawn of a step: its metrics, and what its record holds beside them."""
-    return {
-        **event.metrics,
-        "reward": event.reward_mean,
-        "reward_std": event.reward_std,
-        "actor/pg_loss": event.loss,
-        "actor/grad_norm": event.grad_norm,
-        "staleness/mean": event.staleness_mean,
-        "staleness/max": float(event.staleness_max),
-        "training/version": float(event.version_out),
-        "training/tokens": float(event.tokens),
-    }
 
 
 class TensorBoard:

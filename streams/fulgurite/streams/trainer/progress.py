@@ -1,4 +1,4 @@
-"""A step's record and its line in the log: what came in, what came out, what it took."""
+"""A step's record, its line in the log, its figures for Prometheus: what came in, what came out, what it took."""
 
 from __future__ import annotations
 
@@ -8,11 +8,12 @@ from collections import Counter
 from typing import TYPE_CHECKING
 
 from fulgurite.schemas.ids import now_ns
-from fulgurite.schemas.training import TrainingStep
+from fulgurite.schemas.training import RunFinished, TrainingStep
 from fulgurite.streams.learners.launch import launched_ranks
 from fulgurite.streams.objectives.advantages import mean_and_std
 from fulgurite.streams.trainer.checkpoints import Checkpoint
 from fulgurite.streams.trainer.events import staleness, window_metrics
+from fulgurite.streams.trainer.metrics import Metrics
 from fulgurite.streams.trainer.plan import Plan
 from fulgurite.streams.trainer.samples import TrainingSet
 from fulgurite.streams.trainer.windows import Window, Windows
@@ -26,19 +27,26 @@ logger = logging.getLogger(__name__)
 class Progress:
     """Clocks of the step under way, and of all steps of this process, for the time that is left."""
 
-    def __init__(self, steps: int, steps_before: int) -> None:
+    def __init__(self, steps: int, steps_before: int, metrics: Metrics) -> None:
         self._steps = steps
         self._steps_before = steps_before
         self._started = time.monotonic()
         self._marks: list[float] = []
         self._window_start_ns = 0
+        self._metrics = metrics
+
+    def ready(self, version: int) -> None:
+        """The run's first version is committed, or it goes on from this one."""
+        self._metrics.stands(self._steps_before, version, self._steps)
 
     def begin(self) -> None:
         self._marks = [time.monotonic()]
         self._window_start_ns = now_ns()
+        self._metrics.waits()
 
     def filled(self) -> None:
         self._marks.append(time.monotonic())
+        self._metrics.filled()
 
     def optimized(self) -> None:
         self._marks.append(time.monotonic())
@@ -97,7 +105,8 @@ class Progress:
         )
 
     def report(self, event: TrainingStep) -> None:
-        """One line a step, after it is committed."""
+        """One line a step, after it is committed; and what Prometheus is told."""
+        self._metrics.stepped(event)
         began, filled, optimized = self._marks
         now = time.monotonic()
         per_step = (now - self._started) / max(1, event.step - self._steps_before)
@@ -109,6 +118,11 @@ class Progress:
             100 * (filled - began) / (now - began), optimized - filled, now - optimized,
             event.metrics["perf/throughput"], _duration(per_step * (self._steps - event.step)),
         )  # fmt: skip
+
+    def finished(self, event: RunFinished) -> None:
+        """The run is over: nothing is waited for any more."""
+        self._metrics.filled()
+        self._metrics.dropped(event.dropped)
 
 
 def waiting_for(windows: Windows) -> str:

@@ -61,6 +61,7 @@ from fulgurite.streams.trainer.checkpoints import Checkpoint, Checkpoints, RunSt
 from fulgurite.streams.trainer.demonstrating import Demonstrating, without_sampler
 from fulgurite.streams.trainer.events import outgoing, started_event
 from fulgurite.streams.trainer.intake import Intake
+from fulgurite.streams.trainer.metrics import Metrics
 from fulgurite.streams.trainer.ownership import Ownership
 from fulgurite.streams.trainer.plan import Plan, check_source, make_plan
 from fulgurite.streams.trainer.progress import Progress
@@ -95,27 +96,34 @@ def main(settings: Settings) -> int:
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Trains until the run is over or `stop` is set. A stop leaves what a crash leaves: nothing half done."""
-    training = asyncio.create_task(_begin(settings))
+    over = asyncio.Event()
+    metrics = Metrics(settings.trainer)
+    serving = asyncio.create_task(metrics.serve(settings.trainer, over))
+    training = asyncio.create_task(_begin(settings, metrics))
     stopping = asyncio.create_task(stop.wait())
     try:
-        await asyncio.wait({training, stopping}, return_when=asyncio.FIRST_COMPLETED)
-        if not training.done():
+        await asyncio.wait({training, stopping, serving}, return_when=asyncio.FIRST_COMPLETED)
+        if stopping.done() and not training.done():
             logger.info("stopping; started again with the same trainer.run_id, the run goes on from its last version")
             if launched_ranks() > 1:
                 os._exit(128 + signal.SIGTERM)  # a collective that waits for another rank cannot be interrupted
     finally:
         stopping.cancel()
         training.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await training
+        over.set()
+        try:
+            with contextlib.suppress(asyncio.CancelledError):
+                await training
+        finally:
+            await serving  # raises why it ended before: its port is taken
 
 
-async def _begin(settings: Settings) -> None:
+async def _begin(settings: Settings, metrics: Metrics) -> None:
     check_source(settings)
-    await _train(make_plan(await adopt(settings)))
+    await _train(make_plan(await adopt(settings)), metrics)
 
 
-async def _train(plan: Plan) -> None:
+async def _train(plan: Plan, metrics: Metrics) -> None:
     kafka = plan.settings.kafka
     # A restart or a second trainer of the same run fences this one: see the contract.
     transactions = Transactions(kafka, transactional_id=plan.name, group=plan.name)
@@ -131,7 +139,7 @@ async def _train(plan: Plan) -> None:
             publishing = Publishing(plan, transactions)
             intake = Intake(plan, read_limits(run.companions), run.windows, run.buried)
             supply = await _supply(plan, run, publishing, reader, intake)
-            await Trainer(plan, run, publishing, reader, checkpoints, ownership, intake, supply).train()
+            await Trainer(plan, run, publishing, reader, checkpoints, ownership, intake, supply, metrics).train()
         await _release_ranks(run)
     finally:
         if supply is not None:
@@ -176,6 +184,7 @@ class Trainer:
         ownership: Ownership,
         intake: Intake,
         supply: Supply,
+        metrics: Metrics,
     ) -> None:
         self._plan = plan
         self._run = run
@@ -185,11 +194,12 @@ class Trainer:
         self._ownership = ownership
         self._intake = intake
         self._supply = supply
-        self._progress = Progress(plan.trainer.steps, run.step)
+        self._progress = Progress(plan.trainer.steps, run.step, metrics)
 
     async def train(self) -> None:
         logger.info("settings other than by default: %s", ", ".join(self._plan.changed()))
         await self._start()
+        self._progress.ready(self._run.version)
         logger.info("ready: run %s, version %d", self._plan.run_id, self._run.version)
         while self._run.step < self._plan.trainer.steps:
             if not await self.make_version():
@@ -310,4 +320,5 @@ class Trainer:
         )
         dead_letters = self._intake.take_dead_letters()
         await self._publishing.finished(event, run.marker(), self._reader.offsets, dead_letters)
+        self._progress.finished(event)
         logger.info("run %s finished: %d steps, version %d", self._plan.run_id, run.step, run.version)

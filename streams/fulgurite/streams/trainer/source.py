@@ -30,7 +30,7 @@ from fulgurite.streams.trainer.log import partitions_of, records_since
 
 logger = logging.getLogger(__name__)
 
-OWN = ("run_id", "resource", "output", "tasks", "window_seconds")
+OWN = ("run_id", "resource", "output", "tasks", "window_seconds", "metrics_host", "metrics_port")
 """Settings of the trainer that a replay never takes from its source."""
 
 FETCH_RECORDS = 64
