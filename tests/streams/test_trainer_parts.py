@@ -377,6 +377,16 @@ def test_groups_are_asked_for_with_the_same_ids_every_time() -> None:
         ({"tasks": "json:nothing"}, "module json has no nothing"),
         ({"sampling_parameters": {"temperature": 0.7}}, "temperature = 0.7; it must be 1"),
         ({"sampling_parameters": {"top_p": 0.9}}, "top_p"),
+        ({"sampling_parameters": {"top_k": 5}}, "top_k = 5; it must be -1 or 0"),
+        ({"sampling_parameters": {"min_p": 0.1}}, "min_p = 0.1; it must be 0, .* partial:sampling"),
+        ({"sampling_parameters": {"presence_penalty": 0.5}}, "presence_penalty = 0.5; it must be 0"),
+        ({"sampling_parameters": {"frequency_penalty": "0.5"}}, "frequency_penalty = '0.5'; it must be 0"),
+        (
+            {"sampling_parameters": {"extra_body": {"repetition_penalty": 1.1}}},
+            "repetition_penalty = 1.1; it must be 1",
+        ),
+        ({"sampling_parameters": {"tool_choice": "required"}}, "tool_choice = 'required' forbids or shifts tokens"),
+        ({"sampling_parameters": {"extra_body": {"guided_regex": "a+"}}}, "guided_regex = 'a.' forbids or shifts"),
         ({"run_id": "a/b"}, "run_id"),
         ({"run_id": "x" * 65}, "run_id"),
         ({"pacing_staleness": 5}, "max_staleness"),
@@ -389,6 +399,12 @@ def test_groups_are_asked_for_with_the_same_ids_every_time() -> None:
 def test_settings_that_cannot_work_say_so_before_anything_is_loaded(changes: dict[str, Any], message: str) -> None:
     with pytest.raises(SettingsError, match=message):
         make_plan(Settings(trainer=TrainerSettings.model_validate({"run_id": "r", "tasks": TASKS} | changes)))
+
+
+def test_parameters_that_leave_the_policy_as_it_is_are_accepted() -> None:
+    neutral = {"temperature": 1, "top_p": 1.0, "top_k": 0, "min_p": 0.0, "presence_penalty": None, "max_tokens": 9}
+    free = {"tool_choice": "auto", "response_format": {"type": "text"}, "stop": ["x"], "extra_body": {"top_k": -1}}
+    make_plan(Settings(trainer=TrainerSettings(run_id="r", tasks=TASKS, sampling_parameters=neutral | free)))
 
 
 def test_a_folder_that_is_no_model_says_so(tmp_path: Path, model_folder: Path) -> None:

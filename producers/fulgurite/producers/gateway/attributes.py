@@ -11,6 +11,7 @@ from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.outcome import Served
 from fulgurite.producers.gateway.protocols.base import to_json
+from fulgurite.schemas.sampling import constrains
 
 REQUEST_ATTRIBUTES: Final = {
     "temperature": "gen_ai.request.temperature",
@@ -31,26 +32,8 @@ REQUEST_ATTRIBUTES: Final = {
 
 Logprobs are the policy's only where those that shape the distribution are neutral: the assembler reads them here."""
 
-CONSTRAINTS: Final = frozenset(
-    {
-        "response_format",
-        "structured_outputs",
-        "guided_json",
-        "guided_regex",
-        "guided_choice",
-        "guided_grammar",
-        "tool_choice",
-        "logit_bias",
-        "bad_words",
-        "allowed_token_ids",
-        "min_tokens",
-        "text",
-    }
-)
-"""Fields of a request that forbid or shift tokens: logprobs are not those of the distribution that was sampled from."""
-
 ATTRIBUTE_CONSTRAINTS: Final = "fulgurite.request.constraints"
-"""Which of them the request has."""
+"""Which fields of the request forbid or shift tokens."""
 ATTRIBUTE_STREAM: Final = "gen_ai.request.stream"
 ATTRIBUTE_FIRST_CHUNK: Final = "gen_ai.response.time_to_first_chunk"
 ATTRIBUTE_TOOLS: Final = "gen_ai.tool.definitions"
@@ -75,7 +58,7 @@ def request_attributes(call: Call) -> dict[str, Any]:
             continue
         if name := REQUEST_ATTRIBUTES.get(key):
             found[name] = value
-        elif key in CONSTRAINTS and _constrains(key, value):
+        elif constrains(key, value):
             constraints.append(key)
     if constraints:
         found[ATTRIBUTE_CONSTRAINTS] = constraints
@@ -86,14 +69,6 @@ def request_attributes(call: Call) -> dict[str, Any]:
     if call.body.get("tools"):
         found[ATTRIBUTE_TOOLS] = to_json(call.body["tools"])
     return found
-
-
-def _constrains(key: str, value: Any) -> bool:
-    if key == "tool_choice":  # a tool that must be called is called by a grammar
-        return value not in ("auto", "none") and value not in ({"type": "auto"}, {"type": "none"})
-    if key == "text":  # of the Responses API
-        value = value.get("format") if isinstance(value, dict) else None
-    return bool(value) and value != {"type": "text"}
 
 
 def served_attributes(served: Served) -> dict[str, Any]:

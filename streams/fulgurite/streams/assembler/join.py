@@ -43,6 +43,7 @@ from fulgurite.schemas.event import MAX_TOKENS, VersionSpan
 from fulgurite.schemas.ids import now_ns
 from fulgurite.schemas.rewards import FINAL_REWARD, Reward
 from fulgurite.schemas.rollouts import RolloutFinished
+from fulgurite.schemas.sampling import NEUTRAL_SAMPLING, is_neutral
 from fulgurite.schemas.spans import Span
 from fulgurite.schemas.trajectories import CallRange, FinishedAttempt, TokenSequence, Trajectory, TrajectoryReward
 
@@ -55,20 +56,6 @@ ABORTED: Final = "abort"
 """vLLM's finish_reason of a call that was ended from outside."""
 EXPIRED = b""
 """Stands for a record that Kafka had deleted before it could be joined."""
-
-NEUTRAL_SAMPLING: Final[dict[str, frozenset[float]]] = {
-    "gen_ai.request.temperature": frozenset({1}),
-    "gen_ai.request.top_p": frozenset({1}),
-    "gen_ai.request.top_k": frozenset({0, -1}),
-    "gen_ai.request.min_p": frozenset({0}),
-    "gen_ai.request.presence_penalty": frozenset({0}),
-    "gen_ai.request.frequency_penalty": frozenset({0}),
-    "gen_ai.request.repetition_penalty": frozenset({1}),
-}
-"""Values under which the distribution that was sampled from is the policy's, whose logprobs are recorded: with any
-other, importance ratios would compare the new policy with one that nobody sampled from. Not given counts as neutral, as
-it is by OpenAI's API; a server with other defaults (vLLM takes a model's generation_config.json) must have them off.
-"""
 
 RETRY_COUNT: Final = "fulgurite.retry_count"
 """Recorded by the gateway."""
@@ -211,11 +198,7 @@ def sampled_neutrally(call: Span) -> bool:
     """Whether nothing recorded of the request made the sampled distribution another than the policy's."""
     if call.attributes.get(CONSTRAINTS):
         return False
-    for name, neutral in NEUTRAL_SAMPLING.items():
-        value = call.attributes.get(name)
-        if value is not None and _number(value) not in neutral:
-            return False
-    return True
+    return all(is_neutral(name, call.attributes.get(f"gen_ai.request.{name}")) for name in NEUTRAL_SAMPLING)
 
 
 def without_superseded(calls: Sequence[Span]) -> list[Span]:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.sampling import off_policy
 from fulgurite.schemas.settings import Settings, SourceSettings, TrainerSettings
 from fulgurite.schemas.topics import TRAJECTORIES
 from fulgurite.streams.trainer.objective import check_objective
@@ -96,13 +97,11 @@ def make_plan(settings: Settings) -> Plan:
         raise SettingsError(
             f"trainer.run_id = {run_id!r}: at most {MAX_RUN_ID_CHARS} letters, digits, dots, dashes and underscores"
         )
-    for name, neutral in (("temperature", 1), ("top_p", 1), ("top_k", -1)):
-        value = trainer.sampling_parameters.get(name, neutral)
-        if value != neutral and not (name == "top_k" and value == 0):
-            raise SettingsError(
-                f"trainer.sampling_parameters: {name} = {value!r}; it must be {neutral}, otherwise the recorded "
-                "logprobs are not the policy's"
-            )
+    for fault in off_policy(trainer.sampling_parameters):
+        raise SettingsError(
+            f"trainer.sampling_parameters: {fault}, otherwise the recorded logprobs are not the policy's and every "
+            "rollout would be dropped as partial:sampling"
+        )
     check_objective(trainer)
     if trainer.kl_coefficient and trainer.reference and not (trainer.reference / "config.json").is_file():
         raise SettingsError(
