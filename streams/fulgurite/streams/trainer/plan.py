@@ -12,6 +12,7 @@ from fulgurite.schemas.sampling import off_policy
 from fulgurite.schemas.settings import Settings, SourceSettings, TrainerSettings
 from fulgurite.schemas.topics import TRAJECTORIES
 from fulgurite.streams.trainer.objective import check_objective
+from fulgurite.streams.trainer.surroundings import check_surroundings
 from fulgurite.streams.trainer.tasks import TaskFunction, load_tasks
 from fulgurite.streams.trainer.windows import Shape
 
@@ -103,10 +104,6 @@ def make_plan(settings: Settings) -> Plan:
             "rollout would be dropped as partial:sampling"
         )
     check_objective(trainer)
-    if trainer.kl_coefficient and trainer.reference and not (trainer.reference / "config.json").is_file():
-        raise SettingsError(
-            f"trainer.reference = {trainer.reference}: no model there (a folder with config.json is needed)"
-        )
     check_source(settings)
     _check_windows(trainer)
     is_replay = bool(settings.source.run_id) or settings.source.begin == "sql"
@@ -129,6 +126,7 @@ def make_plan(settings: Settings) -> Plan:
             f"trainer.pacing_staleness = {trainer.pacing_staleness} lets rollouts run further ahead than "
             f"trainer.max_staleness = {trainer.max_staleness} lets them be used"
         )
+    check_surroundings(trainer)
     asks = not is_replay and trainer.demonstrations is None
     return Plan(settings, shape, load_tasks(trainer.tasks) if asks else None, trainer.model)
 
