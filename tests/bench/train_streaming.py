@@ -22,7 +22,7 @@ import json
 import multiprocessing
 import statistics
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -112,8 +112,10 @@ def timers() -> Generator[Timed]:
         timed.samples.append(time.perf_counter() - began)
         return found
 
-    def timed_step(self: Learner, samples: list[Sample], version_in: int) -> StepResult:
-        found = step(self, samples, version_in)
+    def timed_step(
+        self: Learner, samples: list[Sample], version_in: int, compared: Sequence[Sample] = ()
+    ) -> StepResult:
+        found = step(self, samples, version_in, compared)
         timed.updated_ns.append(time.time_ns())
         return found
 
