@@ -53,6 +53,20 @@ def test_imports_go_one_way(package: str):
     assert not wrong, "\n".join(wrong)
 
 
+def test_every_formula_is_one_that_trains():
+    """What objectives/ has is what is compared with other libraries' code: none of it beside what the trainer does."""
+    trees = [parsed(path) for path in sources("streams")]
+    used = {node.id for tree in trees for node in ast.walk(tree) if isinstance(node, ast.Name)}
+    unused = [
+        f"{path.relative_to(ROOT)}:{node.lineno} {node.name}"
+        for path in sources("streams")
+        if path.parent.name == "objectives"
+        for node in parsed(path).body
+        if isinstance(node, ast.FunctionDef) and node.name not in used
+    ]
+    assert not unused, "\n".join(unused)
+
+
 @pytest.mark.parametrize("package", [p for p in ORDER if p != "streams"])
 def test_torch_stays_in_streams(package: str):
     wrong = [

@@ -18,7 +18,7 @@ from typing import Any
 from unittest.mock import MagicMock
 
 STAND_INS: dict[str, tuple[str, ...]] = {
-    "verl": ("ray",),
+    "verl": ("ray", "torchdata", "cachetools"),
     "trl": (),
     "liger_kernel": (),
     "openrlhf": ("ray", "deepspeed", "vllm", "flash_attn", "torchdata", "pylatexenc"),

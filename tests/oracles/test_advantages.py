@@ -10,12 +10,14 @@ import pytest
 import torch
 from torch import Tensor
 
+from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.objectives.advantages import ESTIMATORS as OURS
 from fulgurite.streams.objectives.aggregation import token_weights, window_totals
-from fulgurite.streams.objectives.credit import discounted_returns, span_returns
+from fulgurite.streams.objectives.credit import span_returns
 from fulgurite.streams.objectives.policy_losses import PolicyTokens, policy_loss
 from fulgurite.streams.objectives.recipes import POLICY_LOSSES
 from fulgurite.streams.objectives.rewards import overlong_penalty
+from fulgurite.streams.trainer.credit import Outcome, call_advantages
 from tests.oracles.case import GROUP, LENGTHS, Case, cases
 from tests.oracles.comparison import compare_losses, compare_values
 from tests.oracles.estimators import ESTIMATORS
@@ -84,30 +86,42 @@ def test_from_rewards_to_gradients(name: str, library: str) -> None:
     compare_losses(name, library, ours, theirs, prepared(library, recipe.advantage))
 
 
-def our_returns(case: Case, discount: float) -> Tensor:
-    rewards = torch.zeros(len(case.columns), dtype=torch.float64)
-    last = case.sequences.lengths.cumsum(0) - 1
-    return discounted_returns(rewards.index_put((last,), case.rewards), case.sequences, discount)
+def discounted(case: Case, discount: float) -> Tensor:
+    """The trainer's credit, with each token a call of its own: they discount from token to token."""
+    settings = TrainerSettings(loss="rloo", credit="discounted", credit_discount=discount)
+    rollouts = [
+        [Outcome(0.0, 1)] * (length - 1) + [Outcome(reward, 1)]
+        for length, reward in zip(LENGTHS, case.rewards.tolist(), strict=True)
+    ]
+    groups = [rollouts[at : at + GROUP] for at in range(0, len(rollouts), GROUP)]
+    found = call_advantages(groups, settings)
+    return torch.tensor([value for group in found for calls in group for value in calls], dtype=torch.float64)
 
 
-def test_discounted_returns() -> None:
+def test_discounted_credit() -> None:
+    """Theirs are returns of what they are given at the end: here the advantages that we discount."""
     algorithms = load("verl.trainer.ppo.core_algos")
     maker = load("openrlhf.trainer.ppo_utils.experience_maker").RemoteExperienceMaker
 
-    def rewards(case: Case) -> Tensor:
-        return case.padded(our_returns(case, 0.0))
+    def at_the_end(case: Case) -> Tensor:
+        last = case.sequences.lengths.cumsum(0) - 1
+        return case.padded(
+            torch.zeros(len(case.columns), dtype=torch.float64).index_put(
+                (last,), our_advantages(case, "leave_one_out")
+            )
+        )
 
     def of_verl(case: Case) -> Tensor:
         estimate = algorithms.get_adv_estimator_fn("reinforce_plus_plus")
-        return estimate(rewards(case), case.mask, config=SimpleNamespace(gamma=0.9))[1]
+        return estimate(at_the_end(case), case.mask, config=SimpleNamespace(gamma=0.9))[1]
 
     def of_openrlhf(case: Case) -> Tensor:
-        return maker.get_cumulative_returns(None, rewards(case), case.mask, 0.9)
+        return maker.get_cumulative_returns(None, at_the_end(case), case.mask, 0.9)
 
-    compare_values("discounted returns", "verl", ((our_returns(c, 0.9), c.packed(of_verl(c))) for c in cases()))
+    compare_values("discounted credit", "verl", ((discounted(c, 0.9), c.packed(of_verl(c))) for c in cases()))
     # OpenRLHF discounts over gaps too.
     dense = [case.without_gaps() for case in cases()]
-    compare_values("discounted returns", "openrlhf", ((our_returns(c, 0.9), c.packed(of_openrlhf(c))) for c in dense))
+    compare_values("discounted credit", "openrlhf", ((discounted(c, 0.9), c.packed(of_openrlhf(c))) for c in dense))
 
 
 def test_span_returns() -> None:

@@ -14,6 +14,7 @@ from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.schemas.trajectories import CallRange, TokenSequence, Trajectory, TrajectoryReward
 from fulgurite.streams.learners.packing import pack
 from fulgurite.streams.objectives.advantages import ESTIMATORS, group_advantages, mean_centred
+from fulgurite.streams.objectives.credit import span_returns
 from fulgurite.streams.trainer.credit import Outcome, call_advantages, calls_of, with_penalties
 from fulgurite.streams.trainer.objective import check_objective
 from fulgurite.streams.trainer.sample import Sample
@@ -66,6 +67,13 @@ def test_all_tokens_of_a_rollout_get_its_advantage() -> None:
     found = trained(settings_of(), trajectory("a", 1.0, {"c0": 5.0}), trajectory("b", 0.0, {}))
     assert by_token(found) == [[0.5] * 5, [-0.5] * 5]
     assert found.advantages == [0.5, -0.5]
+
+
+def test_sequences_of_a_rollout_share_its_advantage() -> None:
+    """It is not divided among them, and counts once in the baseline."""
+    both = sequence(((0, 2, 4), (2, 5, 8))), sequence(((1, 2, 4), (3, 5, 8)))
+    found = trained(settings_of(), trajectory("a", 1.0, {}, *both), trajectory("b", 0.0, {}))
+    assert by_token(found) == [[0.5] * 5, [0.5] * 5, [-0.5] * 5]
 
 
 def test_discounted_earlier_calls_get_less() -> None:
@@ -167,8 +175,19 @@ def test_one_call_a_rollout_or_no_discount_is_the_rollouts_advantage(groups: lis
     for group, found in zip(groups, plain, strict=True):
         expected = group_advantages([sum(calls) for calls in group])
         assert [calls[-1] for calls in found] == pytest.approx(expected)
+    for group, found in zip(groups, call_advantages(outcomes, TrainerSettings(credit="call")), strict=True):
+        expected = group_advantages([reward for calls in group for reward in span_returns(calls, 1.0)])
+        assert [each for calls in found for each in calls] == expected
     single = [[calls[:1] for calls in group] for group in outcomes]
     assert call_advantages(single, TrainerSettings(credit="call")) == call_advantages(single, TrainerSettings())
+
+
+@given(st.lists(st.floats(-4, 4), min_size=2, max_size=4), st.integers(1, 6), st.sampled_from([0.0, 0.5, 0.9, 1.0]))
+def test_a_discount_is_a_power_for_each_call_that_follows(rewards: list[float], calls: int, discount: float) -> None:
+    group = [[Outcome(0.0, 1)] * (calls - 1) + [Outcome(reward, 1)] for reward in rewards]
+    (found,) = call_advantages([group], TrainerSettings(credit="discounted", credit_discount=discount))
+    for own, advantage in zip(found, group_advantages(rewards), strict=True):
+        assert own == pytest.approx([advantage * discount ** (calls - 1 - place) for place in range(calls)])
 
 
 @st.composite
@@ -206,11 +225,11 @@ def test_kl_in_reward_compares_with_what_is_compared_without_it(
     found = training_set(window, settings_of(**in_reward, **dropping))
     everyone = training_set(window, settings_of(**in_reward, zero_variance="keep")).samples
     drawn = iter(kl)
-    penalties = {sample.rollout_id: [next(drawn) for _ in sample.calls] for sample in everyone}
+    divergence = {sample.rollout_id: [next(drawn) for _ in sample.calls] for sample in everyone}
 
-    def anew(factor: float, samples: list[Sample]) -> list[Sample]:
-        own = [[factor * value for value in penalties[sample.rollout_id]] for sample in samples]
-        return with_penalties(samples, own, settings_of(**in_reward))
+    def anew(coefficient: float, samples: list[Sample]) -> list[Sample]:
+        own = [divergence[sample.rollout_id] for sample in samples]
+        return with_penalties(samples, own, settings_of(**in_reward, kl_coefficient=coefficient))
 
     assert anew(0.0, [*found.samples, *found.compared])[: len(found.samples)] == plain.samples
     expected = {sample.rollout_id: sample for sample in anew(1.0, everyone)}

@@ -9,7 +9,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fulgurite.streams.objectives.aggregation import Aggregation, token_weights, unit_mean, window_totals
+from fulgurite.streams.objectives.aggregation import Aggregation, token_weights, window_totals
 from fulgurite.streams.objectives.packing import Sequences
 from fulgurite.streams.objectives.policy_losses import PolicyTokens, policy_loss
 from fulgurite.streams.objectives.recipes import POLICY_LOSSES
@@ -36,12 +36,6 @@ def test_the_constant_of_a_sum_must_be_said() -> None:
         aggregated("sequence_sum")
     with pytest.raises(ValueError, match="constant"):
         aggregated("sequence_sum", 0.0)
-
-
-def test_a_rollout_of_several_sequences_counts_once() -> None:
-    """Two sequences of 3 and 1 tokens of one rollout, beside a rollout whose 2 tokens are in another micro-batch."""
-    weights = unit_mean(TWO, torch.tensor([4, 4]), units=2)
-    assert weights.tolist() == pytest.approx([1 / 8] * 4)
 
 
 def test_sequences_without_sampled_tokens_do_not_count() -> None:

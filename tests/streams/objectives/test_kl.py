@@ -9,8 +9,7 @@ import torch
 from torch import Tensor
 
 from fulgurite.streams.objectives.entropy import entropy_loss
-from fulgurite.streams.objectives.kl import Estimator, Gradient, kl_estimate, kl_penalty, penalised_rewards
-from fulgurite.streams.objectives.packing import Sequences
+from fulgurite.streams.objectives.kl import Estimator, Gradient, kl_estimate, kl_penalty
 
 REFERENCE = torch.tensor([0.5, 0.3, 0.2], dtype=torch.float64)
 OLD = torch.tensor([0.2, 0.3, 0.5], dtype=torch.float64)
@@ -100,13 +99,6 @@ def test_the_ratio_needs_the_policy_that_sampled() -> None:
     _, log_p = policy()
     with pytest.raises(ValueError, match="sampled"):
         kl_penalty(log_p, REFERENCE.log(), "k3", "ratio")
-
-
-def test_in_the_reward() -> None:
-    sequences = Sequences.from_lengths(torch.tensor([2, 0, 1]))
-    kl = torch.tensor([0.5, 1.0, -2.0])
-    rewards = penalised_rewards(torch.tensor([1.0, 7.0, 3.0]), kl, 0.1, sequences)
-    assert rewards.tolist() == pytest.approx([-0.05, 1.0 - 0.1, 3.0 + 0.2])
 
 
 def test_entropy_is_a_bonus() -> None:

@@ -203,14 +203,13 @@ class Learner:
             for member, values in zip(members, kl.split(counts) if members else (), strict=True):
                 mine[member] = samples[member].sums_by_call(values.tolist()), values.sum().item()
         found = {number: sums for part in self.engine.gather(mine) for number, sums in part.items()}
-        coefficient = self._settings.kl_coefficient
-        penalties = [[coefficient * value for value in found[number][0]] for number in range(len(samples))]
+        by_call = [found[number][0] for number in range(len(samples))]
         tokens = sum(sum(sample.loss_mask) for sample in trained)
         metrics = {
             "actor/reward_kl_penalty": sum(found[number][1] for number in range(len(trained))) / tokens,
-            "actor/reward_kl_penalty_coeff": coefficient,
+            "actor/reward_kl_penalty_coeff": self._settings.kl_coefficient,
         }
-        return with_penalties(samples, penalties, self._settings)[: len(trained)], metrics
+        return with_penalties(samples, by_call, self._settings)[: len(trained)], metrics
 
     def _refuse(self, fault: str, loss: float, norm: float, samples: list[Sample], version_in: int) -> None:
         """Says what was wrong with an update, and raises BadStep or returns, as the settings say."""

@@ -1,6 +1,6 @@
 """What a policy is trained on: advantages, policy losses, importance weights, KL penalties. Pure functions, no model.
 
-    rewards of groups ─► advantages.py, credit.py ─► one number a token      (rewards.py shapes and sieves before)
+    rewards of groups ─► advantages.py, credit.py ─► one number a call       (rewards.py shapes before)
     log p now, log p old, advantages ─► policy_losses.py ─► a loss a token   (ratios.py, importance.py, kl.py)
                                         recipes.py: which of these a paper combines
     loss a token x weight a token (aggregation.py) ─► sum ─► this micro-batch's share of the window's loss

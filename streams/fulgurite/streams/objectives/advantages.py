@@ -8,8 +8,8 @@
     group_mean_batch_normalised   first - mean(group), then normalised over the window  the same, with its baseline
 
 One number per *rollout*: mean and deviation are taken over rollouts, then the number is broadcast to the rollout's
-sequences and tokens (credit.py), so that a rollout with more turns does not weigh more in its group's baseline. (TRL
-and SkyRL take every sequence as a member of its own; so does verl, but for GRPO in its newest trainer.)
+sequences and tokens (trainer/sample.py), so that a rollout with more turns does not weigh more in its group's baseline.
+(TRL and SkyRL take every sequence as a member of its own; so does verl, but for GRPO in its newest trainer.)
 
 Where libraries differ.
 - *Deviation*: unbiased (n - 1) everywhere for groups. EPS is 1e-6 in verl and SkyRL, 1e-4 in TRL and ms-swift, 1e-9 in

@@ -3,7 +3,6 @@
     token_mean      1 / N_window                        DAPO arXiv:2503.14476, verl `token-mean`
     sequence_mean   1 / (S_window * |o_i|)              GRPO arXiv:2402.03300, GSPO; verl `seq-mean-token-mean`
     sequence_sum    1 / (S_window * constant)           Dr. GRPO arXiv:2503.20783; verl `seq-mean-token-sum-norm`
-    unit_mean       1 / (U_window * tokens of its unit) sequences in units: the rollouts (or groups) they are part of
 
 Denominators are of the *whole window* and come from the caller, so the losses and gradients of its micro-batches add up
 to the window's, whatever the split; nothing is divided by the number of micro-batches.
@@ -66,7 +65,7 @@ def token_weights(
         case "token_mean":
             return torch.full((len(sequences.index),), 1.0 / totals.tokens, dtype=dtype, device=sequences.index.device)
         case "sequence_mean":
-            return unit_mean(sequences, sequences.lengths, totals.sequences, dtype=dtype)
+            return sequences.spread(1.0 / (totals.sequences * sequences.lengths.clamp(min=1).to(dtype)))
         case "sequence_sum":
             if constant is None or constant <= 0:
                 raise ValueError(
@@ -74,13 +73,3 @@ def token_weights(
                 )
             weight = 1.0 / (totals.sequences * constant)
             return torch.full((len(sequences.index),), weight, dtype=dtype, device=sequences.index.device)
-
-
-def unit_mean(sequences: Sequences, unit_tokens: Tensor, units: int, *, dtype: torch.dtype = torch.float32) -> Tensor:
-    """Every unit counts the same, however many tokens or sequences it has: weights [N].
-
-    unit_tokens [S]: sampled tokens of the whole unit (rollout, group) each sequence is part of, also of those sequences
-    of it that are in other micro-batches; units: how many there are in the window. With each sequence a unit of its own
-    it is `sequence_mean`; with groups as units, SkyRL's `prompt_mean`.
-    """
-    return sequences.spread(1.0 / (units * unit_tokens.clamp(min=1).to(dtype)))

@@ -1,4 +1,5 @@
-"""The divergence from a reference policy, estimated on sampled tokens: as a penalty in the loss, or in the reward.
+"""The divergence from a reference policy, estimated on sampled tokens: as a penalty in the loss, or in the reward
+(rewards.py).
 
     d = log p_ref - log p           tokens sampled by p          joschu.net/blog/kl-approx
     k1 = -d        k2 = d^2 / 2        k3 = e^d - 1 - d          estimates of KL(p || p_ref)
@@ -23,10 +24,8 @@ from __future__ import annotations
 
 from typing import Literal
 
-import torch
 from torch import Tensor
 
-from fulgurite.streams.objectives.packing import Sequences
 from fulgurite.streams.objectives.ratios import MAX_LOG_RATIO, bounded_exp
 
 Estimator = Literal["k1", "k2", "k3"]
@@ -68,16 +67,3 @@ def kl_penalty(
             if old_logprobs is None:
                 raise ValueError("gradient = ratio needs the log-probabilities of the policy that sampled the tokens")
             return bounded_exp(logprobs - old_logprobs.detach()) * value
-
-
-def penalised_rewards(rewards: Tensor, kl: Tensor, coefficient: float, sequences: Sequences) -> Tensor:
-    """KL in the reward: rewards [S], kl [N] (k1, of the old policy) -> [N] rewards of tokens for `discounted_returns`.
-
-        r_t = -coefficient * kl_t,  plus the sequence's reward at its last token
-
-    REINFORCE++ (arXiv:2501.03262) and PPO for language models; OpenRLHF, slime and verl place the reward so too.
-    """
-    penalised = -coefficient * kl.detach()
-    filled = sequences.lengths > 0
-    last = sequences.lengths.cumsum(0)[filled] - 1
-    return penalised.index_add(0, last, torch.as_tensor(rewards[filled], dtype=kl.dtype))

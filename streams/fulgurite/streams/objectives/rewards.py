@@ -1,10 +1,9 @@
-"""What is done to rewards before they become advantages, by DAPO (arXiv:2503.14476). Pure, no torch."""
+"""What is done to rewards before they become advantages: DAPO's penalty for length (arXiv:2503.14476), and KL in the
+reward (REINFORCE++, arXiv:2501.03262; PPO for language models). Pure, no torch."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-
-from fulgurite.streams.objectives.advantages import has_signal
 
 
 def overlong_penalty(length: int, *, max_length: int, buffer: int, factor: float = 1.0) -> float:
@@ -23,13 +22,17 @@ def overlong_penalty(length: int, *, max_length: int, buffer: int, factor: float
     return -factor * (over / buffer) if over else 0.0
 
 
-def keep_group(rewards: Sequence[float], correct: Sequence[bool] | None = None) -> bool:
-    """Dynamic sampling: whether a group can teach anything.
+def penalised_rewards(rewards: Sequence[float], kl: Sequence[float], coefficient: float) -> list[float]:
+    """KL in the reward: of calls, their rewards and the sums of KL estimates over their tokens -> what is left.
 
-    The paper keeps groups with some, but not all, answers correct (`correct`); verl and OpenRLHF filter by a metric or
-    the mean reward. Without `correct` the rewards themselves must differ, which says the same of rewards of 0 and 1.
-    With it and shaped rewards it keeps out groups that differ only in the penalty for length.
+        r_k - coefficient * sum over its tokens of kl_t         the estimates are the sampling policy's (kl.py)
+
+    Where libraries differ. verl, OpenRLHF, SkyRL and slime place the penalty at its token, so that a token answers for
+    those after it and not for those before; here the tokens of a call answer for all of it together, as they do for its
+    reward. OpenRLHF compares rewards with their group first and takes the penalty from what comes of it; verl and this
+    compare what is left.
+
+    >>> penalised_rewards([0.0, 1.0], [2.0, 1.0], 0.5)
+    [-1.0, 0.5]
     """
-    if correct is not None:
-        return any(correct) and not all(correct)
-    return has_signal(rewards)
+    return [reward - coefficient * value for reward, value in zip(rewards, kl, strict=True)]

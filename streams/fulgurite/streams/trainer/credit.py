@@ -23,6 +23,7 @@ from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.schemas.trajectories import CallRange, TokenSequence, Trajectory
 from fulgurite.streams.objectives.advantages import ESTIMATORS, has_signal
 from fulgurite.streams.objectives.credit import span_returns
+from fulgurite.streams.objectives.rewards import penalised_rewards
 from fulgurite.streams.trainer.objective import recipe_of
 from fulgurite.streams.trainer.sample import Call, Sample
 
@@ -84,17 +85,13 @@ def credited(samples: Sequence[Sample], settings: TrainerSettings) -> list[Sampl
     ]
 
 
-def with_penalties(
-    samples: Sequence[Sample], penalties: Sequence[Sequence[float]], settings: TrainerSettings
-) -> list[Sample]:
-    """The same after every call's reward was lowered by its penalty, [samples][calls]."""
-    lowered = [
-        replace(
-            sample,
-            calls=tuple(replace(c, reward=c.reward - penalty) for c, penalty in zip(sample.calls, own, strict=True)),
-        )
-        for sample, own in zip(samples, penalties, strict=True)
-    ]
+def with_penalties(samples: Sequence[Sample], kl: Sequence[Sequence[float]], settings: TrainerSettings) -> list[Sample]:
+    """The same after every call's reward paid for its KL, [samples][calls] sums over tokens."""
+    lowered: list[Sample] = []
+    for sample, own in zip(samples, kl, strict=True):
+        left = penalised_rewards([call.reward for call in sample.calls], own, settings.kl_coefficient)
+        calls = tuple(replace(call, reward=reward) for call, reward in zip(sample.calls, left, strict=True))
+        lowered.append(replace(sample, calls=calls))
     return credited(lowered, settings)
 
 
@@ -111,7 +108,7 @@ def call_advantages(groups: Sequence[Group], settings: TrainerSettings) -> list[
     gamma = discount if settings.credit == "discounted" else 1.0
     return [
         [
-            [advantage * gamma ** (len(calls) - 1 - place) for place in range(len(calls))]
+            span_returns([0.0] * (len(calls) - 1) + [advantage], gamma)
             for advantage, calls in zip(advantages, group, strict=True)
         ]
         for advantages, group in zip(estimate(rewards, tokens), groups, strict=True)
