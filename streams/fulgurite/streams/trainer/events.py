@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 
 from pydantic import BaseModel, ValidationError
 
@@ -14,7 +15,7 @@ from fulgurite.schemas.training import RunStarted
 from fulgurite.streams.objectives.advantages import mean_and_std
 from fulgurite.streams.trainer.checkpoints import Checkpoint
 from fulgurite.streams.trainer.plan import Plan
-from fulgurite.streams.trainer.samples import ADAPTER_CONFIG, TrainingSet
+from fulgurite.streams.trainer.samples import ADAPTER_CONFIG, TrainingSet, trained_sequences
 from fulgurite.streams.trainer.windows import FILLED, Window
 from fulgurite.streams.transactions import Outgoing
 
@@ -81,15 +82,14 @@ def staleness(training: TrainingSet, window: Window) -> tuple[float, int]:
     return (math.fsum(behind) / len(behind), max(0, *behind)) if behind else (0.0, 0)
 
 
-def window_metrics(window: Window, training: TrainingSet) -> dict[str, float]:
+def window_metrics(
+    window: Window, training: TrainingSet, resource: str, agents: Sequence[str] = ()
+) -> dict[str, float]:
+    """Lengths are of what the resource's policy sampled for these agents: see trained_sequences."""
     members = [member for group in window.groups for member in group if member.reason != FILLED]
-    lengths = [float(sum(sum(sequence.loss_mask) for sequence in member.trajectory.sequences)) for member in members]
-    prompts = [
-        float(sequence.loss_mask.index(1))
-        for m in members
-        for sequence in m.trajectory.sequences
-        if 1 in sequence.loss_mask
-    ]
+    sequences = [trained_sequences(member.trajectory, resource, agents) for member in members]
+    lengths = [float(sum(sum(sequence.loss_mask) for sequence in own)) for own in sequences]
+    prompts = [float(sequence.loss_mask.index(1)) for own in sequences for sequence in own]
     found = {
         **_spread("critic/score", training.rewards),
         **_spread("critic/rewards", [sum(both) for both in zip(training.rewards, training.penalties, strict=True)]),

@@ -66,7 +66,7 @@ class Progress:
         began, filled, optimized = self._marks
         taken = max(time.monotonic() - began, 1e-9)
         metrics = {
-            **window_metrics(window, training),
+            **window_metrics(window, training, plan.sampling_resource, plan.trainer.agents),
             **(result.metrics if result else {}),
             "rollouts/late": float(windows.late),
             "rollouts/duplicate": float(windows.duplicates),
