@@ -59,8 +59,8 @@ def connected(cli: Cli, settings: Settings) -> Cli:
 
 def test_a_wrong_setting_is_one_red_line_and_exit_code_2(cli: Cli) -> None:
     for arguments, message in (
-        (("topics", "list", "--set", "kafka.partitions=none"), "FULGURITE_KAFKA__PARTITIONS = 'none'"),
-        (("coordinator", "--set", "coordinator.prot=1"), "FULGURITE_COORDINATOR__PROT: no such setting"),
+        (("topics", "list", "--set", "kafka.partitions=none"), "--set kafka.partitions = 'none': "),
+        (("coordinator", "--set", "coordinator.prot=1"), "--set coordinator.prot: no such setting; the nearest is c"),
         (("topics", "list", "--set", "partitions"), "must be SECTION.NAME=VALUE"),
         (("tail", "nothing"), "there is no topic nothing; known ones: rollouts"),
         (("sql", "SELECT 1", "--format", "xml"), "must be table or json"),

@@ -72,6 +72,30 @@ def test_wrong_arguments_are_told_before_any_store_is_asked(run: Run, arguments:
     assert (done.exit_code, words in done.stderr) == (2, True), done.output
 
 
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ("trainer.clip_low=2", "  --set trainer.clip_low = '2': Input should be less than or equal to 1"),
+        ("trainer.agents=a", "--set trainer.agents: must be JSON"),
+        ("trainer.clip_lo=0.1", "--set trainer.clip_lo: no such setting; the nearest is trainer.clip_low; known"),
+        ("trainr.steps=1", "--set trainr.steps: there is no section trainr; the nearest is trainer.steps; known"),
+    ],
+)
+def test_a_wrong_setting_is_named_as_it_was_given(
+    run: Run, given: str, words: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """--set goes through the environment, of which its user knows nothing; what is set there keeps its name."""
+    section, _, rest = given.partition(".")
+    field, _, value = rest.partition("=")
+    variable = f"FULGURITE_{section.upper()}__{field.upper()}"
+    monkeypatch.setenv(variable, value)
+    monkeypatch.setenv("FULGURITE_TRAINER__STEPS", "1")  # as the other: and so it is taken away afterwards
+    done = run("train", "--set", given)
+    assert (done.exit_code, words in done.stderr, variable in done.stderr) == (2, True, False), done.output
+    other = run("train", "--set", "trainer.steps=0")
+    assert variable in other.stderr, other.output
+
+
 def test_a_login_that_clickhouse_does_not_take_is_a_wrong_setting(
     run: Run, tmp_path: Path, clickhouse_settings: ClickHouseSettings
 ) -> None:

@@ -87,7 +87,7 @@ async def test_a_broker_that_is_away_and_a_stop_meanwhile(tmp_path: Path) -> Non
 @pytest.mark.parametrize(
     ("arguments", "code", "message"),
     [
-        (["gateway", "--set", "gateway.prt=1"], SettingsError.exit_code, "GATEWAY__PRT: no such setting"),
+        (["gateway", "--set", "gateway.prt=1"], SettingsError.exit_code, "--set gateway.prt: no such setting"),
         (["up", "--foreground"], StartError.exit_code, "fulgurite demo"),
         pytest.param(
             ["policy-server", "--set", "policy_server.port={taken}"],

@@ -7,8 +7,9 @@ import functools
 import importlib
 import logging
 import os
+import re
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import ModuleType
 from typing import Annotated, Any, TypeVar
@@ -33,6 +34,9 @@ EXIT_CODES = (
     "something could not start; 130 stopped by Ctrl-C."
 )
 SERVICE_EXIT_CODES = EXIT_CODES.replace("130", "4 trainer and sampler disagree; 5 another process took over; 130")
+
+_VARIABLE = re.compile(rf"\s*({ENV_PREFIX}\w+)")
+_NEAREST = re.compile(rf"(the nearest is ){ENV_PREFIX}(\w+?)__(\w+)")
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -94,18 +98,31 @@ def read_settings(data: Path | None, sets: list[str] | None) -> Settings:
     """Puts --data and --set into the environment, which child processes inherit, and reads the settings."""
     if data is not None:
         os.environ[ENV_HOME] = str(data.absolute())
+    given: dict[str, str] = {}
     for text in sets or []:
         name, separator, value = text.partition("=")
         section, dot, field = name.strip().partition(".")
         if not separator or not dot or not section or not field:
             raise SettingsError(f"--set {name}: must be SECTION.NAME=VALUE, for example --set kafka.partitions=8")
-        os.environ[f"{ENV_PREFIX}{section.upper()}__{field.upper()}"] = value
+        variable = f"{ENV_PREFIX}{section.upper()}__{field.upper()}"
+        os.environ[variable], given[variable] = value, name.strip()
     try:
         return load_settings()
-    except SettingsError:
+    except SettingsError as error:
         if os.environ.get(f"{ENV_PREFIX}LOG__FORMAT") == "json":  # told in that form, as far as it can be known
             configure_logging("fulgurite", LogSettings(format="json"))
-        raise
+        raise SettingsError(_as_given(str(error), given)) from None
+
+
+def _as_given(text: str, given: Mapping[str, str]) -> str:
+    """Lines about settings; those about a variable that --set stands behind say so, and name others as it does."""
+    lines = text.split("\n")
+    for number, line in enumerate(lines):
+        found = _VARIABLE.match(line)
+        if found and (name := given.get(found[1])):
+            rest = _NEAREST.sub(lambda near: f"{near[1]}{near[2]}.{near[3]}".lower(), line[found.end() :])
+            lines[number] = f"{line[: found.start(1)]}--set {name}{rest}"
+    return "\n".join(lines)
 
 
 def data_folder(data: Path | None) -> Path:
