@@ -15,7 +15,9 @@ from fulgurite.consumers.otlp.wire import Malformed
 from fulgurite.consumers.translator.rewards import TELL_TALES, Refused, rewards_of
 from fulgurite.consumers.translator.service import serve, spans_of
 from fulgurite.producers.kafka import connection_options
+from fulgurite.producers.redaction import Redactor
 from fulgurite.schemas.codec import decode as decode_event
+from fulgurite.schemas.redaction import KeyRule, RedactionSettings
 from fulgurite.schemas.rewards import Reward
 from fulgurite.schemas.settings import KafkaSettings, Settings
 from fulgurite.schemas.topics import DEAD_LETTERS, OTLP_SPANS, REWARDS, Topic
@@ -87,6 +89,16 @@ def test_evaluations_of_a_span() -> None:
     assert (first.name, first.value, first.span_id, first.time_ns) == ("relevance", 0.75, SPAN.hex(), 7)
     assert (second.name, second.value, second.span_id, second.metadata) == ("reward", 1, "", {"explanation": "!"})
     assert first.reward_id != second.reward_id
+
+
+def test_what_becomes_metadata_follows_the_rules_for_the_attribute_it_was() -> None:
+    values = {"score.value": 1, "explanation": "SECRET", "score.label": "pass"}
+    judged = event("gen_ai.evaluation.result", {f"gen_ai.evaluation.{name}": value for name, value in values.items()})
+    keys = [KeyRule(name="*.explanation", action="drop"), KeyRule(name="*.score.*", action="mask")]
+    (one,) = decode(record(span(ROLLOUT, events=[judged])))
+    (found,) = rewards_of(one, Redactor(RedactionSettings(keys=keys)))
+    assert isinstance(found, Reward)
+    assert (found.value, found.metadata) == (1, {"score.label": "[redacted]"})
 
 
 def test_the_same_span_has_the_same_ids_and_another_one_has_others() -> None:

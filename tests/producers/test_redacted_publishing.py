@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from typing import Any
 
+from opentelemetry.sdk.resources import Resource
 from opentelemetry.sdk.trace import TracerProvider
 from opentelemetry.sdk.trace.export import SimpleSpanProcessor
 
@@ -61,8 +63,6 @@ async def test_what_reaches_kafka_is_redacted(kafka_settings: KafkaSettings) -> 
 
 
 def test_what_threads_and_opentelemetry_send_is_redacted(kafka_settings: KafkaSettings) -> None:
-    import asyncio
-
     with SyncPublisher(kafka_settings, redaction=RULES) as publisher:
         publisher.publish_span(a_span(1)).result(30)
     provider = TracerProvider()
@@ -84,3 +84,32 @@ def test_what_threads_and_opentelemetry_send_is_redacted(kafka_settings: KafkaSe
     assert b"hunter2" not in (dead.value or b"")
     assert SECRET.encode() not in (dead.value or b"")
     assert b"[redacted:email]" in (dead.value or b"")
+
+
+def test_fields_made_of_attributes_follow_the_rules_for_these(kafka_settings: KafkaSettings) -> None:
+    keys = [
+        KeyRule(name="gen_ai.input.messages", action="drop"),
+        KeyRule(name="url.full", action="mask"),
+        KeyRule(name="service.name", action="hash"),
+        KeyRule(name="*tokens", action="drop"),
+        KeyRule(name="gen_ai.response.finish_reasons", action="mask"),
+    ]
+    exporter = KafkaSpanExporter(Settings(kafka=kafka_settings, redaction=RedactionSettings(keys=keys)))
+    provider = TracerProvider(resource=Resource({"service.name": "alice-laptop"}))
+    provider.add_span_processor(SimpleSpanProcessor(exporter))
+    attributes: dict[str, Any] = {
+        "gen_ai.input.messages": "SECRET PROMPT",
+        "url.full": "https://host/SECRETPATH",
+        "gen_ai.usage.input_tokens": 12,
+        "gen_ai.response.finish_reasons": ["stop"],
+    }
+    provider.get_tracer("test").start_span("n", attributes=attributes).end()
+    provider.shutdown()
+    (record,) = asyncio.run(read_topic(kafka_settings, SPANS))
+    found = json.loads(record.value or b"")
+    assert "input" not in found or found["input"] == ""
+    assert (found["endpoint"], found["finish_reason"]) == ("[redacted]", "[redacted]")
+    assert found["service"] == found["resource_attributes"]["service.name"]
+    assert found["service"].startswith("sha256:")
+    assert found["input_tokens"] == 12
+    assert not any(secret in (record.value or b"") for secret in (b"SECRET", b"alice"))

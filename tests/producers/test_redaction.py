@@ -68,6 +68,10 @@ def test_a_span_is_redacted_in_every_text_and_nowhere_else() -> None:
         attempt_id="T-2",
         name=f"GET {mail}",
         endpoint=f"https://h/?u={mail}",
+        service=mail,
+        agent=mail,
+        model=f"ft:{mail}",
+        resource="T-4",
         status="error",
         status_message=f"no user {mail}",
         input=mail,
@@ -87,6 +91,7 @@ def test_a_span_is_redacted_in_every_text_and_nowhere_else() -> None:
     found = Redactor(RULES).event(span)
     assert found.name == "GET [redacted:email]"
     assert found.endpoint == "https://h/?u=[redacted:email]"
+    assert (found.service, found.agent, found.model) == ("[redacted:email]", "[redacted:email]", "ft:[redacted:email]")
     assert found.status_message == "no user [redacted:email]"
     assert (found.input, len(found.output)) == ("[redacted:email]", 200)
     assert found.output.endswith("… (300 characters)")
@@ -96,10 +101,8 @@ def test_a_span_is_redacted_in_every_text_and_nowhere_else() -> None:
     assert [event.name for event in found.events] == ["[redacted:email]", "plain"]
     assert found.links[0].attributes == {"m": "[redacted:email]"}
     assert found.model_extra == {"password": "[redacted]", "other": "kept"}
-    untouched = (
-        "rollout_id attempt_id span_id start_ns end_ns prompt_token_ids response_token_ids logprobs weight_versions"
-    )
-    for name in untouched.split():
+    untouched = "rollout_id attempt_id span_id resource start_ns end_ns prompt_token_ids response_token_ids logprobs"
+    for name in [*untouched.split(), "weight_versions"]:
         assert getattr(found, name) == getattr(span, name)
     assert found.links[0].span_id == "T-3"
     assert span.input == mail, "the caller's own span stays as it is"
@@ -121,8 +124,25 @@ def test_what_matches_nothing_is_the_same_object() -> None:
 def test_dead_letters_keep_their_bytes_but_for_what_values_match() -> None:
     dead = DeadLetter("t", 0, 1, stage="x", reason="y", message="z", key=None, value=b'{"m": "a@b.org')
     assert Redactor(RULES).dead_letter(dead).value == b'{"m": "[redacted:email]'
-    binary = replace(dead, value=b"\xff a@b.org")
-    assert Redactor(RULES).dead_letter(binary) is binary
+    binary = replace(dead, value=b"\xff a@b.org \xff", message="no a@b.org")
+    found = Redactor(RULES).dead_letter(binary)
+    assert (found.value, found.message) == (b"\xff [redacted:email] \xff", "no [redacted:email]")
+    plain = replace(dead, value=b"\xff")
+    assert Redactor(RULES).dead_letter(plain) is plain
+
+
+def test_what_fields_are_made_of_follows_the_rules_for_names_only() -> None:
+    attributes = {"Password": "p", "user.id": 7, "note": "n" * 65, "http.request.header.x": "x", "mail": "a@b.org"}
+    found = Redactor(RULES).sources(attributes | {"fulgurite.secret": "s", "secret.count": 5}, kept={"secret.count"})
+    assert found == {
+        "Password": "[redacted]",
+        "user.id": Redactor(RULES).attributes({"user.id": "7"})["user.id"],
+        "note": "n" * 47 + "… (65 characters)",
+        "mail": "a@b.org",
+        "fulgurite.secret": "s",
+        "secret.count": 5,
+    }
+    assert Redactor(RedactionSettings(values=RULES.values)).sources(attributes) is attributes
 
 
 @pytest.mark.parametrize(

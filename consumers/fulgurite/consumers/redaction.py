@@ -20,7 +20,14 @@ from typing import TYPE_CHECKING
 
 from fulgurite.schemas.migrations import REDACTED, migrations
 from fulgurite.schemas.redaction import RedactionSettings
-from fulgurite.schemas.redaction_sql import DEAD_LETTER_COLUMNS, REWARD_COLUMNS, SPAN_COLUMNS, Kind, redacted_select
+from fulgurite.schemas.redaction_sql import (
+    DEAD_LETTER_COLUMNS,
+    REWARD_COLUMNS,
+    SPAN_COLUMNS,
+    Kind,
+    derived_select,
+    redacted_select,
+)
 
 if TYPE_CHECKING:
     from clickhouse_connect.driver import Client
@@ -32,9 +39,18 @@ VIEWS: Mapping[str, Mapping[str, Kind]] = {
     "rewards_mv": REWARD_COLUMNS,
     "spans_dead_mv": DEAD_LETTER_COLUMNS,
     "rewards_dead_mv": DEAD_LETTER_COLUMNS,
+    "rollout_events_dead_mv": DEAD_LETTER_COLUMNS,
+    "trajectories_dead_mv": DEAD_LETTER_COLUMNS,
+    "resources_dead_mv": DEAD_LETTER_COLUMNS,
+    "training_events_dead_mv": DEAD_LETTER_COLUMNS,
+    "worker_heartbeats_dead_mv": DEAD_LETTER_COLUMNS,
     "dead_letters_mv": DEAD_LETTER_COLUMNS,
+    "rejected_mv": DEAD_LETTER_COLUMNS,
 }
-"""The views that write into tables what producers sent, and which of their columns hold texts."""
+"""The views that write into tables what producers sent, and which of their columns hold texts. Every view that writes
+dead letters is among them."""
+DERIVING = "parse_otlp"
+"""The view that makes columns of attributes: rules of `keys` must come before it."""
 
 
 def apply_redaction(client: Client, rules: RedactionSettings) -> list[str]:
@@ -45,9 +61,9 @@ def apply_redaction(client: Client, rules: RedactionSettings) -> list[str]:
     comments = {str(name): str(comment) for name, comment in rows}
     selects = view_selects()
     changed: list[str] = []
-    for view, columns in VIEWS.items():
+    for view in (*VIEWS, DERIVING):
         select = selects[view]
-        query = redacted_select(rules, select, columns)
+        query = derived_select(rules, select) if view == DERIVING else redacted_select(rules, select, VIEWS[view])
         wanted = "" if query == select else REDACTED + hashlib.sha256(query.encode()).hexdigest()[:16]
         if comments.get(view, wanted) == wanted:  # 1.
             continue

@@ -66,6 +66,8 @@ COLUMNS: Mapping[str, tuple[str, ...]] = {
 
 _LISTS = ("prompt_token_ids", "response_token_ids", "logprobs", "weight_versions")
 _NUMBERS = ("sequence_id", "input_tokens", "output_tokens")
+_NO_TEXTS = frozenset(name for field in ("rollout_id", "attempt_id", *_NUMBERS, *_LISTS) for name in COLUMNS[field])
+"""Attributes of which ids, counts and tokens are made: no rule of redaction applies to these fields."""
 
 # OpenInference names what a span is instead of the operation.
 _OPERATION_OF_KIND = {"LLM": "chat", "TOOL": "execute_tool", "AGENT": "invoke_agent"}
@@ -112,7 +114,7 @@ class KafkaSpanExporter(SpanExporter):
 
     def _send(self, span: ReadableSpan) -> Send:
         try:
-            event = to_span(span)
+            event = to_span(span, self._redactor)
             if self._redactor is not None:
                 event = self._redactor.event(event)
             key, value = encode_key(event.rollout_id), encode(event, self._publisher.max_record_bytes)
@@ -144,10 +146,13 @@ class KafkaSpanExporter(SpanExporter):
         return dead if self._redactor is None else self._redactor.dead_letter(dead)
 
 
-def to_span(span: ReadableSpan) -> Span:
-    """The same span as our event. Raises pydantic's ValidationError for values out of bounds."""
+def to_span(span: ReadableSpan, redactor: Redactor | None = None) -> Span:
+    """The same span as our event; fields that are made of attributes follow the rules for these. Raises pydantic's
+    ValidationError for values out of bounds."""
     attributes = dict(span.attributes or {})
     merged = _merged(span)
+    if redactor is not None:
+        merged = redactor.sources(merged, _NO_TEXTS)
     fields: dict[str, Any] = {}
     for name, candidates in COLUMNS.items():
         value = _first(merged, candidates)
@@ -190,7 +195,7 @@ def to_span(span: ReadableSpan) -> Span:
     )
 
 
-def _merged(span: ReadableSpan) -> dict[str, Any]:
+def _merged(span: ReadableSpan) -> Mapping[str, Any]:
     """A span's own attributes win over its resource's."""
     return {**span.resource.attributes, **(span.attributes or {})}
 

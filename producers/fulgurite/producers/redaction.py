@@ -2,6 +2,7 @@
 
     redact = redactor(settings.redaction)      None without rules: nothing is called then
     span = redact.event(span)                  the same object when nothing in it matched
+    found = redact.sources(attributes, kept)   attributes as fields are made of them: the field has its source's rule
 
 Pure: knows neither Kafka nor settings' sources. Touches texts and attributes only; ids, tokens, logprobs, versions,
 times and numbers stay what training needs. Does to a span what `schemas.redaction_sql` does to it in ClickHouse: a
@@ -12,7 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import replace
 from typing import Any, TypeVar
 
@@ -28,6 +29,9 @@ MAX_NAMES = 4_096
 """Attribute names whose rule is remembered. Programs have hundreds; whoever makes names of ids costs no memory."""
 
 _HASHED = re.compile(rf"{HASH_PREFIX}[0-9a-f]{{{HASH_DIGITS}}}")
+
+_WORDS = ("name", "service", "agent", "operation", "model", "endpoint", "finish_reason")
+"""Fields of a span from which only parts are taken out."""
 
 E = TypeVar("E", bound=BaseModel)
 Change = Callable[[str], str]
@@ -45,6 +49,7 @@ class Redactor:
         self._keys = [(rule.pattern.compiled().search, rule) for rule in rules.keys]
         self._values = [(rule.part, rule.pattern.compiled().sub, rule.mark) for rule in rules.values]
         self._by_name: dict[str, Change | None] = {}
+        self._sources: dict[str, Change | None] = {}
 
     def event(self, event: E) -> E:
         """A span or a reward without what the rules take out; any other event as it is."""
@@ -55,15 +60,14 @@ class Redactor:
         return event
 
     def dead_letter(self, dead: DeadLetter) -> DeadLetter:
-        """What value rules match is taken out of the bytes; the rest is kept to be looked at. Not text: kept."""
-        if dead.value is None or not self._values:
+        """What value rules match is taken out of the bytes, be they text or not, and of the message; the rest is kept
+        to be looked at."""
+        if not self._values:
             return dead
-        try:
-            text = dead.value.decode()
-        except UnicodeDecodeError:
-            return dead
-        found = self.parts(text)
-        return dead if found == text else replace(dead, value=found.encode())
+        message, value = self.parts(dead.message), dead.value
+        if value is not None:
+            value = self.parts(value.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+        return dead if (message, value) == (dead.message, dead.value) else replace(dead, message=message, value=value)
 
     def text(self, text: str) -> str:
         """Parts taken out, then cut to max_text_chars."""
@@ -93,10 +97,19 @@ class Redactor:
             changed = changed or new is not value
         return found if changed else attributes
 
+    def sources(self, attributes: Mapping[str, Any], kept: Collection[str] = ()) -> Mapping[str, Any]:
+        """The attributes by the rules of `keys` alone, for fields to be made of them; the same object without such.
+        Rules of `values` follow where the field itself is redacted. `kept`: what ids and counts are made of."""
+        found: dict[str, Any] = {}
+        for name, value in attributes.items() if self._keys else ():
+            change = _kept if name in kept else self._source_change(name)
+            if change is not None:
+                found[name] = _changed(value, change)
+        return found if self._keys else attributes
+
     def _span_changes(self, span: Span) -> dict[str, Any]:
         changes: dict[str, Any] = {
-            "name": self.parts(span.name),
-            "endpoint": self.parts(span.endpoint),
+            **{name: self.parts(getattr(span, name)) for name in _WORDS},
             "status_message": self.text(span.status_message),
             "input": self.text(span.input),
             "output": self.text(span.output),
@@ -131,6 +144,16 @@ class Redactor:
         if kept is not unknown:
             copy.__pydantic_extra__ = dict(kept)
         return copy
+
+    def _source_change(self, name: str) -> Change | None:
+        """As `_change_of` where a rule names the attribute; otherwise it stays as it is."""
+        if name in self._sources:
+            return self._sources[name]
+        ruled = not is_protected(name) and any(search(name) for search, _ in self._keys)
+        change = self._change_of(name) if ruled else _kept
+        if len(self._sources) < MAX_NAMES:
+            self._sources[name] = change
+        return change
 
     def _remember(self, name: str) -> Change | None:
         change = self._change_of(name)

@@ -3,9 +3,10 @@
     our producers ──► producers.redaction (Python) ──► Kafka ──► views with redaction_sql ──► ClickHouse
     foreign producers ─────────────────────────────────► Kafka ──┘
 
-The first matching rule of `keys` decides over an attribute; every rule of `values` is applied to every other text; then
-texts that are too long are cut, visibly. A rule that Python or ClickHouse (RE2) would not understand, or would
-understand differently, is refused here. Ids, tokens, logprobs and versions are no rule's business: `is_protected`.
+The first matching rule of `keys` decides over an attribute, and over the column that is made of it; every rule of
+`values` is applied to every other text; then texts that are too long are cut, visibly. A rule that Python or ClickHouse
+(RE2) would not understand, or would understand differently, is refused here. Ids, tokens, logprobs and versions are no
+rule's business: `is_protected`.
 
 Applying the rules twice changes nothing more, as long as no rule matches the marks that rules leave.
 """

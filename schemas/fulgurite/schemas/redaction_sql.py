@@ -3,6 +3,7 @@
     text_sql(rules, "input")                 an expression for a String column
     attributes_sql(rules, "attributes")      for a Map(String, String), or one with LowCardinality keys
     redacted_select(rules, select, columns)  a view's SELECT with the named columns redacted
+    derived_select(rules, select)            parse_otlp's SELECT, whose columns are made of redacted attributes
 
 Expressions, not SQL functions: ClickHouse puts the body of a function into a view when the view is created, so a view
 would not follow a function that is replaced (tried on 26.9); and functions belong to a server, rules to a database.
@@ -34,7 +35,12 @@ _Of = Callable[[KeyRule], str]
 SPAN_COLUMNS: Mapping[str, Kind] = {
     "name": "original",
     "status_message": "text",
+    "service": "original",
+    "agent": "original",
+    "operation": "original",
+    "model": "original",
     "endpoint": "original",
+    "finish_reason": "original",
     "input": "text",
     "output": "text",
     "attributes": "attributes",
@@ -45,7 +51,12 @@ SPAN_COLUMNS: Mapping[str, Kind] = {
     "links": "links",
 }
 REWARD_COLUMNS: Mapping[str, Kind] = {"metadata": "attributes", "extra": "attributes"}
-DEAD_LETTER_COLUMNS: Mapping[str, Kind] = {"value": "original"}
+DEAD_LETTER_COLUMNS: Mapping[str, Kind] = {"value": "original", "message": "original"}
+
+_ATTRIBUTES_TABLE = "FROM otlp_rows AS o"
+"""Where parse_otlp finds a span's attributes, as the arrays `names`, `texts` and `bits`."""
+_NO_TEXTS = sum(1 << place for place in (*range(10), *range(42, 48), *range(49, 58)))
+"""Bits of the names, by their places in explode_otlp, that become ids, counts, tokens, logprobs and versions."""
 
 
 def redacted_select(rules: RedactionSettings, select: str, columns: Mapping[str, Kind]) -> str:
@@ -56,6 +67,42 @@ def redacted_select(rules: RedactionSettings, select: str, columns: Mapping[str,
         return select
     listed = ",\n    ".join(replaced)
     return f"SELECT * REPLACE (\n    {listed}\n)\nFROM (\n{select}\n)"
+
+
+def derived_select(rules: RedactionSettings, select: str) -> str:
+    """`select` of parse_otlp with the rules of `keys` applied to attributes before columns are made of them: one that
+    is dropped was never there. Not to those of ids and counts. What `values` match is taken out of the columns."""
+    if not rules.keys:
+        return select
+    start, found, end = select.rpartition(_ATTRIBUTES_TABLE)
+    assert found, "parse_otlp reads another table"
+    kept = f"({_is_protected()} OR bitAnd(b, {_NO_TEXTS}) != 0)"
+    there = _by_rule(rules, lambda rule: "0" if rule.action == "drop" else "1", "1", "1", kept)
+    cut = {rule: _cut("t", str(_least(rule.chars, rules.max_value_chars))) for rule in rules.keys if rule.chars}
+    actions = {"drop": "v", "mask": _string(MASK), "hash": _hash(rules, "v")}
+    text = _by_rule(
+        rules,
+        lambda rule: (
+            f"arrayMap(t -> {cut[rule]}, [{parts_sql(rules, 'v')}])[1]" if rule in cut else actions[rule.action]
+        ),
+        "v",
+        "v",
+        kept,
+    )
+    redacted = f"""FROM (
+    SELECT * EXCEPT (attribute) REPLACE (
+        attribute.1 AS names,
+        arrayMap((k, v, b) -> {text}, attribute.1, attribute.2, attribute.3) AS texts,
+        attribute.3 AS bits,
+        arrayReduce('groupBitOr', attribute.3) AS mask,
+        {attributes_sql(rules, "resource_attributes")} AS resource_attributes
+    )
+    FROM (
+        SELECT *, arrayFilter((a, k, b) -> {there}, arrayZip(names, texts, bits), names, bits) AS attribute
+        FROM otlp_rows
+    )
+) AS o"""
+    return f"{start}{redacted}{end}"
 
 
 def column_sql(rules: RedactionSettings, kind: Kind, expression: str) -> str:
@@ -109,12 +156,12 @@ def attributes_sql(rules: RedactionSettings, expression: str) -> str:
     return expression
 
 
-def _by_rule(rules: RedactionSettings, of: _Of, protected: str, otherwise: str) -> str:
-    """The value of the first rule that matches the name `k`."""
+def _by_rule(rules: RedactionSettings, of: _Of, protected: str, otherwise: str, kept: str = "") -> str:
+    """The value of the first rule that matches the name `k`; `protected` where no rule applies to it (`kept`)."""
     values = [of(rule) for rule in rules.keys]
     if all(value == otherwise for value in (protected, *values)):
         return otherwise
-    branches = [f"{_is_protected()}, {protected}"]
+    branches = [f"{kept or _is_protected()}, {protected}"]
     branches += [f"{_matches(rule)}, {value}" for rule, value in zip(rules.keys, values, strict=True)]
     return f"multiIf({', '.join(branches)}, {otherwise})"
 

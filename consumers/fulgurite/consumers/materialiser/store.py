@@ -132,9 +132,9 @@ class Store:
             await self._insert(into, await asyncio.to_thread(_body, slices, mend=True), guard)
 
     async def insert_dead(self, one: Slice, message: str, guard: Guard) -> None:
-        """A record no table takes, straight into dead_letters. Raises Fenced or Unavailable."""
+        """A record no table takes, into dead_letters by way of the view that redacts. Raises Fenced or Unavailable."""
         body = arrow_body(dead_block(one.partition, one.records[0], message))
-        await self._insert("dead_letters", body, guard)
+        await self._insert("in_rejected", body, guard)
 
     async def _insert(self, into: str, body: Body, guard: Guard) -> None:
         settings: dict[str, Any] = {

@@ -10,7 +10,8 @@ Agent Lightning's rewards are named `reward`, so that the last one of an attempt
 agentlightning.link.<i>.{key_match: span_id, value_match} a reward belongs to that span; other links stay in metadata.
 
 Promises: the same span gives rewards with the same ids, however often; a span that says it has a reward and has none
-that is a finite number gives a Refused. Spans without a rollout have nobody to reward: they give nothing.
+that is a finite number gives a Refused. Spans without a rollout have nobody to reward: they give nothing. What becomes
+metadata follows the rules of redaction for the attribute it was.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ from pydantic import ValidationError
 
 from fulgurite.consumers.otlp.rollout import attempt_of, text
 from fulgurite.consumers.otlp.spans import Attributes, OtlpEvent, OtlpSpan
+from fulgurite.producers.redaction import Redactor
 from fulgurite.schemas.rewards import FINAL_REWARD, Reward
 
 TELL_TALES: Final = (b"reward", b"gen_ai.evaluation.result")
@@ -47,7 +49,7 @@ class Refused:
     message: str
 
 
-def rewards_of(span: OtlpSpan) -> list[Reward | Refused]:
+def rewards_of(span: OtlpSpan, redactor: Redactor | None = None) -> list[Reward | Refused]:
     """In the order in which the span has them."""
     if not attempt_of(span)[0]:
         return []
@@ -60,7 +62,7 @@ def rewards_of(span: OtlpSpan) -> list[Reward | Refused]:
             _reward(span, "span", 0, value, dimensions=dimensions, span_id=target, metadata=metadata, source="otlp")
         )
     for number, event in enumerate(span.events):
-        if event.name == EVALUATION and (reward := _evaluation(span, number, event)) is not None:
+        if event.name == EVALUATION and (reward := _evaluation(span, number, event, redactor)) is not None:
             found.append(reward)
     return found
 
@@ -101,15 +103,16 @@ def _links(attributes: Attributes) -> tuple[str, dict[str, str]]:
     return target, {key: value[:_MAX_CHARS] for key, value in pairs if key}
 
 
-def _evaluation(span: OtlpSpan, number: int, event: OtlpEvent) -> Reward | Refused | None:
+def _evaluation(span: OtlpSpan, number: int, event: OtlpEvent, redactor: Redactor | None) -> Reward | Refused | None:
     value = event.attributes.get("gen_ai.evaluation.score.value")
     if value is None:
         return None  # a label alone is no reward; it stays in the span's events
     name = text(event.attributes.get("gen_ai.evaluation.name")) or "evaluation"
+    sources = redactor.sources(event.attributes) if redactor is not None else event.attributes
     metadata = {
-        key: text(event.attributes[f"gen_ai.evaluation.{key}"])[:_MAX_CHARS]
+        key: text(sources[f"gen_ai.evaluation.{key}"])[:_MAX_CHARS]
         for key in ("score.label", "explanation")
-        if f"gen_ai.evaluation.{key}" in event.attributes
+        if f"gen_ai.evaluation.{key}" in sources
     }
     whole = name == FINAL_REWARD
     return _reward(

@@ -19,6 +19,7 @@ from fulgurite.consumers.translator.rewards import TELL_TALES, Refused, rewards_
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.kafka import connection_options
 from fulgurite.producers.publisher import Acknowledgement, Publisher
+from fulgurite.producers.redaction import Redactor
 from fulgurite.producers.service import run_service
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import BufferFull, InvalidEvent, Undelivered
@@ -97,7 +98,7 @@ async def publish(publisher: Publisher, records: Iterable[Record]) -> None:
     """Returns when the broker has the rewards of all these records."""
     found: list[Reward | DeadLetter] = []
     for record in records:
-        found += _events(record)
+        found += _events(record, publisher.redactor)
     backoff = Backoff(logger)
     while found:
         try:
@@ -110,7 +111,7 @@ async def publish(publisher: Publisher, records: Iterable[Record]) -> None:
             return
 
 
-def _events(record: Record) -> list[Reward | DeadLetter]:
+def _events(record: Record, redactor: Redactor | None) -> list[Reward | DeadLetter]:
     if record.value is None or not any(name in record.value for name in TELL_TALES):
         return []
     try:
@@ -119,7 +120,7 @@ def _events(record: Record) -> list[Reward | DeadLetter]:
         return []  # the materialiser's to tell, once
     events: list[Reward | DeadLetter] = []
     for span in spans:
-        for reward in rewards_of(span):
+        for reward in rewards_of(span, redactor):
             events.append(_dead(record, reward.message) if isinstance(reward, Refused) else reward)
     return events
 

@@ -1,0 +1,151 @@
+"""What rules take out is in no column made of it, and in no dead letter, whoever wrote that one."""
+
+from __future__ import annotations
+
+import asyncio
+import gzip
+import json
+from collections.abc import Iterator
+
+import clickhouse_connect
+import pytest
+from clickhouse_connect.driver import Client
+
+from fulgurite.consumers.materialiser.blocks import Partition, Slice
+from fulgurite.consumers.materialiser.fences import Guard
+from fulgurite.consumers.materialiser.store import Store
+from fulgurite.consumers.redaction import VIEWS, apply_redaction, view_selects
+from fulgurite.producers.redaction import Redactor
+from fulgurite.schemas.migrations import apply_migrations, connection_options
+from fulgurite.schemas.redaction import KeyRule, RedactionSettings, ValueRule
+from fulgurite.schemas.settings import ClickHouseSettings
+from fulgurite.schemas.topics import OTLP_SPANS, SPANS
+from tests.consumers.otlp_encoding import START, Record, record, span
+from tests.consumers.otlp_tables import Tables
+
+KEYS = [
+    KeyRule(name="gen_ai.input.messages", action="drop"),
+    KeyRule(name="gen_ai.output.messages", action="cut", chars=64),
+    KeyRule(name="url.full", action="mask"),
+    KeyRule(name="service.name", action="hash"),
+    KeyRule(name="gen_ai.prompt.*", action="drop"),
+    KeyRule(regex="(?i)baggage|token|rollout|attempt|sequence", action="drop"),
+]
+VALUES = [ValueRule(name="email")]
+
+
+@pytest.fixture
+def client(clickhouse_settings: ClickHouseSettings) -> Iterator[Client]:
+    apply_migrations(clickhouse_settings)
+    options = connection_options(clickhouse_settings)
+    with clickhouse_connect.get_client(**options, database=clickhouse_settings.database) as found:
+        yield found
+
+
+def test_columns_made_of_otlp_attributes_follow_the_rules_for_these(
+    clickhouse_settings: ClickHouseSettings, client: Client
+) -> None:
+    apply_redaction(client, RedactionSettings(keys=KEYS, values=VALUES, hash_salt="salt"))
+    row = Tables(client, clickhouse_settings).row(
+        record(
+            span(
+                {
+                    "gen_ai.input.messages": "SECRET PROMPT",
+                    "gen_ai.output.messages": "é" * 60 + "ann@example.org " + "x" * 100,
+                    "url.full": "https://host/SECRETPATH",
+                    "gen_ai.operation.name": "chat",
+                    "gen_ai.agent.name": "ann@example.org",
+                    "gen_ai.request.model": "m",
+                    "baggage.fulgurite.rollout_id": "r",
+                    "agentlightning.attempt_id": "a",
+                    "agentlightning.span_sequence_id": 4,
+                    "gen_ai.usage.input_tokens": 12,
+                    "llm.hosted_vllm.response_token_ids": [4, 5],
+                }
+            ),
+            resource={"service.name": "alice-laptop"},
+        )
+    )
+    assert (row["input"], row["endpoint"]) == ("", "[redacted]")
+    assert row["output"] == row["attributes"]["gen_ai.output.messages"]
+    assert row["output"].endswith("… (177 characters)")
+    hashed = Redactor(RedactionSettings(keys=KEYS, hash_salt="salt")).attributes({"service.name": "alice-laptop"})
+    assert row["service"] == row["resource_attributes"]["service.name"] == hashed["service.name"]
+    assert (row["operation"], row["model"], row["agent"]) == ("chat", "m", "[redacted:email]")
+    assert (row["rollout_id"], row["attempt_id"], row["sequence_id"]) == ("r", "a", 4), "ids are no rule's business"
+    assert (row["input_tokens"], row["response_token_ids"]) == (12, [4, 5])
+    assert "baggage.fulgurite.rollout_id" not in row["attributes"]
+    assert not any(secret in str(row) for secret in ("SECRET", "alice", "ann@"))
+
+
+def test_what_is_dropped_was_never_there(clickhouse_settings: ClickHouseSettings, client: Client) -> None:
+    apply_redaction(client, RedactionSettings(keys=KEYS))
+    tables = Tables(client, clickhouse_settings)
+    row = tables.row(record(span({"gen_ai.input.messages": "SECRET", "gen_ai.prompt": "the next name"})))
+    assert row["input"] == "the next name"
+    numbered = {"gen_ai.prompt.0.content": "SECRET", "gen_ai.prompt.0.role": "user", "gen_ai.completion.0.content": "b"}
+    row = tables.row(record(span(numbered)))
+    assert (row["input"], json.loads(row["output"])) == ("", {"gen_ai.completion.0.content": "b"})
+
+
+def test_no_dead_letter_goes_past_the_rules(clickhouse_settings: ClickHouseSettings, client: Client) -> None:
+    apply_redaction(client, RedactionSettings(values=VALUES))
+    packed = gzip.compress(b"carol@example.org", mtime=0)
+    cut_off = record(span({"a": "bob@example.org", "pad": "x" * 50}))[:-20]
+    refused = [b"\x1f\x8b carol@example.org", cut_off, packed]
+    for at, value in enumerate(refused):
+        asyncio.run(_insert_dead(clickhouse_settings, at, value))
+    for topic in ("rollouts", "trajectories", "resources", "training", "workers", "dead_letters"):
+        columns = ["raw", "key", "headers", "_topic", "_partition", "_offset"]
+        client.insert(f"in_{topic}", [["no JSON dave@example.org", "k", {}, topic, 0, 10]], column_names=columns)
+    for topic in ("spans", "rewards"):
+        row = {"raw": "no JSON dave@example.org", "_topic": topic, "_offset": 10, "_into": 3}
+        client.insert(f"in_{topic}", [list(row.values())], column_names=list(row))
+    bad = record(span({"mail": "erin@example.org"}, start=START, end=START - 1))
+    Tables(client, clickhouse_settings).insert([Record(20, bad)])
+    rows = client.query(
+        "SELECT value, message FROM dead_letters ORDER BY _offset", column_formats={"value": "bytes"}
+    ).result_rows
+    assert len(rows) == len(refused) + 9
+    assert rows[0] == (b"\x1f\x8b [redacted:email]", "refused: [redacted:email]")
+    assert [packed in row for row in rows].count(True) == 1, "what is compressed is kept as it is"
+    assert not any(b"@example.org" in row[0] or "@example.org" in row[1] for row in rows)
+
+
+async def _insert_dead(settings: ClickHouseSettings, offset: int, value: bytes) -> None:
+    store = Store(settings, 30, "test")
+    await store.connect()
+    try:
+        one = Slice(Partition(OTLP_SPANS, "otlp_spans", 0), [Record(offset, value)])
+        await store.insert_dead(one, "refused: carol@example.org", Guard("test"))
+    finally:
+        await store.close()
+
+
+def test_every_view_that_writes_dead_letters_is_known(client: Client) -> None:
+    rows = client.query(
+        "SELECT name FROM system.tables WHERE database = currentDatabase() AND engine = 'MaterializedView' "
+        "AND create_table_query LIKE '%.dead_letters (%'"
+    ).result_rows
+    writing = {str(name) for (name,) in rows}
+    assert len(writing) == 9
+    assert writing <= VIEWS.keys() <= view_selects().keys()
+
+
+def test_a_replays_dead_letter_comes_once(clickhouse_settings: ClickHouseSettings, client: Client) -> None:
+    settings: dict[str, str | int] = {
+        "insert_deduplication_token": "token",
+        "insert_deduplicate": 1,
+        "deduplicate_blocks_in_dependent_materialized_views": 1,
+    }
+
+    async def insert() -> None:
+        store = Store(clickhouse_settings, 30, "test")
+        await store.connect()
+        one = Slice(Partition(SPANS, "spans", 0), [Record(1, b"x")])
+        await store.insert_dead(one, "no", Guard("test", settings=settings))
+        await store.insert_dead(one, "no", Guard("test", settings=settings))
+        await store.close()
+
+    asyncio.run(insert())
+    assert client.query("SELECT count() FROM dead_letters").result_rows == [(1,)]
