@@ -6,6 +6,7 @@ import base64
 import json
 import secrets
 from pathlib import Path
+from typing import Any
 
 import pytest
 from clickhouse_connect.driver.exceptions import DatabaseError
@@ -127,8 +128,52 @@ def test_a_span_that_cannot_be_used_is_a_dead_letter_and_the_others_are_rows(tab
     assert [(d["_offset"], d["_index"], d["reason"], d["message"]) for d in dead] == [
         (9, at + 1, "bad_field", message) for at, (_, message) in enumerate(bad)
     ]
-    assert json.loads(json.loads(dead[0]["value"])["attributes"]) == {"why": "x"}
+    (kept,) = json.loads(dead[0]["value"])["resourceSpans"][0]["scopeSpans"][0]["spans"]
+    assert kept["attributes"] == [{"key": "why", "value": {"stringValue": "x"}}]
     assert (dead[0]["stage"], dead[0]["key"], dead[0]["topic"]) == ("materialiser", "k", "otlp_spans")
+
+
+HOSTILE = 'q"uo,"kvlist_value":""}\\ é\n'
+EVERY_KIND: dict[str, Any] = {
+    "text": HOSTILE,
+    "whole": -5,
+    "yes": True,
+    "no": False,
+    "half": 0.5,
+    "zero": 0,
+    "empty": "",
+    "none": None,
+    "list": ["a", 1, [True, 2.5, None]],
+    "map": {"a": {"b": 1}, "c": []},
+    HOSTILE: {},
+    "time": '{"time":',
+    "raw": b'\x00\xff"\n\\\xe2\x80\xa8\x1f',
+    "raws": [b"\xfe", {"q": b'\x01","array_value":'}],
+    "gen_ai.usage.input_tokens": 7,
+}
+FEW_KINDS: dict[str, Any] = {name: EVERY_KIND[name] for name in ("text", "whole", "yes", "half", "raw", "none")}
+
+
+@pytest.mark.parametrize("wrong", [{"end": START - 1}, {"start": 2**63, "end": 2**63}, {"span_id": b""}])
+def test_a_dead_letter_is_the_whole_span_ready_to_be_sent_again(tables: Tables, wrong: dict[str, Any]) -> None:
+    def value(**changes: Any) -> bytes:
+        more = part(15, part(2, b"boom") + integer(3, 2)) + part(3, b"vendor=x") + integer(10, 3) + part(4, b"parent!!")
+        events = [event("e", FEW_KINDS), event("other", {})]
+        one = span(EVERY_KIND, kind=3, events=events, links=[link(FEW_KINDS)], more=more, **changes)
+        scope = scope_spans([span(name="another"), one], "scope", "1", {"of": "the scope"})
+        return traces(resource_spans({**FEW_KINDS, "service.name": "s"}, scope))
+
+    tables.insert([Record(1, value()), Record(2, value(**wrong))])
+    (dead,) = tables.rows("dead_letters")
+    kept = json.loads(dead["value"])
+    (mended,) = kept["resourceSpans"][0]["scopeSpans"][0]["spans"]
+    mended |= {"startTimeUnixNano": str(START), "endTimeUnixNano": str(START + 1_000), "spanId": bytes(range(8)).hex()}
+    tables.insert([Record(3, json.dumps(kept).encode())])
+    _, good, _, again = tables.rows("spans")
+    same = good.keys() - {"_offset", "_index", "_ingested"}
+    assert {name: again[name] for name in same} == {name: good[name] for name in same}
+    assert good["attributes"]["text"] == HOSTILE
+    assert len(good["events"]) == 2
 
 
 def test_what_protobuf_does_not_parse_is_refused_by_the_server_before_anything_is_inserted(tables: Tables) -> None:

@@ -21,6 +21,7 @@ from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.migrations import apply_migrations
 from fulgurite.schemas.rollouts import AttemptFinished, RolloutQueued
 from fulgurite.schemas.settings import ClickHouseSettings, Settings, load_settings
+from tests.consumers import otlp_encoding as otlp
 from tests.infra.dlq_world import World, span
 
 BIG_NS = 1_700_000_000_123_456_789
@@ -88,6 +89,53 @@ async def test_the_life_of_a_dead_letter(world: World) -> None:
         assert (await world.cli("dlq", "replay", "spans/1/0", "--again")).code == 0
         await world.until("SELECT count() FROM spans WHERE span_id = 's1'", lambda rows: rows == [(2,)])
         assert world.ask("SELECT count() FROM otel_traces WHERE SpanId = 's1'") == [(1,)]
+
+
+async def test_an_otlp_span_is_mended_and_sent_again(world: World) -> None:
+    """A span whose end lies before its start, among good ones: shown whole, mended, replayed, a row of spans."""
+    judged_name = "gen_ai.evaluation.result"
+    judged = otlp.event(judged_name, {"gen_ai.evaluation.score.value": 1.0})
+    more = otlp.part(15, otlp.part(2, b"boom") + otlp.integer(3, 2)) + otlp.part(3, b"vendor=x")
+    values = {"gen_ai.prompt": "hi", "fulgurite.rollout_id": "r", "n": 5}
+    bad = otlp.span(
+        values, start=BIG_NS, end=BIG_NS - 5, kind=3, events=[judged], links=[otlp.link({"a": "b"})], more=more
+    )
+    scope = otlp.scope_spans([otlp.span(), bad], "scope", "1")
+    value = otlp.traces(otlp.resource_spans({"service.name": "s"}, scope))
+    async with world.materialiser():
+        await world.produce(topics.OTLP_SPANS, [value], key=None, partition=1)
+        await world.until("SELECT count() FROM dead_letters", lambda rows: rows == [(1,)])
+        name = f"{world.name(topics.OTLP_SPANS)}/1/0/1"
+        shown = (await world.cli("dlq", "show", name)).out
+        assert all(words in shown for words in ("is before start_time", "vendor=x", judged_name, "boom"))
+        refused = await world.cli("dlq", "replay", name)
+        assert (refused.code, "endTimeUnixNano: is before startTimeUnixNano" in refused.out) == (1, True), refused.out
+        the_span = 'r["resourceSpans"][0]["scopeSpans"][0]["spans"][0]'
+        mend = await world.cli("dlq", "mend", name, "--with", f'{the_span}["endTimeUnixNano"] = "{BIG_NS + 5}"')
+        assert mend.code == 0, mend
+        sent = await world.cli("dlq", "replay", name)
+        assert sent.code == 0, sent
+        columns = "end_ns, kind, status, status_message, service, input, attributes['n'], extra['trace_state'], "
+        columns += "events.name, links.attributes, attributes['otel.scope.name']"
+        wanted = (
+            BIG_NS + 5,
+            "client",
+            "error",
+            "boom",
+            "s",
+            "hi",
+            "5",
+            "vendor=x",
+            [judged_name],
+            [{"a": "b"}],
+            "scope",
+        )
+        await world.until(
+            f"SELECT {columns} FROM spans WHERE start_ns = {BIG_NS}",
+            lambda rows: rows == [wanted],
+        )
+        (status,) = (await world.cli("dlq", "status", "--json")).items
+        assert (status["tables"], status["mended"]) == (["spans"], True)
 
 
 async def test_lines_by_the_hundred(world: World) -> None:

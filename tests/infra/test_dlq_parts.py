@@ -13,6 +13,8 @@ from fulgurite.infra.dlq.mending import MendError, by_expression, by_fields, dif
 from fulgurite.infra.dlq.rules import Outgoing, Refusal, outgoing
 from fulgurite.schemas.errors import InvalidEvent, RecordTooLarge, SettingsError
 from fulgurite.schemas.settings import KafkaSettings
+from tests.consumers.otlp_encoding import part, record
+from tests.consumers.otlp_encoding import span as otlp_span
 from tests.infra.dlq_world import span
 
 KAFKA = KafkaSettings(topic_prefix="t.")
@@ -90,7 +92,17 @@ def test_what_is_still_wrong_is_said() -> None:
         validate(KAFKA, "t.spans", span() + b"\n" + span())
     with pytest.raises(RecordTooLarge):
         validate(KafkaSettings(topic_prefix="t.", max_record_bytes=1024), "t.spans", span(input="x" * 2000))
-    assert validate(KAFKA, "otlp_spans", b"\x00") is None
+    with pytest.raises(InvalidEvent, match="the value is compressed"):
+        validate(KAFKA, "otlp_spans", b"\x1f\x8b")
+    with pytest.raises(InvalidEvent, match="the record has no spans"):
+        validate(KAFKA, "otlp_spans", b'{"span_id": "s"}')
+    with pytest.raises(InvalidEvent, match="span 1: spanId: must not be empty"):
+        validate(KAFKA, "otlp_spans", record(otlp_span(), otlp_span(span_id=b"")))
+    with pytest.raises(InvalidEvent, match="the span cannot be read"):
+        validate(KAFKA, "otlp_spans", record(part(9, part(2, b"\x0a\xff"))))
+    with pytest.raises(InvalidEvent, match="must be below"):
+        validate(KAFKA, "otlp_spans", record(otlp_span(end=2**63)))
+    assert len(validate(KAFKA, "otlp_spans", record(otlp_span(), otlp_span()))) == 2
 
 
 def test_bytes_are_readable() -> None:

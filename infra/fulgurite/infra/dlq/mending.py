@@ -20,11 +20,12 @@ from typing import Any
 from pydantic import TypeAdapter
 
 from fulgurite.infra.dlq.letters import topic_named
+from fulgurite.infra.dlq.otlp import checked_spans
 from fulgurite.schemas.codec import decode_union
 from fulgurite.schemas.errors import FulguriteError, InvalidEvent, RecordTooLarge, SettingsError
 from fulgurite.schemas.exports import EVENTS
 from fulgurite.schemas.settings import KafkaSettings
-from fulgurite.schemas.topics import Topic
+from fulgurite.schemas.topics import OTLP_SPANS, Topic
 
 _MAX_DIFF_CHARS = 4_000
 
@@ -91,10 +92,13 @@ def by_fields(assignments: Sequence[str]) -> Mending:
 
 
 def validate(settings: KafkaSettings, topic_name: str, data: bytes) -> Any:
-    """The event these bytes are, where the topic's values are ours to check, else None. Raises InvalidEvent."""
+    """The event these bytes are (the spans, of OTLP), where somebody here can check them, else None. Raises
+    InvalidEvent."""
     if len(data) > settings.max_record_bytes:
         raise RecordTooLarge(f"{len(data)} bytes; kafka.max_record_bytes allows {settings.max_record_bytes}")
     topic = topic_named(settings, topic_name)
+    if topic is OTLP_SPANS:
+        return checked_spans(data)
     adapter = EVENTS.get(topic) if topic else None
     if topic is None or adapter is None:
         return None

@@ -94,7 +94,7 @@ def _useless(
 ) -> Refusal | None:
     """What would not come to a better end than the last time."""
     if event is None:
-        return Refusal("nobody here can check it (OTLP protobuf); once its reader is mended, use --force", True)
+        return Refusal("nobody here can check it; once its reader is mended, use --force", True)
     rollout = rollout_of(event)
     kind = getattr(event, "event", "")
     if is_life and kind not in ANYBODYS_EVENTS:
