@@ -31,6 +31,9 @@ from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
 from fulgurite.streams.learners import learner
 from fulgurite.streams.trainer import serve
+from fulgurite.streams.trainer.plan import make_plan
+from fulgurite.streams.trainer.source import adopt
+from tests.streams.test_trainer_metrics import free_port
 from tests.streams.trainer_world import LOADING, World, all_once, build_model, read_topic, sample, training_events
 
 STEPS = 4
@@ -316,6 +319,17 @@ async def test_the_command_needs_only_the_name_of_the_run(live: Settings, tmp_pa
     assert isinstance(events[0], RunStarted)
     assert (events[0].config["loss"], events[0].config["groups_per_step"]) == ("cispo", 3)
     assert [type(event) for event in events[1:]] == [TrainingStep, TrainingStep, RunFinished]
+
+
+async def test_settings_of_the_source_may_have_no_effect_in_a_shadow_its_own_may_not(live: Settings) -> None:
+    """Nor is the source's port taken."""
+    changes = {"steps": 1, "clip_high": 0.3, "metrics_port": free_port()}
+    async with World(live.kafka).running():
+        await run(live.model_copy(update={"trainer": live.trainer.model_copy(update=changes)}))
+    plan = make_plan(await adopt(replay_of(live, "weighed", correction="truncate")))
+    assert (plan.trainer.clip_high, plan.trainer.metrics_port) == (0.3, 0)
+    with pytest.raises(SettingsError, match=r"trainer\.clip_high has no effect"):
+        make_plan(await adopt(replay_of(live, "weighed", correction="truncate", clip_high=0.4)))
 
 
 async def test_what_cannot_be_replayed_says_so_at_once(live: Settings) -> None:

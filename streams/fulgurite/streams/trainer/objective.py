@@ -10,12 +10,12 @@ it is decoupled PPO (arXiv:2505.24298).
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
 from dataclasses import replace
 
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.objectives.recipes import PolicyLoss, find
+from fulgurite.streams.trainer.unused import set_otherwise, unused_setting
 
 
 def recipe_of(settings: TrainerSettings) -> PolicyLoss:
@@ -36,7 +36,7 @@ def check_objective(settings: TrainerSettings) -> None:
     """Raises SettingsError, naming the setting, for what would be ignored or could not be computed."""
     recipe = recipe_of(settings)
     faults = _loss_fault(settings, recipe), _imitation_fault(settings), _correction_fault(settings, recipe)
-    for wrong in (*faults, _terms_fault(settings)):
+    for wrong in (*faults, _terms_fault(settings), unused_setting(settings, recipe)):
         if wrong:
             raise SettingsError(wrong)
 
@@ -65,7 +65,7 @@ def _loss_fault(settings: TrainerSettings, recipe: PolicyLoss) -> str:
 
 def _imitation_fault(settings: TrainerSettings) -> str:
     if settings.loss != "sft":
-        for name in _differing(settings, ("best_share", "best_threshold", "demonstrations")):
+        for name in set_otherwise(settings, ("best_share", "best_threshold", "demonstrations")):
             return f"trainer.{name} has no effect: trainer.loss is {settings.loss}, not sft"
         return ""
     if settings.advantage not in ("recipe", "one"):
@@ -76,16 +76,9 @@ def _imitation_fault(settings: TrainerSettings) -> str:
     if settings.demonstrations is None:
         return ""
     of_rollouts = ("best_share", "best_threshold", "max_mismatch_kl", "min_effective_sample_size", "tasks")
-    for name in _differing(settings, of_rollouts):
+    for name in set_otherwise(settings, of_rollouts):
         return f"trainer.{name} has no effect with trainer.demonstrations: there are no rollouts"
     return ""
-
-
-def _differing(settings: TrainerSettings, names: Iterable[str]) -> Iterator[str]:
-    """Those that are not as by default. A replay's settings are all set, by its source."""
-    for name in names:
-        if getattr(settings, name) != TrainerSettings.model_fields[name].default:
-            yield name
 
 
 def _correction_fault(settings: TrainerSettings, recipe: PolicyLoss) -> str:

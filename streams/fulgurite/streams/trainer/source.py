@@ -74,6 +74,8 @@ async def adopt(settings: Settings) -> Settings:
             "another one, which no server follows"
         )
     resource = source.resource or started.resource
+    # As set count those that were set here: what is the source's may have no effect with them, and that is no fault.
+    trainer = TrainerSettings.model_construct(set(ours), **{name: getattr(trainer, name) for name in defaults})
     return settings.model_copy(update={"trainer": trainer, "source": source.model_copy(update={"resource": resource})})
 
 

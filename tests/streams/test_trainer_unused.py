@@ -1,0 +1,86 @@
+"""What is set and would do nothing is refused with its name and why; what is as by default never is."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from examples.calculator.reproduce.cells import CELLS, Sizes
+from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.settings import Settings, TrainerSettings
+from fulgurite.streams.objectives.recipes import POLICY_LOSSES
+from fulgurite.streams.trainer.objective import check_objective
+from fulgurite.streams.trainer.plan import make_plan
+
+SFT = {"loss": "sft"}
+SHOWN = {**SFT, "demonstrations": "x"}
+TRUNCATED = {"correction": "truncate"}
+PENALISED = {"kl_coefficient": 0.1, "model": "m"}
+
+
+@pytest.mark.parametrize(
+    ("changes", "name", "why"),
+    [
+        ({"loss": "reinforce", "correction": "none", "clip_low": 0.1}, "clip_low", "loss = reinforce has no ratio"),
+        ({**SFT, "clip_high": 0.1}, "clip_high", "loss = sft has no ratio"),
+        ({**TRUNCATED, "clip_high": 0.1}, "clip_high", "correction = truncate and one update a window"),
+        ({"correction": "none", "clip_low": 0.1}, "clip_low", "correction = none and one update a window"),
+        ({"importance_cap": 5.0}, "importance_cap", "correction = clip has no weights"),
+        ({"correction": "none", "importance_cap": 5.0}, "importance_cap", "correction = none has no weights"),
+        ({**SFT, "importance_cap": 5.0}, "importance_cap", "loss = sft"),
+        ({**SFT, "importance_level": "sequence_mean"}, "importance_level", "loss = sft"),
+        ({"lora_alpha": 16.0}, "lora_alpha", "lora_rank is 0"),
+        ({"lora_target_modules": ["q_proj"]}, "lora_target_modules", "lora_rank is 0"),
+        ({"min_learning_rate_ratio": 0.1}, "min_learning_rate_ratio", "schedule = constant does not fall"),
+        ({"kl_estimator": "k2"}, "kl_estimator", "kl_coefficient is 0"),
+        ({"kl_gradient": "ratio"}, "kl_gradient", "kl_coefficient is 0"),
+        ({"reference": "m"}, "reference", "kl_coefficient is 0"),
+        ({"overlong_penalty": 0.5}, "overlong_penalty", "overlong_buffer_tokens is 0"),
+        ({"overlong_max_tokens": 64}, "overlong_max_tokens", "overlong_buffer_tokens is 0"),
+        ({**SFT, "overlong_buffer_tokens": 4, "overlong_max_tokens": 64}, "overlong_buffer_tokens", "loss = sft"),
+        ({**SHOWN, "overlap_groups": 2}, "overlap_groups", "there are no rollouts"),
+        ({**SHOWN, "incomplete": "drop"}, "incomplete", "there are no rollouts"),
+        ({**SHOWN, "agents": ["a"]}, "agents", "there are no rollouts"),
+        ({**SHOWN, "window_seconds": 5.0}, "window_seconds", "there are no rollouts"),
+    ],
+)
+def test_what_would_do_nothing_is_refused(changes: dict[str, Any], name: str, why: str) -> None:
+    with pytest.raises(SettingsError, match=rf"trainer\.{name} has no effect: .*{why}"):
+        check_objective(TrainerSettings.model_validate(changes))
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"clip_low": 0.1, "clip_high": 0.1},
+        {**TRUNCATED, "clip_high": 0.1, "epochs": 2},
+        {**TRUNCATED, "importance_cap": 5.0},
+        {"correction": "mask", "importance_cap": 5.0},
+        {"lora_rank": 8, "lora_alpha": 16.0, "lora_target_modules": ["q_proj"]},
+        {"schedule": "linear", "min_learning_rate_ratio": 0.1},
+        {**PENALISED, "kl_estimator": "k2", "reference": "m"},
+        {**PENALISED, "kl_estimator": "k1", "kl_in_reward": True},
+        {"overlong_buffer_tokens": 4, "overlong_max_tokens": 64, "overlong_penalty": 0.5},
+        {**SFT, "overlap_groups": 2, "incomplete": "drop", "agents": ["a"], "window_seconds": 5.0},
+    ],
+)
+def test_what_does_something_is_not(changes: dict[str, Any]) -> None:
+    check_objective(TrainerSettings.model_validate(changes))
+
+
+@pytest.mark.parametrize("loss", POLICY_LOSSES)
+def test_a_record_of_all_settings_is_none_of_it(loss: str) -> None:
+    """Every one of them counts as set there, as in the settings of a checkpoint."""
+    needed = {"dr_grpo": {"length_constant": 8}, "reinforce": {"correction": "none"}}.get(loss, {})
+    settings = TrainerSettings.model_validate({"loss": loss, **needed})
+    check_objective(TrainerSettings.model_validate(settings.model_dump()))
+
+
+def test_what_is_shipped_sets_nothing_in_vain(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    for cell in CELLS:
+        trainer = cell.settings(1, Sizes(), tmp_path, tmp_path)
+        tasks = {"tasks": "tests.streams.trainer_world:bandit"}
+        make_plan(Settings(trainer=trainer.model_copy(update=tasks)))
