@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterator
+from typing import Any
 
 import clickhouse_connect
 import pytest
@@ -63,11 +65,71 @@ def test_a_filter_reaches_the_index(client: Client) -> None:
         "otel_traces WHERE Timestamp >= '1970-01-01 11:00:00'": 400,
         "otel_traces WHERE TraceId = 't200'": 100,
         "rollout_rewards WHERE rollout_id = 'r200'": 0,
+        "distinct_spans WHERE rollout_id = 'r200'": 100,
+        "distinct_spans WHERE trace_id = 't200'": 100,
+        "distinct_spans WHERE start_time >= '1970-01-01 11:00:00'": 400,
     }.items():
         found, read = asked(client, f"SELECT * FROM {sql}")
         assert found == rows, sql
         assert read <= 2 * GRANULE, sql
     assert asked(client, "SELECT * FROM llm_calls") == (SPANS // 10, 2 * SPANS)
+
+
+def test_spans_and_rewards_that_were_sent_twice_count_once_where_they_came_first(client: Client) -> None:
+    client.command(
+        "INSERT INTO spans (rollout_id, attempt_id, span_id, start_ns, end_ns, name, input_tokens, output, _ts, "
+        "_offset) "
+        "VALUES ('r', 'a', 's', 1, 3, 'n', 5, 'later', '2026-11-21 00:00:00', 9), "
+        "('r', 'a', 's', 1, 3, 'n', 5, 'first', '2026-11-21 00:00:00', 2), "
+        "('r', 'b', 's', 1, 3, 'n', 5, 'another attempt', '2026-11-21 00:00:00', 3)"
+    )
+    found = client.query(
+        "SELECT output, input_tokens, duration_ns, toString(start_time) FROM distinct_spans ORDER BY ALL"
+    )
+    start = "1970-01-01 00:00:00.000000001"
+    assert found.result_rows == [("another attempt", 5, 2, start), ("first", 5, 2, start)]
+    rewards = [("r", "w", 2.0, 8), ("r", "w", 1.0, 4), ("r", "x", 0.5, 5), ("other", "w", 3.0, 6)]
+    client.insert(
+        "rewards",
+        [[rollout, "a", reward, value, offset, 0] for rollout, reward, value, offset in rewards],
+        ["rollout_id", "attempt_id", "reward_id", "value", "_offset", "_ts"],
+    )
+    found = client.query("SELECT rollout_id, reward_id, value FROM distinct_rewards ORDER BY ALL")
+    assert found.result_rows == [("other", "w", 3.0), ("r", "w", 1.0), ("r", "x", 0.5)]
+    for view, table in (("distinct_spans", "spans"), ("distinct_rewards", "rewards")):
+        columns = [
+            {
+                row[0]
+                for row in client.query(f"DESCRIBE TABLE {name} SETTINGS describe_include_subcolumns = 0").result_rows
+            }
+            for name in (view, table)
+        ]
+        assert columns[0] == columns[1], "a view of a table has the table's columns, computed ones too"
+
+
+def test_every_llm_call_is_one_whoever_recorded_it(client: Client) -> None:
+    known = {"attempt_id": "a", "rollout_id": "r", "start_ns": 1, "end_ns": 2, "_ts": "2026-11-21 00:00:00"}
+    spans: list[dict[str, Any]] = [
+        {"span_id": "sampled", "response_token_ids": [1, 2]},
+        {"span_id": "provider", "operation": "chat", "model": "gpt", "input_tokens": 5, "output_tokens": 7},
+        {"span_id": "gemini", "operation": "generate_content", "input_tokens": 1},
+        {"span_id": "text", "operation": "text_completion"},
+        {"span_id": "unnamed", "model": "gpt", "output_tokens": 3},
+        {"span_id": "agent", "operation": "invoke_agent", "model": "gpt", "output_tokens": 3},
+        {"span_id": "embedded", "operation": "embeddings", "model": "e", "input_tokens": 3},
+        {"span_id": "tool", "operation": "execute_tool"},
+    ]
+    for span in [*spans, *spans]:
+        row = known | span
+        client.command(f"INSERT INTO spans FORMAT JSONEachRow {json.dumps(row)}")
+    columns = "span_id, length(response_token_ids), input_tokens, output_tokens"
+    assert client.query(f"SELECT {columns} FROM llm_calls WHERE rollout_id = 'r' ORDER BY ALL").result_rows == [
+        ("gemini", 0, 1, 0),
+        ("provider", 0, 5, 7),
+        ("sampled", 2, 0, 0),
+        ("text", 0, 0, 0),
+        ("unnamed", 0, 0, 3),
+    ]
 
 
 def test_an_index_added_later_serves_spans_of_before(client: Client) -> None:
