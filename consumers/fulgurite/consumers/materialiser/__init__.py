@@ -7,10 +7,10 @@ record holds several spans or rewards, each of them does.
     waits for    ClickHouse's answer to an insert, one or two at once; records are fetched meanwhile, within bounds
     unblocked by the answer. Transient errors are retried for ever; a record no table takes is a dead letter
 
-    Kafka ─► service.py ─► partition.py ─► topic.py ─► store.py ─► ClickHouse
-             FastStream    what waits      one insert   │
-                │                          for all      fences.py: who may insert
-                └─► offsets.py: commits
+    Kafka ─► fetch.py ─► partition.py ─► topic.py ─► store.py ─► ClickHouse
+             │           what waits      one insert   │
+             │                           for all      fences.py: who may insert
+             └─► raw.py: what aiokafka raises on        service.py: wires it, and does 2 and 3
 
 The contract, for the partitions of a topic that a consumer was assigned, or whose last insert nobody knows the end of.
 The code carries these numbers.
@@ -22,6 +22,10 @@ The code carries these numbers.
                 0.4 Wait until no insert that has one of them runs: those that had begun.
                 0.5 Ask the tables which offsets from L on they have. Nobody adds to them any more but us. Read from L
                     on, skip what is there.
+                From then on every record that Kafka gives is appended in the order of the log. After any error of a
+                fetch, whose records are gone with the positions advanced, the partitions that were asked are sought
+                back to what is wanted next. One that cannot be decoded is a dead letter (`undecodable`); where a whole
+                batch cannot be read, its partition stands still and is tried again, not ready.
     1  insert   One block of records of several partitions, one synchronous insert, guarded by their fences. Of a record
                 a table takes all rows or none. Refused by its guard, no answer, an error: back to 0 with all
                 partitions of the insert, so that one still on its way is refused, and insert what is missing then. An

@@ -47,6 +47,19 @@ class Record(LogRecord, Protocol):
 
 
 @dataclass(frozen=True, slots=True)
+class Undecodable:
+    """A record that is none, for what is wrong with its bytes. A dead letter."""
+
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    """All of the record, where its value cannot be told."""
+    why: str
+    headers: Sequence[tuple[str, bytes]] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Partition:
     """One partition of one topic, by the topic's full name."""
 
@@ -93,6 +106,24 @@ def halves(slices: Sequence[Slice]) -> Iterator[list[Slice]]:
             if records:
                 half.append(replace(part, records=records))
     yield from filter(None, (first, second))
+
+
+def parted(slices: Sequence[Slice]) -> tuple[Sequence[Slice], list[Slice]]:
+    """What is for the input table, and of what is undecodable that which no dead letter is there of."""
+    if not any(isinstance(record, Undecodable) for part in slices for record in part.records):
+        return slices, []
+    good: list[Slice] = []
+    dead: list[Slice] = []
+    for part in slices:
+        whole = [record for record in part.records if not isinstance(record, Undecodable)]
+        lost = [
+            record
+            for record in part.records
+            if isinstance(record, Undecodable) and not part.present.get(record.offset, 0) & DEAD_LETTERS_TABLE
+        ]
+        good += [replace(part, records=whole)] if whole else []
+        dead += [replace(part, records=lost)] if lost else []
+    return good, dead
 
 
 def block(slices: Sequence[Slice]) -> pa.Table:
@@ -190,14 +221,14 @@ def _records_block(slices: Sequence[Slice]) -> pa.Table:
     )
 
 
-def dead_block(partition: Partition, record: Record, message: str) -> pa.Table:
-    """A record that ClickHouse refused, as its row of dead_letters."""
+def dead_block(partition: Partition, record: Record, message: str, reason: str = "rejected") -> pa.Table:
+    """A record that ClickHouse refused, or never saw, as its row of dead_letters."""
     fields: dict[str, tuple[object, pa.DataType]] = {
         "topic": (partition.name, pa.string()),
         "partition": (partition.number, pa.int32()),
         "offset": (record.offset, pa.int64()),
         "stage": ("materialiser", pa.string()),
-        "reason": ("rejected", pa.string()),
+        "reason": (reason, pa.string()),
         "message": (message, pa.string()),
         "key": (record.key or b"", pa.binary()),
         "value": (record.value or b"", pa.binary()),

@@ -1,8 +1,8 @@
 """What the materialiser tells Prometheus, and whether it keeps up.
 
     /metrics   lag, rows, bytes, batch sizes, insert time, retries, dead letters, offsets checked and missing
-    /ready     200 while every partition is resumed and no record waits longer than materialiser.ready_lag_seconds;
-               else 503 with the reasons
+    /ready     200 while every partition is resumed and can be read, and no record waits longer than
+               materialiser.ready_lag_seconds; else 503 with the reasons
     /health    200 while the process answers
 
 One registry of its own for each Metrics, so that several live in one process. Knows nothing of Kafka or ClickHouse:
@@ -47,6 +47,10 @@ class Metrics:
         self._insert_seconds = self._histogram("insert_seconds", "time an insert took", _SECONDS)
         self._retries = self._counter("retries", "inserts and questions tried again", _WHERE)
         self._rejected = self._counter("rejected_records", "records ClickHouse refused, dead letters now", _WHERE)
+        self._undecodable = self._counter(
+            "undecodable_records", "records that could not be decoded, dead letters now", _WHERE
+        )
+        self._unreadable = self._counter("unreadable", "tries to read what could not be read", _WHERE)
         self._dead_letters = self._gauge(
             "dead_letters", "rows of dead_letters by reason and stage", ("reason", "stage")
         )
@@ -54,6 +58,7 @@ class Metrics:
         self._missing = self._counter("missing_offsets", "of those, neither a row nor a dead letter", _WHERE)
         self._last_insert = self._gauge("last_insert_timestamp_seconds", "when an insert last succeeded", ())
         self._waits_for: dict[str, str] = {"group": "not a member of the consumer group yet"}
+        self._cannot_read: dict[str, str] = {}
         self._lags: dict[str, Lag] = {}
 
     def _name(self, name: str) -> str:
@@ -87,6 +92,24 @@ class Metrics:
     def rejected(self, topic: str, partition: int) -> None:
         self._rejected.labels(topic, partition).inc()
 
+    def undecodable(self, topic: str, partition: int, records: int) -> None:
+        self._undecodable.labels(topic, partition).inc(records)
+
+    def unreadable(self, topic: str, partition: int, why: str) -> None:
+        """Until it is readable or gone the partition stands still, whatever of it is inserted meanwhile."""
+        self._unreadable.labels(topic, partition).inc()
+        self._cannot_read[f"{topic}-{partition}"] = why
+
+    def readable(self, topic: str, partition: int) -> None:
+        self._cannot_read.pop(f"{topic}-{partition}", None)
+
+    def not_fetched(self, why: str) -> None:
+        """Of all partitions, until the next success."""
+        self._cannot_read["fetch"] = why
+
+    def fetched(self) -> None:
+        self._cannot_read.pop("fetch", None)
+
     def inserted(self, topic: str, parts: Sequence[tuple[str, int, int, int]], seconds: float) -> None:
         """One insert; of each of its partitions topic, number, records and bytes."""
         for name, partition, records, size in parts:
@@ -105,6 +128,7 @@ class Metrics:
     def gone(self, topic: str, partition: int) -> None:
         """The partition is another consumer's now: what we last knew of it must not go on being shown."""
         self._waits_for.pop(f"{topic}-{partition}", None)
+        self._cannot_read.pop(f"{topic}-{partition}", None)
         if self._lags.pop(f"{topic}-{partition}", None) is not None:
             self._lag_records.remove(topic, partition)
             self._lag_seconds.remove(topic, partition)
@@ -125,7 +149,7 @@ class Metrics:
             for name, lag in self._lags.items()
             if lag.seconds > ready_lag_seconds
         }
-        return late | self._waits_for
+        return late | self._waits_for | self._cannot_read
 
     def app(self, ready_lag_seconds: float) -> Starlette:
         async def ready(request: Request) -> JSONResponse:

@@ -86,6 +86,7 @@ class PartitionBuffer:
         self.taken_lines = 0
         self._reading = False
         self._paused = True
+        self._held = False
         self._next = 0
         """Lowest offset that is wanted: neither fetched nor known to be in the tables. At least `first`, since what is
         in the tables below `first` is not remembered."""
@@ -104,6 +105,11 @@ class PartitionBuffer:
         """Whether there is something to take."""
         return self.settled and not self.taken and bool(self._buffer)
 
+    @property
+    def next(self) -> int:
+        """Lowest offset that is wanted."""
+        return self._next
+
     def append(self, records: Sequence[Record]) -> None:
         """Takes records in the order of the log. Never waits: beyond its bounds the partition is not fetched from."""
         if not self._reading:
@@ -120,6 +126,24 @@ class PartitionBuffer:
         if self._full() and not self._paused:
             self._paused = True
             self._consumer.pause(self.tp)
+
+    def rewind(self) -> None:
+        """What was fetched and not appended comes again. Raises IllegalStateError as `settle` does."""
+        if self._reading:
+            self._consumer.seek(self.tp, self._next)
+
+    def hold(self) -> None:
+        """Not to be fetched from, however empty it is, before `release`. Raises IllegalStateError as `settle` does."""
+        self._held = True
+        self._consumer.pause(self.tp)
+
+    def release(self, at: int) -> None:
+        """All below `at` was appended. Raises IllegalStateError as `settle` does."""
+        self._held = False
+        self._next = max(self._next, at)
+        self.rewind()
+        if not self._paused:
+            self._consumer.resume(self.tp)
 
     def settle(self, fence: str, begin: int, present: Mapping[int, int]) -> None:
         """What is known since the partition was fenced: everything below `begin` is done, and of the others `present`
@@ -228,7 +252,8 @@ class PartitionBuffer:
     def _breathe(self) -> None:
         if self._paused and not self._full():
             self._paused = False
-            self._consumer.resume(self.tp)
+            if not self._held:
+                self._consumer.resume(self.tp)
 
     def _lines(self, record: Record) -> int:
         # A line feed is a frequent byte of protobuf, and says nothing there.

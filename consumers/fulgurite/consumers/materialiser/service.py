@@ -1,5 +1,5 @@
-"""Wires the materialiser: FastStream's consumer in front, a buffer for every assigned partition, a writer for every
-topic, log and commits behind.
+"""Wires the materialiser: a consumer and its fetching in front, a buffer for every assigned partition, a writer for
+every topic, log and commits behind.
 
 The flow and the contract are in the package's docstring; steps 2 and 3 are here.
 """
@@ -14,14 +14,16 @@ import socket
 import time
 from collections.abc import Sequence
 
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
 from aiokafka.errors import KafkaError
 
 from fulgurite.consumers.materialiser.blocks import Partition
 from fulgurite.consumers.materialiser.errors import Unavailable
+from fulgurite.consumers.materialiser.fetch import Fetching
 from fulgurite.consumers.materialiser.metrics import Metrics
 from fulgurite.consumers.materialiser.offsets import Offsets
 from fulgurite.consumers.materialiser.partition import Budget, PartitionBuffer
+from fulgurite.consumers.materialiser.raw import read
 from fulgurite.consumers.materialiser.start import connected, tables_ready, topics_ready
 from fulgurite.consumers.materialiser.store import TABLES, LogEntry, Store
 from fulgurite.consumers.materialiser.stream import subscribe
@@ -102,45 +104,38 @@ class Materialiser(ConsumerRebalanceListener):
         self._finished: list[LogEntry] = []
         self._flushing = asyncio.Lock()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        self._broker, self._subscriber = subscribe(settings, self._group, list(self._topics), self, self.take)
+        self._broker, self._subscriber = subscribe(settings, self._group, list(self._topics), self)
+        self._fetching = Fetching(
+            self._buffers,
+            wake=self._wake,
+            read=lambda tp, offset: read(settings.kafka, tp, offset),
+            batch_records=settings.materialiser.batch_records,
+            metrics=self.metrics,
+        )
         self._offsets: Offsets | None = None
 
     async def run(self, stop: asyncio.Event) -> None:
         """Until `stop`, or until a writer raises what no retry helps against."""
-        behind = asyncio.create_task(self._behind())
+        tasks = [asyncio.create_task(self._behind())]
         try:
             await self._broker.start()
             logger.info("ready: %d topics into database %s", len(self._topics), self._settings.clickhouse.database)
+            consumer = self._subscriber.consumer
+            assert consumer is not None
+            tasks.append(asyncio.create_task(self._fetching.run(consumer)))
             stopping = asyncio.create_task(stop.wait())
-            await asyncio.wait({stopping, self._failed, behind}, return_when=asyncio.FIRST_COMPLETED)
+            await asyncio.wait({stopping, self._failed, *tasks}, return_when=asyncio.FIRST_COMPLETED)
             stopping.cancel()
-            for ended in (self._failed, behind):
+            for ended in (self._failed, *tasks):
                 if ended.done():
                     ended.result()
         finally:
             await self._end_writers()
-            behind.cancel()
-            with contextlib.suppress(asyncio.CancelledError):
-                await behind
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
             await self._flush_within(STOP_SECONDS)
             await self._broker.stop()
-
-    def take(self, records: Sequence[ConsumerRecord[bytes, bytes]]) -> None:
-        """Hands records, in the order of each partition, to the buffers. Never waits."""
-        try:
-            start = 0
-            for at in range(1, len(records) + 1):
-                first = records[start]
-                if at == len(records) or (records[at].partition, records[at].topic) != (first.partition, first.topic):
-                    buffer = self._buffers.get(TopicPartition(first.topic, first.partition))
-                    if buffer is not None:
-                        buffer.append(records[start:at])
-                        self._writers[first.topic].wake()
-                    start = at
-        except Exception as error:
-            # FastStream would log it and fetch on, past records nobody took.
-            self._fail(error)
-            raise
 
     async def on_partitions_revoked(  # pyright: ignore[reportIncompatibleMethodOverride]  (aiokafka awaits it)
         self, revoked: set[TopicPartition]
@@ -179,6 +174,10 @@ class Materialiser(ConsumerRebalanceListener):
             task.add_done_callback(self._watch)
             self._tasks.append(task)
         self.metrics.joined()
+
+    def _wake(self, topic: str) -> None:
+        if (writer := self._writers.get(topic)) is not None:
+            writer.wake()
 
     async def _end_writers(self) -> None:
         tasks, self._tasks = self._tasks, []

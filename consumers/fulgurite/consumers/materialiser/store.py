@@ -25,6 +25,7 @@ from fulgurite.consumers.materialiser.blocks import (
     Partition,
     Slice,
     TooManyLines,
+    Undecodable,
     arrow,
     block,
     dead_block,
@@ -135,6 +136,10 @@ class Store:
         """A record no table takes, into dead_letters by way of the view that redacts. Raises Fenced or Unavailable."""
         body = arrow_body(dead_block(one.partition, one.records[0], message))
         await self._insert("in_rejected", body, guard)
+
+    async def insert_undecodable(self, part: Slice, guard: Guard) -> None:
+        """Records that are `Undecodable`, straight into dead_letters. Raises Fenced or Unavailable."""
+        await self._insert("dead_letters", await asyncio.to_thread(_undecodable, part), guard)
 
     async def _insert(self, into: str, body: Body, guard: Guard) -> None:
         settings: dict[str, Any] = {
@@ -266,6 +271,13 @@ def _body(slices: Sequence[Slice], *, mend: bool = False) -> Body:
     except Malformed as error:
         raise Rejected(str(error)) from error
     return Body(batches.COLUMNS, data, batches.FORMAT, batches.insert_settings(), REJECTED_CODES | batches.REFUSALS)
+
+
+def _undecodable(part: Slice) -> Body:
+    lost = [record for record in part.records if isinstance(record, Undecodable)]
+    return arrow_body(
+        pa.concat_tables([dead_block(part.partition, record, record.why, "undecodable") for record in lost])
+    )
 
 
 def _otlp(part: Slice, *, mend: bool) -> bytes:

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from aiokafka.errors import IllegalStateError, KafkaError
 
-from fulgurite.consumers.materialiser.blocks import Partition, Slice, halves
+from fulgurite.consumers.materialiser.blocks import Partition, Slice, halves, parted
 from fulgurite.consumers.materialiser.errors import Rejected, TooLarge, Unavailable
 from fulgurite.consumers.materialiser.metrics import Metrics
 from fulgurite.consumers.materialiser.offsets import Lost, Offsets
@@ -246,10 +246,19 @@ class TopicWriter:
 
     async def _insert(self, slices: Sequence[Slice]) -> None:
         store = self._shared.store
+        good, undecodable = parted(slices)
+        for part in undecodable:
+            await store.insert_undecodable(part, store.guard([part]))
+            offset, count = part.records[0].offset, len(part.records)
+            what = "%s: %d records from offset %d on cannot be decoded and are dead letters"
+            logger.warning(what, part.partition, count, offset, extra=_place(part.partition, offset))
+            self._shared.metrics.undecodable(*_labels(part.partition), count)
+        if not good:
+            return
         try:
-            await store.insert(slices, store.guard(slices))
+            await store.insert(good, store.guard(good))
         except Rejected as error:
-            await self._bisect(slices, error)
+            await self._bisect(good, error)
 
     async def _bisect(self, slices: Sequence[Slice], error: Rejected) -> None:
         """Halves until the record that ClickHouse will not take stands alone; that one becomes a dead letter."""
