@@ -6,14 +6,18 @@ import asyncio
 import os
 import signal
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from aiokafka import TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
-from fulgurite.infra.replay import command
+from fulgurite.consumers.materialiser.blocks import Partition, Record
+from fulgurite.consumers.materialiser.errors import TooLarge
+from fulgurite.infra.replay import command, run
 from fulgurite.infra.replay.run import Watch
+from fulgurite.infra.replay.store import ReplayStore
 from fulgurite.schemas import topics
 from fulgurite.schemas.codec import encode
 from fulgurite.schemas.migrations import apply_migrations
@@ -124,6 +128,29 @@ async def test_one_frozen_and_one_that_goes_on(world: World) -> None:
         assert (await world.cli("replay", "spans", "--from-offset", "0", "--rebuild")).code == 0
         child.send_signal(signal.SIGCONT)
         assert await asyncio.wait_for(child.wait(), 60) == 0
+    assert world.ask(RECONCILED) == [(80, 40, 0, 0)]
+
+
+async def test_what_needs_too_much_memory_is_made_smaller(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+    tried: list[int] = []
+    insert_once = ReplayStore.insert_once
+
+    async def little_memory(
+        store: ReplayStore, partition: Partition, records: Sequence[Record], token: str, present: Mapping[int, int]
+    ) -> None:
+        tried.append(sum((record.value or b"").count(b"\n") + 1 for record in records))
+        if len(records) > 3:
+            raise TooLarge("memory limit exceeded")
+        await insert_once(store, partition, records, token, present)
+
+    monkeypatch.setattr(run, "BATCH_LINES", 21)
+    monkeypatch.setattr(ReplayStore, "insert_once", little_memory)
+    async with world.materialiser():
+        await fill(world)
+        world.ask("TRUNCATE TABLE spans")
+        done = await asyncio.wait_for(world.cli("replay", "spans", "--from-offset", "0", "--json"), 60)
+        assert (done.items[0]["records"], done.items[0]["rows"]) == (60, 80)
+    assert max(tried) == 20
     assert world.ask(RECONCILED) == [(80, 40, 0, 0)]
 
 

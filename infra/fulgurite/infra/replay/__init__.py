@@ -20,7 +20,7 @@ The contract, for one partition. The code carries these numbers.
     2  ask      Wait until no insert of ours runs, ask which offsets are in which table. --rebuild: only rows ingested
                 since `begun` are there; older ones are to be replaced.
     3  insert   What is missing: one block, token replay-partition-lo-hi. Each table takes its part wholly or not at
-                all.
+                all. One that needs more memory than there is: both halves of its range by 2 and 3, each.
     4  delete   --rebuild, after some chunks: rows ingested before `begun`, of offsets that have rows since `begun`.
     5  log      `part`: lo..hi is done. After the last: `done`.
 
@@ -33,6 +33,8 @@ A crash after
     4           there is nothing left to delete: it is done again and finds nothing.
     5           nothing to do.
 
-Two at once: the same command twice does the same work twice, and each table refuses the second block by its token; a
-delete never meets a new row. Another range or mode is refused until the first is finished or abandoned.
+Two at once: the same command twice does the same work twice, and each table refuses the second block by its token,
+unless memory made one of them halve just what the other inserted whole since it asked: then rows are there twice, which
+`reconciliation` says and the views do not count. A delete never meets a new row. Another range or mode is refused until
+the first is finished or abandoned.
 """

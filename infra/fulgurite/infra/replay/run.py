@@ -1,6 +1,7 @@
 """One partition's replay, chunk by chunk: steps 1 to 5 of the contract (see the package).
 
-Bounds: a chunk in records and bytes. Both stores are waited for, for ever, and it says so; stop it whenever you like.
+Bounds: a chunk in records, bytes and lines; one that needs too much memory is halved. Both stores are waited for, for
+ever, and it says so; stop it whenever you like.
 """
 
 from __future__ import annotations
@@ -8,15 +9,17 @@ from __future__ import annotations
 import asyncio
 import time
 from collections import deque
-from collections.abc import Awaitable, Callable, Mapping, Sequence
+from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
 from clickhouse_connect.driver.exceptions import OperationalError
 
-from fulgurite.consumers.materialiser.blocks import Partition, missing
-from fulgurite.consumers.materialiser.errors import Rejected, Unavailable
+from fulgurite.consumers.materialiser.blocks import LINE_TOPICS, Partition, missing
+from fulgurite.consumers.materialiser.errors import Rejected, TooLarge, Unavailable
+from fulgurite.consumers.materialiser.lines import line_feeds
+from fulgurite.consumers.materialiser.partition import BATCH_LINES
 from fulgurite.infra.replay import marks
 from fulgurite.infra.replay.marks import Mark
 from fulgurite.infra.replay.store import Range, ReplayStore
@@ -72,6 +75,7 @@ class _Reading:
     """Where the reader stands in one partition."""
 
     tp: TopicPartition
+    has_lines: bool
     buffer: deque[Kafka] = field(default_factory=lambda: deque[Kafka]())
 
 
@@ -101,7 +105,7 @@ class Replayer:
     async def run(self, mark: Mark, partition: Partition) -> Counts:
         """1 to 5 from where the mark says it stands, until its end."""
         counts = Counts(offsets=mark.hi - mark.lo)
-        reading = _Reading(TopicPartition(partition.name, partition.number))
+        reading = _Reading(TopicPartition(partition.name, partition.number), partition.topic in LINE_TOPICS)
         self._consumer.assign([reading.tp])
         self._consumer.seek(reading.tp, mark.next)
         part = at = mark.next
@@ -146,7 +150,7 @@ class Replayer:
     async def _read(self, reading: _Reading, lo: int, hi: int) -> tuple[list[Kafka], int]:
         """The records of a chunk, and the offset it goes up to, excluded."""
         chunk: list[Kafka] = []
-        size = 0
+        size = lines = 0
         waited = time.monotonic()
         while lo < hi:
             if not reading.buffer:
@@ -161,19 +165,29 @@ class Replayer:
                 continue
             record = reading.buffer[0]
             size += len(record.value or b"") + len(record.key or b"")
+            lines += line_feeds(record.value or b"") + 1 if reading.has_lines else 1
             if record.offset >= hi:
                 return chunk, hi
-            if chunk and (len(chunk) >= CHUNK_RECORDS or size > CHUNK_BYTES):
+            if chunk and (len(chunk) >= CHUNK_RECORDS or size > CHUNK_BYTES or lines > BATCH_LINES):
                 return chunk, record.offset
             chunk.append(reading.buffer.popleft())
         return chunk, hi
 
     async def _insert_missing(self, mark: Mark, where: Range, records: Sequence[Kafka], counts: Counts) -> None:
+        first = await self._fill(mark, where, records)
+        there = sum(1 for record in records if first.get(record.offset, 0))
+        counts.records += len(records)
+        counts.there += there
+        counts.inserted += len(records) - there
+
+    async def _fill(self, mark: Mark, where: Range, records: Sequence[Kafka]) -> Mapping[int, int]:
+        """2 and 3. What was there before."""
         since_ms = mark.begun_ms if mark.rebuild else None
         token = f"replay-{mark.replay_id}-{where.partition}-{where.lo}-{where.hi}"
         first: Mapping[int, int] | None = None
 
-        async def attempt() -> None:
+        async def attempt() -> bool:
+            """False: it must be made smaller."""
             nonlocal first
             # 2
             await self._store.when_quiet(where.partition)
@@ -183,14 +197,21 @@ class Replayer:
             self._watch.checkpoint("asked")
             # 3
             if lacking:
-                await self._insert(where, lacking, token, present)
+                try:
+                    await self._insert(where, lacking, token, present)
+                except TooLarge as error:
+                    if len(records) == 1:
+                        raise
+                    self._complain(f"ClickHouse: cannot insert {len(records)} records, trying fewer: {error}")
+                    return False
+            return True
 
-        await self._patiently("insert", attempt)
+        if not await self._patiently("insert", attempt):
+            # Of the whole, a table may have its part: each half asks again.
+            for part, half in _halves(where, records):
+                await self._fill(mark, part, half)
         assert first is not None
-        there = sum(1 for record in records if first.get(record.offset, 0))
-        counts.records += len(records)
-        counts.there += there
-        counts.inserted += len(records) - there
+        return first
 
     async def _insert(self, where: Range, records: Sequence[Kafka], token: str, present: Mapping[int, int]) -> None:
         """Halves what ClickHouse will not take, until the record that it refuses stands alone: a dead letter."""
@@ -202,11 +223,8 @@ class Replayer:
                 return
             # The range is halved, not what is missing of it: whoever goes on after a crash finds other records missing,
             # and must arrive at the same halves, whose tokens refuse what its predecessor may still send.
-            middle = (where.lo + where.hi + 1) // 2
-            for part in (Range(where.partition, where.lo, middle), Range(where.partition, middle, where.hi)):
-                half = [record for record in records if part.lo <= record.offset < part.hi]
-                if half:
-                    await self._insert(part, half, f"{token}-{part.lo}-{part.hi - 1}", present)
+            for part, half in _halves(where, records):
+                await self._insert(part, half, f"{token}-{part.lo}-{part.hi - 1}", present)
 
     async def _mark(self, write: Callable[[], None]) -> None:
         await asyncio.to_thread(write)
@@ -227,3 +245,12 @@ class Replayer:
         if now - self._complained >= COMPLAIN_SECONDS:
             self._complained = now
             self._watch.complain(problem)
+
+
+def _halves(where: Range, records: Sequence[Kafka]) -> Iterator[tuple[Range, Sequence[Kafka]]]:
+    """Of the range, those that have records."""
+    middle = (where.lo + where.hi + 1) // 2
+    for part in (Range(where.partition, where.lo, middle), Range(where.partition, middle, where.hi)):
+        half = [record for record in records if part.lo <= record.offset < part.hi]
+        if half:
+            yield part, half
