@@ -90,9 +90,25 @@ def test_only_the_user_with_the_password_reads(server: EmbeddedClickHouse) -> No
         with pytest.raises(urllib.error.HTTPError) as refused:
             urllib.request.urlopen(urllib.request.Request(server.url, data=sql.encode()), timeout=10)
         with refused.value as answer:
-            assert b"ACCESS_DENIED" in answer.read()
+            text = answer.read()
+            assert b"ACCESS_DENIED" in text or b"QUOTA_EXCEEDED" in text
     for name in ("password", "conf/users.xml", "conf/own_access"):
         assert stat.S_IMODE((server.folder / name).stat().st_mode) == 0o600
+
+
+def test_nobody_without_the_password_shuts_the_server(server: EmbeddedClickHouse) -> None:
+    for restarted in (False, True):
+        if restarted:
+            server.stop()
+            server.start()
+        for sql in ("SYSTEM STOP LISTEN HTTP", "SYSTEM START LISTEN TCP", "SYSTEM STOP LISTEN QUERIES ALL"):
+            for who in ("", "?user=default", "?user=default&quota_key=another"):
+                request = urllib.request.Request(f"{server.url}/{who}", data=sql.encode())
+                with pytest.raises(urllib.error.HTTPError) as refused:
+                    urllib.request.urlopen(request, timeout=10)
+                with refused.value as answer:
+                    assert b"QUOTA_EXCEEDED" in answer.read()
+        assert server.command("SELECT 1").strip() == "1"
 
 
 def test_the_client_library_works_unchanged_and_memory_is_bounded(server: EmbeddedClickHouse) -> None:

@@ -11,6 +11,8 @@ from fulgurite.infra.clickhouse_room import KEEP_FREE_BYTES
 USER = "app"
 READER = "reader"
 _MIB = 1024 * 1024
+_FOR_EVER_SECONDS = 2**31 - 1
+"""An interval begins at a multiple of it, so this one ends in 2038; the engine crashes with longer ones."""
 
 
 def config_xml(port: int, log: Path, max_memory_bytes: int) -> str:
@@ -41,7 +43,9 @@ def config_xml(port: int, log: Path, max_memory_bytes: int) -> str:
 
 
 def users_xml(password: str, reader_password: str, readable_database: str, max_query_memory_bytes: int) -> str:
-    """users.xml. The engine's own session insists on `default` without a password: that user may do next to nothing.
+    """users.xml. The engine's own session, which opens the HTTP server, insists on `default` without a password and
+    from loopback, so whoever reaches the port is that user, too. It may do nothing but open or close the server, and
+    do so once: its quota is used up by the engine's own statement before anybody can connect.
 
     READER is for dashboards: it may read one database and change settings of its queries, nothing else.
     """
@@ -59,13 +63,16 @@ def users_xml(password: str, reader_password: str, readable_database: str, max_q
             <max_memory_usage>{max_query_memory_bytes}</max_memory_usage>
         </readonly>
     </profiles>
-    <quotas><default/></quotas>
+    <quotas>
+        <default/>
+        <opening><interval><duration>{_FOR_EVER_SECONDS}</duration><queries>1</queries></interval></opening>
+    </quotas>
     <users>
         <default>
             <password></password>
             {loopback}
             <profile>default</profile>
-            <quota>default</quota>
+            <quota>opening</quota>
             <grants><query>GRANT SYSTEM LISTEN ON *.*</query></grants>
         </default>
         <{USER}>
