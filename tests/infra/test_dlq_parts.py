@@ -92,6 +92,10 @@ def test_what_is_still_wrong_is_said() -> None:
         validate(KAFKA, "t.spans", span() + b"\n" + span())
     with pytest.raises(RecordTooLarge):
         validate(KafkaSettings(topic_prefix="t.", max_record_bytes=1024), "t.spans", span(input="x" * 2000))
+    reward = '{"rollout_id": "r", "value": %s}'
+    with pytest.raises(InvalidEvent, match="has more than 64 bits"):
+        validate(KAFKA, "t.rewards", (reward % 10**25).encode())
+    assert validate(KAFKA, "t.rewards", (reward % "1e25").encode()).value == 1e25
     with pytest.raises(InvalidEvent, match="the value is compressed"):
         validate(KAFKA, "otlp_spans", b"\x1f\x8b")
     with pytest.raises(InvalidEvent, match="the record has no spans"):

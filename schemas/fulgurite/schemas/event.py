@@ -29,7 +29,7 @@ Unquoted = BeforeValidator(_unquoted)
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS)]
 ShortText = Annotated[str, StringConstraints(max_length=4_096)]
 Name = Annotated[str, StringConstraints(max_length=512)]
-TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**31)]], Field(max_length=MAX_TOKENS)]
+TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(max_length=MAX_TOKENS)]
 Logprobs = Annotated[list[FiniteFloat], Field(max_length=MAX_TOKENS)]
 TimeNs = Annotated[int, Field(ge=0, lt=2**63)]
 Version = Annotated[int, Field(ge=0, lt=2**63)]

@@ -111,9 +111,12 @@ def _validate(adapter: TypeAdapter[Any], topic: Topic, data: bytes) -> Any:
         raise InvalidEvent("not_json", f"{topic.name}: {len(lines)} lines; one dead letter is one event")
     event = decode_union(adapter, topic.name, data)
     try:  # pydantic reads NaN where JSON has none; the tables do not
-        json.loads(data, parse_constant=_no_constant)
+        record = json.loads(data, parse_constant=_no_constant)
     except ValueError as error:
         raise InvalidEvent("not_json", f"{topic.name}: {error}") from None
+    for name in type(event).model_fields:  # nor integers of any length
+        if isinstance(number := record.get(name), int) and not -(2**63) <= number < 2**64:
+            raise InvalidEvent("bad_field", f"{topic.name}: {name}: has more than 64 bits: write it with an exponent")
     return event
 
 
