@@ -192,6 +192,21 @@ def test_what_protobuf_does_not_parse_is_refused_by_the_server_before_anything_i
         assert not tables.rows("spans")
 
 
+@pytest.mark.parametrize(
+    ("own", "resource", "number"),
+    [
+        ({}, {"fulgurite.sequence_id": 3, "agentlightning.span_sequence_id": 4}, 3),
+        ({}, {"agentlightning.span_sequence_id": 4}, 4),
+        ({"agentlightning.span_sequence_id": 5}, {"fulgurite.sequence_id": 3}, 5),
+        ({}, {}, 0),
+    ],
+)
+def test_the_order_within_an_attempt(
+    tables: Tables, own: dict[str, Any], resource: dict[str, Any], number: int
+) -> None:
+    assert tables.row(record(span(own), resource=resource))["sequence_id"] == number
+
+
 def test_later_versions_of_otlp_are_read(tables: Tables) -> None:
     row = tables.row(record(span(kind=9, more=part(900, b"new") + integer(901, 5) + fixed(902, 6) + part(3, b"k=v"))))
     assert (row["kind"], row["extra"]) == ("internal", {"span_kind": "9", "trace_state": "k=v"})

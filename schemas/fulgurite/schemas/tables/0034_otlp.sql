@@ -7,7 +7,7 @@
 -- explode_otlp      as in 0014_otlp.sql, with it. toJSONString writes each attribute's value as the table's tuple has it, with
 --                   all fields of the oneof; `as_otlp` leaves the one that is there, bytes as base64. Its patterns have
 --                   quotation marks that are not escaped, so that they match nothing within a text
--- parse_otlp        as in 0014_otlp.sql, with it as the bytes of the dead letter
+-- parse_otlp        as in 0014_otlp.sql, with it as the bytes of the dead letter; and a resource may say fulgurite.sequence_id
 ALTER TABLE otlp_rows ADD COLUMN IF NOT EXISTS whole String;
 
 ALTER TABLE explode_otlp MODIFY QUERY
@@ -196,7 +196,9 @@ SELECT
         resource_attributes['agentlightning.attempt_id'] != '', resource_attributes['agentlightning.attempt_id'],
         bitAnd(mask, 192) != 0, pick(192),
         arrayFirst(l -> l.attributes['fulgurite.attempt_id'] != '', links).attributes['fulgurite.attempt_id']) AS attempt_id,
-    toUInt64OrZero(if(bitAnd(mask, 768) != 0, pick(768),
+    toUInt64OrZero(multiIf(
+        bitAnd(mask, 768) != 0, pick(768),
+        resource_attributes['fulgurite.sequence_id'] != '', resource_attributes['fulgurite.sequence_id'],
         resource_attributes['agentlightning.span_sequence_id'])) AS sequence_id,
     lower(hex(trace)) AS trace_id,
     lower(hex(id)) AS span_id,
