@@ -1,8 +1,10 @@
 """What every process of ours does alike: a log (logs.py), a stop on SIGTERM or SIGINT, errors that end it with a code.
 
 Promises: `serve` gets an Event that is set once when somebody wants the process to end; when `serve` returns the
-process exits with 0; a FulguriteError is logged in one line and ends it with its exit code; any other error is logged
-with its traceback and ends it with 1. Does not know what the service does, nor who restarts it.
+process exits with 0; where it has a deadline, a process that has not ended so long after the Event was set ends all the
+same, with 1, whatever its tasks and threads wait for; a FulguriteError is logged in one line and ends it with its exit
+code; any other error is logged with its traceback and ends it with 1. Does not know what the service does, nor who
+restarts it.
 """
 
 from __future__ import annotations
@@ -10,8 +12,10 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import os
 import signal
 import socket
+import threading
 from collections.abc import Awaitable, Callable
 from typing import Any, Final
 
@@ -31,20 +35,31 @@ Python's own 700, 10 and 10 are three calls of a gateway, and a tenth of what on
 Serve = Callable[[asyncio.Event], Awaitable[None]]
 
 
-def run_service(name: str, log: LogSettings, serve: Serve) -> int:
-    """Runs `serve` until it returns; gives the exit code. Call it from the main thread."""
+def run_service(name: str, log: LogSettings, serve: Serve, stop_seconds: float | None = None) -> int:
+    """Runs `serve` until it returns; gives the exit code. Call it from the main thread. `stop_seconds`: longest that it
+    may take to end; for services whose end by it is what a crash is."""
     configure_logging(name, log)
+    deadline = threading.Timer(stop_seconds or 0, _end_now, (name, stop_seconds))
+    deadline.daemon = True
     try:
+        # Its end waits for threads, too.
         with asyncio.Runner(loop_factory=_loop_factory()) as runner:
-            runner.run(_until_stopped(name, serve))
+            runner.run(_until_stopped(name, serve, deadline if stop_seconds else None))
     except FulguriteError as error:
         logger.error("%s: %s", type(error).__name__, error)
         return error.exit_code
     except Exception:
         logger.exception("%s ended by an unexpected error", name)
         return 1
+    finally:
+        deadline.cancel()
     logger.info("%s stopped", name)
     return 0
+
+
+def _end_now(name: str, seconds: float) -> None:
+    logger.error("%s has not stopped within %g s, and is ended as it is", name, seconds)
+    os._exit(1)
 
 
 def spare_the_collector() -> None:
@@ -65,13 +80,23 @@ def _loop_factory() -> Callable[[], asyncio.AbstractEventLoop] | None:
     return uvloop.new_event_loop
 
 
-async def _until_stopped(name: str, serve: Serve) -> None:
+async def _until_stopped(name: str, serve: Serve, deadline: threading.Timer | None) -> None:
     stop = asyncio.Event()
     loop = asyncio.get_running_loop()
     for number in (signal.SIGTERM, signal.SIGINT):
         loop.add_signal_handler(number, stop.set)
     logger.info("%s starting", name)
-    await serve(stop)
+
+    async def ends_in_time() -> None:
+        await stop.wait()
+        if deadline is not None:
+            deadline.start()
+
+    watching = asyncio.create_task(ends_in_time())
+    try:
+        await serve(stop)
+    finally:
+        watching.cancel()
 
 
 def bind(name: str, host: str, port: int) -> socket.socket:

@@ -226,6 +226,9 @@ class MaterialiserSettings(Section):
     """0: nowhere."""
     ready_lag_seconds: Seconds = 30.0
     """A record that waits longer makes the service not ready: it does not keep up."""
+    stop_seconds: Seconds = 15.0
+    """Longest that the service takes to end when it is told to. Where Kafka or ClickHouse do not answer it then ends as
+    it is, with exit code 1; the next one goes on as after a crash."""
 
 
 class AssemblerSettings(Section):

@@ -47,6 +47,8 @@ A crash after
     2           the commit is behind: L is not.
     3           nothing to do.
 
+A stop that takes longer than materialiser.stop_seconds, because a store does not answer, ends as a crash does.
+
 A zombie, which was frozen anywhere and is no longer of the group, is refused by 0.3 of its successor with every insert
 that begins after it, and by Kafka in 0.2. If it was frozen between 0.2 and 0.3 it takes the fence from its successor,
 once: that one's next insert is refused and it settles again; the zombie's is refused then, and its 0.2 tells it.

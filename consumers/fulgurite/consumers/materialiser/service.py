@@ -49,7 +49,8 @@ STOP_SECONDS = 3.0
 def main(settings: Settings) -> int:
     """`fulgurite materialiser`."""
     spare_the_collector()
-    return run_service("materialiser", settings.log, lambda stop: serve(settings, stop))
+    seconds = settings.materialiser.stop_seconds
+    return run_service("materialiser", settings.log, lambda stop: serve(settings, stop), seconds)
 
 
 async def serve(settings: Settings, stop: asyncio.Event, checkpoint: Checkpoint = no_checkpoint) -> None:
@@ -130,6 +131,7 @@ class Materialiser(ConsumerRebalanceListener):
                 if ended.done():
                     ended.result()
         finally:
+            stop.set()  # so that an end by an error has a deadline, too
             await self._end_writers()
             for task in tasks:
                 task.cancel()
