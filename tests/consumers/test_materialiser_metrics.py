@@ -116,7 +116,7 @@ async def test_lag_counts_what_is_not_even_fetched(settings: Settings, clickhous
 async def lag_is(http: httpx.AsyncClient, name: str, wanted: int, seconds: float = 30) -> None:
     lag = -1.0
     for _ in range(int(seconds / 0.2)):
-        lag = (await samples(http))["fulgurite_materialiser_lag_records", name, "0"]
+        lag = (await samples(http)).get(("fulgurite_materialiser_lag_records", name, "0"), -1)
         if lag == wanted:
             return
         await asyncio.sleep(0.2)

@@ -1,8 +1,8 @@
 """What the materialiser tells Prometheus, and whether it keeps up.
 
     /metrics   lag, rows, bytes, batch sizes, insert time, retries, dead letters, offsets checked and missing
-    /ready     200 while every partition is resumed and can be read, and no record waits longer than
-               materialiser.ready_lag_seconds; else 503 with the reasons
+    /ready     200 while every partition is resumed, Kafka answers and what it gives can be read, and no record waits
+               longer than materialiser.ready_lag_seconds; else 503 with the reasons
     /health    200 while the process answers
 
 One registry of its own for each Metrics, so that several live in one process. Knows nothing of Kafka or ClickHouse:
@@ -57,8 +57,10 @@ class Metrics:
         self._checked = self._counter("checked_offsets", "offsets of finished ranges looked for in the tables", _WHERE)
         self._missing = self._counter("missing_offsets", "of those, neither a row nor a dead letter", _WHERE)
         self._last_insert = self._gauge("last_insert_timestamp_seconds", "when an insert last succeeded", ())
-        self._waits_for: dict[str, str] = {"group": "not a member of the consumer group yet"}
+        self._waits_for: dict[str, str] = {}
+        self.left()
         self._cannot_read: dict[str, str] = {}
+        self._silent: dict[str, str] = {}
         self._lags: dict[str, Lag] = {}
 
     def _name(self, name: str) -> str:
@@ -72,6 +74,10 @@ class Metrics:
 
     def _histogram(self, name: str, what: str, buckets: tuple[float, ...]) -> Histogram:
         return Histogram(self._name(name), what, ("topic",), buckets=buckets, registry=self.registry)
+
+    def left(self) -> None:
+        """Until `joined` nothing is ours."""
+        self._waits_for["group"] = "not a member of the consumer group"
 
     def joined(self) -> None:
         """The group has said which partitions are ours, perhaps none."""
@@ -103,6 +109,13 @@ class Metrics:
     def readable(self, topic: str, partition: int) -> None:
         self._cannot_read.pop(f"{topic}-{partition}", None)
 
+    def silent(self, topic: str, partition: int, why: str) -> None:
+        """Until it is heard of or gone."""
+        self._silent[f"{topic}-{partition}"] = why
+
+    def heard(self, topic: str, partition: int) -> None:
+        self._silent.pop(f"{topic}-{partition}", None)
+
     def not_fetched(self, why: str) -> None:
         """Of all partitions, until the next success."""
         self._cannot_read["fetch"] = why
@@ -129,6 +142,7 @@ class Metrics:
         """The partition is another consumer's now: what we last knew of it must not go on being shown."""
         self._waits_for.pop(f"{topic}-{partition}", None)
         self._cannot_read.pop(f"{topic}-{partition}", None)
+        self._silent.pop(f"{topic}-{partition}", None)
         if self._lags.pop(f"{topic}-{partition}", None) is not None:
             self._lag_records.remove(topic, partition)
             self._lag_seconds.remove(topic, partition)
@@ -149,7 +163,7 @@ class Metrics:
             for name, lag in self._lags.items()
             if lag.seconds > ready_lag_seconds
         }
-        return late | self._waits_for | self._cannot_read
+        return late | self._silent | self._waits_for | self._cannot_read
 
     def app(self, ready_lag_seconds: float) -> Starlette:
         async def ready(request: Request) -> JSONResponse:

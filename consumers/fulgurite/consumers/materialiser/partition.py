@@ -106,6 +106,20 @@ class PartitionBuffer:
         return self.settled and not self.taken and bool(self._buffer)
 
     @property
+    def reading(self) -> bool:
+        """Whether it was ever settled."""
+        return self._reading
+
+    @property
+    def held(self) -> bool:
+        return self._held
+
+    @property
+    def fetching(self) -> bool:
+        """Whether Kafka is to be asked for more of it."""
+        return self._reading and not self._paused and not self._held
+
+    @property
     def next(self) -> int:
         """Lowest offset that is wanted."""
         return self._next

@@ -14,12 +14,12 @@ import socket
 import time
 from collections.abc import Sequence
 
-from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener, TopicPartition
-from aiokafka.errors import KafkaError
+from aiokafka import ConsumerRebalanceListener, TopicPartition
 
 from fulgurite.consumers.materialiser.blocks import Partition
 from fulgurite.consumers.materialiser.errors import Unavailable
 from fulgurite.consumers.materialiser.fetch import Fetching
+from fulgurite.consumers.materialiser.lag import LagMeter
 from fulgurite.consumers.materialiser.metrics import Metrics
 from fulgurite.consumers.materialiser.offsets import Offsets
 from fulgurite.consumers.materialiser.partition import Budget, PartitionBuffer
@@ -124,6 +124,7 @@ class Materialiser(ConsumerRebalanceListener):
             consumer = self._subscriber.consumer
             assert consumer is not None
             tasks.append(asyncio.create_task(self._fetching.run(consumer)))
+            tasks.append(asyncio.create_task(LagMeter(self._buffers, self.metrics).run(consumer)))
             stopping = asyncio.create_task(stop.wait())
             await asyncio.wait({stopping, self._failed, *tasks}, return_when=asyncio.FIRST_COMPLETED)
             stopping.cancel()
@@ -143,6 +144,7 @@ class Materialiser(ConsumerRebalanceListener):
         self, revoked: set[TopicPartition]
     ) -> None:
         """Before they go to somebody else: what runs is ended, what is done is said. They are all of ours."""
+        self.metrics.left()
         await self._end_writers()
         await self._flush_within(self._settings.materialiser.session_seconds / 2)
 
@@ -198,24 +200,11 @@ class Materialiser(ConsumerRebalanceListener):
             self._failed.set_exception(error)
 
     async def _behind(self) -> None:
-        """What is done for all partitions at once, every second: steps 2 and 3, and what is measured."""
+        """What is done for all partitions at once, every second: steps 2 and 3, and looking for what was inserted."""
         while True:
             await asyncio.sleep(FLUSH_SECONDS)
             await self._flush()
-            await self._measure_lag()
             await self._reconcile()
-
-    async def _measure_lag(self) -> None:
-        consumer = self._subscriber.consumer
-        if consumer is None:
-            return
-        asked = await _ends(consumer, consumer.paused() & self._buffers.keys())
-        ours, now_ms = consumer.assignment(), time.time_ns() // 1_000_000
-        for tp, buffer in self._buffers.items():
-            if buffer.closed:
-                continue
-            fetched = consumer.last_stable_offset(tp) if tp in ours else None
-            self.metrics.lag(tp.topic, tp.partition, buffer.lag(asked.get(tp, fetched), now_ms))
 
     async def _reconcile(self) -> None:
         """Now and then looks for what was inserted since, offset by offset, and counts dead letters for /metrics."""
@@ -272,13 +261,3 @@ class Materialiser(ConsumerRebalanceListener):
     async def _at_checkpoint(self, step: str, entries: Sequence[LogEntry]) -> None:
         for entry in entries:
             await self._checkpoint(step, entry.partition)
-
-
-async def _ends(consumer: AIOKafkaConsumer, partitions: set[TopicPartition]) -> dict[TopicPartition, int]:
-    """Of partitions that are not fetched from, whose answers would tell it: a full buffer must not hide what waits
-    behind it. Empty when the broker does not say at once."""
-    if partitions:
-        with contextlib.suppress(KafkaError, TimeoutError):
-            async with asyncio.timeout(FLUSH_SECONDS):
-                return await consumer.end_offsets(list(partitions))
-    return {}
