@@ -76,10 +76,13 @@ async def test_with_kafka_frozen(clickhouse_settings: ClickHouseSettings, tmp_pa
 async def test_with_clickhouse_frozen_at_the_start(
     settings: Settings, clickhouse_server: EmbeddedClickHouse, tmp_path: Path
 ) -> None:
+    """And until then it says that it lives and is not ready."""
+    port = free_port()
     with frozen(clickhouse_server.pid):
-        async with materialiser(World(settings, tmp_path), free_port()) as child:
-            assert child.stderr is not None
-            while b"starting" not in await child.stderr.readline():
-                pass
-            await asyncio.sleep(1)
+        async with (
+            materialiser(World(settings, tmp_path), port) as child,
+            httpx.AsyncClient(base_url=f"http://127.0.0.1:{port}") as http,
+        ):
+            assert set(await ready(http, 503)) == {"group"}
+            assert (await http.get("/health")).status_code == 200
             await assert_ends(child)

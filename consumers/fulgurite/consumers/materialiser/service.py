@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import time
-from collections.abc import Sequence
+from collections.abc import Coroutine, Sequence
 
 from aiokafka import ConsumerRebalanceListener, TopicPartition
 
@@ -56,25 +56,33 @@ def main(settings: Settings) -> int:
 async def serve(settings: Settings, stop: asyncio.Event, checkpoint: Checkpoint = no_checkpoint) -> None:
     """Runs until `stop`. Waits for both stores, brings the tables up to date. `checkpoint` is for tests that crash
     it."""
+    metrics = Metrics()
+    await _with_metrics(metrics, settings.materialiser, stop, _serve(settings, metrics, stop, checkpoint))
+
+
+async def _serve(settings: Settings, metrics: Metrics, stop: asyncio.Event, checkpoint: Checkpoint) -> None:
     if not await tables_ready(settings, stop):
         return
     name = f"{socket.gethostname()}-{os.getpid()}"
     store = Store(settings.clickhouse, settings.materialiser.insert_seconds, name)
     try:
         if await topics_ready(settings, stop) and await connected(store, settings, stop):
-            await _with_metrics(Materialiser(settings, store, checkpoint), settings.materialiser, stop)
+            await Materialiser(settings, store, metrics, checkpoint).run(stop)
     finally:
         await store.close()
 
 
-async def _with_metrics(service: Materialiser, settings: MaterialiserSettings, stop: asyncio.Event) -> None:
+async def _with_metrics(
+    metrics: Metrics, settings: MaterialiserSettings, stop: asyncio.Event, service: Coroutine[None, None, None]
+) -> None:
+    """Who asks gets an answer from the first moment on, also while the stores are waited for."""
     if not settings.port:
-        await service.run(stop)
+        await service
         return
     over = asyncio.Event()
-    app = service.metrics.app(settings.ready_lag_seconds)
+    app = metrics.app(settings.ready_lag_seconds)
     serving = asyncio.create_task(serve_asgi(app, settings.host, settings.port, over, "materialiser"))
-    running = asyncio.create_task(service.run(stop))
+    running = asyncio.create_task(service)
     try:
         await asyncio.wait({serving, running}, return_when=asyncio.FIRST_COMPLETED)
         if serving.done():  # only an error ends it first
@@ -88,7 +96,9 @@ async def _with_metrics(service: Materialiser, settings: MaterialiserSettings, s
 class Materialiser(ConsumerRebalanceListener):
     """The running service: it is told which partitions are its own, and gives each topic of theirs a writer."""
 
-    def __init__(self, settings: Settings, store: Store, checkpoint: Checkpoint = no_checkpoint) -> None:
+    def __init__(
+        self, settings: Settings, store: Store, metrics: Metrics, checkpoint: Checkpoint = no_checkpoint
+    ) -> None:
         self._settings = settings
         self._store = store
         self._checkpoint = checkpoint
@@ -99,7 +109,7 @@ class Materialiser(ConsumerRebalanceListener):
         self._tasks: list[asyncio.Task[None]] = []
         self._inserts = asyncio.Semaphore(CONCURRENT_INSERTS)
         self._budget = Budget(BUFFER_BYTES)
-        self.metrics = Metrics()
+        self.metrics = metrics
         self._to_check: dict[TopicPartition, LogEntry] = {}
         self._check_at = 0.0
         self._finished: list[LogEntry] = []
