@@ -10,6 +10,7 @@ from collections.abc import Iterator
 import clickhouse_connect
 import pytest
 from clickhouse_connect.driver import Client
+from pydantic import SecretStr
 
 from fulgurite.consumers.materialiser.blocks import Partition, Slice
 from fulgurite.consumers.materialiser.fences import Guard
@@ -45,7 +46,7 @@ def client(clickhouse_settings: ClickHouseSettings) -> Iterator[Client]:
 def test_columns_made_of_otlp_attributes_follow_the_rules_for_these(
     clickhouse_settings: ClickHouseSettings, client: Client
 ) -> None:
-    apply_redaction(client, RedactionSettings(keys=KEYS, values=VALUES, hash_salt="salt"))
+    apply_redaction(client, RedactionSettings(keys=KEYS, values=VALUES, hash_salt=SecretStr("salt")))
     row = Tables(client, clickhouse_settings).row(
         record(
             span(
@@ -69,7 +70,9 @@ def test_columns_made_of_otlp_attributes_follow_the_rules_for_these(
     assert (row["input"], row["endpoint"]) == ("", "[redacted]")
     assert row["output"] == row["attributes"]["gen_ai.output.messages"]
     assert row["output"].endswith("… (177 characters)")
-    hashed = Redactor(RedactionSettings(keys=KEYS, hash_salt="salt")).attributes({"service.name": "alice-laptop"})
+    hashed = Redactor(RedactionSettings(keys=KEYS, hash_salt=SecretStr("salt"))).attributes(
+        {"service.name": "alice-laptop"}
+    )
     assert row["service"] == row["resource_attributes"]["service.name"] == hashed["service.name"]
     assert (row["operation"], row["model"], row["agent"]) == ("chat", "m", "[redacted:email]")
     assert (row["rollout_id"], row["attempt_id"], row["sequence_id"]) == ("r", "a", 4), "ids are no rule's business"
