@@ -515,3 +515,46 @@ async def test_what_happened_is_in_the_metrics():
         assert f'fulgurite_gateway_failed_tries_total{{backend="{bad.url}"}} {bad.completions}.0' in text
         assert "fulgurite_gateway_waiting_requests 0.0" in text
         assert "fulgurite_gateway_queue_seconds_count 10.0" in text
+
+
+async def test_no_provider_is_asked_for_what_may_be_a_vllms_that_is_away(unused_tcp_port: int):
+    policy = FakeBackend(name="policy", models=["base"], port=unused_tcp_port)
+    async with FakeBackend(name="stranger") as stranger:
+        backends = [policy.settings(), stranger.settings(kind="openai")]
+        async with pool_of(*backends, health_seconds=0.05) as pool:
+            error = await refused(pool, "base", seconds=0.5)
+            assert (error.status, error.code) == (503, "backend_unavailable")
+            waiting = asyncio.create_task(asked_by(pool, "base"))
+            other = asyncio.create_task(asked_by(pool, "gpt"))
+            await asyncio.sleep(0.3)
+            async with policy:
+                assert await waiting == "policy"
+                assert await other == "stranger"
+            error = await refused(pool, "base", seconds=0.5)  # it said so once: it is known
+            assert (error.status, stranger.completions) == (503, 1)
+
+
+@pytest.mark.parametrize("model", ["policy", "policy-v7"])
+async def test_what_is_called_as_the_policy_goes_to_no_stranger(model: str):
+    async with fakes(3) as (policy, stranger, named):
+        policy.models, policy.answer = ["base"], with_status(404)
+        backends = [policy.settings(), stranger.settings(kind="openai")]
+        async with pool_of(*backends) as pool:
+            assert (await ask(pool, model))[0] == 404
+        async with pool_of(policy.settings(models=["base"]), stranger.settings(kind="openai")) as pool:
+            assert (await refused(pool, model)).code == "model_not_found"
+        async with pool_of(policy.settings(), named.settings(kind="openai", models=[model])) as pool:
+            assert await asked_by(pool, model) == "2"
+    assert stranger.completions == 0
+
+
+async def test_a_vllm_that_lists_only_for_a_key_is_asked_with_the_agents():
+    async def guard(request: web.Request) -> web.StreamResponse | None:
+        keyed = request.headers.get("authorization") == "Bearer k"
+        return None if keyed else web.json_response({}, status=401)
+
+    async with fakes(2) as (policy, stranger):
+        policy.models, policy.guard = ["base"], guard
+        async with pool_of(policy.settings(forward_authorization=True), stranger.settings(kind="openai")) as pool:
+            assert await asked_by(pool, "base", authorization="Bearer k") == "0"
+            assert await asked_by(pool, "gpt") == "1"

@@ -1,12 +1,14 @@
 """The backends of a pool: who serves which model, which of them is well. Asked every gateway.health_seconds.
 
 A model that nobody is known to serve makes us ask all servers what they serve, at most once a RELIST_SECONDS: an
-adapter may have been loaded just now. Knows nothing of requests (pool.py) but what they ask for.
+adapter may have been loaded just now. No provider is asked for it before every vllm that lists its models has done so
+once: it may be one that is away. Knows nothing of requests (pool.py) but what they ask for.
 """
 
 from __future__ import annotations
 
 import asyncio
+import logging
 import random
 from collections.abc import Callable
 from contextlib import suppress
@@ -19,8 +21,10 @@ from fulgurite.producers.gateway.exchange import Ask
 from fulgurite.producers.gateway.metrics import BackendMetrics, Metrics
 from fulgurite.producers.gateway.places import Capacity
 from fulgurite.producers.gateway.replica import CHECK_SECONDS, Replica
-from fulgurite.producers.gateway.routing import named, others, with_newest_adapter
+from fulgurite.producers.gateway.routing import named, others, unheard, with_newest_adapter
 from fulgurite.schemas.settings import BackendSettings, GatewaySettings
+
+logger = logging.getLogger(__name__)
 
 RECOVERY_SECONDS: Final = 0.25
 """How often a backend that is not well is asked, at least: requests wait for it."""
@@ -73,12 +77,15 @@ class Members:
             member.close()
 
     async def serving(self, ask: Ask) -> tuple[Ask, list[Member]]:
-        """What is asked, and who may be. Raises ApiError(404)."""
+        """What is asked, and who may be. Raises ApiError: 404, and 503 where that could not be found out."""
         asked, found = self._known(ask)
         if not found:
             await self._relist(ask.deadline)
             asked, found = self._known(ask)
-        if found := found or others(self.all):
+            while not found and (silent := unheard(self.all, ask.model)):
+                await self._hear(ask, silent)
+                asked, found = self._known(ask)
+        if found := found or others(self.all, ask.model):
             return asked, found
         raise ApiError(404, "model_not_found", f"no backend serves the model {ask.model[:200]!r}", param="model")
 
@@ -128,6 +135,20 @@ class Members:
             }
             for member in self.all
         ]
+
+    async def _hear(self, ask: Ask, silent: list[Member]) -> None:
+        """Waits a while for servers that have not said yet what they serve. Raises ApiError(503) at the deadline."""
+        forwarded = [member for member in silent if member.settings.forward_authorization]
+        await asyncio.gather(*(member.list_models(ask.authorization) for member in forwarded))
+        left = ask.deadline - self._loop.time()
+        if left <= 0:
+            urls = ", ".join(member.url for member in silent)
+            logger.warning("a call waited in vain for %s to list its models (or name them in its settings)", urls)
+            message = f"no backend is known to serve {ask.model[:200]!r}, and not all have said what they serve"
+            raise ApiError(503, "backend_unavailable", message)
+        if all(member.may_list(ask.model) for member in silent):
+            await asyncio.sleep(min(left, RECOVERY_SECONDS))
+            await self._relist(ask.deadline)
 
     def _known(self, ask: Ask) -> tuple[Ask, list[Member]]:
         if found := with_newest_adapter(self.all, ask.model):

@@ -72,6 +72,7 @@ class Replica:
         self.capacity = capacity
         self.listed: dict[str, dict[str, Any]] = {}
         """What it serves by its own account, as it describes them; empty until it said so."""
+        self._has_listed = False
         self._newest_adapter: int | None = None
         self.max_answer_bytes = max_answer_bytes
         self.answer_seconds = answer_seconds
@@ -109,6 +110,13 @@ class Replica:
     @property
     def takes_any(self) -> bool:
         return not self.settings.models
+
+    def may_list(self, model: str) -> bool:
+        return self.kind == "vllm" and not self._has_listed and (self.takes_any or self.owns(model))
+
+    def owns(self, model: str) -> bool:
+        resource = self.settings.resource
+        return self.kind == "vllm" and (model == resource or adapter_version(resource, model) is not None)
 
     def close(self) -> None:
         self._labels.close()
@@ -215,6 +223,7 @@ class Replica:
             return False
         named = [entry for entry in entries if isinstance(entry, dict) and isinstance(entry.get("id"), str)]
         self.listed = {entry["id"]: entry for entry in named[:MAX_LISTED]}
+        self._has_listed = True
         versions = (adapter_version(self.settings.resource, name) for name in self.listed)
         lost = None if self._newest_adapter is None else LOST_ADAPTERS
         self._newest_adapter = max((version for version in versions if version is not None), default=lost)

@@ -53,6 +53,14 @@ class Server(Protocol):
         """Whether it also gets what nobody is known to serve: its settings name no models."""
         ...
 
+    def may_list(self, model: str) -> bool:
+        """Whether it may turn out to serve the model: it lists what it serves, and has not done so yet."""
+        ...
+
+    def owns(self, model: str) -> bool:
+        """Whether the model is called as its resource, or as an adapter of it."""
+        ...
+
 
 S = TypeVar("S", bound=Server)
 
@@ -75,11 +83,22 @@ def with_newest_adapter(servers: Sequence[S], resource: str) -> list[S]:
     return [server for server in usable if having[server] == newest]
 
 
-def others(servers: Sequence[S]) -> list[S]:
+def others(servers: Sequence[S], model: str) -> list[S]:
     """Those to ask for a model that nobody is known to serve.
 
     External providers before the policy's own servers: those list what they serve, so what no list has is not theirs.
-    Where there is no provider theirs is the say, and the error.
+    Where there is no provider, and for what is called as a policy, theirs is the say, and the error: a policy's prompts
+    go to no stranger.
     """
     takes_any = [server for server in servers if server.takes_any]
+    if any(server.owns(model) for server in servers):
+        return [server for server in takes_any if server.kind == "vllm"]
     return [server for server in takes_any if server.kind == "openai"] or takes_any
+
+
+def unheard(servers: Sequence[S], model: str) -> list[S]:
+    """Those to hear of before a provider is asked for a model that nobody is known to serve: it may be theirs."""
+    found = others(servers, model)
+    if found and found[0].kind == "vllm":
+        return []
+    return [server for server in servers if server.may_list(model)]
