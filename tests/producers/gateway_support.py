@@ -61,10 +61,13 @@ class FakePublisher:
 
 
 @asynccontextmanager
-async def serving(app: Any) -> AsyncGenerator[str]:
-    """The app on a free port; gives its URL."""
+async def serving(app: Any, *, grace_seconds: int | None = None) -> AsyncGenerator[str]:
+    """The app on a free port; gives its URL. At the end calls under way have the grace, then they are cancelled."""
     listener = socket.create_server(("127.0.0.1", 0))
-    server = uvicorn.Server(uvicorn.Config(app, log_config=None, access_log=False, lifespan="on"))
+    config = uvicorn.Config(
+        app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=grace_seconds
+    )
+    server = uvicorn.Server(config)
     running = asyncio.create_task(server._serve([listener]))  # pyright: ignore[reportPrivateUsage]
     await until(lambda: server.started)
     try:

@@ -123,7 +123,8 @@ def bind(name: str, host: str, port: int) -> socket.socket:
 
 
 async def serve_asgi(app: Any, host: str, port: int, stop: asyncio.Event, name: str) -> None:
-    """Serves an ASGI app until `stop`, then lets requests under way finish (5 s). A taken port raises StartError."""
+    """Serves an ASGI app until `stop`, then lets requests under way finish (5 s), and cancels what is left of them. A
+    taken port raises StartError."""
     import contextlib
 
     import uvicorn

@@ -23,8 +23,9 @@ finished, and whatever follows) waits for 4. So an agent that saw the end of its
 that did not, the log may have the call, or the span of a broken one, or nothing (a crash). What goes wrong once events
 have passed is told by an error event in place of the end, as the protocol's clients know it.
 
-An agent that hangs up during 2 ends the generation, and the span has what came until then (`recording.py`). Prompts,
-answers and keys are never logged.
+An agent that hangs up during 2 ends the generation, and the span has what came until then (`recording.py`). So does a
+stop of the gateway, once the time is over that the server gives to calls under way: those that are left are cancelled,
+recorded as `interrupted`, and told so. Prompts, answers and keys are never logged.
 """
 
 from __future__ import annotations
@@ -42,7 +43,7 @@ from fulgurite.producers.gateway.answers import parse_answer, refusal_of
 from fulgurite.producers.gateway.asking import Asked, ask_for, read_all, served_by
 from fulgurite.producers.gateway.budgets import Budgets, allowed_seconds
 from fulgurite.producers.gateway.calls import Call, Sequences, identify, model_of, parse_call
-from fulgurite.producers.gateway.errors import AgentGone, ApiError
+from fulgurite.producers.gateway.errors import AgentGone, ApiError, interrupted
 from fulgurite.producers.gateway.exchange import Ask, Backends
 from fulgurite.producers.gateway.hosts import Hosts
 from fulgurite.producers.gateway.http import Gone, Present, headers_of, read_body, respond
@@ -50,7 +51,7 @@ from fulgurite.producers.gateway.keys import Keys
 from fulgurite.producers.gateway.metrics import Metrics
 from fulgurite.producers.gateway.protocols import BY_ROUTE
 from fulgurite.producers.gateway.protocols.base import Api, invalid, to_bytes, unreadable, where
-from fulgurite.producers.gateway.publishing import Log, SpanPublisher
+from fulgurite.producers.gateway.publishing import STOP_SECONDS, Log, SpanPublisher
 from fulgurite.producers.gateway.recording import Recorder, Recording
 from fulgurite.producers.gateway.routes import split
 from fulgurite.producers.gateway.streaming import Streaming
@@ -110,7 +111,7 @@ class Gateway:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
-            await _lifespan(receive, send)
+            await self._lifespan(receive, send)
             return
         if scope["type"] != "http":
             raise RuntimeError(f"the gateway speaks HTTP, not {scope['type']}")
@@ -136,6 +137,10 @@ class Gateway:
             return  # nobody is there to answer
         except ApiError as error:
             await respond(send, error.status, api.error_body(error) if api else error.body(), error.headers())
+        except asyncio.CancelledError:  # the server stops; its task ends here
+            stopping = interrupted()
+            with suppress(RuntimeError):  # as below
+                await respond(send, stopping.status, api.error_body(stopping) if api else stopping.body())
         except Exception as error:
             logger.error("a call failed within the gateway: %s", where(error))
             failed = ApiError(500, "internal_error", "the gateway failed; its log says where")
@@ -197,6 +202,9 @@ class Gateway:
             failure = error
         except Gone:
             failure = AgentGone("client_disconnected", "the agent closed its connection before the answer")
+        except asyncio.CancelledError:
+            await self._interrupted(call, asked)
+            raise
         served = asked.served
         if served:
             served.seconds = call.seconds()
@@ -225,6 +233,14 @@ class Gateway:
             self._tokens.remember(call, sampled)
         return for_agent
 
+    async def _interrupted(self, call: Call, asked: Asked) -> None:
+        """Records a call that was cancelled before it had an answer."""
+        recording = self._recorder.failed(call, interrupted(), asked.served, asked.sampled)
+        self._spent(call, recording)
+        with suppress(ApiError, TimeoutError):
+            async with asyncio.timeout(STOP_SECONDS):
+                await self._log.publish(call, recording)
+
     async def _ask(self, call: Call, deadline: float, asked: Asked) -> bytes:
         async with self._backends.open(ask_for(call, deadline)) as exchange:
             asked.served = served = served_by(exchange)
@@ -251,6 +267,19 @@ class Gateway:
             async with Present(receive), self._backends.open(ask) as exchange:
                 answer = await read_all(exchange)
         await respond(send, exchange.status, answer)
+
+    async def _lifespan(self, receive: Receive, send: Send) -> None:
+        """A shutdown is over when the calls are that the server has cancelled: they are recorded then."""
+        while True:
+            message = await receive()
+            if message["type"] == "lifespan.shutdown":
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(2 * STOP_SECONDS + 0.5):
+                        while self._running:  # noqa: ASYNC110 (an event would cost every call)
+                            await asyncio.sleep(0.02)
+            await send({"type": f"{message['type']}.complete"})
+            if message["type"] == "lifespan.shutdown":
+                return
 
     async def _models(self, ids: dict[str, str], scope: Scope, send: Send) -> None:
         caller = identify(ids, headers_of(scope))
@@ -288,11 +317,3 @@ def _no_route(path: str) -> ApiError:
         f"clients: without /v1) or <gateway>/v1, and {served} are served"
     )
     return ApiError(404, "not_found", message)
-
-
-async def _lifespan(receive: Receive, send: Send) -> None:
-    while True:
-        message = await receive()
-        await send({"type": f"{message['type']}.complete"})
-        if message["type"] == "lifespan.shutdown":
-            return

@@ -10,7 +10,8 @@
     422 ids that cannot be ids                  openai.UnprocessableEntityError
     429 a bound is reached                      openai.RateLimitError
     502 the backend's answer is no answer       openai.InternalServerError
-    503 backend or broker away for too long     openai.InternalServerError
+    503 backend or broker away for too long,    openai.InternalServerError
+        or the gateway stops
     504 the backend took too long               openai.InternalServerError
 
 Within a stream, whose status was told long before: an event with the same body, for which its clients raise APIError.
@@ -87,3 +88,8 @@ class AgentGone(ApiError):
 
     def __init__(self, code: str, message: str) -> None:
         super().__init__(499, code, message)
+
+
+def interrupted() -> ApiError:
+    """For a call that a stop of the gateway ends."""
+    return ApiError(503, "interrupted", "the gateway stops, and the call was not over; ask again")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import time
 from collections.abc import Callable
-from typing import Protocol
+from typing import Final, Protocol
 
 from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.errors import ApiError
@@ -17,6 +17,9 @@ from fulgurite.schemas.errors import BufferFull, RecordTooLarge
 from fulgurite.schemas.spans import Span
 
 logger = logging.getLogger(__name__)
+
+STOP_SECONDS: Final = 1.0
+"""For the span of a call that a stop interrupts, and for telling its agent: what is published by then is flushed."""
 
 
 class SpanPublisher(Protocol):

@@ -6,7 +6,7 @@
 Promises: nothing is read of the backend while the agent's connection is full, so a slow agent costs what the sockets
 hold, and one that takes nothing for gateway.silence_seconds counts as gone, also at the end; what is held is bounded. A
 backend that says only comments for that long has broken off. An answer that breaks off has a span of its own, and an
-error event in place of its end.
+error event in place of its end; so has one that is cancelled, since the gateway stops (STOP_SECONDS for each).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Final
 
@@ -24,13 +25,13 @@ from fulgurite.producers.gateway import sse
 from fulgurite.producers.gateway.answers import refusal_of
 from fulgurite.producers.gateway.asking import Asked, ask_for, read_all, served_by
 from fulgurite.producers.gateway.calls import Call
-from fulgurite.producers.gateway.errors import AgentGone, ApiError
+from fulgurite.producers.gateway.errors import AgentGone, ApiError, interrupted
 from fulgurite.producers.gateway.exchange import Ask, Backends, Exchange
 from fulgurite.producers.gateway.http import EventStream, Gone, Present
 from fulgurite.producers.gateway.outcome import Served
 from fulgurite.producers.gateway.protocols.base import INVALID, Stream, invalid, unreadable
 from fulgurite.producers.gateway.protocols.choices import DONE
-from fulgurite.producers.gateway.publishing import Log
+from fulgurite.producers.gateway.publishing import STOP_SECONDS, Log
 from fulgurite.producers.gateway.recording import Recorder, Recording
 from fulgurite.producers.gateway.token_asking import UNSERVED
 from fulgurite.producers.gateway.token_asking import ask_for as ask_for_tokens
@@ -68,8 +69,29 @@ class Streaming:
         self._spent = spent
 
     async def answer(self, call: Call, deadline: float, receive: Receive, send: Send) -> None:
-        """Steps 2 to 5. Raises ApiError only while nothing was passed on, and AgentGone."""
+        """Steps 2 to 5. Raises ApiError only while nothing was passed on, and AgentGone. Cancelled, it is recorded and
+        told as interrupted, and raises CancelledError then."""
         run = _Run(call, EventStream(send))
+        try:
+            await self._answer(run, deadline, receive)
+        except asyncio.CancelledError:
+            await self._interrupt(run)
+            raise
+
+    async def _interrupt(self, run: _Run) -> None:
+        """What is left to do of a call that was cancelled."""
+        failure = interrupted()
+        with suppress(ApiError, TimeoutError):
+            if not run.recorded:  # else it is with the publisher, which is flushed
+                async with asyncio.timeout(STOP_SECONDS):
+                    await self._record_and_publish(run, failure)
+        with suppress(ApiError, TimeoutError):
+            if run.out.begun and not run.last_sent:
+                async with asyncio.timeout(STOP_SECONDS):
+                    await self._send_last(run, run.call.api.error_event(failure))
+
+    async def _answer(self, run: _Run, deadline: float, receive: Receive) -> None:
+        call = run.call
         failure: ApiError | None = None
         try:
             async with Present(receive):  # 2
@@ -81,14 +103,7 @@ class Streaming:
             failure = error
         except Gone:
             failure = AgentGone("client_disconnected", "the agent closed its connection within its answer")
-        if run.served:
-            run.served.seconds = call.seconds()
-        recording, failure = self._recorded(run, failure)  # 3
-        self._spent(call, recording)
-        try:
-            await self._log.publish(call, recording)  # 4
-        except ApiError as error:
-            failure = error
+        failure = await self._record_and_publish(run, failure)
         if failure is None:
             await self._send_last(run, b"".join(run.held))  # 5
             if run.translation and run.stream:
@@ -99,8 +114,22 @@ class Streaming:
         else:
             raise failure
 
+    async def _record_and_publish(self, run: _Run, failure: ApiError | None) -> ApiError | None:
+        """Steps 3 and 4. What the agent is told in place of its answer's end."""
+        if run.served:
+            run.served.seconds = run.call.seconds()
+        recording, failure = self._recorded(run, failure)  # 3
+        run.recorded = True
+        self._spent(run.call, recording)
+        try:
+            await self._log.publish(run.call, recording)  # 4
+        except ApiError as error:
+            failure = error
+        return failure
+
     async def _send_last(self, run: _Run, events: bytes) -> None:
         """Raises AgentGone when the agent does not take it: its place is not held for that."""
+        run.last_sent = True
         try:
             async with asyncio.timeout(self._silence_seconds):
                 await run.out.send(events, last=True)
@@ -239,6 +268,8 @@ class _Run:
     """What is no answer, for the dead letter."""
     held: list[bytes] = field(default_factory=list[bytes])
     held_bytes: int = 0
+    recorded: bool = False
+    last_sent: bool = False
 
     def fold(self, stream: Stream, events: list[sse.Event]) -> tuple[bytes, ApiError | None]:
         """(what passes on, what stops it there)."""
