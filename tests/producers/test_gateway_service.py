@@ -14,9 +14,11 @@ import openai
 import pytest
 from aiokafka import AIOKafkaConsumer
 
+from fulgurite.producers import publisher as publisher_module
 from fulgurite.producers.gateway import broker_problem, serve
 from fulgurite.producers.kafka import connection_options
 from fulgurite.schemas.codec import decode
+from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.ids import attempt_trace_id
 from fulgurite.schemas.settings import GatewaySettings, KafkaSettings, Settings
@@ -32,8 +34,8 @@ def free_port() -> int:
         return listener.getsockname()[1]
 
 
-def configured(kafka: KafkaSettings, backend: FakePolicyServer) -> Settings:
-    return Settings(kafka=kafka, gateway=GatewaySettings(port=free_port(), backend_url=backend.url))
+def configured(kafka: KafkaSettings, backend: FakePolicyServer, **values: Any) -> Settings:
+    return Settings(kafka=kafka, gateway=GatewaySettings(port=free_port(), backend_url=backend.url, **values))
 
 
 async def spans(kafka: KafkaSettings) -> list[Span]:
@@ -61,6 +63,17 @@ async def healthy(url: str) -> None:
             except aiohttp.ClientError:
                 pass
             await asyncio.sleep(0.05)
+
+
+async def health(url: str) -> dict[str, str]:
+    """What it says, as soon as it listens."""
+    async with aiohttp.ClientSession() as session, asyncio.timeout(5):
+        while True:
+            try:
+                async with session.get(f"{url}/health") as response:
+                    return await response.json()
+            except aiohttp.ClientConnectorError:
+                await asyncio.sleep(0.05)
 
 
 async def ask(agent: openai.AsyncOpenAI) -> str | None:
@@ -100,16 +113,62 @@ async def test_what_the_backend_sampled_is_on_the_topic(kafka_settings: KafkaSet
     assert [span.attempt_id for span in found if not span.rollout_id] == [""]
 
 
-async def test_a_stop_before_there_is_a_broker_is_prompt():
-    assert await broker_problem(KafkaSettings(bootstrap_servers="127.0.0.1:1"))
+@pytest.mark.parametrize("unrecorded", [False, True])
+async def test_without_a_broker_at_the_start_calls_are_answered_and_a_stop_is_prompt(unrecorded: bool):
+    kafka = KafkaSettings(bootstrap_servers="127.0.0.1:1")
+    assert await broker_problem(kafka)
     stop = asyncio.Event()
-    settings = Settings(kafka=KafkaSettings(bootstrap_servers="127.0.0.1:1"))
-    serving = asyncio.create_task(serve(settings, stop))
-    await asyncio.sleep(0.3)
-    assert not serving.done()
-    stop.set()
-    async with asyncio.timeout(5):
+    async with FakePolicyServer(label="1") as backend:
+        settings = configured(kafka, backend, publish_seconds=0.3, answer_unrecorded=unrecorded)
+        url = f"http://127.0.0.1:{settings.gateway.port}"
+        serving = asyncio.create_task(serve(settings, stop))
+        report = await health(url)
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as agent:
+            if unrecorded:
+                assert await ask(agent) == "answer 0"
+            else:
+                with pytest.raises(openai.InternalServerError) as refused:
+                    await ask(agent)
+                assert (refused.value.status_code, refused.value.code) == (503, "broker_unavailable")
+        assert (report["status"], report["backend"]) == ("unhealthy", "ok")
+        assert report["broker"] != "ok"
+        stop.set()
+        async with asyncio.timeout(5):
+            await serving
+
+
+async def test_a_broker_that_comes_later_gets_the_span(kafka_settings: KafkaSettings, monkeypatch: pytest.MonkeyPatch):
+    """The call waits for it."""
+    connect = publisher_module.connect
+
+    async def later(*args: Any, **values: Any) -> Any:
+        await asyncio.sleep(1)
+        return await connect(*args, **values)
+
+    monkeypatch.setattr(publisher_module, "connect", later)
+    stop = asyncio.Event()
+    async with FakePolicyServer(label="1") as backend:
+        settings = configured(kafka_settings, backend)
+        url = f"http://127.0.0.1:{settings.gateway.port}"
+        serving = asyncio.create_task(serve(settings, stop))
+        await health(url)
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="none", max_retries=0) as agent:
+            began = asyncio.get_running_loop().time()
+            assert await ask(agent) == "answer 0"
+            assert asyncio.get_running_loop().time() - began > 0.3
+        assert len(await spans(kafka_settings)) == 1
+        stop.set()
         await serving
+
+
+async def test_brokers_that_refuse_us_end_the_gateway(monkeypatch: pytest.MonkeyPatch):
+    async def refused(*_: Any, **__: Any) -> Any:
+        raise SettingsError("no such user")
+
+    monkeypatch.setattr(publisher_module, "connect", refused)
+    async with FakePolicyServer(label="1") as backend, asyncio.timeout(5):
+        with pytest.raises(SettingsError, match="no such user"):
+            await serve(configured(KafkaSettings(), backend), asyncio.Event())
 
 
 PROCESS = """

@@ -93,6 +93,16 @@ class Publisher:
         """Waits until a broker answers, for ever. Raises SettingsError when the brokers refuse our credentials."""
         self._producer = await connect(self._kafka, self._settings, first=True)
 
+    def start_soon(self) -> asyncio.Task[None]:
+        """Starts without waiting for a broker: until there is one, records wait as they do for one that went away. The
+        task raises as `start`; `close` ends it."""
+        self._renewal = asyncio.get_running_loop().create_task(self._first_producer())
+        return self._renewal
+
+    async def _first_producer(self) -> None:
+        await self.start()
+        self._renewal = None
+
     async def __aenter__(self) -> Self:
         await self.start()
         return self

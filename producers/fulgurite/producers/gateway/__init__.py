@@ -30,7 +30,6 @@ may run side by side, behind one address that sends a rollout's calls to the sam
 from __future__ import annotations
 
 import asyncio
-import contextlib
 
 from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaError
@@ -45,17 +44,25 @@ from fulgurite.schemas.settings import GatewaySettings, KafkaSettings, ProducerS
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
-    """Waits for a broker, then serves until `stop`. Requests under way get 5 s to finish, their spans are flushed."""
+    """Serves until `stop`, from the start: while there is no broker yet, calls wait as they do for one that is away.
+    Raises SettingsError when the brokers refuse us. At the stop requests under way get 5 s to finish; what is left of
+    them then is ended as interrupted. Their spans are flushed."""
     ensure_guarded(settings.gateway)
     publisher = Publisher(settings.kafka, unlingering(settings.producer), settings.redaction)
-    if not await _started(publisher, stop):
-        return
+    starting = publisher.start_soon()
+    starting.add_done_callback(lambda _: stop.set() if _failed(starting) else None)
     try:
         async with Pool(settings.gateway) as pool:
             gateway = Gateway(settings.gateway, pool, publisher, lambda: broker_problem(settings.kafka))
             await _serve_all(gateway, pool, settings.gateway, stop)
     finally:
         await publisher.close()
+    if error := _failed(starting):
+        raise error
+
+
+def _failed(task: asyncio.Task[None]) -> BaseException | None:
+    return task.exception() if task.done() and not task.cancelled() else None
 
 
 def unlingering(settings: ProducerSettings) -> ProducerSettings:
@@ -89,21 +96,6 @@ async def broker_problem(settings: KafkaSettings) -> str:
     finally:
         await client.close()
     return ""
-
-
-async def _started(publisher: Publisher, stop: asyncio.Event) -> bool:
-    """Whether the publisher has a broker; False when somebody wanted to stop before there was one."""
-    starting = asyncio.create_task(publisher.start())
-    stopping = asyncio.create_task(stop.wait())
-    await asyncio.wait({starting, stopping}, return_when=asyncio.FIRST_COMPLETED)
-    stopping.cancel()
-    if not starting.done():
-        starting.cancel()
-        with contextlib.suppress(asyncio.CancelledError):
-            await starting
-        return False
-    await starting
-    return True
 
 
 def main(settings: Settings) -> int:
