@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import logging
 from collections.abc import Callable
 from io import BytesIO
 from typing import Any
@@ -132,6 +133,40 @@ class SlowToSay(TokenServer):
     async def _health(self, request: Request) -> Response:
         await asyncio.sleep(0.3)
         return await super()._health(request)
+
+
+@pytest.mark.parametrize("route", ["derender", "detokenize"])
+async def test_a_backends_words_are_never_logged(route: str, caplog: pytest.LogCaptureFixture):
+    """They may quote a prompt; the dead letter and the span have them."""
+    caplog.set_level(logging.DEBUG)
+
+    class Quoting(TokenServer):
+        def more_routes(self) -> list[tuple[str, str, Callable[[Request], Any]]]:
+            asked = iter([False])
+
+            def quoting(handler: Callable[[Request], Any]) -> Callable[[Request], Any]:
+                async def quoted(request: Request) -> Response:
+                    if next(asked, True):  # the first is a probe
+                        return JSONResponse({"error": {"message": "cannot parse MY-SECRET"}}, status_code=500)
+                    return await handler(request)
+
+                return quoted
+
+            return [
+                (path, verb, quoting(run) if path.endswith(f"/{route}") else run)
+                for path, verb, run in super().more_routes()
+            ]
+
+    publisher = FakePublisher()
+    async with Quoting(label="1") as backend, gateway(publisher, backend.url) as url:
+        body = {"model": "policy", "messages": MESSAGES, "tools": TOOLS}
+        await post(url, "/v1/chat/completions", body)
+        await post(url, "/v1/chat/completions", {name: body[name] for name in ("model", "messages")} | {"stream": True})
+    told = "".join(dead.message for dead in publisher.dead)
+    assert ("MY-SECRET" in told) == (route == "derender")
+    named = [span.span_id for span in publisher.spans if span.span_id in told]
+    assert all(span_id in caplog.text for span_id in named)
+    assert "MY-SECRET" not in caplog.text
 
 
 async def test_the_first_call_waits_until_it_is_known_who_serves_its_model():

@@ -45,6 +45,10 @@ class ApiError(Exception):
         self.message = message
         self.param = param
 
+    def __str__(self) -> str:
+        """For a log: without a backend's words, which may quote a prompt."""
+        return f"{self.code} ({self.status})" if self.of_backend else self.message
+
     @property
     def of_backend(self) -> bool:
         """Whether a backend said it: its words, not ours."""

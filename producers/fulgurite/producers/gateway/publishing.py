@@ -82,7 +82,8 @@ class Log:
                 if not dead_letters:  # one a call: the answer is one
                     dead_letters += small.dead_letters
         for dead in dead_letters:
-            logger.warning("dead letter (%s): %s", dead.reason, dead.message)
+            # Not its message: that may be a backend's words, which quote prompts.
+            logger.warning("dead letter (%s), span %s", dead.reason, call.span_ids[0])
             sent.append(await self._publisher.publish_dead_letter(dead))
         return sent
 
