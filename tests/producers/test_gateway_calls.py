@@ -49,6 +49,9 @@ def test_the_backend_is_asked_for_everything_that_is_recorded_and_never_for_a_se
         ({"n": True}, "n"),
         ({"n": 10_000}, "n"),
         ({"model": 3}, "model"),
+        ({"stream": "false"}, "stream"),
+        ({"stream": 1}, "stream"),
+        ({"stream": []}, "stream"),
     ],
 )
 def test_a_body_that_cannot_be_a_call_is_refused_with_the_field(change: dict[str, Any], param: str):

@@ -144,6 +144,9 @@ def parse_call(api: Api, caller: Caller, headers: Mapping[str, str], body: bytes
     """The call. Raises ApiError(400) for the body."""
     start_ns = now_ns()
     request = _request(body)
+    stream = request.get("stream")
+    if stream is not None and stream is not True and stream is not False:
+        raise ApiError(400, "invalid_stream", "stream must be true or false", param="stream")
     count = api.choices(request)
     policy_body = _policy_body(api, request)
     trace_id, parent_span_id = _trace(headers, caller.rollout_id, caller.attempt_id)
