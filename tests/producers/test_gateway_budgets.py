@@ -2,12 +2,22 @@
 
 from __future__ import annotations
 
+import json
+from typing import Any
+
 import pytest
+from aiohttp import web
 from hypothesis import given
 from hypothesis import strategies as st
 
+from fulgurite.producers.gateway.app import Gateway
 from fulgurite.producers.gateway.budgets import Budgets, allowed_seconds
 from fulgurite.producers.gateway.errors import ApiError
+from fulgurite.producers.gateway.pool import Pool
+from fulgurite.schemas.settings import GatewaySettings
+from tests.producers.fake_backend import FakeBackend, with_status
+from tests.producers.gateway_support import MESSAGES, FakePublisher, serving, well
+from tests.producers.test_gateway_hostile import post
 
 
 def refused(budgets: Budgets, rollout_id: str) -> bool:
@@ -73,3 +83,65 @@ def test_a_time_that_is_none_is_refused(said: str):
     with pytest.raises(ApiError, match="x-request-timeout must be seconds") as caught:
         allowed_seconds({"x-request-timeout": said}, 120.0)
     assert caught.value.status == 400
+
+
+USAGE = {"prompt_tokens": 5, "completion_tokens": 50}
+
+
+def provider_stream(provider: FakeBackend, *, knows: bool = True) -> Any:
+    """A stream of a provider, which says its usage where it is asked to, or refuses to be asked."""
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        asked = json.loads(provider.bodies[-1])
+        options = asked.get("stream_options")
+        if options and not knows:
+            return web.json_response({"error": {"message": "stream_options?"}}, status=400)
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        choice = {"index": 0, "delta": {"content": "a"}, "text": "a", "finish_reason": "stop"}
+        events = [{"id": "x", "choices": [choice], "odd": 1.50}]
+        if (options or {}).get("include_usage"):
+            events.append({"id": "x", "choices": [], "usage": USAGE})
+        for event in events:
+            await response.write(b"data: " + json.dumps(event).encode() + b"\n\n")
+        await response.write(b"data: [DONE]\n\n")
+        return response
+
+    return answer
+
+
+@pytest.mark.parametrize("route", ["/v1/chat/completions", "/v1/completions"])
+async def test_streams_of_providers_are_of_the_budget_and_pass_as_they_came(route: str):
+    publisher = FakePublisher()
+    asked = {"model": "m", "messages": MESSAGES, "prompt": "x", "stream": True, "stream_options": {"other": 1}}
+    async with FakeBackend(models=[]) as provider:
+        provider.answer = provider_stream(provider)
+        settings = GatewaySettings(backends=[provider.settings(kind="openai")], max_rollout_tokens=60)
+        async with Pool(settings) as pool, serving(Gateway(settings, pool, publisher, well)) as url:
+            _, body = await post(url, route, asked)
+            assert body.count(b"data:") == 2
+            assert b'"odd": 1.5}' in body  # byte for byte
+            _, told = await post(url, route, asked | {"stream_options": {"include_usage": True}})
+            assert b'"completion_tokens": 50' in told
+            assert (await post(url, route, asked))[0] == 429
+    assert json.loads(provider.bodies[0])["stream_options"] == {"other": 1, "include_usage": True}
+    assert [(span.input_tokens, span.output_tokens) for span in publisher.spans] == [(5, 50)] * 2
+
+
+async def test_a_provider_that_refuses_to_say_its_usage_is_asked_without():
+    publisher = FakePublisher()
+    asked = {"model": "m", "messages": MESSAGES, "stream": True}
+    async with FakeBackend(models=[]) as provider:
+        provider.answer = provider_stream(provider, knows=False)
+        settings = GatewaySettings(backends=[provider.settings(kind="openai")])
+        async with Pool(settings) as pool, serving(Gateway(settings, pool, publisher, well)) as url:
+            status, body = await post(url, "/v1/chat/completions", asked)
+            assert status == 200
+            assert body.endswith(b"data: [DONE]\n\n")
+            assert [b"stream_options" in body for body in provider.bodies] == [True, False]
+            provider.answer = with_status(400)
+            assert (await post(url, "/v1/chat/completions", asked))[0] == 400
+            assert provider.completions == 4
+            assert (await post(url, "/v1/chat/completions", asked | {"stream": False}))[0] == 400
+            assert provider.completions == 5
+    assert [span.status for span in publisher.spans] == ["ok", "error", "error"]

@@ -46,7 +46,7 @@ class BackendSettings(Section):
     """Without the /v1 that routes begin with; one at the end is taken off."""
     kind: Literal["vllm", "openai"] = "vllm"
     """vllm: serves the policy, gives token ids and logprobs, is asked for its health and its version. openai: an
-    external provider, asked exactly what the agent asked."""
+    external provider, asked what the agent asked, streams also for their usage."""
     models: Annotated[list[Name], Field(max_length=1_024)] = Field(default_factory=list[str])
     """Names it serves, beside those that a vllm lists itself; empty: any that no other backend names."""
     resource: str = "policy"

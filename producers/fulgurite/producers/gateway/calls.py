@@ -99,6 +99,13 @@ class Call:
         return time.perf_counter() - self.began
 
     def body_for(self, kind: BackendKind) -> bytes:
+        if kind == "vllm":
+            return self.policy_body
+        asked = self.api.for_provider(self.body) if self.streamed else None
+        return self.agent_body if asked is None else orjson.dumps(asked)
+
+    def unchanged_for(self, kind: BackendKind) -> bytes:
+        """The same for a provider that refused what was added to it."""
         return self.policy_body if kind == "vllm" else self.agent_body
 
 

@@ -13,7 +13,7 @@ from typing import Literal, Protocol
 
 BackendKind = Literal["vllm", "openai"]
 """`vllm`: serves the policy, gives token ids and logprobs, follows versions (vLLM, or the embedded server).
-`openai`: an external provider, asked exactly what the agent asked."""
+`openai`: an external provider, asked what the agent asked, streams also for their usage."""
 
 
 @dataclass(slots=True, frozen=True)

@@ -15,7 +15,7 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Final
 
 import orjson
@@ -44,6 +44,8 @@ logger = logging.getLogger(__name__)
 
 MAX_HELD_BYTES: Final = 16 * 1024 * 1024
 """The end of an answer: a last event a choice, the count of tokens; the Responses API repeats the answer in it."""
+REFUSED: Final = frozenset({400, 422})
+"""Of a provider that may not know stream_options: it is asked once more without them."""
 TAIL_SECONDS: Final = 0.2
 """After its last event a backend closes the stream: waited for, so that its connection can be used again. In all,
 whatever else it says."""
@@ -98,7 +100,8 @@ class Streaming:
                 ask = await self._by_tokens(run, deadline)
                 if ask is None or not await self._relayed(run, ask):
                     run.translation = None
-                    await self._relayed(run, ask_for(call, deadline))
+                    if not await self._relayed(run, ask_for(call, deadline)):
+                        await self._relayed(run, replace(ask_for(call, deadline), body_for=call.unchanged_for))
         except ApiError as error:
             failure = error
         except Gone:
@@ -152,10 +155,12 @@ class Streaming:
         return ask_for_tokens(run.call, GENERATE, streamed_request(prepared.request), deadline)
 
     async def _relayed(self, run: _Run, ask: Ask) -> bool:
-        """Whether this route could be asked; what is left to be asked of another has had no effect."""
+        """Whether this could be asked; what is left to be asked otherwise has had no effect."""
         async with self._backends.open(ask) as exchange:
             if run.translation and exchange.status in UNSERVED:
                 self._tokens.is_unserved(run.call, f"{exchange.endpoint} answers {ask.route} with {exchange.status}")
+                return False
+            if exchange.kind == "openai" and exchange.status in REFUSED and _adds(ask, run.call):
                 return False
             await self._relay(run, exchange)
         return True
@@ -248,6 +253,11 @@ class Streaming:
         if failure is None or (isinstance(failure, AgentGone) and stream.complete):
             return self._recorder.answered(call, served, stream.outcome)
         return self._recorder.interrupted(call, served, stream.outcome, failure, run.rejected)
+
+
+def _adds(ask: Ask, call: Call) -> bool:
+    """Whether a provider is asked more than the agent asked."""
+    return ask.body_for == call.body_for and call.api.for_provider(call.body) is not None
 
 
 def _stalled() -> AgentGone:

@@ -67,6 +67,10 @@ class Api(ABC):
     def for_policy(self, body: Json) -> Json:
         """The agent's request and the fields that make its answer recordable."""
 
+    def for_provider(self, body: Json) -> Json | None:
+        """The same for an external provider, where something needs to be added: None passes it as it came."""
+        return None
+
     @abstractmethod
     def input_of(self, body: Json, index: int) -> str:
         """What is recorded as the input of choice `index`."""
@@ -85,7 +89,8 @@ class Api(ABC):
 
     @abstractmethod
     def stream(self, body: Json, *, strip: bool) -> Stream:
-        """For the answer to `body`. Without `strip` every event passes as it came."""
+        """For the answer to `body`. Without `strip` every event passes as it came, less one that only `for_provider`
+        asked for."""
 
     def error_body(self, error: ApiError) -> bytes:
         return error.body()

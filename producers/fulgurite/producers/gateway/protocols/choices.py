@@ -43,6 +43,13 @@ class ChoicesApi(Api):
             asked["stream_options"] = body["stream_options"] if wants_usage(body) else {"include_usage": True}
         return asked
 
+    def for_provider(self, body: Json) -> Json | None:
+        """With the count of tokens at the end of a stream: budgets are of tokens."""
+        options = body.get("stream_options") or {}
+        if not body.get("stream") or wants_usage(body) or not isinstance(options, dict):
+            return None
+        return body | {"stream_options": options | {"include_usage": True}}
+
     def wants_logprobs(self, body: Json) -> bool:
         return bool(body.get("logprobs"))
 
@@ -130,6 +137,8 @@ class ChoicesStream(Stream):
         for given in choices:
             waits = self._fold(given, prompt_ids) or waits
         raw = self._stripped(chunk, choices) if self._strip else event.raw
+        if not self._ours and not choices and not self._usage_wanted and isinstance(chunk.get("usage"), dict):
+            raw = b""  # what a provider was asked for by us
         return (b"", raw) if waits else (raw, b"")
 
     def _fold(self, given: Json, prompt_ids: Any) -> bool:
