@@ -15,7 +15,7 @@ from fulgurite.producers.gateway.app import Gateway
 from fulgurite.producers.gateway.pool import Pool
 from fulgurite.producers.gateway.replica import MAX_BROKEN_TRIES, MAX_PROVIDER_TRIES
 from fulgurite.schemas.settings import BackendSettings, GatewaySettings
-from tests.producers.fake_backend import FakeBackend, with_status
+from tests.producers.fake_backend import FakeBackend, breaks_at_once, with_status
 from tests.producers.fake_policy_server import until
 from tests.producers.gateway_support import MESSAGES, FakePublisher, ask, serving, well
 from tests.producers.test_gateway_pool import ask as ask_pool
@@ -134,6 +134,13 @@ async def test_a_provider_that_may_have_worked_on_it_is_asked_once_more_only(sta
         assert provider.completions == MAX_PROVIDER_TRIES
     (span,) = gateway.publisher.spans
     assert span.attributes["fulgurite.backend_tries"] == MAX_PROVIDER_TRIES
+
+
+async def test_a_provider_that_breaks_off_is_asked_once_more_only():
+    async with FakeBackend(answer=breaks_at_once) as provider:
+        async with pool_of(provider.settings(kind="openai"), breaker_failures=1_000) as pool:
+            assert (await refused(pool)).code == "backend_broken"
+        assert provider.completions == MAX_PROVIDER_TRIES
 
 
 async def test_who_could_not_be_asked_is_told_with_the_number_of_tries():

@@ -12,7 +12,8 @@ restart, a full queue), and a 500 of a vLLM: its engine died. That is safe: no b
 so what a dying server sampled is seen by nobody and recorded nowhere. Everything else is the model's answer to this
 request. A request that a backend had when it broke may be what killed it: after MAX_BROKEN_TRIES of those it is given
 up, before it kills the rest, and as soon as every replica said 500. An external provider is paid for what it worked on:
-after its 502 or 504 it is asked once more. Whoever is given up on so has the last word: its error is the agent's.
+after its 502 or 504, or a broken connection, it is asked once more. Whoever is given up on so has the last word: its
+error is the agent's.
 
 Only the routes in ROUTES can be asked: what changes weights or shows a server's inside is out of reach, whatever an
 agent writes into a path.

@@ -147,7 +147,8 @@ class Replica:
         except NotConnected as error:
             raise Away(str(error)) from None
         except Broken as error:
-            raise Away(str(error), most_tries=MAX_BROKEN_TRIES) from None
+            most_tries = MAX_BROKEN_TRIES if self.kind == "vllm" else MAX_PROVIDER_TRIES
+            raise Away(str(error), most_tries=most_tries) from None
         exchange = HttpExchange(self, seat, response, route, tries, before, adapter, silence_seconds)
         most_tries = self._most_tries(response.status)
         if most_tries:
