@@ -10,12 +10,15 @@ import sys
 import time
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import aiohttp
 import pytest
 from aiokafka import AIOKafkaConsumer, ConsumerRecord
 from fsspec.implementations.memory import MemoryFileSystem
+from starlette.requests import Request
+from starlette.responses import Response
 
 from fulgurite.consumers.follower import serve
 from fulgurite.producers.kafka import connection_options
@@ -170,10 +173,57 @@ async def test_a_taken_port_ends_the_service_and_says_so(kafka_settings: KafkaSe
             await serve(settings, asyncio.Event())
 
 
-async def test_without_a_broker_a_paused_server_is_resumed_and_the_service_stops_promptly():
+async def test_without_a_broker_nothing_is_touched_and_the_service_stops_promptly():
+    """Another follower, which does have a broker, may be the one that has paused it."""
     nowhere = KafkaSettings(bootstrap_servers="127.0.0.1:1")
     async with FakePolicyServer(paused=True) as server, following(configured(nowhere, server)):
-        await until(lambda: not server.paused)
+        await asyncio.sleep(1)
+        assert server.paused
+        assert server.log == []
+
+
+async def test_of_two_followers_one_acts_and_the_other_goes_on_when_it_ends(
+    kafka_settings: KafkaSettings, tmp_path: Path
+):
+    @dataclass
+    class Watched(FakePolicyServer):
+        loading: int = 0
+
+        async def _collective_rpc(self, request: Request) -> Response:
+            self.loading += 1
+            assert self.loading == 1, "two load into it at once"
+            await asyncio.sleep(0.05)
+            answer = await super()._collective_rpc(request)  # fails where it was resumed meanwhile
+            self.loading -= 1
+            return answer
+
+    async with Watched() as server, Publisher(kafka_settings) as publisher:
+        settings = configured(kafka_settings, server)
+        lied: set[tuple[str, int]] = set()
+
+        async def watch() -> None:
+            while True:
+                label = server.label or ""
+                if not server.paused and label.isdecimal() and server.weights != int(label) * 10:
+                    lied.add((label, server.weights))
+                await asyncio.sleep(0)
+
+        async def publish(number: int) -> None:
+            await (await publisher.publish(RESOURCES, "policy", make_version(tmp_path, number)))
+            await until(lambda: server.label == str(number) and not server.paused)
+
+        watching = asyncio.create_task(watch())
+        await (await publisher.publish(RESOURCES, "policy", make_version(tmp_path, 1)))
+        async with following(settings):
+            async with following(settings):
+                for number in range(2, 12):
+                    await publish(number)
+                joined = server.log.count("/collective_rpc")
+            await publish(12)  # whichever of them acted
+            await publish(13)
+        watching.cancel()
+    assert not lied
+    assert joined <= 13, "each version once, and once more for each time that another took over"
 
 
 PROCESS = """

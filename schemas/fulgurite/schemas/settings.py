@@ -151,6 +151,11 @@ class FollowerSettings(Section):
     """Every policy server to keep at the newest version."""
     resource: str = "policy"
     """Which resource to follow."""
+    group: str = "follower"
+    """Of the followers of one resource with the same group one acts, the others wait for its end. Followers of other
+    servers need groups of their own. The consumer group's name is the topic prefix, this, and the resource."""
+    session_seconds: Annotated[float, Field(ge=1, le=1_800)] = 10.0
+    """Kafka session timeout: so long after the last sign of life of the follower that acts another one may."""
     check_seconds: Seconds = 1.0
     """How often each server is asked which version it serves: restarted ones converge."""
     request_seconds: Seconds = 60.0

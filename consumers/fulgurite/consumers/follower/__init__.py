@@ -7,6 +7,7 @@
 | file | holds |
 |---|---|
 | `service.py` | the process: reading the topic (FastStream), one loop a server, a clean stop |
+| `owner.py` | which follower acts, of those of one resource |
 | `converge.py` | the loop and its numbered contract |
 | `weights.py` | full weights: pause, load, hash, label, resume |
 | `transfer.py` | one server's sender, where weights go from GPU to GPU |

@@ -18,13 +18,16 @@ begins with 1 again and finds out by itself:
 2. When it is this server's turn, POST /pause?mode=keep: requests under way freeze, the caches are cleared. Ask for its
    label once more: another one than before 1 means that it was restarted meanwhile; then 7, and begin again. Crash: the
    server stays paused until the next start, which goes on with 1, or resumes the server if there is nothing to load.
-3. Label the weights "loading": until 6 nobody can take them for a version, nor for whole. A paused server with this
-   label is never resumed, by whichever start, before a version was loaded into it. Crash: so it is with the newest.
+3. Label the weights "loading-", and a random part: until 6 nobody can take them for a version, nor for whole, and
+   everybody can tell this load from another. A paused server with such a label is never resumed, by whichever start,
+   before a version was loaded into it. Crash: so it is with the newest.
 4. POST /collective_rpc reload_weights, or send the tensors (`transfer.py`); then look whether the files are still those
    of 1: a folder that is loaded from where it lies may have been written to meanwhile. Crash: as after 3, loaded again.
 5. POST /weight_checker, where there is one: do the weights hash to what they ought to (`digests.py`)? While it is
    paused, because hashing stops the engine anyway, and wrong weights get no label and no request. Crash: as after 4.
-6. Label them with the version, and remember number and checksum. Crash: paused with the right version; loaded again.
+6. Ask whether it is still paused, with the label of 3. If not, somebody else was here (a follower that had lost its
+   right to act, or an operator): give no label, resume nothing, begin again. Else label the weights with the version,
+   and remember number and checksum. Crash: paused with the right version; loaded again.
 7. POST /resume, in `finally`, tried again until it works or the server is gone. Crash: as 6, but not paused.
    Not if 4 or 5 failed: what the server has then may be half of two versions, or nothing; vLLM would die of the first
    request. So before: the version that was served is loaded again, else the newest other one whose files are usable,
@@ -45,7 +48,11 @@ An unusable version (files not as announced, refused by the server) is refused l
 tried again while this process lives; what the server has goes on, and if it has nothing, the newest usable version is
 loaded. Everything that may pass is tried for ever. A server that restarts is noticed within follower.check_seconds by
 its label; one that came back with the label it had before would not be (servers start without a number, or with none
-of ours). One follower a server: two would resume each other's pauses.
+of ours).
+
+One follower acts on a server: two would resume each other's pauses. Which one Kafka says (`owner.py`): 1 begins, a
+server is paused and one left paused is resumed only while the lease runs; without a broker nothing is begun. A load
+that outlives the lease is what the label of 3 and the question of 6 are for.
 """
 
 from __future__ import annotations
@@ -103,10 +110,13 @@ class Convergence:
             await self._run()
         finally:
             await self._weights.close()
+            self._versions.unsubscribe(self._changed)
+            self._metrics.leaves(self._server.url)
 
     async def _run(self) -> None:
         failures = 0
         while True:
+            await self._shared.lease.held()
             self._changed.clear()  # before the comparison: what arrives during it is compared next
             try:
                 await self.step()
@@ -135,8 +145,7 @@ class Convergence:
             return
         if wanted is None or served or self._keeps_newer(wanted, state):
             if state.paused:
-                logger.warning("%s was left paused; resuming it", self._server.url)
-                await self._server.resume()
+                await self._resume()
             if wanted and served and self._reported != identity(wanted):
                 logger.info("%s serves %s version %d", self._server.url, wanted.resource, wanted.version)
                 await self._applied(wanted, {})
@@ -144,8 +153,7 @@ class Convergence:
         if state.paused and state.version is not None:
             # By somebody who was killed; fetching the wanted version may take long, or not be possible now. Weights
             # without a number may be what a failed load left.
-            logger.warning("%s was left paused; resuming it", self._server.url)
-            await self._server.resume()
+            await self._resume()
         try:
             seconds = await self._apply(wanted, state, lambda: self._still(wanted))
         except Unusable as error:
@@ -153,6 +161,13 @@ class Convergence:
             return
         if seconds:
             await self._done(wanted, state, seconds)
+
+    async def _resume(self) -> None:
+        """Raises Unreachable where another follower may be the one that has paused it."""
+        if not self._shared.lease.is_held:
+            raise Unreachable("is paused, perhaps by another follower", answered=True)
+        logger.warning("%s was left paused; resuming it", self._server.url)
+        await self._server.resume()
 
     async def _rescue(self, state: State) -> None:
         """The server holds nothing whole, and what is wanted is not what could help: each try another of the known

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import dataclass, field
 
@@ -9,6 +10,7 @@ from fulgurite.consumers.follower.digests import Digests
 from fulgurite.consumers.follower.files import Files
 from fulgurite.consumers.follower.layout import Layout
 from fulgurite.consumers.follower.metrics import Metrics
+from fulgurite.consumers.follower.owner import Lease
 from fulgurite.consumers.follower.server import Unreachable
 from fulgurite.consumers.follower.turns import Turns
 from fulgurite.consumers.follower.versions import Versions
@@ -45,6 +47,8 @@ class Shared:
     digests: Digests = field(default_factory=Digests)
     layout: Layout = field(default_factory=dict[str, tuple[int, ...]])
     """Of the weights that were loaded last without trouble, into whichever server; empty where that is not known."""
+    lease: Lease = field(default_factory=lambda: Lease(math.inf))
+    """Whether servers may be touched now; for ever where nobody else follows."""
     files: Files = field(init=False)
     turns: Turns = field(init=False)
     metrics: Metrics = field(init=False)

@@ -40,6 +40,7 @@ class Metrics:
         self._held = self._gauge(
             "held", "1 while a server is kept paused because its weights are not known to be whole", ("server",)
         )
+        self._acts = self._gauge("acts", "1 while this follower acts, and no other of its group", ())
         self._applied = self._counter("applied", "versions loaded")
         self._refused = self._counter("refused", "versions refused: a server keeps what it has")
         self._troubles = self._counter("troubles", "failed tries at something that may pass")
@@ -64,6 +65,16 @@ class Metrics:
         self._held.labels(server)
         for counter in (self._applied, self._refused, self._troubles):
             counter.labels(server)
+
+    def leaves(self, server: str) -> None:
+        """It is another follower's: what it has is not known here any more."""
+        self._current.pop(server, None)
+        self._without.discard(server)
+        for gauge in (self._served, self._behind, self._held):
+            gauge.remove(server)
+
+    def acts(self, now: bool) -> None:
+        self._acts.set(now)
 
     def observed(self, server: str, version: int | None, current: ResourceVersion | None) -> None:
         """The server has `version`; `current` is the record it was loaded from, where that is known."""

@@ -30,7 +30,8 @@ LOAD_ADAPTER: Final = "/v1/load_lora_adapter"
 UNLOAD_ADAPTER: Final = "/v1/unload_lora_adapter"
 CHECK_WEIGHTS: Final = "/weight_checker"
 LABEL_LOADING: Final = "loading"
-"""The label of weights that are being replaced. Not a decimal number: what is sampled under it has no known version."""
+"""The label of weights that are being replaced, or how it begins: every load has its own. Not a decimal number: what is
+sampled under it has no known version."""
 
 
 class Refused(FulguriteError):
@@ -69,7 +70,7 @@ class State:
     @property
     def whole(self) -> bool:
         """Whether its weights are all of one model, and not what a load left behind that did not come to its end."""
-        return self.label != LABEL_LOADING
+        return not (self.label or "").startswith(LABEL_LOADING)
 
     @property
     def held(self) -> bool:

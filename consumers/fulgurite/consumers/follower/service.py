@@ -1,5 +1,8 @@
 """The follower's process: the topic `resources` in, a convergence loop for every server, `training` out.
 
+    read ─► versions ─┐
+    own ─► lease ─────┴─► converge, one loop a server ─► report      own: owner.py, one follower of a resource acts
+
 Reads the topic from its beginning at every start, without a consumer group: its truth is the newest record, not an
 offset of its own, so there is nothing to commit and nothing to lose. It is compacted, so the beginning is near.
 
@@ -13,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+from collections.abc import Coroutine
 from typing import Final
 
 import aiohttp
@@ -23,6 +27,7 @@ from faststream.kafka import KafkaBroker
 
 from fulgurite.consumers.follower.converge import Convergence
 from fulgurite.consumers.follower.loading import Shared
+from fulgurite.consumers.follower.owner import Lease, Owner
 from fulgurite.consumers.follower.reports import Reports
 from fulgurite.consumers.follower.server import PolicyServer
 from fulgurite.consumers.security import broker_options
@@ -44,7 +49,7 @@ STAGE: Final = "follower"
 SILENCE_SECONDS: Final = 0.3
 """The log counts as read when nothing more came for this long: a start loads the newest version, not all of them."""
 FIRST_READ_SECONDS: Final = 5.0
-"""Longest that servers wait for the log at the start: one that was left paused must not wait for a broker."""
+"""Longest that servers wait for the log at the start: one that was left paused waits for its next version no longer."""
 STOP_SECONDS: Final = 4.0
 """Longest that a stop waits for servers to be resumed."""
 
@@ -93,7 +98,7 @@ class Follower:
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Follows until `stop`; then resumes what it has paused."""
-    shared = Shared(settings.follower)
+    shared = Shared(settings.follower, lease=Lease())
     over = asyncio.Event()
     metrics = asyncio.create_task(_serve_metrics(settings.follower, shared, over))
     serving = asyncio.create_task(_serve(settings, shared))
@@ -138,17 +143,34 @@ async def _serve(settings: Settings, shared: Shared) -> None:
             tasks.create_task(_publish(reports, publishing), name="report")
             settled = asyncio.Event()
             tasks.create_task(_read(settings, follower, publishing, settled), name="read")
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(settled.wait(), FIRST_READ_SECONDS)
-            api_key = settings.follower.api_key.get_secret_value()
-            for url in settings.follower.servers:
-                server = PolicyServer(url, session, settings.follower.request_seconds, api_key)
-                loop = Convergence(server, shared, reports.add)
-                tasks.create_task(loop.run(), name=f"converge {url}")
-            logger.info("ready; %s on %s", settings.follower.resource, ", ".join(settings.follower.servers))
+
+            def act() -> Coroutine[None, None, None]:
+                return _converge(settings.follower, shared, session, reports, settled)
+
+            owner = Owner(settings.kafka, settings.follower, shared.lease, act)
+            tasks.create_task(owner.run(), name="own")
     finally:
         await shared.files.close()
         await publisher.close()
+
+
+async def _converge(
+    settings: FollowerSettings, shared: Shared, session: aiohttp.ClientSession, reports: Reports, settled: asyncio.Event
+) -> None:
+    """The loops of all servers, until cancelled; then what has begun goes to its end."""
+    with contextlib.suppress(TimeoutError):
+        await asyncio.wait_for(settled.wait(), FIRST_READ_SECONDS)
+    api_key = settings.api_key.get_secret_value()
+    shared.metrics.acts(True)
+    try:
+        async with asyncio.TaskGroup() as tasks:
+            for url in settings.servers:
+                server = PolicyServer(url, session, settings.request_seconds, api_key)
+                loop = Convergence(server, shared, reports.add)
+                tasks.create_task(loop.run(), name=f"converge {url}")
+            logger.info("ready; %s on %s", settings.resource, ", ".join(settings.servers))
+    finally:
+        shared.metrics.acts(False)
 
 
 async def _publish(reports: Reports, publishing: asyncio.Task[None]) -> None:

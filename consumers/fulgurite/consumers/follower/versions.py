@@ -92,3 +92,6 @@ class Versions:
         event = asyncio.Event()
         self._subscribers.append(event)
         return event
+
+    def unsubscribe(self, event: asyncio.Event) -> None:
+        self._subscribers.remove(event)

@@ -12,6 +12,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
+import secrets
 from collections.abc import Callable, Coroutine
 from dataclasses import dataclass
 from pathlib import Path
@@ -57,6 +58,10 @@ class Weights:
         self._hashed: _Hashed | None = None
         self._whole = False
         """While it is paused: whether the server has all of some version's weights."""
+        self._loading: str | None = None
+        """The label that this load gave it, or the one it had where it takes none."""
+        self._alone = True
+        """Whether nobody else was seen at it while it was paused."""
         self._held = False
         """Whether it was left paused, and that was said; the loop's own warnings say that it goes on."""
         self._warned = False
@@ -109,7 +114,7 @@ class Weights:
         """Steps 2 to 8; whether it was still wanted when its turn came. Raises Unusable, Unreachable, Refused."""
         async with self._shared.turns.turn() as turn:
             clock.end("turn")
-            if not still_wanted():
+            if not still_wanted() or not self._shared.lease.is_held:
                 return False
             await _to_its_end(self._update(wanted, files, layout, state, clock, turn))
         clock.end("resume")
@@ -123,15 +128,16 @@ class Weights:
         self, wanted: ResourceVersion, files: Verified, layout: Layout, state: State, clock: Phases, turn: Turn
     ) -> None:
         """Steps 2 to 7."""
-        self._whole = state.whole
+        self._whole, self._alone = state.whole, True
         try:
             await self._server.pause()  # 2
             now = await self._server.state()
-            if now.label != state.label:
-                # Restarted, or somebody else was here, while files were fetched: nothing that was seen counts.
-                self._whole = now.whole
+            if now.label != state.label or not now.paused:
+                # Restarted, or somebody else was or is here, while files were fetched: nothing that was seen counts.
+                self._whole, self._alone = now.whole and now.paused, now.paused
                 raise Unreachable(
-                    f"has {now.label!r}, and had {state.label!r} when its turn was asked for", answered=True
+                    f"has {now.label!r}, paused: {now.paused}, and had {state.label!r} when its turn was asked for",
+                    answered=True,
                 )
             clock.end("pause")
             await self._swap(wanted, files, layout, state, clock)  # 3 to 6
@@ -144,7 +150,7 @@ class Weights:
         finally:
             if self._whole:
                 await self._resume(turn)  # 7
-            elif not self._held:
+            elif self._alone and not self._held:
                 self._held = True
                 logger.error(
                     "%s STAYS PAUSED: what it has after loading version %d did not succeed is not known to be whole; "
@@ -158,7 +164,7 @@ class Weights:
     ) -> None:
         if sender := self._sender(layout):
             sender.ensure_connected()  # while nothing is touched
-        await self._unlabel(state)  # 3
+        self._loading = await self._unlabel(state)  # 3
         loaded, self.loaded = self.loaded, None
         self._whole = False
         try:
@@ -166,6 +172,7 @@ class Weights:
             await _ensure_unchanged(files)
         except Refused as error:
             # Refused means untouched: the weights are what they were.
+            await self._ensure_alone()
             self._whole = state.whole
             if state.version is not None:
                 await self._server.set_label(str(state.version))
@@ -190,16 +197,33 @@ class Weights:
         """Where these tensors are sent, as far as is known; else the server reads files."""
         return self._transfer if self._transfer and layout and not self._transfer.absent else None
 
-    async def _unlabel(self, state: State) -> None:
+    async def _unlabel(self, state: State) -> str | None:
+        """The label that it has now."""
         if state.label is None:
-            return
+            return None
+        label = f"{LABEL_LOADING}-{secrets.token_hex(8)}"
         try:
-            await self._server.set_label(LABEL_LOADING)
+            await self._server.set_label(label)
         except Unreachable as error:
             if error.status != NO_WEIGHTS or state.version is not None:
                 raise
+            return state.label
+        return label
+
+    async def _ensure_alone(self) -> None:
+        """Raises Unreachable where somebody else was at the server since it got this label: what it has is not known,
+        and not ours to undo."""
+        now = await self._server.state()
+        if not now.paused or now.label != self._loading:
+            self._alone = False
+            raise Unreachable(
+                f"has {now.label!r}, paused: {now.paused}, where it was paused as {self._loading!r} for a load: "
+                "another follower or a person was here; nothing is labelled",
+                answered=True,
+            )
 
     async def _label(self, version: ResourceVersion) -> None:
+        await self._ensure_alone()
         self._whole, self._held = True, False
         self.good = version
         self._shared.versions.give(version)
@@ -240,6 +264,7 @@ class Weights:
                 layout = await asyncio.to_thread(read_layout, files.folder)
                 if sender := self._sender(layout):
                     await sender.connect()
+                await self._ensure_alone()
                 await self._bring(files.folder, layout)
                 await _ensure_unchanged(files)
                 if self._shared.settings.check_weights:
@@ -248,7 +273,7 @@ class Weights:
             except (Unusable, StoreTrouble, Refused, Unreachable) as error:
                 level = logging.DEBUG if self._held else logging.WARNING
                 logger.log(level, "%s cannot be given version %d back: %s", self._server.url, version.version, error)
-                if self._whole or (isinstance(error, Unreachable) and not error.answered):
+                if self._whole or not self._alone or (isinstance(error, Unreachable) and not error.answered):
                     return
             else:
                 logger.warning(
