@@ -139,7 +139,7 @@ class FakeStore:
 
     async def insert_dead(self, one: Slice, message: str, guard: None) -> None:
         record = FakeRecord(one.records[0].offset, b"poison")
-        await self.server.insert([Slice(one.partition, [cast(Any, record)], one.present, one.fence)])
+        await self.server.insert([Slice(one.partition, [cast(Any, record)], {}, one.fence)])  # whatever is present
 
     async def logged(self, partitions: Collection[Partition]) -> dict[Partition, int]:
         await self.server.turns()

@@ -20,7 +20,7 @@ from dataclasses import dataclass, field
 
 from aiokafka.errors import IllegalStateError, KafkaError
 
-from fulgurite.consumers.materialiser.blocks import Partition, Slice, halves, parted
+from fulgurite.consumers.materialiser.blocks import DEAD_LETTERS_TABLE, Partition, Slice, halves, parted
 from fulgurite.consumers.materialiser.errors import Rejected, TooLarge, Unavailable
 from fulgurite.consumers.materialiser.metrics import Metrics
 from fulgurite.consumers.materialiser.offsets import Lost, Offsets
@@ -269,6 +269,8 @@ class TopicWriter:
             return
         (one,) = slices
         offset = one.records[0].offset
+        if one.present.get(offset, 0) & DEAD_LETTERS_TABLE:
+            return  # it was refused before, and is one; a crash came before the range was logged
         what = "%s: offset %d becomes a dead letter: %s"
         logger.warning(what, one.partition, offset, error, extra=_place(one.partition, offset))
         await store.insert_dead(one, str(error), store.guard(slices))
