@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import time
 from typing import Any
 
@@ -319,3 +320,54 @@ async def test_health_is_checked_once_however_many_ask():
             assert set(await asyncio.gather(*(one() for _ in range(20)))) == {200}
             assert await one() == 200
     assert checks == 1
+
+
+def _data(event: dict[str, Any]) -> bytes:
+    return b"data: " + json.dumps(event).encode() + b"\n\n"
+
+
+def _delta(**delta: Any) -> bytes:
+    return _data({"id": "x", "choices": [{"index": 0, "delta": delta, "finish_reason": None}]})
+
+
+CREATED = _data({"type": "response.created", "response": {"id": "r"}})
+STARTED = _data({"type": "message_start", "message": {"id": "m"}})
+BLOCK = {"type": "content_block_start", "index": 0}
+
+
+@pytest.mark.parametrize(
+    ("route", "before", "first"),
+    [
+        ("chat/completions", [b": wait\n\n", _delta(role="assistant", content="")], _delta(content="a")),
+        ("chat/completions", [_delta(role="assistant")], _delta(tool_calls=[{"index": 0, "id": "c"}])),
+        ("completions", [b": wait\n\n"], _data({"id": "x", "choices": [{"index": 0, "text": "a"}]})),
+        ("responses", [CREATED], _data({"type": "response.output_text.delta", "delta": "a"})),
+        ("responses", [CREATED], _data({"type": "response.output_item.added", "item": {"type": "function_call"}})),
+        ("messages", [STARTED, _data(BLOCK | {"content_block": {"type": "text", "text": ""}})], b""),
+        ("messages", [STARTED], _data(BLOCK | {"content_block": {"type": "tool_use", "name": "f"}})),
+    ],
+)
+async def test_the_first_token_is_text_or_a_tools_call(route: str, before: list[bytes], first: bytes):
+    async def answer(request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for event in before:
+            await response.write(event)
+        await asyncio.sleep(0.3)
+        text = {"type": "content_block_delta", "index": 0, "delta": {"type": "text_delta", "text": "a"}}
+        await response.write(first or _data(text))
+        await asyncio.sleep(0.3)
+        return response
+
+    async with FakeBackend(models=[], answer=answer) as provider:
+        gateway = behind(provider.settings(kind="openai"))
+        body = CALL | {"prompt": "x", "input": "x", "stream": True}
+        async with (
+            gateway as url,
+            aiohttp.ClientSession() as session,
+            session.post(f"{url}/v1/{route}", json=body) as response,
+        ):
+            await response.read()
+    (span,) = gateway.publisher.spans
+    took, whole = span.attributes["gen_ai.response.time_to_first_chunk"], span.attributes["fulgurite.backend_seconds"]
+    assert 0.3 <= took < whole - 0.1

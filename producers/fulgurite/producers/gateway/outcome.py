@@ -60,7 +60,7 @@ class Served:
     seconds: float = 0.0
     """From the first try to the end of the answer."""
     first_chunk_seconds: float | None = None
-    """Of a stream: until its first event."""
+    """Of a stream: until its first event with text, tokens or a tool's call. None: there was none."""
     adapter_version: int | None = None
     """Of the adapter that answered: what a label says, and the answer's own versions, is of the weights below it."""
     version_before: str | None = None

@@ -301,7 +301,7 @@ class _Run:
                 passed.append(now)
             if later:
                 self.held.append(later)
-        if events and self.served and self.served.first_chunk_seconds is None:
+        if stream.speaks and self.served and self.served.first_chunk_seconds is None:
             self.served.first_chunk_seconds = self.call.seconds()
         return b"".join(passed), None
 

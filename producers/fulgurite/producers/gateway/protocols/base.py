@@ -35,6 +35,8 @@ class Stream(ABC):
         self.outcome = Outcome()
         self.ended = False
         """The protocol's last event was seen."""
+        self.speaks = False
+        """Text, tokens or a call of a tool have come."""
 
     @property
     @abstractmethod

@@ -56,6 +56,10 @@ class _ChatStream(ChoicesStream):
                 message = self._messages[index] = _Pieces()
             message.add(delta)
 
+    def says_something(self, choice: Json) -> bool:
+        delta = choice.get("delta")
+        return isinstance(delta, dict) and any(value for name, value in delta.items() if name != "role")
+
     def says_nothing(self, choice: Json) -> bool:
         return not choice.get("delta")
 

@@ -154,6 +154,8 @@ class ChoicesStream(Stream):
         choice.logprobs = _extended(choice.logprobs, self._api.logprobs(self._body, given))
         self._fold_versions(choice, given.get("weight_versions"))
         self.fold_text(index, given)
+        if not self.speaks:
+            self.speaks = bool(given.get("token_ids")) or self.says_something(given)
         if given.get("finish_reason"):
             choice.finish_reason = str(given["finish_reason"])
             self._finished.add(index)
@@ -181,6 +183,10 @@ class ChoicesStream(Stream):
 
     @abstractmethod
     def fold_text(self, index: int, given: Json) -> None: ...
+
+    @abstractmethod
+    def says_something(self, choice: Json) -> bool:
+        """Whether a chunk's choice has text, or some of a tool's call."""
 
     @abstractmethod
     def says_nothing(self, choice: Json) -> bool:

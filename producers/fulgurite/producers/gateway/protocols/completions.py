@@ -64,6 +64,9 @@ class _CompletionsStream(ChoicesStream):
         if isinstance(text := given.get("text"), str):
             self._texts.setdefault(index, []).append(text)
 
+    def says_something(self, choice: Json) -> bool:
+        return bool(choice.get("text"))
+
     def says_nothing(self, choice: Json) -> bool:
         return False
 

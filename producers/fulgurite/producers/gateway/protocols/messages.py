@@ -102,11 +102,13 @@ class _MessagesStream(Stream):
                 _read_message(self.outcome, data.get("message"))
                 self.outcome.choice(0)
             case "content_block_start" if isinstance(data.get("content_block"), dict):
-                self._blocks[_index(data)] = data["content_block"]
+                block = self._blocks[_index(data)] = data["content_block"]
+                self.speaks = self.speaks or block.get("type") == "tool_use" or bool(block.get("text"))
             case "content_block_delta" if isinstance(data.get("delta"), dict):
                 delta = data["delta"]
                 if name := _PIECES.get(str(delta.get("type"))):
                     self._pieces.setdefault((_index(data), name), []).append(str(delta.get(name) or ""))
+                    self.speaks = self.speaks or bool(delta.get(name))
             case "message_delta":
                 _read_usage(self.outcome, data.get("usage"))
                 delta = data.get("delta")

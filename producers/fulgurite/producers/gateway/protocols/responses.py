@@ -33,6 +33,8 @@ from fulgurite.producers.gateway.protocols.base import (
 
 LOGPROBS: Final = "message.output_text.logprobs"
 _ENDS: Final = frozenset({"response.completed", "response.incomplete"})
+_CALLS: Final = frozenset({"function_call", "custom_tool_call", "mcp_call"})
+"""Types of items that call a tool."""
 
 
 class ResponsesApi(Api):
@@ -104,6 +106,10 @@ class _ResponsesStream(Stream):
         if kind == "response.output_text.delta":
             self._texts.append(str(data.get("delta") or ""))
             self._logprobs += _token_logprobs(data.get("logprobs"))
+        if not self.speaks:
+            item = data.get("item")
+            calls = isinstance(item, dict) and item.get("type") in _CALLS
+            self.speaks = calls or (kind.endswith(".delta") and bool(data.get("delta")))
         if isinstance(response, dict):
             self._read(response, final=kind in _ENDS)
         self.ended = self.ended or kind in _ENDS
@@ -115,6 +121,7 @@ class _ResponsesStream(Stream):
             if not isinstance(response.get("output"), list):
                 raise invalid("has no output")
             _read_response(self.outcome, response, self._logprobs)
+            self.speaks = self.speaks or bool(response["output"])
         else:
             self.outcome.response_id = str(response.get("id") or "")
             self.outcome.model = str(response.get("model") or "")
