@@ -558,3 +558,18 @@ async def test_a_vllm_that_lists_only_for_a_key_is_asked_with_the_agents():
         async with pool_of(policy.settings(forward_authorization=True), stranger.settings(kind="openai")) as pool:
             assert await asked_by(pool, "base", authorization="Bearer k") == "0"
             assert await asked_by(pool, "gpt") == "1"
+
+
+@pytest.mark.parametrize(
+    ("path", "asked"),
+    [
+        ("", CHAT),
+        ("/v1", CHAT),
+        ("/v1/paas/v4", "/v1/paas/v4/chat/completions"),
+        ("/v1/beta/openai/", "/v1/beta/openai/chat/completions"),
+    ],
+)
+async def test_a_providers_routes_follow_its_path(path: str, asked: str):
+    async with FakeBackend() as fake, pool_of(BackendSettings(url=fake.url + path, kind="openai")) as pool:
+        assert await asked_by(pool, "gpt") == "backend"
+        assert fake.asked == [asked]

@@ -11,7 +11,7 @@ import pytest
 
 from fulgurite.infra.settings_file import write_settings_file
 from fulgurite.schemas.errors import SettingsError
-from fulgurite.schemas.settings import Settings, load_settings, to_environment
+from fulgurite.schemas.settings import BackendSettings, Settings, load_settings, to_environment
 
 HASH = f"sha256:{'0' * 32}:{'a' * 64}"
 
@@ -107,3 +107,21 @@ def test_the_same_backend_twice_is_refused(tmp_path: Path):
     twice = json.dumps([{"url": "http://h:1"}, {"url": "http://h:1/v1"}])
     with pytest.raises(SettingsError, match="the same url"):
         load(tmp_path, FULGURITE_GATEWAY__BACKENDS=twice)
+
+
+@pytest.mark.parametrize(
+    ("url", "kept", "v1"),
+    [
+        ("https://h", "https://h", True),
+        ("https://h/", "https://h", True),
+        ("https://h/v1/", "https://h", True),
+        ("https://h/api/v1", "https://h/api/v1", False),
+        ("https://h/v1beta/openai/", "https://h/v1beta/openai", False),
+        ("https://h/api/paas/v4", "https://h/api/paas/v4", False),
+    ],
+)
+def test_a_providers_url_is_what_its_clients_take(url: str, kept: str, v1: bool):
+    backend = BackendSettings(url=url, kind="openai")
+    assert (backend.url, backend.routes_begin_with_v1) == (kept, v1)
+    policy = BackendSettings(url="https://h/api/v1/")
+    assert (policy.url, policy.routes_begin_with_v1) == ("https://h/api", True)

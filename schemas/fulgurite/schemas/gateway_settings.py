@@ -7,7 +7,7 @@ Lists are TOML tables, or JSON in the environment:
     url = "http://10.0.0.5:8000"        # vLLM; serves what its /v1/models lists, adapters included
 
     [[gateway.backends]]
-    url = "https://provider.example"    # any OpenAI-compatible server: traced, never trained on
+    url = "https://provider.example"    # any OpenAI-compatible server, as OPENAI_BASE_URL: traced, never trained on
     kind = "openai"
     models = ["judge-large"]
     api_key_file = "/run/secrets/judge"
@@ -42,11 +42,12 @@ Name = Annotated[str, Field(min_length=1, max_length=512)]
 class BackendSettings(Section):
     """One server. Several that serve the same model are its replicas."""
 
-    url: Url
-    """Without the /v1 that routes begin with; one at the end is taken off."""
     kind: Literal["vllm", "openai"] = "vllm"
     """vllm: serves the policy, gives token ids and logprobs, is asked for its health and its version. openai: an
     external provider, asked what the agent asked, streams also for their usage."""
+    url: Url
+    """Of a vllm, without the /v1 that routes begin with; one at the end is taken off. Of kind openai, what its clients
+    take as OPENAI_BASE_URL: what comes after the path is /chat/completions, and where there is no path, it is /v1."""
     models: Annotated[list[Name], Field(max_length=1_024)] = Field(default_factory=list[str])
     """Names it serves, beside those that a vllm lists itself; empty: any that no other backend names."""
     resource: str = "policy"
@@ -64,7 +65,7 @@ class BackendSettings(Section):
 
     @field_validator("url")
     @classmethod
-    def _url_is_a_base(cls, url: str) -> str:
+    def _url_is_a_base(cls, url: str, info: ValidationInfo) -> str:
         try:
             parts = urlsplit(url)
             usable = bool(parts.hostname) and parts.port != 0 and not parts.query and not parts.fragment
@@ -75,7 +76,12 @@ class BackendSettings(Section):
             raise ValueError("must be http://host:port or https://host:port, with a path if need be, and nothing after")
         if has_login:
             raise ValueError("must not have a login in it, since it is recorded: use api_key or api_key_file")
-        return _base(url)
+        return _base(url, of_openai=info.data.get("kind") == "openai")
+
+    @property
+    def routes_begin_with_v1(self) -> bool:
+        """Whether routes below the URL do; else its path says all that comes before /chat/completions."""
+        return self.kind == "vllm" or not urlsplit(self.url).path
 
     @field_validator("api_key")
     @classmethod
@@ -216,5 +222,8 @@ class GatewaySettings(Section):
         ]
 
 
-def _base(url: str) -> str:
+def _base(url: str, *, of_openai: bool = False) -> str:
+    """One spelling a server: it is recorded."""
+    if of_openai and urlsplit(url).path.rstrip("/") != "/v1":
+        return url.rstrip("/")
     return url.rstrip("/").removesuffix("/v1").rstrip("/")

@@ -78,6 +78,8 @@ class Replica:
         self.answer_seconds = answer_seconds
         self._named = frozenset(settings.models)
         self._client = HttpClient(settings.url)
+        self._skipped = "" if settings.routes_begin_with_v1 else "/v1"
+        """Of routes: the URL's path is in its place."""
         self._labels = Labels(self._read_label)
         self._gives_versions: dict[str, bool] = {}
         self._failed_checks = 0
@@ -143,7 +145,9 @@ class Replica:
         if model != ask.model:
             body = orjson.dumps(orjson.loads(body) | {"model": model})
         try:
-            response = await self._client.post(ask.route, body, self._authorization(ask.authorization))
+            response = await self._client.post(
+                ask.route.removeprefix(self._skipped), body, self._authorization(ask.authorization)
+            )
         except NotConnected as error:
             raise Away(str(error)) from None
         except Broken as error:
