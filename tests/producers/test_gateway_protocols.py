@@ -12,6 +12,8 @@ import openai
 import pytest
 from starlette.responses import JSONResponse
 
+from fulgurite.producers.gateway import sse
+from fulgurite.producers.gateway.protocols import BY_ROUTE
 from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.settings import BackendSettings
 from tests.producers.fake_policy_server import FakePolicyServer
@@ -289,3 +291,32 @@ async def test_tokens_of_a_message_are_counted_without_a_record():
         counted = await answered(url, f"{BASE}/v1/messages/count_tokens", MESSAGE)
     assert counted == {"input_tokens": 4}
     assert not publisher.spans
+
+
+def test_a_streamed_messages_signature_and_citations_are_recorded():
+    """Without its signature a thought cannot be given back to the model."""
+    cited = {"type": "char_location", "cited_text": "x"}
+    deltas: list[tuple[int, dict[str, Any]]] = [
+        (0, {"type": "thinking_delta", "thinking": "hm"}),
+        (0, {"type": "signature_delta", "signature": "SI"}),
+        (0, {"type": "signature_delta", "signature": "G"}),
+        (1, {"type": "citations_delta", "citation": cited}),
+        (1, {"type": "text_delta", "text": "a"}),
+    ]
+    thought, text = {"type": "thinking", "thinking": "", "signature": ""}, {"type": "text", "text": ""}
+    events: list[dict[str, Any]] = [
+        {"type": "message_start", "message": {"id": "m"}},
+        {"type": "content_block_start", "index": 0, "content_block": thought},
+        {"type": "content_block_start", "index": 1, "content_block": text},
+        *({"type": "content_block_delta", "index": index, "delta": delta} for index, delta in deltas),
+        {"type": "message_delta", "delta": {"stop_reason": "end_turn"}},
+        {"type": "message_stop"},
+    ]
+    stream = BY_ROUTE["/v1/messages"].stream({}, strip=False)
+    for event in events:
+        stream.feed(sse.Event(b"", json.dumps(event).encode()))
+    stream.close()
+    assert stream.outcome.choices[0].output["content"] == [
+        {"type": "thinking", "thinking": "hm", "signature": "SIG"},
+        {"type": "text", "text": "a", "citations": [cited]},
+    ]

@@ -35,7 +35,12 @@ _ERROR_TYPES: Final = {
     429: "rate_limit_error",
     529: "overloaded_error",
 }
-_PIECES: Final = {"text_delta": "text", "input_json_delta": "partial_json", "thinking_delta": "thinking"}
+_PIECES: Final = {
+    "text_delta": "text",
+    "input_json_delta": "partial_json",
+    "thinking_delta": "thinking",
+    "signature_delta": "signature",
+}
 """Type of a delta -> its field, which is appended to the block's."""
 
 
@@ -87,6 +92,7 @@ class _MessagesStream(Stream):
         super().__init__()
         self._blocks: dict[int, Json] = {}
         self._pieces: dict[tuple[int, str], list[str]] = {}
+        self._citations: dict[int, list[Any]] = {}
         self._stopping = False
 
     @property
@@ -109,6 +115,8 @@ class _MessagesStream(Stream):
                 if name := _PIECES.get(str(delta.get("type"))):
                     self._pieces.setdefault((_index(data), name), []).append(str(delta.get(name) or ""))
                     self.speaks = self.speaks or bool(delta.get(name))
+                elif delta.get("type") == "citations_delta":
+                    self._citations.setdefault(_index(data), []).append(delta.get("citation"))
             case "message_delta":
                 _read_usage(self.outcome, data.get("usage"))
                 delta = data.get("delta")
@@ -129,7 +137,13 @@ class _MessagesStream(Stream):
         for index, block in sorted(self._blocks.items()):
             texts = {name: "".join(texts) for (at, name), texts in self._pieces.items() if at == index}
             arguments = texts.pop("partial_json", "")
-            content.append(block | texts | ({"input": _arguments(arguments)} if arguments else {}))
+            cited = self._citations.get(index)
+            content.append(
+                block
+                | texts
+                | ({"input": _arguments(arguments)} if arguments else {})
+                | ({"citations": cited} if cited else {})
+            )
         self.outcome.choice(0).output = {"role": "assistant", "content": content}
 
 
