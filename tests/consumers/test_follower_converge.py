@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import errno
+import os
 import shutil
 import time
 from collections.abc import AsyncGenerator, Callable
@@ -390,6 +392,68 @@ async def test_a_turn_that_comes_when_the_right_to_act_is_over_is_let_go(
         lease.end()
     await step
     assert "/pause" not in server.log
+
+
+class FailingDisk:
+    """folder_sha256 of a network disk that fails a few times, of one folder."""
+
+    def __init__(self, folder: str, times: int, number: int = errno.ESTALE) -> None:
+        self.folder, self.times, self.number = folder, times, number
+
+    def __call__(self, folder: Path) -> str:
+        if folder.name == self.folder and self.times:
+            self.times -= 1
+            raise OSError(self.number, os.strerror(self.number))
+        return folder_sha256(folder)
+
+
+@pytest.mark.parametrize("number", [errno.ESTALE, errno.EIO, errno.EACCES])
+async def test_an_error_of_the_disk_refuses_no_version(
+    server: FakePolicyServer,
+    session: aiohttp.ClientSession,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    number: int,
+):
+    monkeypatch.setattr("fulgurite.consumers.follower.files.folder_sha256", FailingDisk("v3", 5, number))
+    follower = Follower(server, session, make_version(tmp_path, 2), make_version(tmp_path, 3))
+    for _ in range(5):
+        with pytest.raises(StoreTrouble, match=os.strerror(number)):
+            await follower.loop.step()
+    await follower.loop.step()
+    assert serves(server, 3)
+    assert follower.outcome == [(3, True)]
+
+
+async def test_an_error_of_the_disk_after_a_load_refuses_no_version(
+    session: aiohttp.ClientSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    version = make_version(tmp_path, 3)
+    disk = FailingDisk("v3", 0)
+    monkeypatch.setattr("fulgurite.consumers.follower.files.folder_sha256", disk)
+
+    class Touching(FakePolicyServer):
+        async def _collective_rpc(self, request: Request) -> Response:
+            (tmp_path / "v3" / "weights.txt").touch()  # so it is read again
+            disk.times = self.log.count("/collective_rpc") < 5
+            return await super()._collective_rpc(request)
+
+    async with Touching(label="2", weights=20) as server:
+        follower = Follower(server, session, version)
+        async with follower.running():
+            await until(lambda: serves(server, 3) and follower.outcome)
+        assert follower.outcome == [(3, True)]
+        assert server.log.count("/collective_rpc") == 5
+
+
+async def test_files_that_are_not_there_refuse_a_version(
+    server: FakePolicyServer, session: aiohttp.ClientSession, tmp_path: Path
+):
+    version = make_version(tmp_path, 3)
+    shutil.rmtree(tmp_path / "v3")
+    follower = Follower(server, session, version)
+    await follower.loop.step()
+    assert follower.outcome == [(3, False)]
 
 
 class Disturbed(FakePolicyServer):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import struct
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from fulgurite.consumers.follower.layout import INDEX, check_alike, is_tied, read_layout
-from fulgurite.consumers.follower.store import Unusable
+from fulgurite.consumers.follower.store import StoreTrouble, Unusable
 from tests.consumers.follower_support import write_safetensors
 
 
@@ -122,3 +123,18 @@ def test_a_tied_model_says_so(tmp_path: Path, config: str, tied: bool):
     assert not is_tied(tmp_path)
     (tmp_path / "config.json").write_text(config)
     assert is_tied(tmp_path) is tied
+
+
+def test_an_error_of_the_disk_is_trouble_and_a_file_that_went_is_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "model.safetensors").write_bytes(with_header(tensor()))
+    for number, expected in ((errno.EIO, StoreTrouble), (errno.ENOENT, Unusable)):
+        error = OSError(number, "of the disk")
+
+        def fail(path: Path, mode: str, error: OSError = error) -> None:
+            raise error
+
+        monkeypatch.setattr(Path, "open", fail)
+        with pytest.raises(expected, match="of the disk"):
+            read_layout(tmp_path)

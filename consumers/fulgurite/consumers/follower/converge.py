@@ -46,9 +46,9 @@ nothing is paused (`adapters.py`).
 
 An unusable version (files not as announced, refused by the server) is refused loudly, reported with ok=False and not
 tried again while this process lives; what the server has goes on, and if it has nothing, the newest usable version is
-loaded. Everything that may pass is tried for ever. A server that restarts is noticed within follower.check_seconds by
-its label; one that came back with the label it had before would not be (servers start without a number, or with none
-of ours).
+loaded. Everything that may pass is tried for ever, an error of a disk too, unless it is that files are not there. A
+server that restarts is noticed within follower.check_seconds by its label; one that came back with the label it had
+before would not be (servers start without a number, or with none of ours).
 
 One follower acts on a server: two would resume each other's pauses. Which one Kafka says (`owner.py`): 1 begins, a
 server is paused and one left paused is resumed only while the lease runs; without a broker nothing is begun. A load
@@ -247,7 +247,7 @@ class Convergence:
             if wanted.kind != "lora":
                 self._reported = None  # the server had something else meanwhile, whatever it has now
             key = identity(wanted)
-            self._failures[key] = self._failures.get(key, 0) + error.answered
+            self._failures[key] = self._failures.get(key, 0) + (error.answered and error.counts)
             if self._failures[key] >= LOAD_TRIES:
                 raise Unusable(f"the server failed to load it {LOAD_TRIES} times: {error}") from None
             raise

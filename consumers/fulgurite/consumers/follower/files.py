@@ -13,11 +13,12 @@ Kafka.
 from __future__ import annotations
 
 import asyncio
+import stat
 from dataclasses import dataclass
 from pathlib import Path
 
 from fulgurite.consumers.follower.cache import Cache
-from fulgurite.consumers.follower.store import StoreTrouble, Unusable
+from fulgurite.consumers.follower.store import StoreTrouble, Unusable, unreadable
 from fulgurite.consumers.follower.versions import Identity, identity
 from fulgurite.schemas.checksum import folder_of, folder_sha256
 from fulgurite.schemas.resources import ResourceVersion
@@ -36,11 +37,12 @@ class Verified:
     stamp: Stamp
 
     def ensure_unchanged(self) -> None:
-        """Raises Unusable where they have it no longer. Blocking; reads the files only if they were touched."""
+        """Raises Unusable where they have it no longer, StoreTrouble where that cannot be told now. Blocking; reads the
+        files only if they were touched."""
         try:
             same = stamp_of(self.folder) == self.stamp or folder_sha256(self.folder) == self.sha256
         except OSError as error:
-            raise Unusable(f"the files in {self.folder} went while they were loaded: {error}") from None
+            raise unreadable(f"the files in {self.folder} cannot be read after they were loaded", error) from None
         if not same:
             raise Unusable(f"the files in {self.folder} were changed while they were loaded")
 
@@ -112,12 +114,14 @@ def _about(version: ResourceVersion, what: str) -> Unusable:
 def _verified(version: ResourceVersion) -> Verified:
     try:
         folder = folder_of(version.uri)
-        if not folder.is_dir():
+        if not stat.S_ISDIR(folder.stat().st_mode):
             raise _about(version, f"{folder} is not a folder on this machine")
         stamp = stamp_of(folder)
         found = folder_sha256(folder)
-    except (ValueError, OSError) as error:
+    except ValueError as error:
         raise _about(version, f"{version.uri} cannot be read: {error}") from None
+    except OSError as error:
+        raise unreadable(f"{version.resource} version {version.version}: {version.uri} cannot be read", error) from None
     if found != version.sha256:
         raise _about(version, f"the files in {folder} have checksum {found}, announced was {version.sha256}")
     return Verified(folder, found, stamp)

@@ -16,7 +16,7 @@ import struct
 from pathlib import Path
 from typing import Any, Final, cast
 
-from fulgurite.consumers.follower.store import Unusable
+from fulgurite.consumers.follower.store import Unusable, unreadable
 
 MAX_HEADER_BYTES: Final = 100_000_000
 """The format's own bound."""
@@ -39,7 +39,8 @@ Layout = dict[str, Shape]
 
 
 def read_layout(folder: Path) -> Layout:
-    """All tensors of the folder; empty where it has no safetensors. Raises Unusable: which file, and what is wrong."""
+    """All tensors of the folder; empty where it has no safetensors. Raises Unusable: which file, and what is wrong;
+    StoreTrouble: it cannot be read now."""
     index = folder / INDEX
     try:
         if index.is_file():
@@ -48,7 +49,7 @@ def read_layout(folder: Path) -> Layout:
         for path in sorted(folder.glob("*.safetensors")):
             layout |= _header(path)
     except OSError as error:
-        raise Unusable(f"{folder} cannot be read: {error}") from None
+        raise unreadable(f"{folder} cannot be read", error) from None
     return layout
 
 

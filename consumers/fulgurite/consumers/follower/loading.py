@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from dataclasses import dataclass, field
+from typing import ClassVar
 
 from fulgurite.consumers.follower.digests import Digests
 from fulgurite.consumers.follower.files import Files
@@ -20,6 +21,15 @@ from fulgurite.schemas.settings import FollowerSettings
 class LoadFailed(Unreachable):
     """The server did not get the version, whether it answered or not: it may be asked again a few times. What it has
     instead is not known."""
+
+    counts: ClassVar[bool] = True
+    """Whether it speaks against the version, if the server answered."""
+
+
+class LoadUncertain(LoadFailed):
+    """Whether it got the version cannot be told: its files cannot be read now."""
+
+    counts: ClassVar[bool] = False
 
 
 class Phases:

@@ -148,6 +148,13 @@ class StoredFolder:
             _explain(f"cannot fetch {file.key} of {self.uri}", error)
 
 
+def unreadable(what: str, error: OSError) -> FulguriteError:
+    """What an error of a local disk means: files that are not there will not come back, anything else (a network disk's
+    stale handle, an I/O error, no permission yet) may pass."""
+    gone = isinstance(error, FileNotFoundError | NotADirectoryError)
+    return Unusable(f"{what}: {error}") if gone else StoreTrouble(f"{what}: {type(error).__name__}: {error}")
+
+
 def _folders_of(name: str) -> list[str]:
     """a/b/c -> a, a/b"""
     parts = name.split("/")

@@ -21,7 +21,7 @@ from typing import Final
 from fulgurite.consumers.follower.digests import WEIGHT_SUFFIXES, same_weights
 from fulgurite.consumers.follower.files import Verified
 from fulgurite.consumers.follower.layout import Layout, check_alike, is_tied, read_layout
-from fulgurite.consumers.follower.loading import LoadFailed, Phases, Shared
+from fulgurite.consumers.follower.loading import LoadFailed, LoadUncertain, Phases, Shared
 from fulgurite.consumers.follower.server import LABEL_LOADING, PolicyServer, Refused, State, Unreachable
 from fulgurite.consumers.follower.store import StoreTrouble, Unusable
 from fulgurite.consumers.follower.transfer import Transfer
@@ -178,6 +178,8 @@ class Weights:
                 await self._server.set_label(str(state.version))
             self.loaded = loaded
             raise Unusable(f"the server refused it: {error}") from None
+        except LoadFailed:
+            raise
         except Unreachable as error:
             raise LoadFailed(str(error), answered=error.answered) from None
         clock.end("load")
@@ -310,11 +312,13 @@ def _has_weights(folder: Path) -> bool:
 
 
 async def _ensure_unchanged(files: Verified) -> None:
-    """Raises LoadFailed: what was loaded is not what was verified."""
+    """Raises LoadFailed: what was loaded is not what was verified; LoadUncertain: that cannot be told."""
     try:
         await asyncio.to_thread(files.ensure_unchanged)
     except Unusable as error:
         raise LoadFailed(str(error), answered=True) from None
+    except StoreTrouble as error:
+        raise LoadUncertain(str(error), answered=True) from None
 
 
 async def _to_its_end(update: Coroutine[None, None, None]) -> None:
