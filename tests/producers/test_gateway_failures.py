@@ -11,6 +11,7 @@ import aiohttp
 import openai
 import pytest
 from aiohttp import web
+from prometheus_client import generate_latest
 
 from fulgurite.producers.gateway.app import Gateway
 from fulgurite.producers.gateway.pool import Pool
@@ -273,6 +274,8 @@ async def test_a_page_of_another_site_cannot_ask(headers: dict[str, str], code: 
         ):
             answer = await response.json()
     assert (response.status, answer.get("error", {}).get("code", "")) == (403 if code else 200, code)
+    counted = b'refused_requests_total{code="%s"} 1.0' % code.encode()
+    assert (counted in generate_latest(gateway.pool.metrics.registry)) == bool(code)
     assert fake.completions == (not code)
 
 

@@ -289,7 +289,14 @@ async def test_tokens_of_a_message_are_counted_without_a_record():
     publisher = FakePublisher()
     async with FakePolicyServer() as backend, gateway(publisher, backend.url) as url:
         counted = await answered(url, f"{BASE}/v1/messages/count_tokens", MESSAGE)
+        backend.faults["/v1/messages/count_tokens"] = lambda: JSONResponse({}, status_code=503)
+        async with (
+            aiohttp.ClientSession(headers={"x-request-timeout": "0.3"}) as session,
+            session.post(f"{url}{BASE}/v1/messages/count_tokens", json=MESSAGE) as response,
+        ):
+            refused = await response.json()
     assert counted == {"input_tokens": 4}
+    assert (refused["type"], refused["error"]["code"]) == ("error", "backend_unavailable")
     assert not publisher.spans
 
 

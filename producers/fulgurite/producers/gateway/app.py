@@ -65,8 +65,8 @@ HEALTH_SECONDS: Final = 2.0
 HEALTH_SHARED_SECONDS: Final = 1.0
 """For how long one check answers everybody: anybody may ask, and each costs a connection to the broker."""
 
-UNRECORDED: Final = frozenset({"/v1/messages/count_tokens"})
-"""Nothing is sampled there, so nothing is recorded: what agents ask beside their calls."""
+UNRECORDED: Final = {"/v1/messages/count_tokens": BY_ROUTE["/v1/messages"]}
+"""Nothing is sampled there, so nothing is recorded: what agents ask beside their calls. And whose shape errors have."""
 
 Check = Callable[[], Awaitable[str]]
 """A health check: empty when well, else what is wrong."""
@@ -97,7 +97,7 @@ class Gateway:
         self._recorder = Recorder()
         unrecorded = self._metrics.unrecorded.inc if settings.answer_unrecorded else None
         self._log = Log(publisher, self._recorder, settings.publish_seconds, unrecorded)
-        self._hosts = Hosts(settings)
+        self._hosts = Hosts(settings, self._metrics.refused)
         self._keys = Keys(settings.api_keys)
         self._budgets = Budgets(settings.max_rollout_tokens)
         self._tokens = TokenRoute(backends, backends.metrics, enabled=settings.exact_prompts)
@@ -136,16 +136,16 @@ class Gateway:
         except (AgentGone, Gone):
             return  # nobody is there to answer
         except ApiError as error:
-            await respond(send, error.status, api.error_body(error) if api else error.body(), error.headers())
+            await respond(send, error.status, _error_body(route, error), error.headers())
         except asyncio.CancelledError:  # the server stops; its task ends here
             stopping = interrupted()
             with suppress(RuntimeError):  # as below
-                await respond(send, stopping.status, api.error_body(stopping) if api else stopping.body())
+                await respond(send, stopping.status, _error_body(route, stopping), stopping.headers())
         except Exception as error:
             logger.error("a call failed within the gateway: %s", where(error))
             failed = ApiError(500, "internal_error", "the gateway failed; its log says where")
             with suppress(RuntimeError):  # where the answer has begun, nothing more can be said
-                await respond(send, failed.status, api.error_body(failed) if api else failed.body())
+                await respond(send, failed.status, _error_body(route, failed))
 
     async def _call(self, api: Api, ids: dict[str, str], scope: Scope, receive: Receive, send: Send) -> None:
         headers = headers_of(scope)
@@ -303,6 +303,12 @@ class Gateway:
             "broker": broker or "ok",
             "backend": backend or "ok",
         }
+
+
+def _error_body(route: str, error: ApiError) -> bytes:
+    """In the shape of the route's protocol."""
+    api = BY_ROUTE.get(route) or UNRECORDED.get(route)
+    return api.error_body(error) if api else error.body()
 
 
 def _ensure_method(scope: Scope, method: str) -> None:

@@ -8,7 +8,7 @@ Knows nothing of keys.
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import Final
 from urllib.parse import urlsplit
 
@@ -22,7 +22,9 @@ MAX_PASSED: Final = 64
 class Hosts:
     """Of one gateway. With API keys, or with gateway.insecure, any host may be named."""
 
-    def __init__(self, settings: GatewaySettings) -> None:
+    def __init__(self, settings: GatewaySettings, refused: Callable[[str], None]) -> None:
+        """`refused` is told the code of each refusal."""
+        self._refused = refused
         self._guards = not settings.api_keys and not settings.insecure
         self._own = {settings.host.lower(), _host_of(settings.url)} - {""}
         self._passed: set[bytes] = set()
@@ -35,9 +37,13 @@ class Hosts:
         for name, value in headers:
             if name == b"host" and value and not self._passes(value):
                 message = "the Host is neither loopback nor gateway.url's; set gateway.url to where agents find it"
-                raise ApiError(403, "forbidden_host", f"{message}, or use API keys")
+                raise self._refusal("forbidden_host", f"{message}, or use API keys")
             if name == b"origin" and not self._is_own(_host_of(value.decode("latin-1"))):
-                raise ApiError(403, "forbidden_origin", "pages of other sites may ask only with API keys")
+                raise self._refusal("forbidden_origin", "pages of other sites may ask only with API keys")
+
+    def _refusal(self, code: str, message: str) -> ApiError:
+        self._refused(code)
+        return ApiError(403, code, message)
 
     def _passes(self, value: bytes) -> bool:
         if value in self._passed:
