@@ -99,7 +99,7 @@ def provider_stream(provider: FakeBackend, *, knows: bool = True) -> Any:
         response = web.StreamResponse(headers={"content-type": "text/event-stream"})
         await response.prepare(request)
         choice = {"index": 0, "delta": {"content": "a"}, "text": "a", "finish_reason": "stop"}
-        events = [{"id": "x", "choices": [choice], "odd": 1.50}]
+        events: list[dict[str, Any]] = [{"id": "x", "choices": [choice], "odd": 1.50}]
         if (options or {}).get("include_usage"):
             events.append({"id": "x", "choices": [], "usage": USAGE})
         for event in events:

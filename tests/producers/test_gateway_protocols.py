@@ -245,7 +245,7 @@ async def test_an_external_provider_is_asked_what_the_agent_asked_and_is_no_dead
             posted(url, f"{BASE}/v1/chat/completions", asked) as response,
         ):
             through = await response.read()
-    assert provider.requests == [asked]
+    assert provider.requests == [asked | ({"stream_options": {"include_usage": True}} if stream else {})]
     assert (b"[DONE]" in through) is stream
     (span,) = publisher.spans
     assert (span.status, span.finish_reason, span.resource) == ("ok", "stop", "")
