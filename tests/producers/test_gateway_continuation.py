@@ -85,7 +85,7 @@ class Exchange:
         found = self.conversations.find(ATTEMPT, self.messages)
         prompt = rendered
         if found:
-            prompt = splice(found, tokens(rendered)).tolist()
+            prompt = splice(found, tokens(rendered), END).tolist()
             self.continued += 1
         self.calls.append(span(len(self.calls), prompt, response))
         self.naive.append(span(len(self.calls), rendered, response))
@@ -169,27 +169,40 @@ def a_turn(rendered: list[int], response: list[int], ends: set[int], finished: b
 
 def test_a_history_that_is_written_differently_is_not_continued():
     turn = a_turn([9, 9, END, 2, 5], [8, 8, END], {END})
-    assert splice(turn, tokens([9, 9, END, 2, 5, 7, END, 3])).tolist() == [9, 9, END, 2, 5, 8, 8, END, 3]
-    assert splice(turn, tokens([9, 9, END, 2, 6, 7, END, 3])).tolist() == [9, 9, END, 2, 5, 8, 8, END, 3]  # merged
+    assert splice(turn, tokens([9, 9, END, 2, 5, 7, END, 3]), END).tolist() == [9, 9, END, 2, 5, 8, 8, END, 3]
+    assert splice(turn, tokens([9, 9, END, 2, 6, 7, END, 3]), END).tolist() == [9, 9, END, 2, 5, 8, 8, END, 3]  # merged
     for rendered in ([9, 1, END, 2, 5, 7, END, 3], [9, 9, END, 1, 5, 7, END, 3], [9, 9, 9, END, 2, 5, 7, END], [9]):
         with pytest.raises(NotContinued) as caught:
-            splice(turn, tokens(rendered))
+            splice(turn, tokens(rendered), END)
         assert caught.value.reason == "history"
 
 
 def test_without_an_end_of_turn_there_is_nothing_to_hold_on_to():
     for turn in (a_turn([9, 2], [8], set(), finished=False), a_turn([9, 2], [8, END], {END})):
         with pytest.raises(NotContinued) as caught:
-            splice(turn, tokens([9, 2, 7, 7, 7]))
+            splice(turn, tokens([9, 2, 7, 7, 7]), END)
         assert caught.value.reason == "end_of_turn"
 
 
 def test_any_known_end_of_turn_closes_an_answer():
     """A policy may end a turn with another token than the template closes it with: what it sampled stays."""
     turn = a_turn([9, END, 2], [8, 1], {END, 1})
-    assert splice(turn, tokens([9, END, 2, 8, END, 3])).tolist() == [9, END, 2, 8, 1, 3]
+    assert splice(turn, tokens([9, END, 2, 8, END, 3]), END).tolist() == [9, END, 2, 8, 1, 3]
     cut = a_turn([9, END, 2], [8], {END, 1}, finished=False)
-    assert splice(cut, tokens([9, END, 2, 8, END, 3])).tolist() == [9, END, 2, 8, END, 3]
+    assert splice(cut, tokens([9, END, 2, 8, END, 3]), END).tolist() == [9, END, 2, 8, END, 3]
+
+
+def test_where_the_closing_of_an_answer_is_in_doubt_it_is_not_continued():
+    finished = a_turn([9, END, 2], [60, 61, END], {END})
+    with pytest.raises(NotContinued) as caught:  # text and tool call closed each: the form has no closing
+        splice(finished, tokens([9, END, 2, 60, END, 2, 61, END, 3]), None)
+    assert caught.value.reason == "form"
+    with pytest.raises(NotContinued) as caught:  # the template closes with a token that is not known
+        splice(a_turn([9, END, 2], [60, 1], {1}), tokens([9, END, 2, 60, END, 7, 33, END, 2, 61, 1, 3]), END)
+    assert caught.value.reason == "end_of_turn"
+    with pytest.raises(NotContinued) as caught:  # another end comes before
+        splice(a_turn([9, END, 2], [60, END], {END, 1}), tokens([9, END, 2, 60, 1, 7, 33, END, 3]), END)
+    assert caught.value.reason == "end_of_turn"
 
 
 QUESTION = {"role": "user", "content": "2 + 2?"}

@@ -50,7 +50,7 @@ class Gateway:
         self.rendered.append(prompt)
         turn = self.conversations.find(ATTEMPT, body["messages"])
         if turn:
-            prompt = splice(turn, tokens(prompt)).tolist()
+            prompt = splice(turn, tokens(prompt), END_ID).tolist()
         generated = await self.post(GENERATE, generate_request(body, rendered, prompt))
         asked = None if is_plain(body, rendered) else derender_request(body, generated, prompt)
         derendered = await self.post(DERENDER, asked) if asked else None

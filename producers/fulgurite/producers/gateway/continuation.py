@@ -12,10 +12,10 @@ last prompt and its response, the calls cannot be merged into one sequence, and 
     spliced prompt     <user> 2 + 2 <end> <assistant> 4 2 <end> <tool> ok <end> <assistant>
 
 The caller has made sure that the messages continue the turn's and carry its answer unchanged (conversations.py). So the
-tail begins where the template closed the answer: after the end-of-turn token that follows those of the turn's own
-messages. Nothing is tokenised or decoded here, and no chat template is known: where one writes the history otherwise
-than before (other tools, reasoning left out) or closes the answer with no token that the policy is known to end with,
-the prompt stays as rendered and the reason is said.
+tail begins where the template closed the answer: after the first token behind the turn's own messages with which it is
+known to close answers of this form, once and at their very end (turn_ends.py finds that out). Nothing is tokenised or
+decoded here, and no chat template is known: where one writes the history otherwise than before (other tools, reasoning
+left out), or where its closing of the answer is in doubt, the prompt stays as rendered and the reason is said.
 
 Limit: token ids of text only. A prompt with images has their positions beside the ids; it must not be spliced.
 """
@@ -23,13 +23,16 @@ Limit: token ids of text only. A prompt with images has their positions beside t
 from __future__ import annotations
 
 from array import array
-from collections.abc import Set
 from dataclasses import dataclass
 from typing import Final, Literal
 
-Reason = Literal["history", "end_of_turn"]
-"""`history`: the template writes the earlier messages otherwise than it did. `end_of_turn`: it is not known or not to
-be found where the answer ends."""
+Reason = Literal["history", "end_of_turn", "form"]
+"""`history`: the template writes the earlier messages otherwise than it did. `end_of_turn`: the token that closes the
+answer is not to be found, or another end comes before it. `form`: how the template closes such answers is not known, or
+it does so more than once."""
+
+Form = tuple[bool, int, bool]
+"""Of an answer: whether it has text, how many tool calls, whether reasoning. What a template may close differently."""
 
 _BOUNDARY_TOKENS: Final = 1
 """Tokens at the end of a prompt that the answer's first characters may have merged with, where it is written again."""
@@ -56,34 +59,26 @@ class Turn:
     finished: bool
     """Whether the response closes with an end-of-turn token; else it hit a length or a stop string."""
     ends: frozenset[int]
-    """The end-of-turn tokens known for the policy."""
+    """The end-of-turn tokens known for the policy, none of which the answer spells out."""
+    form: Form = (True, 0, False)
 
 
 def tokens(ids: list[int]) -> array[int]:
     return array("i", ids)
 
 
-def splice(turn: Turn, rendered: array[int]) -> array[int]:
-    """The prompt for `rendered`, beginning with exactly the turn's prompt and response. Raises NotContinued."""
-    before = _positions(turn.rendered, turn.ends)
-    now = _positions(rendered, turn.ends)
+def splice(turn: Turn, rendered: array[int], closing: int | None) -> array[int]:
+    """The prompt for `rendered`, beginning with exactly the turn's prompt and response. `closing`: with which token the
+    template closes answers of the turn's form; None: not known. Raises NotContinued."""
+    last = max((at for at, token in enumerate(turn.rendered) if token in turn.ends), default=-1)
     # The turn's messages must have been written alike, up to where its answer begins.
-    same = max(len(turn.rendered) - _BOUNDARY_TOKENS, before[-1] + 1 if before else 0)
+    same = max(len(turn.rendered) - _BOUNDARY_TOKENS, last + 1)
     if rendered[:same] != turn.rendered[:same]:
         raise NotContinued("history")
-    if len(now) <= len(before):
+    if closing is None:
+        raise NotContinued("form")
+    closed = next((at for at in range(same, len(rendered)) if rendered[at] in turn.ends), None)
+    if closed is None or rendered[closed] != closing:
         raise NotContinued("end_of_turn")
-    closed = now[len(before)]
     tail = rendered[closed + 1 :] if turn.finished else rendered[closed:]
     return turn.prompt + turn.response + tail
-
-
-def _positions(ids: array[int], wanted: Set[int]) -> list[int]:
-    """Where the tokens stand, in order."""
-    found: list[int] = []
-    for token in wanted:
-        at = -1
-        for _ in range(ids.count(token)):
-            at = ids.index(token, at + 1)
-            found.append(at)
-    return sorted(found)

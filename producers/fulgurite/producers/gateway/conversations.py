@@ -23,7 +23,7 @@ from typing import Any, Final
 
 import orjson
 
-from fulgurite.producers.gateway.continuation import Turn, tokens
+from fulgurite.producers.gateway.continuation import Form, Turn, tokens
 
 MAX_TOKENS: Final = 64_000_000
 """Over all attempts: 256 MB."""
@@ -95,6 +95,7 @@ class Conversations:
                 response=tokens(response),
                 finished=bool(end_text and response),
                 ends=frozenset(known.ends),
+                form=_form(answer),
             )
         except (TypeError, OverflowError):
             return  # no token ids: the recording has said so
@@ -115,6 +116,12 @@ class Conversations:
     def _count(self, attempt: _Attempt, more: int) -> None:
         attempt.tokens += more
         self._tokens += more
+
+
+def _form(answer: Mapping[str, Any]) -> Form:
+    calls = answer.get("tool_calls")
+    reasoning = answer.get("reasoning") or answer.get("reasoning_content")
+    return bool(answer.get("content")), len(calls) if isinstance(calls, list) else 0, bool(reasoning)
 
 
 def _size(turn: Turn) -> int:

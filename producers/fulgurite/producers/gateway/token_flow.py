@@ -163,7 +163,7 @@ class TokenRoute:
         await self._ends.probe(call, deadline)
         if _kind(call) not in self._probed:
             await self._probe_routes(call, rendered, deadline)
-        prompt = self._prompt(call, rendered["token_ids"])
+        prompt = await self._prompt(call, rendered["token_ids"], deadline)
         return Prepared(rendered, prompt, generate_request(call.body, rendered, prompt))
 
     async def _sample(self, call: Call, deadline: float, asked: Asked) -> Sampled | None:
@@ -200,13 +200,14 @@ class TokenRoute:
             raise invalid("could not be put into words by the server that gave it")
         return derendered
 
-    def _prompt(self, call: Call, rendered: list[int]) -> list[int]:
+    async def _prompt(self, call: Call, rendered: list[int], deadline: float) -> list[int]:
         turn = self._conversations.find(_attempt(call), call.body["messages"])
         if turn is None:
             self._metrics.prompt("begins")
             return rendered
         try:
-            prompt = list(splice(turn, tokens(rendered)))
+            closing = await self._ends.closing(call, turn.form, deadline)
+            prompt = list(splice(turn, tokens(rendered), closing))
         except NotContinued as error:
             self._metrics.prompt(error.reason)
             return rendered
