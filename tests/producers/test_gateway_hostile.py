@@ -16,6 +16,8 @@ from starlette.responses import JSONResponse, Response
 
 from fulgurite.producers.gateway import sse
 from fulgurite.producers.gateway.app import Gateway
+from fulgurite.producers.gateway.metrics import Metrics
+from fulgurite.producers.gateway.token_route import RENDER
 from fulgurite.schemas.settings import BackendSettings
 from tests.producers.fake_policy_server import FakePolicyServer
 from tests.producers.gateway_support import MESSAGES, FakePublisher, gateway
@@ -407,3 +409,27 @@ def test_a_byte_order_mark_may_come_in_pieces():
     events = [event.data for at in range(len(raw)) for event in parser.feed(raw[at : at + 1])]
     assert [*events, *(event.data for event in parser.end())] == [b"a", b"b"]
     assert parser.end() == []
+
+
+async def test_an_earlier_answer_that_is_not_known_is_counted_as_such(monkeypatch: pytest.MonkeyPatch):
+    turns: list[str] = []
+    monkeypatch.setattr(Metrics, "prompt", lambda _, turn: turns.append(turn))  # pyright: ignore[reportUnknownLambdaType]
+    async with TokenServer(label="1") as backend, gateway(FakePublisher(), backend.url) as url:
+        unknown = [*MESSAGES, {"role": "assistant", "content": "not what was said"}, *MESSAGES]
+        for messages in (MESSAGES, unknown):
+            status, _ = await post(url, "/v1/chat/completions", {"model": "policy", "messages": messages})
+            assert status == 200
+    assert turns == ["begins", "unknown_turn"]
+
+
+async def test_that_the_closing_of_an_answer_cannot_be_asked_costs_no_call_its_answer():
+    def breaks() -> Response | None:
+        return (
+            JSONResponse({"error": {"message": "it broke"}}, status_code=500) if backend.log.count(RENDER) > 1 else None
+        )
+
+    async with TokenServer(label="1") as backend, gateway(FakePublisher(), backend.url) as url:
+        backend.faults[RENDER] = breaks
+        status, _ = await post(url, "/v1/chat/completions", {"model": "policy", "messages": MESSAGES})
+    assert status == 200
+    assert "/inference/v1/generate" in backend.log

@@ -102,14 +102,14 @@ async def test_a_failure_is_tried_again_and_not_for_ever(route: str):
     ends = TurnEnds(Template([END], failing=route, failures=2))
     for _ in range(2):
         with pytest.raises(ApiError):
-            await ends.probe(call(), 0.0)
-    await ends.probe(call(), 0.0)
+            await ends.closing(call(), TEXT, 0.0)
+    await ends.closing(call(), TEXT, 0.0)
     assert ends.known("policy") == {END: "<|end|>"}
     template = Template([END], failing=route, failures=1_000)
     ends = TurnEnds(template)
     for _ in range(MAX_TRIES):
         with pytest.raises(ApiError):
-            await ends.probe(call(), 0.0)
+            await ends.closing(call(), TEXT, 0.0)
     before = template.asked
-    await ends.probe(call(), 0.0)
+    await ends.closing(call(), TEXT, 0.0)
     assert template.asked == before

@@ -97,7 +97,8 @@ class Metrics:
         self._refused.labels(code).inc()
 
     def prompt(self, turn: str) -> None:
-        """begins: there is none; continues: exactly its tokens; else why the template's own prompt was used."""
+        """begins: there is none; continues: exactly its tokens; unknown_turn: there is one, not remembered or
+        come back otherwise; else why the template's own prompt was used."""
         self._prompts.labels(turn).inc()
 
     def asked_with(self, key: str) -> None:

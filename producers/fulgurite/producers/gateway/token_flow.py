@@ -15,13 +15,13 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Final
 
 from fulgurite.producers.gateway.asking import Asked
 from fulgurite.producers.gateway.calls import Call
-from fulgurite.producers.gateway.continuation import NotContinued, splice, tokens
+from fulgurite.producers.gateway.continuation import Form, NotContinued, splice, tokens
 from fulgurite.producers.gateway.conversations import Conversations
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.exchange import Backends
@@ -43,7 +43,7 @@ from fulgurite.producers.gateway.token_route import (
     is_plain,
 )
 from fulgurite.producers.gateway.token_stream import Translation
-from fulgurite.producers.gateway.turn_ends import TurnEnds
+from fulgurite.producers.gateway.turn_ends import TEXT, TurnEnds
 
 logger = logging.getLogger(__name__)
 
@@ -160,7 +160,7 @@ class TokenRoute:
         rendered = await self._asker.ask(call, RENDER, body, deadline, asked)
         if rendered is None or not can_splice(rendered):
             return None  # the chat route says what is wrong with it
-        await self._ends.probe(call, deadline)
+        await self._closing(call, TEXT, deadline)
         if _kind(call) not in self._probed:
             await self._probe_routes(call, rendered, deadline)
         prompt = await self._prompt(call, rendered["token_ids"], deadline)
@@ -203,16 +203,24 @@ class TokenRoute:
     async def _prompt(self, call: Call, rendered: list[int], deadline: float) -> list[int]:
         turn = self._conversations.find(_attempt(call), call.body["messages"])
         if turn is None:
-            self._metrics.prompt("begins")
+            self._metrics.prompt("unknown_turn" if _has_answer(call.body["messages"]) else "begins")
             return rendered
         try:
-            closing = await self._ends.closing(call, turn.form, deadline)
+            closing = await self._closing(call, turn.form, deadline)
             prompt = list(splice(turn, tokens(rendered), closing))
         except NotContinued as error:
             self._metrics.prompt(error.reason)
             return rendered
         self._metrics.prompt("continues")
         return prompt
+
+    async def _closing(self, call: Call, form: Form, deadline: float) -> int | None:
+        """Raises Unserved only: a call can do without, and the next one asks again."""
+        try:
+            return await self._ends.closing(call, form, deadline)
+        except ApiError as error:
+            logger.info("how a model's answers are closed could not be asked: %s", error)
+            return None
 
     async def _probe_routes(self, call: Call, rendered: Json, deadline: float) -> None:
         """Whether the routes are there that are asked once an answer is sampled: with the prompt's last token as the
@@ -228,6 +236,10 @@ class TokenRoute:
         if len(self._probed) >= MAX_MODELS:
             self._probed.clear()
         self._probed.add(_kind(call))
+
+
+def _has_answer(messages: Sequence[Any]) -> bool:
+    return any(isinstance(message, Mapping) and message.get("role") == "assistant" for message in messages)
 
 
 def _kind(call: Call) -> tuple[str, bool]:

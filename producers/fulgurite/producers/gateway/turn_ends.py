@@ -1,8 +1,9 @@
 """With which tokens a model closes its turns, and how those are written: asked of its server, once a form and token.
 
-What closes an answer is found in two ways: by answers that the template writes (`closing`), and by answers that ended
-by themselves (`learn`). A form of answers (text, tool calls, reasoning) can be continued only where the template closes
-it once, at its very end, with a token that no text is tokenised to. What fails is tried again a few times.
+What closes an answer is found in two ways: by answers that the template writes (`closing`; of text before the first
+answer, so that one that is cut off can be continued), and by answers that ended by themselves (`learn`). A form of
+answers (text, tool calls, reasoning) can be continued only where the template closes it once, at its very end, with a
+token that no text is tokenised to. What fails is tried again a few times.
 
 Bounded: models by number, then all are forgotten; forms by number, then the others cannot be continued.
 """
@@ -46,11 +47,6 @@ class TurnEnds:
     def known(self, model: str) -> dict[int, str]:
         """Of a model, as far as it was asked: token -> text."""
         return self._texts.get(model, {})
-
-    async def probe(self, call: Call, deadline: float) -> None:
-        """With which token the template closes an answer of text: also one that was cut off can then be continued. Once
-        a model. Raises Unserved, ApiError."""
-        await self.closing(call, TEXT, deadline)
 
     async def closing(self, call: Call, form: Form, deadline: float) -> int | None:
         """With which token alone the template closes answers of this form, None where that is not known. Raises
