@@ -151,9 +151,9 @@ class FollowerSettings(Section):
     """Every policy server to keep at the newest version."""
     resource: str = "policy"
     """Which resource to follow."""
-    group: str = "follower"
-    """Of the followers of one resource with the same group one acts, the others wait for its end. Followers of other
-    servers need groups of their own. The consumer group's name is the topic prefix, this, and the resource."""
+    group: str = ""
+    """Of the followers of one resource with the same group one acts, the others wait for its end. Empty: those of the
+    same servers are one group; addresses of this host (127.0.0.1) are those of other hosts only under one host name."""
     session_seconds: Annotated[float, Field(ge=1, le=1_800)] = 10.0
     """Kafka session timeout: so long after the last sign of life of the follower that acts another one may."""
     check_seconds: Seconds = 1.0

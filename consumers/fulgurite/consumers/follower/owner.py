@@ -19,11 +19,14 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import hashlib
 import logging
 import math
+import socket
 import time
 from collections.abc import Callable, Coroutine, Iterable
 from typing import Final
+from urllib.parse import urlsplit
 
 from aiokafka import AIOKafkaConsumer, ConsumerRebalanceListener
 from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
@@ -31,6 +34,7 @@ from aiokafka.structs import TopicPartition
 
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.kafka import connection_options
+from fulgurite.schemas.addresses import is_loopback
 from fulgurite.schemas.settings import FollowerSettings, KafkaSettings
 from fulgurite.schemas.topics import RESOURCES
 
@@ -41,6 +45,17 @@ PROVE_SECONDS: Final = 1.0
 JOIN_POLL_SECONDS: Final = 0.1
 LEAVE_SECONDS: Final = 2.0
 """A broker that does not answer hears of our end by our silence."""
+
+
+def group_of(kafka: KafkaSettings, settings: FollowerSettings) -> str:
+    """The consumer group of the followers of which one may act. Those of other servers are none of them."""
+    if settings.group:
+        return f"{kafka.topic_prefix}{settings.group}.{settings.resource}"
+    servers = sorted(settings.servers)
+    if any(is_loopback(urlsplit(url).hostname or "") for url in servers):
+        servers.append(socket.gethostname())
+    digest = hashlib.sha256("\n".join(servers).encode()).hexdigest()[:12]
+    return f"{kafka.topic_prefix}follower.{settings.resource}.{digest}"
 
 
 class Lease:
@@ -109,7 +124,7 @@ class Owner(ConsumerRebalanceListener):
         session_ms = int(self._settings.session_seconds * 1000)
         return AIOKafkaConsumer(
             **connection_options(self._kafka),
-            group_id=f"{self._kafka.topic_prefix}{self._settings.group}.{self._settings.resource}",
+            group_id=group_of(self._kafka, self._settings),
             client_id="fulgurite-follower",
             enable_auto_commit=False,
             auto_offset_reset="latest",
