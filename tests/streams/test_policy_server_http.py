@@ -52,6 +52,16 @@ async def test_without_weights_it_says_so_and_takes_control_calls() -> None:
         assert (await server.client.get("/is_paused")).json() == {"is_paused": True}
 
 
+async def test_a_load_leaves_the_label_of_who_loads_and_no_number(folders: tuple[Path, Path]) -> None:
+    load = {"method": "reload_weights", "kwargs": {"weights_path": str(folders[0])}}
+    async with served() as server:
+        (await server.client.post("/collective_rpc", json=load)).raise_for_status()
+        for label, after in (("loading-1f", "loading-1f"), ("2", "default")):
+            (await server.client.post("/update_weight_version", json={"new_version": label})).raise_for_status()
+            (await server.client.post("/collective_rpc", json=load)).raise_for_status()
+            assert (await server.client.get("/weight_info")).json() == {"weight_version": after}
+
+
 async def test_a_follower_brings_it_from_nothing_to_serving(
     policies: dict[str, Policy], folders: tuple[Path, Path]
 ) -> None:

@@ -141,7 +141,9 @@ class Worker:
                 if self._engine is None:
                     self._engine = Engine(policy, UNNAMED_VERSION)
                 else:
-                    self._engine.swap(policy, UNNAMED_VERSION)
+                    # A number said what the weights were. Another label says who loads them, and stays, as vLLM's does.
+                    label = self._engine.version
+                    self._engine.swap(policy, UNNAMED_VERSION if label.isdecimal() else label)
         logger.info("weights loaded from %s", folder)
         self._wake.set()
 
