@@ -280,7 +280,7 @@ class Learner:
         )[self.engine.rank]
 
     def _together(self, samples: list[Sample]) -> list[list[int]]:
-        return shared_prompts(samples) if self._settings.share_prompts else [[n] for n in range(len(samples))]
+        return shared_prompts(samples) if self._settings.share_prompts else []
 
     def _pack(self, samples: list[Sample], members: list[int], proximal: Sequence[Tensor] | None) -> PackedBatch:
         if not members:

@@ -25,7 +25,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pydantic import BaseModel, Field
+from pydantic import BaseModel, Field, TypeAdapter
 
 from fulgurite.schemas.checksum import folder_sha256
 from fulgurite.schemas.errors import Fenced, StartError
@@ -42,6 +42,7 @@ SETTINGS = "settings.json"
 CHOICE = "choice.json"
 
 _TEMPORARY = ".tmp-"
+_CHOICE: TypeAdapter[Choice] = TypeAdapter(Choice)
 
 
 class OpenGroup(BaseModel):
@@ -89,11 +90,6 @@ class RunState(BaseModel):
     """Of earlier windows, for later ones that slide."""
     source: SourceState | None = None
     """Of a replay."""
-
-
-class _ChoiceFile(BaseModel):
-    version_in: int
-    groups: dict[int, list[str]]
 
 
 class _MemberLine(BaseModel):
@@ -167,7 +163,7 @@ class Checkpoints:
         path = self._root / CHOICE
         temporary = self._root / f"{CHOICE}-{secrets.token_hex(4)}"  # a zombie may be writing one too
         try:
-            temporary.write_text(_ChoiceFile(version_in=choice.version_in, groups=choice.groups).model_dump_json())
+            temporary.write_bytes(_CHOICE.dump_json(choice))
             _fsync(temporary)
             temporary.rename(path)
             _fsync(self._root)
@@ -178,10 +174,9 @@ class Checkpoints:
     def choice(self) -> Choice | None:
         """The last one. None where there is none, or it cannot be read: then windows are chosen anew."""
         try:
-            found = _ChoiceFile.model_validate_json((self._root / CHOICE).read_text())
+            return _CHOICE.validate_json((self._root / CHOICE).read_bytes())
         except (OSError, ValueError):
             return None
-        return Choice(found.version_in, found.groups)
 
     def settings(self, version: int) -> dict[str, Any]:
         """What a version was made with; nothing where that cannot be read."""

@@ -92,8 +92,8 @@ async def recover(
         logger.info("removed %s: written, but never committed", folder)
     checkpoint = checkpoints.load(committed.version)
     windows = checkpoints.windows(checkpoint, plan.shape, now_ns())
-    markers = [Marker.parse(at.metadata) for at in before.values() if at is not None]
-    windows.asked = max([windows.asked, *(marker.asked for marker in markers if marker)])
+    markers = _markers(before)
+    windows.asked = max([windows.asked, *(marker.asked for marker in markers.values())])
     windows.choice = checkpoints.choice()
     learner = await _load(plan, checkpoint.weights, checkpoint.folder / OPTIMIZER)
     await reader.seek(checkpoint.state.offsets)
@@ -107,13 +107,14 @@ async def recover(
         committed_offsets=dict(checkpoint.state.offsets),
         is_new=False,
         source=checkpoint.state.source,
-        buried=_buried(before, committed.version),
+        buried={number: each.buried for number, each in markers.items() if each.version == committed.version},
     )
 
 
-def _buried(before: Mapping[TopicPartition, OffsetAndMetadata | None], version: int) -> dict[int, int]:
-    markers = {tp.partition: Marker.parse(at.metadata) for tp, at in before.items() if at is not None}
-    return {number: marker.buried for number, marker in markers.items() if marker and marker.version == version}
+def _markers(before: Mapping[TopicPartition, OffsetAndMetadata | None]) -> dict[int, Marker]:
+    """By partition, where there is one."""
+    parsed = {tp.partition: Marker.parse(at.metadata) for tp, at in before.items() if at is not None}
+    return {number: marker for number, marker in parsed.items() if marker}
 
 
 def _check_unchanged(plan: Plan, before: Mapping[str, Any]) -> None:
