@@ -6,7 +6,7 @@ import asyncio
 
 import pytest
 
-from fulgurite.producers.within import settled, within
+from fulgurite.producers.within import in_its_own_task, settled, within
 
 
 async def at_once(value: int) -> int:
@@ -104,3 +104,29 @@ async def test_who_stops_waiting_for_futures_leaves_nothing_behind():
         await waiting
     assert not future.done()
     future.set_result(None)
+
+
+async def test_what_a_cancelled_task_has_left_to_do_is_bounded_in_time():
+    """In the task itself some Pythons' timeouts end as another cancellation."""
+    ended: list[str] = []
+
+    async def left() -> None:
+        try:
+            async with asyncio.timeout(0.01):
+                await asyncio.Event().wait()
+        except TimeoutError:
+            ended.append("in time")
+
+    async def work() -> None:
+        try:
+            await asyncio.Event().wait()
+        except asyncio.CancelledError:
+            await in_its_own_task(left())
+            raise
+
+    task = asyncio.create_task(work())
+    await asyncio.sleep(0)
+    task.cancel()
+    with pytest.raises(asyncio.CancelledError):
+        await task
+    assert ended == ["in time"]

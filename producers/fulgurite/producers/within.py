@@ -54,6 +54,12 @@ async def settled(futures: Sequence[asyncio.Future[Any]], seconds: float) -> boo
             future.remove_done_callback(one_is_done)
 
 
+async def in_its_own_task(work: Coroutine[Any, Any, T]) -> T:
+    """What a task that was cancelled has left to do. In that task `asyncio.timeout` would raise CancelledError in place
+    of TimeoutError: so in Python 3.11.2, which is Debian 12's."""
+    return await asyncio.create_task(work)
+
+
 class _Rest(Generic[T]):
     """A coroutine from its first wait on; what is waited for there was yielded already."""
 

@@ -56,6 +56,7 @@ from fulgurite.producers.gateway.recording import Recorder, Recording
 from fulgurite.producers.gateway.routes import split
 from fulgurite.producers.gateway.streaming import Streaming
 from fulgurite.producers.gateway.token_flow import Sampled, TokenRoute
+from fulgurite.producers.within import in_its_own_task
 from fulgurite.schemas.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
@@ -203,7 +204,7 @@ class Gateway:
         except Gone:
             failure = AgentGone("client_disconnected", "the agent closed its connection before the answer")
         except asyncio.CancelledError:
-            await self._interrupted(call, asked)
+            await in_its_own_task(self._interrupted(call, asked))
             raise
         served = asked.served
         if served:

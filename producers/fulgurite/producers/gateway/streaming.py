@@ -38,6 +38,7 @@ from fulgurite.producers.gateway.token_asking import ask_for as ask_for_tokens
 from fulgurite.producers.gateway.token_flow import TokenRoute
 from fulgurite.producers.gateway.token_route import GENERATE, streamed_request
 from fulgurite.producers.gateway.token_stream import Translation
+from fulgurite.producers.within import in_its_own_task
 from fulgurite.schemas.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
@@ -77,7 +78,7 @@ class Streaming:
         try:
             await self._answer(run, deadline, receive)
         except asyncio.CancelledError:
-            await self._interrupt(run)
+            await in_its_own_task(self._interrupt(run))
             raise
 
     async def _interrupt(self, run: _Run) -> None:
