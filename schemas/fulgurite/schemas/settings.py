@@ -110,8 +110,9 @@ class ProducerSettings(Section):
     """Longest that publish waits for room before it raises BufferFull."""
     linger_ms: Annotated[int, Field(ge=0, le=10_000)] = 2
     """How long a batch waits for company; the gateway, whose answers wait for it, does not unless this is set."""
-    compression: Literal["none", "gzip", "lz4", "zstd"] = "lz4"
-    """Of batches on the wire and on disk."""
+    compression: Literal["none", "gzip", "snappy", "lz4", "zstd"] = "zstd"
+    """Of batches on the wire and on disk. 1 MB of spans becomes 85 kB in 3 ms with zstd, 185 kB in 1 ms with snappy,
+    130 kB in 13 ms with lz4 (aiokafka only has its high level)."""
     delivery_seconds: Seconds = 120.0
     """Longest that flush and close wait for acknowledgements before they report what is undelivered."""
 

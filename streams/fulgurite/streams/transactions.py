@@ -106,7 +106,7 @@ class Transactions:
         group: str,
         *,
         timeout_ms: int = TRANSACTION_TIMEOUT_MS,
-        compression: str | None = "lz4",
+        compression: str | None = "zstd",
         hook: Hook = no_hook,
     ) -> None:
         self._settings = settings
