@@ -6,11 +6,12 @@ import asyncio
 import itertools
 import random
 import time
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, cast
 
 import orjson
+
+from tests.bench.gateway_null import EVENTS
 
 ANSWER_SECONDS: Final = 60.0
 """Longest that one answer may take: then the benchmark fails."""
@@ -21,7 +22,7 @@ _rollouts = itertools.count(1)
 
 @dataclass
 class Timings:
-    """Milliseconds, one an answer."""
+    """Milliseconds, one an answer, without those that the backend was told to wait."""
 
     first: list[float] = field(default_factory=list[float])
     total: list[float] = field(default_factory=list[float])
@@ -32,7 +33,7 @@ class Timings:
         return self
 
 
-def request(path: str, *, stream: bool, pause_ms: float) -> bytes:
+def request(path: str, *, stream: bool, pause_ms: int) -> bytes:
     """What an agent sends: a chat completion, as OpenAI's client would ask it."""
     body = orjson.dumps(
         {
@@ -40,7 +41,7 @@ def request(path: str, *, stream: bool, pause_ms: float) -> bytes:
             "messages": [{"role": "user", "content": "How much is (37 + 56) * 74? Use the calculator."}],
             "temperature": 1.0,
             "max_tokens": 64,
-            "pause_ms": round(pause_ms, 3),
+            "pause_ms": pause_ms,
         }
         | ({"stream": True} if stream else {})
     )
@@ -126,28 +127,28 @@ class Agents:
         for agent in self._agents:
             agent.close()
 
-    async def ask(self, calls: int, *, stream: bool = False, pause_ms: float = 0.0, period: float = 0.0) -> Timings:
-        """`calls` in all; each agent begins at a random time within `period` seconds, so that they do not march in
-        step."""
+    async def ask(self, calls: int, *, stream: bool = False, pause_ms: float = 0.0) -> Timings:
+        """`calls` in all. The backend waits before each event for a whole time of its own a call, `pause_ms` on
+        average: as calls of a model differ, and lest agents whose answers were recorded together march in step."""
         found = Timings()
         left = iter(range(calls))
+        events = EVENTS if stream else 1
 
         async def work(agent: Agent) -> None:
-            await asyncio.sleep(random.uniform(0, period))
-            asked = self._requests(stream=stream, pause_ms=pause_ms)
-            for _ in left:
+            await asyncio.sleep(random.uniform(0, pause_ms * events / 1000))  # else a burst is what is measured
+            path = ""
+            for asked in range(calls):
+                if next(left, None) is None:
+                    return
+                if asked % CALLS_A_ROLLOUT == 0:
+                    path = self._path.format(rollout=f"rollout-{next(_rollouts)}")
+                pause = round(pause_ms * random.uniform(0.5, 1.5))
                 async with asyncio.timeout(ANSWER_SECONDS):
-                    first, total = await agent.ask(next(asked), stream=stream)
-                found.first.append(first * 1000)
-                found.total.append(total * 1000)
+                    first, total = await agent.ask(request(path, stream=stream, pause_ms=pause), stream=stream)
+                found.first.append(first * 1000 - pause)
+                found.total.append(total * 1000 - pause * events)
 
         async with asyncio.TaskGroup() as tasks:
             for agent in self._agents:
                 tasks.create_task(work(agent))
         return found
-
-    def _requests(self, *, stream: bool, pause_ms: float) -> Iterator[bytes]:
-        while True:
-            path = self._path.format(rollout=f"rollout-{next(_rollouts)}")
-            made = request(path, stream=stream, pause_ms=pause_ms)
-            yield from (made for _ in range(CALLS_A_ROLLOUT))

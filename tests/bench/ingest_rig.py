@@ -84,11 +84,11 @@ class Rig:
             for key, value in load:
                 await producer.send(name, value, key)
 
-    def producer(self, linger_ms: int) -> AIOKafkaProducer:
+    def producer(self, linger_ms: int, compression: str = "lz4") -> AIOKafkaProducer:
         return AIOKafkaProducer(
             bootstrap_servers=self.settings.kafka.bootstrap_servers,
             acks="all",
-            compression_type="lz4",
+            compression_type=compression,
             max_batch_size=1 << 20,
             linger_ms=linger_ms,
         )
