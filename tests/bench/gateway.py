@@ -48,6 +48,7 @@ from fulgurite.infra.processes import ChildProcess, start_process
 from fulgurite.infra.topics import create_topics
 from fulgurite.schemas.settings import KafkaSettings, to_environment
 from tests.bench.gateway_load import Agents, Timings
+from tests.bench.gateway_null import EVENTS
 
 OUT: Final = Path("build/bench/gateway.json")
 CHAT: Final = "/v1/chat/completions"
@@ -55,7 +56,6 @@ TRACED: Final = f"/rollout/{{rollout}}/attempt/a1{CHAT}"
 CONCURRENCIES: Final = (1, 16, 128)
 CALLS_A_SECOND: Final = 300.0
 STREAMS_A_SECOND: Final = 60.0
-EVENTS: Final = 32
 LEAST_PAUSE_MS: Final = 1.0
 """uvloop's clock."""
 TURNS: Final = 8

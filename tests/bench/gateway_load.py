@@ -6,6 +6,7 @@ import asyncio
 import itertools
 import random
 import time
+from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import Final, cast
 
@@ -136,12 +137,7 @@ class Agents:
 
         async def work(agent: Agent) -> None:
             await asyncio.sleep(random.uniform(0, pause_ms * events / 1000))  # else a burst is what is measured
-            path = ""
-            for asked in range(calls):
-                if next(left, None) is None:
-                    return
-                if asked % CALLS_A_ROLLOUT == 0:
-                    path = self._path.format(rollout=f"rollout-{next(_rollouts)}")
+            for _, path in zip(left, self._paths(), strict=False):
                 pause = round(pause_ms * random.uniform(0.5, 1.5))
                 async with asyncio.timeout(ANSWER_SECONDS):
                     first, total = await agent.ask(request(path, stream=stream, pause_ms=pause), stream=stream)
@@ -152,3 +148,8 @@ class Agents:
             for agent in self._agents:
                 tasks.create_task(work(agent))
         return found
+
+    def _paths(self) -> Iterator[str]:
+        while True:
+            path = self._path.format(rollout=f"rollout-{next(_rollouts)}")
+            yield from itertools.repeat(path, CALLS_A_ROLLOUT)

@@ -62,6 +62,9 @@ TRANSACTION_TIMEOUT_MS = 15_000
 BATCH_BYTES = 1 << 20
 """Trajectories are tens of kilobytes: aiokafka's default of 16 KiB would make a batch of each."""
 
+COMPRESSION = "zstd"
+"""As producer.compression is where it is not set."""
+
 RECORD_OVERHEAD_BYTES = 64 * 1024
 """Keys, headers and framing that aiokafka counts in on top of a value of kafka.max_record_bytes."""
 
@@ -106,14 +109,12 @@ class Transactions:
         group: str,
         *,
         timeout_ms: int = TRANSACTION_TIMEOUT_MS,
-        compression: str | None = "zstd",
         hook: Hook = no_hook,
     ) -> None:
         self._settings = settings
         self._transactional_id = transactional_id
         self._group = group
         self._timeout_ms = timeout_ms
-        self._compression = compression
         self._hook = hook
         self._producer: AIOKafkaProducer | None = None
         self._admin: AIOKafkaAdminClient | None = None
@@ -207,7 +208,7 @@ class Transactions:
             **connection_options(self._settings),
             transactional_id=self._transactional_id,
             transaction_timeout_ms=self._timeout_ms,
-            compression_type=self._compression,
+            compression_type=COMPRESSION,
             max_batch_size=BATCH_BYTES,
             max_request_size=self._settings.max_record_bytes + RECORD_OVERHEAD_BYTES,
         )
