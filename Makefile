@@ -64,7 +64,7 @@ bench-queries: $(STAMP) ## how fast questions are answered on 10 million spans (
 bench-gateway: $(STAMP) ## what the gateway adds to a call, next to calling the policy's server directly (about 5 minutes)
 	@$(BIN)/python -m tests.bench.gateway $(ARGS)
 
-bench-train: $(ORACLES)/.installed ## the trainer's step beside TRL's and a plain loop's, and what streaming costs (about 5 minutes)
+bench-train: $(ORACLES)/.installed ## the trainer next to TRL and a plain loop, what streaming costs, what asynchrony gains (about 20 minutes)
 	@$(BIN)/python -m tests.bench.train $(ARGS)
 
 docs: $(STAMP) ## render docs/reference.md and docs/asyncapi.json from the code

@@ -1,8 +1,8 @@
 """How fast the trainer is: its step beside TRL's and a plain loop's, what streaming costs, what asynchrony gains.
 
-    make bench-train                          step and streaming (about 5 minutes on 2 cores)
-    make bench-train ARGS="--model 4b"        on a GPU: the shapes of Qwen3-4B, bf16, sequences of up to 8k tokens
-    make bench-train ARGS="--only async"      the demo four times (about 20 minutes); other figures stay as they were
+    make bench-train                                  all of it (about 20 minutes on 2 cores)
+    make bench-train ARGS="--model 4b"                on a GPU: shapes of Qwen3-4B, bf16, sequences of up to 8k tokens
+    make bench-train ARGS="--only step streaming"     5 minutes; other figures stay as they were
 
 - step (train_contenders.py): the same window, model, device and settings through learner.step, TRL's GRPOTrainer and
   a padded Hugging Face loop, one after the other, each a process of its own. Trained tokens are those that were
@@ -12,7 +12,7 @@
   only.
 - prompts: our step with and without trainer.share_prompts, where prompts are three quarters of the longest sequence.
 - streaming (train_streaming.py): a real trainer on the embedded broker.
-- async (train_async.py): the demo with trainer.pacing_staleness 0 and 1.
+- async (train_async.py): the demo with trainer.pacing_staleness 0 and 2, four runs of it.
 
 Numbers must agree before they are compared: losses and gradient norms of every step, and the weights that come out, as
 the difference of two updates relative to their size; the command fails where they do not.
@@ -23,8 +23,9 @@ Writes build/bench/train.json:
     peak_memory_ratio          our peak memory over TRL's, weights and optimizer included: below 1 is less
     streaming_share            Kafka to micro-batch, as share of a step
     publish_seconds            from the optimizer's update to the version's record in a consumer of `resources`
-    async_speedup              wall time to the same reward in the demo: synchronous over asynchronous
-    async_waiting_agents_speedup   the same where agents wait for their tools
+    async_speedup              wall time to the same reward in the demo, with agents that wait for their tool:
+                               synchronous over asynchronous
+    async_busy_speedup         the same with the demo's own agent, whose tool takes no time
 """
 
 # ruff: noqa: T201 (its output is its purpose)
@@ -51,6 +52,7 @@ from tests.bench.train_batch import MODEL, SIZES, Sizes, prepare, read_window
 OUT: Final = Path("build/bench/train.json")
 TRL_PYTHON: Final = Path(".venv-oracles/bin/python")
 SPREADS: Final = {"ragged": 0.7, "equal": 0.0}
+PARTS: Final = ("step", "streaming", "async")
 PACKAGES: Final = ("schemas", "producers", "consumers", "streams", "infra")
 START: Final = """
 import runpy, sys, types
@@ -213,8 +215,8 @@ def main() -> None:
     parser.add_argument("--model", choices=list(SIZES), default="tiny", help="0.6b and 4b need a GPU")
     parser.add_argument("--rounds", type=int, default=1, help="of the contenders, each a process of its own")
     parser.add_argument("--steps", type=int, default=4, help="of each round; the first warms up")
-    parser.add_argument("--demo-steps", type=int, default=36, help="of each run of the demo, for async")
-    parser.add_argument("--only", nargs="*", default=["step", "streaming"], choices=["step", "streaming", "async"])
+    parser.add_argument("--demo-steps", type=int, default=24, help="of each run of the demo, for async")
+    parser.add_argument("--only", nargs="*", default=PARTS, choices=PARTS)
     options = parser.parse_args()
     if "step" in options.only and not TRL_PYTHON.exists():
         raise SystemExit(f"{TRL_PYTHON} is not there: make bench-train sets it up")

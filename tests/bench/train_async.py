@@ -1,16 +1,20 @@
 """What it gains that rollouts go on while the trainer trains: the demo twice, wall time to the same reward.
 
     trainer.pacing_staleness = 0   the trainer asks for a window's rollouts with the version before it, and waits
-    trainer.pacing_staleness = 1   they are asked for a version earlier, so both work at the same time
+    trainer.pacing_staleness = 2   they are asked for two versions earlier: three windows are under way
 
-Both begin from the same warm start, with the same seed, tasks and sizes, one after the other on the same machine. The
-reward is that of a window's rollouts, whose tasks are all new to the policy, as mean of the last WINDOWS steps. What is
-compared is the time from the run's beginning to the record of the step at which this mean has risen by SHARE of what
-both runs rise at least. The held-out reward of both last versions, evaluated after the runs, must be the same within
-four standard errors.
+Both begin from the same warm start, with the same seed, tasks and sizes, one after the other on the same machine, and
+the runner takes all rollouts at once that are asked for: neither waits for the runner's bound. The reward is that of a
+window's rollouts, whose tasks are all new to the policy, as mean of the last WINDOWS steps. What is compared is the
+time from the run's beginning to the record of the step at which this mean has risen by SHARE of what both runs rise at
+least. The held-out reward of both last versions, evaluated after the runs, must be the same within four standard
+errors.
 
-Twice: with the demo's own agent, whose tool takes no time, and with one that waits for its tool as agents do. On a
-machine without a GPU the first keeps all cores busy whichever way, and the trainer is a small part of what they do.
+Twice, for what is waited for is one of two things:
+
+    waiting   agents wait for their tool, as they do (waiting_agent.py): a window takes as long as its slowest agent
+    busy      the demo's own agent, whose tool takes no time: everybody waits for the processor. Where actors and
+              trainer share its cores, asynchrony gains at most what of them the synchronous run leaves idle
 """
 
 # ruff: noqa: T201 (its output is its purpose)
@@ -29,6 +33,7 @@ from clickhouse_connect.driver import Client
 from fulgurite.infra.demo import flow, plan, questions
 
 WINDOWS: Final = 5
+PACING_STALENESS: Final = 2
 SHARE: Final = 0.9
 """Not all of it: where a noisy curve has its peak says little."""
 HELD_OUT_TASKS: Final = 256
@@ -58,15 +63,14 @@ class Life:
 
 
 def async_speedup(folder: Path, steps: int) -> Figures:
-    """The demo as it is, then with agents that wait for their tools (waiting_agent.py)."""
-    figures = {f"async_{name}": value for name, value in compared(folder, steps, AGENT).items()}
-    waiting = compared(folder, steps, WAITING_AGENT)
-    return figures | {f"async_waiting_agents_{name}": value for name, value in waiting.items()}
+    """With agents that wait for their tools, then with the demo's own (`async_busy_...`)."""
+    figures = {f"async_{name}": value for name, value in compared(folder, steps, WAITING_AGENT).items()}
+    return figures | {f"async_busy_{name}": value for name, value in compared(folder, steps, AGENT).items()}
 
 
 def compared(folder: Path, steps: int, agent: str) -> Figures:
     lives: dict[int, Life] = {}
-    for staleness in (0, 1):
+    for staleness in (0, PACING_STALENESS):
         out = folder / f"async-{staleness}.json"
         out.unlink(missing_ok=True)
         command = [sys.executable, "-m", "tests.bench.train_async", str(folder / "demo"), str(out)]
@@ -79,7 +83,7 @@ def compared(folder: Path, steps: int, agent: str) -> Figures:
             f"{agent}, pacing_staleness {staleness}: {steps} steps in {life.whole_seconds:.1f} s, "
             f"held-out {life.held_out:.3f} ± {life.standard_error:.3f}"
         )
-    sync, both = lives[0], lives[1]
+    sync, both = lives[0], lives[PACING_STALENESS]
     apart = abs(sync.held_out - both.held_out)
     if apart > 4 * math.hypot(sync.standard_error, both.standard_error):
         raise SystemExit(f"the held-out rewards differ by {apart:.3f}: not the same learning, so times say nothing")
@@ -126,7 +130,8 @@ def main(data: Path, out: Path, staleness: int, steps: int, agent: str) -> int:
     def paced(self: plan.Plan) -> dict[str, dict[str, Any]]:
         found = settings(self)
         found["trainer"]["pacing_staleness"] = staleness
-        found["runner"]["agent"] = agent
+        rollouts = self.sizes.groups_per_step * self.sizes.group_size * (staleness + 1)
+        found["runner"] |= {"agent": agent, "concurrency": rollouts}
         return found
 
     def noted(console: Any, client: Client, run_id: str, *more: Any) -> float | None:
