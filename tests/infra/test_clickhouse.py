@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import importlib.metadata
+import os
 import socket
 import stat
 import threading
+import time
 import urllib.error
 import urllib.request
 from collections.abc import Iterator
@@ -15,8 +18,10 @@ import clickhouse_connect
 import pytest
 
 from fulgurite.infra.clickhouse import EmbeddedClickHouse
+from fulgurite.infra.clickhouse_config import MERGE_NICE
 from fulgurite.schemas.errors import StartError
 
+CAP_SYS_NICE = 23
 TABLE = (
     "CREATE TABLE t.rows (x UInt64) ENGINE = MergeTree ORDER BY x SETTINGS non_replicated_deduplication_window = 100"
 )
@@ -32,6 +37,21 @@ def _insert(server: EmbeddedClickHouse, begin: int, token: str) -> None:
     server.command(
         f"INSERT INTO t.rows SELECT number + {begin} FROM numbers(100) SETTINGS insert_deduplication_token = '{token}'"
     )
+
+
+def _may_set_nice() -> bool:
+    status = Path("/proc/self/status").read_text().split("CapEff:")[1].split()[0]
+    return bool(int(status, 16) >> CAP_SYS_NICE & 1)
+
+
+def _nice(pid: int, thread: str) -> set[int]:
+    """What the threads of this name run at; a thread may end while it is asked."""
+    found: set[int] = set()
+    for task in Path(f"/proc/{pid}/task").iterdir():
+        with contextlib.suppress(OSError):
+            if (task / "comm").read_text().strip() == thread:
+                found.add(os.getpriority(os.PRIO_PROCESS, int(task.name)))
+    return found
 
 
 def test_the_pinned_engine_is_installed() -> None:
@@ -121,6 +141,23 @@ def test_the_client_library_works_unchanged_and_memory_is_bounded(server: Embedd
         assert client.query("SELECT sum(x) FROM t.rows").result_rows == [(3,)]
         limit = client.query("SELECT value FROM system.server_settings WHERE name = 'max_server_memory_usage'")
         assert limit.result_rows == [(str(2048 * 1024 * 1024),)]
+
+
+@pytest.mark.skipif(not _may_set_nice(), reason="without CAP_SYS_NICE the engine leaves its threads as they are")
+def test_merges_yield_to_inserts_and_questions(server: EmbeddedClickHouse) -> None:
+    server.command("CREATE TABLE default.texts (x String) ENGINE = MergeTree ORDER BY x")
+    for _ in range(2):
+        server.command("INSERT INTO default.texts SELECT hex(cityHash64(number)) FROM numbers(2000000)")
+    merge = threading.Thread(target=server.command, args=("OPTIMIZE TABLE default.texts FINAL",))
+    merge.start()
+    seen: set[int] = set()
+    while merge.is_alive():
+        seen |= _nice(server.pid, "MergeMutate")
+        time.sleep(0.01)
+    merge.join()
+    own = os.getpriority(os.PRIO_PROCESS, 0)
+    assert own + MERGE_NICE in seen
+    assert _nice(server.pid, "HTTPHandler") <= {own}
 
 
 def test_the_log_is_readable_and_short(server: EmbeddedClickHouse) -> None:
