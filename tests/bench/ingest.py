@@ -8,7 +8,8 @@ inserts at a time; (b) native spans, newline-delimited; single: one span a recor
 message, rows of tuples; queryable: from produce to queryable at half of (b)'s rate, beside what rate the producer kept.
 Prints a table and writes build/bench/ingest.json. The topic is filled before the materialiser starts, so a run is a
 backlog being worked off; the broker's reading is part of it, producing is not (but in the latency part it is). What a
-start with nothing to do costs, measured before, is taken off; everything else counts.
+start with nothing to do costs, measured before, is taken off; everything else counts. A part begins when the engine has
+merged what earlier parts left.
 """
 
 # ruff: noqa: T201 (its output is its purpose)
@@ -34,7 +35,7 @@ from clickhouse_connect.driver import Client
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ingest_load import SPANS_A_RECORD, otlp_records, records
-from ingest_rig import PARTITIONS, Cost, Rig, make_rig, processes, start_up
+from ingest_rig import PARTITIONS, Cost, Rig, make_rig, processes, quiet, start_up
 
 from fulgurite.infra.clickhouse import EmbeddedClickHouse
 from fulgurite.infra.kafka import EmbeddedKafka
@@ -199,31 +200,49 @@ def latency(rig: Rig, client: Client, spans_per_second: float, seconds: float) -
     """From when a record should have been sent, whether or not the producer was late, until SQL finds its spans. Asks
     every ASK_SECONDS how far each partition is; waiting to ask, and for the answer, counts too. What is asked is cheap:
     a partition's records become visible in their order, and the newest parts say how far that is."""
-    waits: list[float] = []
-    open_ones: dict[int, deque[tuple[int, float]]] = {number: deque() for number in range(PARTITIONS)}
+    waits = Waits()
     with rig.materialiser() as child:
         time.sleep(8)
         deadline = time.monotonic() + 5 * seconds + 60
         with Steady(rig, spans_per_second, seconds) as steady:
-            while (not steady.over or steady.tracked or any(open_ones.values())) and time.monotonic() < deadline:
+            while (not steady.over or steady.tracked or waits.open) and time.monotonic() < deadline:
                 time.sleep(ASK_SECONDS)
-                while steady.tracked:
-                    partition, offset, due = steady.tracked.popleft()
-                    open_ones[partition].append((offset, due))
-                oldest = {number: waiting[0][0] for number, waiting in open_ones.items() if waiting}
-                for number, there in how_far(client, oldest).items():
-                    while open_ones[number] and open_ones[number][0][0] <= there:
-                        waits.append(time.monotonic() - open_ones[number].popleft()[1])
+                waits.add(steady.tracked)
+                waits.ask(client)
         child.terminate()
         child.wait(30)
-    if left := sum(map(len, open_ones.values())):
-        raise SystemExit(f"{left} of {left + len(waits)} records did not become queryable")
-    waits.sort()
+    if waits.open:
+        raise SystemExit(f"{waits.open} of {waits.open + len(waits.seconds)} records did not become queryable")
+    found = sorted(waits.seconds)
     return {
-        "p50_seconds": statistics.median(waits),
-        "p99_seconds": waits[int(len(waits) * 0.99)],
+        "p50_seconds": statistics.median(found),
+        "p99_seconds": found[int(len(found) * 0.99)],
         "produced_spans_per_second": steady.spans_per_second,
     }
+
+
+class Waits:
+    """Records that were sent, and how long it took until a question found them."""
+
+    def __init__(self) -> None:
+        self.seconds: list[float] = []
+        self._open: dict[int, deque[tuple[int, float]]] = {number: deque() for number in range(PARTITIONS)}
+
+    @property
+    def open(self) -> int:
+        return sum(map(len, self._open.values()))
+
+    def add(self, tracked: deque[tuple[int, int, float]]) -> None:
+        while tracked:
+            partition, offset, due = tracked.popleft()
+            self._open[partition].append((offset, due))
+
+    def ask(self, client: Client) -> None:
+        oldest = {number: waiting[0][0] for number, waiting in self._open.items() if waiting}
+        for number, there in how_far(client, oldest).items():
+            waiting = self._open[number]
+            while waiting and waiting[0][0] <= there:
+                self.seconds.append(time.monotonic() - waiting.popleft()[1])
 
 
 def how_far(client: Client, oldest: dict[int, int]) -> dict[int, int]:
@@ -260,6 +279,7 @@ def run(kafka: EmbeddedKafka, clickhouse: EmbeddedClickHouse, options: argparse.
 
     def part(name: str, measure: Callable[[], dict[str, float]]) -> dict[str, float]:
         print(f"{name} …", flush=True)
+        quiet(clickhouse)
         found = measure()
         for key, value in found.items():
             print(f"  {key:42s} {value:14,.1f}" if value >= 10 else f"  {key:42s} {value:14.3f}", flush=True)

@@ -23,10 +23,10 @@ from pathlib import Path
 
 import psutil
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, ConsumerRecord, TopicPartition
-from clickhouse_connect.driver import Client
 
 sys.path.insert(0, str(Path(__file__).parent))
 from ingest_load import SPANS_A_RECORD, records
+from ingest_rig import quiet
 
 from fulgurite.consumers.materialiser.blocks import Partition, Slice, arrow, block
 from fulgurite.consumers.materialiser.store import Store
@@ -122,19 +122,10 @@ async def insert_all(engine: EmbeddedClickHouse, load: Load, stage: str, block_s
             await store.insert(slices, store.guard(slices))
         own_used = cpu_seconds(own) - own_begun
         if stage == "merge":
-            await quiet(client)
+            await asyncio.to_thread(quiet, engine)
         used = cpu_seconds(process) - begun
     await store.close()
     return used, own_used
-
-
-async def quiet(client: Client) -> None:
-    """Until no merge runs, some times in a row."""
-    calm = 0
-    while calm < 10:
-        await asyncio.sleep(0.2)
-        running = client.query("SELECT count() FROM system.merges").result_rows[0][0]
-        calm = 0 if running else calm + 1
 
 
 def timed_blocks(load: Load, block_spans: int) -> dict[str, float]:

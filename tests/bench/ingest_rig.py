@@ -26,6 +26,7 @@ from fulgurite.schemas.settings import KafkaSettings, Settings, to_environment
 from fulgurite.schemas.topics import Topic
 
 PARTITIONS = 4
+CALM_ANSWERS = 10
 MATERIALISER = """
 from fulgurite.consumers.materialiser import main
 from fulgurite.schemas.settings import load_settings
@@ -57,6 +58,15 @@ class Cost:
     def end(self) -> dict[str, float]:
         self._over.set()
         return {name: cpu_seconds(process) - self.begun[name] for name, process in self.processes.items()}
+
+
+def quiet(clickhouse: EmbeddedClickHouse) -> None:
+    """Until no merge runs, some times in a row."""
+    calm = 0
+    while calm < CALM_ANSWERS:
+        time.sleep(0.2)
+        running = clickhouse.command("SELECT count() FROM system.merges").strip() != "0"
+        calm = 0 if running else calm + 1
 
 
 def cpu_seconds(process: psutil.Process) -> float:
@@ -135,6 +145,7 @@ def processes(rig: Rig, child: subprocess.Popen[bytes]) -> dict[str, psutil.Proc
 
 def start_up(rig: Rig) -> dict[str, float]:
     """What each process spends until a materialiser with nothing to do is ready, and for how long."""
+    quiet(rig.clickhouse)
     begun = time.monotonic()
     with rig.materialiser() as child:
         cost = Cost(processes(rig, child))
