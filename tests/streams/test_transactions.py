@@ -144,6 +144,37 @@ async def test_offsets_moved_by_somebody_else_are_noticed(kafka_settings: KafkaS
     await transactions.close()
 
 
+async def test_a_predecessor_that_wakes_up_neither_commits_nor_fences_who_claimed(
+    kafka_settings: KafkaSettings, input_topic: None
+) -> None:
+    """It was cut off in the middle of a commit, and its successor has committed nothing of its own yet."""
+    asleep, woken = asyncio.Event(), asyncio.Event()
+
+    async def sleep() -> None:
+        asleep.set()
+        await woken.wait()
+        raise KafkaConnectionError("the network was away")
+
+    predecessor = await started(kafka_settings)
+    await predecessor.claim([INPUT])
+    await predecessor.commit(outgoing(kafka_settings, "first"), at(1, "marker"))
+    producer = predecessor._producer  # pyright: ignore[reportPrivateUsage]
+    producer.begin_transaction = sleep  # type: ignore[union-attr,method-assign]
+    commit = asyncio.create_task(predecessor.commit(outgoing(kafka_settings, "zombie"), at(2)))
+    await asleep.wait()
+    heir = await started(kafka_settings)
+    before = await heir.claim([INPUT])
+    assert before == at(1, "marker"), "what it claims stays as it is"
+    woken.set()
+    with pytest.raises(Fenced, match="another process committed"):
+        await commit
+    await heir.commit(outgoing(kafka_settings, "heir"), at(3))
+    async with connected(kafka_settings) as bus:
+        assert await texts(bus) == ["first", "heir"]
+    for each in (predecessor, heir):
+        await each.close()
+
+
 @pytest.mark.slow
 async def test_a_transaction_that_timed_out_is_written_again(
     kafka_settings: KafkaSettings, input_topic: None, caplog: pytest.LogCaptureFixture

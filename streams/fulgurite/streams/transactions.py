@@ -3,6 +3,7 @@
     transactions = Transactions(settings.kafka, transactional_id="…", group="…")
     await transactions.start()                              # 1. fences a predecessor and ends what it left open
     before = await transactions.committed(partitions)       # 2. offsets as the last committed transaction left them
+    before = await transactions.claim(partitions)           #    … and no predecessor that wakes up commits any more
     await transactions.commit(records, offsets)             # 3. records and offsets become visible together, or Fenced
     await transactions.close()
 
@@ -27,6 +28,7 @@ Does not know what the records mean. One `commit` at a time; not thread-safe.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
@@ -71,6 +73,7 @@ RECORD_OVERHEAD_BYTES = 64 * 1024
 _BACKOFF_SECONDS = 0.25
 _WARN_SECONDS = 5.0
 _CLOSE_SECONDS = 1.0
+_LOOK_SECONDS = 5.0
 
 _HOPELESS = (
     GroupAuthorizationFailedError,
@@ -135,6 +138,17 @@ class Transactions:
         self._stamps.update({tp: _stamp(at) for tp, at in found.items()})
         return {tp: None if at is None else OffsetAndMetadata(at.offset, _plain(at)) for tp, at in found.items()}
 
+    async def claim(self, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata | None]:
+        """As `committed`, then stamps the offsets, as they are, as this process's (0 where there were none).
+
+        For an owner that undoes what a predecessor left outside of Kafka, or takes long to its first commit. Such a
+        predecessor that was cut off in the middle of a commit, and comes back, would find the offsets as it left them,
+        fence its heir and commit; now it finds a stranger's stamp. Raises Fenced as `commit` does.
+        """
+        before = await self.committed(partitions)
+        await self.commit([], {tp: OffsetAndMetadata(0, "") if at is None else at for tp, at in before.items()})
+        return before
+
     async def commit(self, records: Sequence[Outgoing], offsets: Mapping[TopicPartition, OffsetAndMetadata]) -> None:
         """Writes records and offsets in one transaction. Raises Fenced when another process owns the work now.
 
@@ -150,13 +164,10 @@ class Transactions:
             if error is None:
                 break
             logger.warning("%s: transaction failed, asking the broker how it ended: %r", self._transactional_id, error)
+            await self._look_for_heir(stamped, stamp)
             await self.start()
-            found = await self._read(stamped)
-            stamps = {tp: _stamp(at) for tp, at in found.items()}
-            if all(value == stamp for value in stamps.values()):
+            if await self._is_committed(stamped, stamp):
                 break
-            if any(value != self._stamps[tp] for tp, value in stamps.items()):
-                raise Fenced(f"another process committed offsets of {self._group} as {self._transactional_id}")
         self._stamps.update(dict.fromkeys(stamped, stamp))
 
     async def close(self) -> None:
@@ -201,6 +212,21 @@ class Transactions:
                 raise Fenced(f"another process uses the transactional id {self._transactional_id}") from error
             return error
         return None
+
+    async def _look_for_heir(self, partitions: Iterable[TopicPartition], stamp: str) -> None:
+        """Raises Fenced where there is one; a new start would fence it. Where the broker is away, that start waits."""
+        with contextlib.suppress(KafkaError, TimeoutError):
+            async with asyncio.timeout(_LOOK_SECONDS):
+                await self._is_committed(partitions, stamp)
+
+    async def _is_committed(self, partitions: Iterable[TopicPartition], stamp: str) -> bool:
+        """Whether the offsets carry this stamp. Raises Fenced where they carry neither it nor the one before."""
+        stamps = {tp: _stamp(at) for tp, at in (await self._read(partitions)).items()}
+        if all(value == stamp for value in stamps.values()):
+            return True
+        if any(value not in (stamp, self._stamps[tp]) for tp, value in stamps.items()):
+            raise Fenced(f"another process committed offsets of {self._group} as {self._transactional_id}")
+        return False
 
     async def _start(self) -> None:
         await self.close()

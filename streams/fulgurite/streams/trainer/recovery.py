@@ -6,6 +6,9 @@ What a crash left, and what is done about it (numbers as in `service.py`):
   above.
 - after 5: the newest checkpoint is the committed one.
 
+A predecessor that only slept (in 4 or 5, or cut off from the network) may wake up while its successor loads the model:
+by then the offsets carry the successor's stamp, so it neither commits nor fences.
+
 A log that does not know the run, or is more than one version behind the folder, is not what a crash leaves (another
 broker or prefix, wiped topics): then nothing is removed, and the start is refused.
 """
@@ -71,8 +74,9 @@ async def recover(
     checkpoints: Checkpoints,
     ownership: Ownership,
 ) -> Run | None:
-    """None for a run that is over. Both clients have been started: a predecessor is fenced, so the log is final."""
-    before = await transactions.committed(reader.partitions)
+    """None for a run that is over. Both clients have been started: a predecessor is fenced, and with the claim it stays
+    so, whenever it wakes up; so the log is final, and what lies on disk beyond it is nobody's."""
+    before = await transactions.claim(reader.partitions)
     committed = await committed_run(plan.settings.kafka, plan.run_id)
     if committed is None:
         return await _begin(plan, reader, checkpoints, ownership)
