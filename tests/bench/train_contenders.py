@@ -187,13 +187,22 @@ class _Watch(TrainerCallback):
             self._done.grad_norms.append(float(logs["grad_norm"]))
 
 
+def import_trl() -> Any:
+    """Here and not at the top: only TRL's environment has it. Before its memory is measured: ours is imported then."""
+    import datasets  # pyright: ignore # noqa: F401
+
+    from tests.oracles.standins import load
+
+    load("trl.trainer.grpo_config")
+    return load("trl.trainer.grpo_trainer")
+
+
 def trl(folder: Path, settings: TrainerSettings, sizes: Sizes, steps: int, done: Done) -> Any:
-    # Here and not at the top: only TRL's environment has them.
     from datasets import Dataset  # pyright: ignore
 
     from tests.oracles.standins import load
 
-    module = load("trl.trainer.grpo_trainer")
+    module = import_trl()
     samples = read_window(folder)
     prompt_tokens = sizes.prompt_tokens
     window = _padded_as_trl_pads(samples, prompt_tokens)
@@ -291,6 +300,8 @@ def main() -> None:
     torch.set_num_threads(settings.threads)
     os.environ["TRL_EXPERIMENTAL_SILENCE"] = "1"
     done = Done()
+    if options.contender == "trl":
+        import_trl()
     with PeakMemory() as memory:
         model = CONTENDERS[options.contender](options.folder, settings, sizes, options.steps, done)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -74,3 +74,17 @@ def test_what_an_earlier_life_has_written_is_not_written_again(model: Path) -> N
     settings = Settings(trainer=TrainerSettings.model_validate({"model": model, **LIVE}))
     assert letters(settings, b"r: no JSON", {0: 8, 1: 0}) == 0
     assert letters(settings, b"r: no JSON", {0: 7}) == 1
+
+
+def test_a_group_whose_records_cannot_be_decoded_is_not_waited_for_for_ever(model: Path) -> None:
+    plan = make_plan(Settings(trainer=TrainerSettings.model_validate({"model": model, **LIVE, "group_size": 2})))
+    windows = Windows(plan.shape, asked=5)
+    intake = Intake(plan, LIMITS, windows)
+    wrong_lengths = of_two_policies().replace(b'"loss_mask":[0,1]', b'"loss_mask":[0]')
+    intake.take_in(record(wrong_lengths), 0)
+    assert [member.reason for member in windows.groups[0].members.values()] == ["bad_record"]
+    intake.take_in(record(b"r: no JSON", 8), 0)
+    windows.close(windows.deadline_due(10**15))
+    assert windows.take(1) is None
+    assert {(d.rollout_id, d.reason) for d in windows.dropped} == {("r-g0-r0", "bad_record"), ("r-g0-r1", "deadline")}
+    assert len(intake.take_dead_letters()) == 2

@@ -16,7 +16,7 @@ from fulgurite.schemas.checksum import folder_sha256
 from fulgurite.schemas.errors import Fenced, LogprobMismatch, SettingsError, StartError
 from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.settings import Settings, TrainerSettings
-from fulgurite.schemas.trajectories import TokenSequence, Trajectory
+from fulgurite.schemas.trajectories import TokenSequence, Trajectory, TrajectoryReward
 from fulgurite.streams.evaluate import evaluation_rollouts
 from fulgurite.streams.learners.comparison import UNCHECKED_STEPS
 from fulgurite.streams.learners.learner import BadStep, Learner, load_learner
@@ -70,6 +70,11 @@ def trajectory(*sequences: TokenSequence, **changes: Any) -> Trajectory:
         (trajectory(sequence(resource="another"), sequence(agent="judge", loss_mask=[0, 0, 0, 0])), "wrong_model"),
         (trajectory(sequence(token_ids=[0, 1, 5, 16])), "bad_tokens"),
         (trajectory(sequence(loss_mask=[1, 0, 1, 1])), "bad_tokens"),
+        (trajectory(sequence(logprobs=[0.0, 0.0, -1.0, 0.5])), "bad_tokens"),
+        (trajectory(sequence(logprobs=[0.0, 0.0, -1.0, -1e39])), "bad_tokens"),
+        (trajectory(sequence(logprobs=[0.5, 0.0, -9999.0, 1e-6])), ""),
+        (trajectory(sequence(), reward=-1e200), "bad_reward"),
+        (trajectory(sequence(), rewards=[TrajectoryReward(reward_id="1", name="tool", value=1e200)]), "bad_reward"),
         (trajectory(sequence(weight_versions=[VersionSpan(version=3, start=2, end=3)])), "no_version"),
         (
             trajectory(sequence(token_ids=[0] * 9, loss_mask=[0] * 8 + [1], logprobs=[0.0] * 9)),
@@ -80,7 +85,7 @@ def trajectory(*sequences: TokenSequence, **changes: Any) -> Trajectory:
 def test_what_cannot_be_trained_on_says_why(given: Trajectory, reason: str) -> None:
     member, fault = member_of(given, "policy", LIMITS)
     assert member.reason == reason
-    assert bool(fault) == (reason in ("bad_tokens", "wrong_model"))
+    assert bool(fault) == (reason in ("bad_tokens", "bad_reward", "wrong_model"))
     assert bool(member.trajectory.sequences) == (reason == "")
 
 
@@ -310,7 +315,7 @@ def test_uncommitted_folders_go_old_ones_are_pruned_and_none_is_replaced(tmp_pat
     with pytest.raises(Fenced, match="another process"):
         checkpoint(folder, 4)
     assert len(folder.discard_uncommitted(3)) == 3  # version 4 and two half-written ones
-    folder.prune(2)
+    folder.prune(3, 2)
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["v000002", "v000003"]
     assert [(tmp_path / "r" / f"v00000{n}" / "optimizer.pt").exists() for n in (2, 3)] == [False, True]
     with pytest.raises(StartError, match="version 4 is committed, but its checkpoint"):
@@ -318,6 +323,32 @@ def test_uncommitted_folders_go_old_ones_are_pruned_and_none_is_replaced(tmp_pat
     (tmp_path / "r" / "v000003" / "weights" / "w").write_text("changed")
     with pytest.raises(StartError, match="the files were changed"):
         folder.load(3)
+
+
+def test_a_predecessor_that_wakes_up_removes_nothing_that_its_successor_needs(tmp_path: Path) -> None:
+    folder = Checkpoints(tmp_path, "r")
+    for version in (1, 2, 3):
+        checkpoint(folder, version)
+    folder.prune(2, 2)  # whose version 2 is committed, while another process has written version 3 and not committed
+    assert len(folder.discard_uncommitted(2)) == 1
+    folder.load(2)
+    assert (tmp_path / "r" / "v000002" / "optimizer.pt").exists()
+
+
+def test_a_removal_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = Checkpoints(tmp_path, "r")
+    checkpoint(folder, 4, step=0)
+
+    def cut_short(path: Path) -> None:
+        (path / "state.json").unlink()
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("shutil.rmtree", cut_short)
+        with pytest.raises(KeyboardInterrupt):
+            folder.discard_uncommitted(None)
+    assert len(folder.discard_uncommitted(None)) == 1
+    assert list((tmp_path / "r").iterdir()) == []
 
 
 def test_of_a_run_the_log_does_not_know_only_the_first_checkpoint_is_a_leftover(tmp_path: Path) -> None:

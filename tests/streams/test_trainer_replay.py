@@ -15,6 +15,7 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fulgurite.schemas.codec import encode
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.migrations import apply_migrations, connection_options
@@ -223,6 +224,8 @@ async def materialised(settings: Settings) -> None:
             [r.value, r.key, {}, r.topic, r.partition, r.offset, datetime.fromtimestamp(r.timestamp / 1000, UTC)]
             for r in await read_topic(settings.kafka, TRAJECTORIES)
         ]
+        held_out = Trajectory(rollout_id="held-out", mode="val", status="succeeded", reward=1.0)
+        rows.append([encode(held_out), b"held-out", {}, rows[0][3], 0, 10**6, rows[0][6]])
         names = ["raw", "key", "headers", "_topic", "_partition", "_offset", "_ts"]
         client.insert("in_trajectories", rows, names)
 
@@ -257,6 +260,7 @@ async def test_a_query_says_which_rollouts_and_in_which_order(
         ("SELECT rollout FROM trajectories", "source.sql: .*rollout"),
         ("SELECT run_id FROM trajectories", "gives run_id; a column rollout_id is needed"),
         ("SELECT 'nobody' AS rollout_id", "selects 1 rollouts; 1 have no trajectory"),
+        ("SELECT 'held-out' AS rollout_id", "selects 1 rollouts that were not asked for to be trained on"),
     ):
         with pytest.raises(SettingsError, match=message):
             await run(replay_of(live, "wrong", {"begin": "sql", "sql": wrong}))

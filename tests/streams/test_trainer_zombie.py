@@ -17,7 +17,7 @@ from fulgurite.streams.trainer import recovery, serve
 from tests.streams.trainer_world import World, all_once, build_model, training_events
 
 TRANSACTION = 3
-"""In which the first trainer sleeps: it has claimed the run, published the starting weights, and makes its first step."""
+"""In which the first trainer sleeps: behind its claim and the starting weights the one of its first step."""
 LOADS = 2
 """The second one's."""
 

@@ -124,6 +124,13 @@ def test_duplicates_and_strangers() -> None:
     assert dropped(w) == {"x": "not_asked", "r-g0-r3": "not_asked", "r-g0-rx": "not_asked", "r-g99999-r0": "not_asked"}
 
 
+def test_a_stranger_that_comes_twice_is_named_once() -> None:
+    w = windows()
+    for _ in range(2):
+        w.add(Member(Trajectory(rollout_id="stranger", run_id="r", status="succeeded")), 0)
+    assert [d.rollout_id for d in w.dropped] == ["stranger"]
+
+
 def test_a_group_not_asked_for_as_far_as_we_know_is_taken_in_but_never_moves_pacing() -> None:
     w = windows(asked=4)
     add_group(w, 7)  # the furthest that an earlier life can have asked for
@@ -283,6 +290,49 @@ def test_a_window_that_was_taken_before_a_crash_is_taken_again() -> None:
     following = after.take(5)
     assert following
     assert [group[0].trajectory.group_id for group in following.groups] == ["r-g0", "r-g1"]
+
+
+def test_a_choice_has_the_groups_that_the_bound_of_replacing_left_in_it() -> None:
+    shape = replace(SHAPE, groups_per_step=2, groups_ahead=40, refill=True)
+    last = 2 * MOST_REFILLS
+    before = Windows(shape, asked=40)
+    for group in (*range(1, last), 0, last, last + 1):
+        add_group(before, group, reward=1.0)
+        if window := before.take(5):
+            break
+    else:
+        raise AssertionError("no window")
+    after = Windows(shape, asked=40)
+    after.choice = window.choice
+    for group in range(last + 2):
+        add_group(after, group, reward=1.0)
+    for group, index in ((30, 0), (30, 1), (30, 2), (31, 0), (31, 1), (31, 2)):  # what came after the crash
+        after.add(member(group, index, reward=float(index)), 0)
+    again = after.take(5)
+    assert again
+    assert ids(again.groups) == ids(window.groups)
+
+
+def test_a_version_that_does_not_exist_yet_is_not_trained_on() -> None:
+    w = windows()
+    for group in (0, 1):
+        for index in range(3):
+            made_up = index == 1 and group == 1
+            w.add(replace(member(group, index), max_version=6 if made_up else 5), 0)
+    window = w.take(5)
+    assert window
+    assert dropped(window) == {"r-g1-r1": "unknown_version"}
+
+
+def test_the_deadline_counts_from_a_record_that_says_no_more_than_its_group() -> None:
+    w = windows()
+    for group_id in ("r-g1", "r-g9", "r-g01", "r-g-1", "r-g", "other-g0", "r"):
+        w.expect(group_id, 0)
+    assert w.deadline_due(10 * SECOND) == [1]
+    w.close([1])
+    assert w.take(5) is None
+    assert dropped(w) == {f"r-g1-r{index}": "deadline" for index in range(3)}
+    assert w.groups_dropped == 1, "pacing asks for another"
 
 
 def test_a_choice_that_cannot_be_taken_any_more_is_forgotten() -> None:

@@ -115,6 +115,9 @@ def window_fault(settings: TrainerSettings, loss: float, metrics: dict[str, floa
     """Why the window must not be trained on, as `kind:figures`; empty where it may."""
     if fault := loss_fault(loss):
         return fault
+    for name, value in metrics.items():
+        if not math.isfinite(value):
+            return f"nonfinite:{name} {value}"
     kl, bound = metrics[MISMATCH_KL], settings.max_mismatch_kl
     if bound is not None and not kl <= bound:
         return f"mismatch_kl:{kl:.4g}, more than trainer.max_mismatch_kl = {bound:g}"

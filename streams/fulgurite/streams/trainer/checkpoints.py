@@ -96,6 +96,7 @@ class _MemberLine(BaseModel):
     group: int
     reason: str
     min_version: int
+    max_version: int = 0
     recent: bool = False
     trajectory: Trajectory
 
@@ -223,7 +224,7 @@ class Checkpoints:
         with (checkpoint.folder / GROUPS).open() as file:
             for text in file:
                 line = _MemberLine.model_validate_json(text)
-                member = Member(line.trajectory, line.reason, line.min_version)
+                member = Member(line.trajectory, line.reason, line.min_version, line.max_version)
                 group = recent[line.group] if line.recent else windows.groups[line.group]
                 group.members[line.trajectory.rollout_id] = member
         return windows
@@ -245,7 +246,8 @@ class Checkpoints:
             half_written.unlink(missing_ok=True)
         gone = [*self._root.glob(f"{_TEMPORARY}*"), *(folder for _, folder in newer)]
         for folder in gone:
-            shutil.rmtree(folder)
+            # Renamed first: half of a version, after a crash in here, would be taken for one whose log is missing.
+            shutil.rmtree(_set_aside(folder))
         return gone
 
     def _refuse(self, folder: Path, found: str, what_the_log_knows: str) -> NoReturn:
@@ -255,9 +257,10 @@ class Checkpoints:
             f"kafka.bootstrap_servers and kafka.topic_prefix; or set another trainer.run_id; or move {self._root} away"
         )
 
-    def prune(self, keep: int) -> None:
-        """Keeps the newest `keep` versions' weights, and the learner's state of the newest only."""
-        versions = self._versions()
+    def prune(self, committed: int, keep: int) -> None:
+        """Keeps the newest `keep` versions' weights, and the learner's state of the newest only: of those up to the
+        one that this process has committed. What is newer is a successor's."""
+        versions = [(version, folder) for version, folder in self._versions() if version <= committed]
         for _, folder in versions[:-1]:
             (folder / OPTIMIZER).unlink(missing_ok=True)
         for _, folder in versions[:-keep]:
@@ -265,6 +268,12 @@ class Checkpoints:
 
     def _versions(self) -> list[tuple[int, Path]]:
         return sorted((int(folder.name[1:]), folder) for folder in self._root.glob("v[0-9]*") if folder.is_dir())
+
+
+def _set_aside(folder: Path) -> Path:
+    if folder.name.startswith(_TEMPORARY):
+        return folder
+    return folder.rename(folder.with_name(f"{_TEMPORARY}{folder.name}-{secrets.token_hex(4)}"))
 
 
 def copy_companions(model: Path, weights: Path) -> None:
@@ -314,6 +323,7 @@ def _member_lines(windows: Windows) -> list[_MemberLine]:
             group=group.index,
             reason=member.reason,
             min_version=member.min_version,
+            max_version=member.max_version,
             recent=recent,
             trajectory=member.trajectory,
         )

@@ -60,6 +60,8 @@ class Member:
     reason: str = ""
     min_version: int = 0
     """Oldest version that sampled one of its tokens; meaningless without data."""
+    max_version: int = 0
+    """The newest one."""
 
 
 @dataclass(slots=True)

@@ -5,6 +5,8 @@ from __future__ import annotations
 import logging
 from collections.abc import Mapping
 
+from pydantic import BaseModel, ValidationError
+
 from fulgurite.schemas.codec import decode
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import InvalidEvent
@@ -22,6 +24,12 @@ MAX_DEAD_LETTERS = 256
 """Held back for the next version's transaction; with more, they are published at once."""
 
 MAX_DEAD_BYTES = 32 << 20
+
+
+class _Name(BaseModel):
+    rollout_id: str
+    group_id: str
+    run_id: str
 
 
 class Intake:
@@ -54,7 +62,9 @@ class Intake:
         if self._needle not in (record.value or b"") and self._needle not in (record.key or b""):
             return
         trajectory = self._decoded(record)
-        if trajectory and trajectory.run_id == self._run_id and trajectory.mode == "train":
+        if trajectory is None:
+            self._take_in_undecodable(record, now_ns)
+        elif trajectory.run_id == self._run_id and trajectory.mode == "train":
             self._windows.add(self._judged(record, trajectory), now_ns)
 
     def member(self, record: Record) -> Member | None:
@@ -65,6 +75,15 @@ class Intake:
     def take_dead_letters(self) -> list[Outgoing]:
         taken, self.dead_letters, self._dead_bytes = self.dead_letters, [], 0
         return taken
+
+    def _take_in_undecodable(self, record: Record, now_ns: int) -> None:
+        """A member without data, where it still says whose; else its group's deadline counts. A group of such records
+        alone would be waited for for ever."""
+        named = _named(record)
+        if named is not None and named.run_id == self._run_id:
+            self._windows.add(Member(named, "bad_record"), now_ns)
+        elif named is None and record.key is not None:
+            self._windows.expect(record.key.decode(errors="replace"), now_ns)
 
     def _decoded(self, record: Record) -> Trajectory | None:
         try:
@@ -96,3 +115,12 @@ class Intake:
         topic = self._settings.topic(DEAD_LETTERS)
         self.dead_letters.append(Outgoing(topic, letter.key, letter.value, letter.headers()))
         self._dead_bytes += len(record.value or b"")
+
+
+def _named(record: Record) -> Trajectory | None:
+    """Whose trajectory a record was to be, that is none by its schema; None where even that cannot be read."""
+    try:
+        found = _Name.model_validate_json(record.value or b"")
+        return Trajectory(rollout_id=found.rollout_id, group_id=found.group_id, run_id=found.run_id, status="failed")
+    except ValidationError:
+        return None

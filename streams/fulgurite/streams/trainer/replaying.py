@@ -18,6 +18,7 @@ import time
 from collections.abc import Iterator
 from itertools import islice
 
+from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.training import RunFinished, TrainingStep
 from fulgurite.streams.trainer.asking import REPORT_SECONDS
 from fulgurite.streams.trainer.checkpoints import SourceState
@@ -153,6 +154,12 @@ class Selected:
     async def _put(self, group: SelectedGroup) -> None:
         records = await self._reader.read_at(group.partition, group.offsets)
         members = [member for record in records if (member := self._intake.member(record))]
+        for trajectory in (member.trajectory for member in members):
+            if group.group_id != (trajectory.group_id or trajectory.rollout_id):
+                raise StartError(
+                    f"rollout {trajectory.rollout_id} of group {trajectory.group_id} lies where source.sql found group "
+                    f"{group.group_id}: {self._plan.topic} was made anew; start another run (trainer.run_id)"
+                )
         newest = max((version for member in members if (version := _newest(member)) is not None), default=0)
         self._run.windows.put(self._state.groups, members, None if self._plan.is_own_policy else newest)
 

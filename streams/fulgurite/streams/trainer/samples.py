@@ -32,6 +32,12 @@ ADAPTER_CONFIG: Final = "adapter_config.json"
 KNOWN_PARTIAL = ("no_reward", "no_calls")
 """Reasons of the assembler that say enough by themselves; others get a prefix, since `deadline` exists here too."""
 
+MAX_LOGPROB: Final = 1e-3
+"""Of a sampled token: 0, and what a sampler rounds."""
+MIN_LOGPROB: Final = -1e4
+"""No sampler draws such a token; the least that some servers write is -9999. Below, float32's exponentials end."""
+MAX_REWARD: Final = 1e9
+
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
@@ -108,6 +114,8 @@ def member_of(
     sequences = trained_sequences(trajectory, resource, agents)
     fault = next(filter(None, (token_fault(sequence, limits) for sequence in sequences)), "")
     reason = _reason(trajectory, sequences, fault)
+    if not reason and (fault := reward_fault(trajectory)):
+        reason = "bad_reward"
     if reason == "no_calls" and (others := _of_other_policies(trajectory, resource)):
         reason, fault = (
             "wrong_model",
@@ -116,8 +124,8 @@ def member_of(
     if reason:
         # Without data its tokens need not be kept.
         return Member(trajectory.model_copy(update={"sequences": []}), reason), fault
-    oldest = min(part.version for sequence in sequences for part in sequence.weight_versions)
-    return Member(trajectory, "", oldest), ""
+    versions = [part.version for sequence in sequences for part in sequence.weight_versions]
+    return Member(trajectory, "", min(versions), max(versions)), ""
 
 
 def trained_sequences(trajectory: Trajectory, resource: str, agents: Sequence[str] = ()) -> list[TokenSequence]:
@@ -247,12 +255,22 @@ def _reason(trajectory: Trajectory, sequences: list[TokenSequence], fault: str) 
     return ""
 
 
+def reward_fault(trajectory: Trajectory) -> str:
+    """Squares of rewards must stay numbers, also in float32."""
+    named = [("reward", trajectory.reward or 0.0), *((each.name, each.value) for each in trajectory.rewards)]
+    worst = max(named, key=lambda each: abs(each[1]))
+    return f"{worst[0]} {worst[1]:g}; rewards are between ±{MAX_REWARD:g}" if abs(worst[1]) > MAX_REWARD else ""
+
+
 def token_fault(sequence: TokenSequence, limits: ModelLimits) -> str:
     if len(sequence.token_ids) > limits.max_positions:
         return f"{len(sequence.token_ids)} tokens; the model has {limits.max_positions} positions"
     worst = max(sequence.token_ids, default=0)
     if worst >= limits.vocab_size:
         return f"token id {worst}; the model's vocabulary has {limits.vocab_size}"
+    sampled = [logp for logp, is_sampled in zip(sequence.logprobs, sequence.loss_mask, strict=True) if is_sampled]
+    if sampled and not MIN_LOGPROB <= min(sampled) <= max(sampled) <= MAX_LOGPROB:
+        return f"log p from {min(sampled):g} to {max(sampled):g}; that of a sampled token is from {MIN_LOGPROB:g} to 0"
     if sequence.loss_mask[0]:
         return "the first token is marked as sampled, but nothing comes before it that it could be predicted from"
     in_calls = [sum(sequence.loss_mask[call.start : call.end]) for call in sequence.calls]

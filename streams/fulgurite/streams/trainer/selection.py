@@ -38,7 +38,7 @@ _LOOKED_UP = 2_000
 """Ids of one look for their places."""
 
 PLACES = """
-SELECT rollout_id, group_id, _partition, _offset FROM trajectories
+SELECT rollout_id, group_id, _partition, _offset, mode FROM trajectories
 WHERE rollout_id IN {rollout_ids:Array(String)} AND _topic = {topic:String} ORDER BY _offset LIMIT 1 BY rollout_id
 """
 
@@ -58,12 +58,13 @@ def select(plan: Plan, first_offsets: dict[int, int]) -> None:
     rollout_ids = _asked(plan.settings.clickhouse, plan.source.sql)
     places = _places(plan.settings.clickhouse, rollout_ids, plan.topic)
     groups: dict[tuple[str, int], SelectedGroup] = {}
-    missing = forgotten = 0
+    missing = forgotten = held_out = 0
     for rollout_id in rollout_ids:
         if rollout_id not in places:
             missing += 1
             continue
-        group_id, partition, offset = places[rollout_id]
+        group_id, partition, offset, mode = places[rollout_id]
+        held_out += mode != "train"
         forgotten += offset < first_offsets.get(partition, 0)
         # Without a group a rollout is compared with nothing: a group of its own, dropped as too small.
         key = (group_id or rollout_id, partition)
@@ -74,6 +75,10 @@ def select(plan: Plan, first_offsets: dict[int, int]) -> None:
             f"source.sql selects {len(rollout_ids)} rollouts; {missing} have no trajectory of {plan.topic} in the "
             f"table trajectories, {forgotten} have one that Kafka has forgotten: select others, or keep the topic "
             "longer"
+        )
+    if held_out:
+        raise SettingsError(
+            f"source.sql selects {held_out} rollouts that were not asked for to be trained on: add mode = 'train'"
         )
     if missing:
         logger.warning("%d of %d selected rollouts have no trajectory: left out", missing, len(rollout_ids))
@@ -101,12 +106,12 @@ def _asked(settings: ClickHouseSettings, sql: str) -> list[str]:
     return list(dict.fromkeys(str(row[column]) for row in found.result_rows))
 
 
-def _places(settings: ClickHouseSettings, ids: Sequence[str], topic: str) -> dict[str, tuple[str, int, int]]:
-    found: dict[str, tuple[str, int, int]] = {}
+def _places(settings: ClickHouseSettings, ids: Sequence[str], topic: str) -> dict[str, tuple[str, int, int, str]]:
+    found: dict[str, tuple[str, int, int, str]] = {}
     for first in range(0, len(ids), _LOOKED_UP):
         parameters = {"rollout_ids": list(ids[first : first + _LOOKED_UP]), "topic": topic}
-        for rollout_id, group_id, partition, offset in _query(settings, PLACES, parameters, {}).result_rows:
-            found[rollout_id] = (group_id, int(partition), int(offset))
+        for rollout_id, group_id, partition, offset, mode in _query(settings, PLACES, parameters, {}).result_rows:
+            found[rollout_id] = (group_id, int(partition), int(offset), mode)
     return found
 
 

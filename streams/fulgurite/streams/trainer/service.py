@@ -289,7 +289,7 @@ class Trainer:
 
     async def remove_old(self) -> None:
         """6. What no server needs any more."""
-        await asyncio.to_thread(self._checkpoints.prune, self._plan.trainer.keep_versions)
+        await asyncio.to_thread(self._checkpoints.prune, self._run.version, self._plan.trainer.keep_versions)
 
     async def _start(self) -> None:
         """The first transaction of a run, or word that it goes on."""

@@ -3,11 +3,12 @@
     trajectory ─► open group ─► (all members, or the deadline) closed group ─► groups_per_step of them ─► window
 
 - A group is complete when each of its `group_size` rollouts gave a trajectory. A failed, cancelled or unusable one
-  counts as a member without data. `group_deadline_seconds` after its first member a group closes without the missing
+  counts as a member without data. `group_deadline_seconds` after its first record a group closes without the missing
   ones (dropped as `deadline`); they are not waited for and not trained on when they come after all.
 - Of a closed group the *survivors* count: members with data whose oldest sampled token is at most `max_staleness`
-  versions behind the version that will be trained (the others are dropped as `stale`). Fewer than two survivors: the
-  whole group is dropped (`too_few`), and pacing asks for another.
+  versions behind the version that will be trained (the others are dropped as `stale`, and as `unknown_version` where a
+  token claims a newer version than there is). Fewer than two survivors: the whole group is dropped (`too_few`), and
+  pacing asks for another.
 - A window is the `groups_per_step` oldest usable groups, by the order in which they were asked for. Groups whose
   rewards do not differ count as groups of the window, though nothing can be learned from them: asked for and consumed
   stay equal.
@@ -90,7 +91,8 @@ class Windows:
         trajectory = member.trajectory
         index = self._index(trajectory)
         if index is None:
-            self._drop(trajectory.rollout_id, "not_asked")
+            if not any(trajectory.rollout_id == known.rollout_id for known in self.dropped):
+                self._drop(trajectory.rollout_id, "not_asked")
             return
         if trajectory.rollout_id in self.missing:
             self.missing.discard(trajectory.rollout_id)
@@ -105,6 +107,15 @@ class Windows:
         group.members[trajectory.rollout_id] = member
         if len(group.members) == self.shape.group_size and not self.shape.replayed:
             group.closed = True
+
+    def expect(self, group_id: str, now_ns: int) -> None:
+        """A record of this group came that says no more: its deadline counts, as from a first member."""
+        prefix, _, number = group_id.rpartition("-g")
+        if prefix != self.shape.run_id or not number.isascii() or not number.isdigit() or self.shape.replayed:
+            return
+        index = int(number)
+        if self.shape.group_id(index) == group_id and index < self.asked and not self.is_settled(index):
+            self.groups.setdefault(index, Group(index, now_ns))
 
     def settle(self, decided: Mapping[str, str], version: int | None) -> int:
         """For a replay: what a record of the source's ledger decided, rollout by rollout; "" or why it was dropped.
@@ -276,6 +287,8 @@ class Windows:
     def _reason(self, member: Member, version_in: int) -> str:
         if member.reason:
             return member.reason
+        if member.max_version > version_in:
+            return "unknown_version"
         return "stale" if version_in - member.min_version > self.shape.max_staleness else ""
 
     def _size(self, group: Group) -> int:
@@ -289,7 +302,8 @@ class Windows:
         filled = self.shape.incomplete == "fill" and survivors > 0 and self._size(group) >= MIN_SURVIVORS
         if survivors < MIN_SURVIVORS and not filled:
             return "too_few"
-        if self.shape.refill and self.refilled < MOST_REFILLS * self.shape.groups_per_step:
+        is_chosen = self.choice is not None and group.index in self.choice.groups
+        if self.shape.refill and not is_chosen and self.refilled < MOST_REFILLS * self.shape.groups_per_step:
             rewards = {member.trajectory.reward for member in self._trained(group, version_in)}
             return "zero_variance" if len(rewards) == 1 else ""
         return ""
