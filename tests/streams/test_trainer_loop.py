@@ -18,6 +18,7 @@ from fulgurite.schemas.settings import CoordinatorSettings, KafkaSettings, Setti
 from fulgurite.schemas.topics import DEAD_LETTERS, RESOURCES
 from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
 from fulgurite.schemas.trajectories import Trajectory
+from fulgurite.streams.learners.learner import BadStep
 from fulgurite.streams.trainer import asking, serve
 from fulgurite.streams.trainer.checkpoints import Checkpoint, Checkpoints, RunState
 from tests.streams.trainer_world import RESPONSE, World, all_once, build_model, read_topic, training_events
@@ -201,6 +202,17 @@ async def test_a_bad_step_is_skipped_and_the_ledger_says_why(
     assert set(fates) == set(world.queued)
     assert all(fate.startswith("grad_norm:") and "trainer.grad_norm_limit = 1e-09" in fate for fate in fates.values())
     assert len({version.sha256 for version in world.versions}) == 1
+
+
+async def test_a_run_of_which_every_step_is_bad_ends(
+    kafka_settings: KafkaSettings, trainer_settings: TrainerSettings
+) -> None:
+    bounds = {"steps": 9, "grad_norm_limit": 1e-9, "max_bad_steps": 3, "zero_variance": "keep"}
+    async with World(kafka_settings).running():
+        with pytest.raises(BadStep, match=r"3 steps in a row changed nothing, the last one for grad_norm"):
+            await train(kafka_settings, trainer_settings.model_copy(update=bounds))
+    events = await training_events(kafka_settings, RUN)
+    assert [event.step for event in events if isinstance(event, TrainingStep)] == [1, 2]
 
 
 async def test_of_several_updates_only_a_bad_ones_rollouts_are_dropped(

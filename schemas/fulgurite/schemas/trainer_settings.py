@@ -167,10 +167,12 @@ class TrainerSettings(Section):
     """By how much, in units of the reward."""
     max_logprob_difference: Annotated[float, Field(gt=0)] = 1e-3
     """Largest |difference| between trainer and sampler for tokens of the same version; beyond it the run stops."""
-    on_bad_step: Literal["stop", "skip"] = "stop"
-    """A step whose loss or gradient is no number, or past one of the next three bounds, changes nothing. stop: the run
-    ends with the reason; skip: it makes a version of the same weights, and the ledger names its rollouts and the
-    reason. Of several updates only that one is left out, with the rollouts that no other was made of."""
+    on_bad_step: Literal["stop", "skip"] = "skip"
+    """A step whose loss or gradient is no number, or past one of the three bounds below, changes nothing. skip: it
+    makes a version of the same weights, and the ledger names its rollouts and the reason; of several updates only that
+    one is left out, with the rollouts that no other was made of. stop: the run ends with the reason."""
+    max_bad_steps: Annotated[int, Field(ge=1)] = 5
+    """With skip: so many of them in a row, and the run ends after all."""
     grad_norm_limit: Annotated[float, Field(gt=0)] | None = None
     """Largest gradient norm, before it is clipped to max_grad_norm. Not set: any number."""
     max_mismatch_kl: Annotated[float, Field(gt=0)] | None = None

@@ -194,6 +194,7 @@ class Trainer:
         self._ownership = ownership
         self._intake = intake
         self._supply = supply
+        self._bad_steps = 0
         self._progress = Progress(plan.trainer.steps, run.step, metrics)
 
     async def train(self) -> None:
@@ -216,6 +217,7 @@ class Trainer:
             return False
         self._progress.filled()
         training, result = await self._optimize_and_check(window)  # 2
+        self._count_bad_step(result)
         if result and not result.skipped:
             run.windows.remember(window.version_in, result.left_out)
         self._progress.optimized()
@@ -231,6 +233,18 @@ class Trainer:
         await self.remove_old()  # 6
         self._progress.report(event)
         return True
+
+    def _count_bad_step(self, result: StepResult | None) -> None:
+        """Raises BadStep at one too many in a row: what is wrong then is not a window."""
+        self._bad_steps = self._bad_steps + 1 if result and result.skipped else 0
+        if result and self._bad_steps >= self._plan.trainer.max_bad_steps:
+            from fulgurite.streams.learners.learner import BadStep  # not at the top: it brings torch
+
+            raise BadStep(
+                f"version {self._run.version}: {self._bad_steps} steps in a row changed nothing, the last one for "
+                f"{result.skipped.replace(':', ' ', 1)}; the ledger has the reasons of those before; lower "
+                "trainer.learning_rate, or widen the bound, or set trainer.max_bad_steps"
+            )
 
     async def fill(self) -> Window | None:
         """1. Waits for a window for the current version; None where there will be none any more."""
