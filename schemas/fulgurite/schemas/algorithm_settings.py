@@ -35,7 +35,8 @@ class AlgorithmSettings(Section):
     """After the last try. dead_letter: the input is one, with the reason, and the next one's turn comes; stop: the
     process ends, and a restart begins with this input."""
     timeout_seconds: Seconds = 600.0
-    """Longest one try may take. A plain function's thread cannot be ended: it goes on, unheard."""
+    """Longest one try may take. A plain function's thread cannot be ended: it goes on, unheard; with 256 of them the
+    process ends."""
     concurrency: Concurrency = 16
     """Inputs at work at once; what they yield is published in the order of the log all the same."""
     max_open_groups: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
@@ -99,7 +100,8 @@ class AggregatorSettings(Section):
     high: FiniteFloat | None = None
     """Larger sums count as this one."""
     timeout_seconds: Seconds = 60.0
-    """Longest one answer of a judge, or one call of a function, may take."""
+    """Longest one answer of a judge, or one call of a function, may take. A plain function's thread cannot be ended: it
+    goes on, unheard; with 256 of them the process ends."""
     tries: Tries = 3
     """How often a part is tried that fails, gives no number, or takes too long. A judge that is away (no connection,
     429, 502, 503, 504) is waited for, for ever."""

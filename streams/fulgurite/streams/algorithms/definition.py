@@ -10,7 +10,6 @@ returns (one event, several, or None) is published. Pure: knows neither Kafka no
 
 from __future__ import annotations
 
-import asyncio
 import inspect
 import re
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterable
@@ -23,6 +22,7 @@ from fulgurite.producers.named_objects import load_object
 from fulgurite.schemas import topics
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.topics import Topic
+from fulgurite.streams.algorithms.calls import PlainCalls
 
 Reads = Literal["trajectories", "groups", "attempts", "spans", "rewards", "rollouts", "resources", "training"]
 
@@ -80,13 +80,16 @@ class Algorithm:
         wanted = (("run_id", self.run_id), ("agent", self.agent), ("mode", self.mode))
         return all(not value or getattr(event, name, "") == value for name, value in wanted)
 
-    async def run(self, given: Any) -> list[BaseModel]:
+    async def run(self, given: Any, calls: PlainCalls) -> list[BaseModel]:
         """What the function gives for this input. Raises what the function raises."""
-        if inspect.isasyncgenfunction(self.function):
-            return [event async for event in _bounded_async(self.function(given))]
-        if inspect.iscoroutinefunction(self.function):
-            return _events(await cast(Awaitable[Any], self.function(given)))
-        return await asyncio.to_thread(lambda: _events(self.function(given)))
+        try:
+            if inspect.isasyncgenfunction(self.function):
+                return [event async for event in _bounded_async(self.function(given))]
+            if inspect.iscoroutinefunction(self.function):
+                return _events(await cast(Awaitable[Any], self.function(given)))
+        except SystemExit as error:  # would end the event loop: the function has failed, the program goes on
+            raise RuntimeError(f"{self.name} raised SystemExit: {error}") from error
+        return await calls.run(lambda: _events(self.function(given)), self.name)
 
 
 def algorithm(

@@ -218,9 +218,11 @@ class Program:
         """4. What is done, from the oldest on; 5. in one transaction."""
         records: list[Outgoing] = []
         remember: dict[str, GroupState | None] = {}
-        size = 0
+        size, taken = 0, False
         while self._window and self._window[0].done and size < COMMIT_BYTES:
-            item = self._window.popleft()
+            if taken and _failed(self._window[0]):
+                break  # what comes before it is committed first, or a restart would do all of it again, for ever
+            item, taken = self._window.popleft(), True
             # A record that makes two inputs ends with the second: neither is committed without the other.
             made = item.task.result() if item.task is not None else []
             size += sum(len(record.value or b"") for record in made)
@@ -270,6 +272,10 @@ class Program:
             logger.info("%s; %d inputs at work, %d groups open", said, self._working, len(self._groups))
             self._counts.clear()
             self._groups.counts.clear()
+
+
+def _failed(item: Input) -> bool:
+    return item.task is not None and not item.task.cancelled() and item.task.exception() is not None
 
 
 async def _given(records: list[Outgoing]) -> list[Outgoing]:

@@ -1,7 +1,7 @@
 """One record's way through the function: decoded, chosen, tried, and what came of it as records to publish.
 
-Promises: `Worker.start` never raises for a bad record or a function that fails: what comes of it is dead letters with
-the reason, or AlgorithmFailed where the settings say stop. Does not know offsets or transactions.
+Promises: a Worker never raises for a bad record or a function that fails: what comes of it is dead letters with the
+reason, or AlgorithmFailed where the settings say stop; TooManyHung where too many calls never ended. Does not know offsets or transactions.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import FulguriteError, InvalidEvent
 from fulgurite.schemas.exports import EVENTS
 from fulgurite.schemas.settings import Settings
+from fulgurite.streams.algorithms.calls import PlainCalls, TooManyHung
 from fulgurite.streams.algorithms.definition import Algorithm, InputRefused
 from fulgurite.streams.algorithms.events import Publisher
 from fulgurite.streams.algorithms.groups import Record
@@ -50,6 +51,7 @@ class Worker:
         self._publisher = Publisher(
             settings.kafka, algorithm.name, algorithm.reads in _AFTER_END, redactor(settings.redaction)
         )
+        self._calls = PlainCalls()
 
     def events_of(self, record: Record) -> tuple[list[tuple[int, BaseModel]], list[Outgoing]]:
         """The events of a record that are wanted, with their lines; and dead letters of those that are none."""
@@ -87,14 +89,17 @@ class Worker:
         backoff = Backoff(logger, _FIRST_PAUSE_SECONDS)
         where = ", ".join(f"{record.topic}-{record.partition}@{record.offset}" for record, _ in records[:4])
         number = 0
+        self._calls.check()
         while True:
             number += 1
             try:
                 async with asyncio.timeout(self._settings.timeout_seconds):
-                    events = await self._algorithm.run(given)
+                    events = await self._algorithm.run(given, self._calls)
                 return [self._publisher.record(event) for event in events]
             except InputRefused as error:
                 return self._refused(records, error)
+            except TooManyHung:
+                raise
             except Exception as error:  # a function of the user's may raise anything
                 problem = f"{self._algorithm.name} failed with {where}: {type(error).__name__}: {error}"
                 if number >= self._settings.tries:

@@ -12,6 +12,7 @@ import asyncio
 import inspect
 import math
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, cast
 
 import httpx
@@ -32,11 +33,14 @@ from fulgurite.streams.algorithms.aggregator.combine import (
 )
 from fulgurite.streams.algorithms.aggregator.judges import Judge, PartFailed
 from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
-from fulgurite.streams.algorithms.compliance import Rules
+from fulgurite.streams.algorithms.calls import PlainCalls
+from fulgurite.streams.algorithms.compliance import Rules, Violation
 from fulgurite.streams.algorithms.definition import InputRefused
 
 MAX_DIMENSIONS = 64
 """Names that one function may give: the bound of a reward."""
+
+RULES_THREADS = 4
 
 INCOMPLETE = frozenset({"invalid_record", "expired", "unattributed", "too_large"})
 """Words of `partial` that say that spans or rewards of the attempt are missing."""
@@ -56,11 +60,14 @@ class Scoring:
         self._settings = settings.aggregator
         self._rules = Rules(settings.compliance)
         self._rules_weight = settings.compliance.weight
+        # Rules end by themselves and have no time limit, so they share no threads with what may hang.
+        self._ruling = ThreadPoolExecutor(RULES_THREADS, thread_name_prefix="rules")
+        calls = PlainCalls()
         room = asyncio.Semaphore(settings.aggregator.max_judge_calls)
         self._scorers: list[tuple[RewardSource, Scorer]] = []
         for source in settings.aggregator.sources:
             scorer: Scorer = (
-                FunctionScorer(source, settings.aggregator)
+                FunctionScorer(source, settings.aggregator, calls)
                 if source.function
                 else Judge(source, settings.aggregator, client, verdicts, room)
             )
@@ -78,7 +85,7 @@ class Scoring:
             for (source, _), result in zip(wanted, results, strict=True)
             if source.required and not isinstance(result, Part)
         ]
-        found = await asyncio.to_thread(self._rules.violations, attempt.spans) if self._rules else []
+        found = await self._violations(attempt) if self._rules else []
         cost = sum(violation.cost for violation in found)
         rewards = [part_reward(attempt, part) for part in parts]
         rewards += self._rules.rewards(attempt.rollout_id, attempt.attempt_id, found)
@@ -95,13 +102,18 @@ class Scoring:
         rewards = [*rewards, sum_reward(attempt, value, dimensions)]
         return [*rewards, rewarded(attempt, rewards, value, failed=False, counted=counted)]
 
+    async def _violations(self, attempt: FinishedAttempt) -> list[Violation]:
+        running = asyncio.get_running_loop().run_in_executor(self._ruling, self._rules.violations, attempt.spans)
+        return await running
+
 
 class FunctionScorer:
-    """A Python function of the user's: plain ones run in threads."""
+    """A Python function of the user's: plain ones run in threads of their own."""
 
-    def __init__(self, source: RewardSource, settings: AggregatorSettings) -> None:
+    def __init__(self, source: RewardSource, settings: AggregatorSettings, calls: PlainCalls) -> None:
         self._name = source.name
         self._settings = settings
+        self._calls = calls
         where = f"aggregator.sources: function of {source.name}"
         self._function: Callable[[FinishedAttempt], Any] = load_object(
             source.function, where, "examples.algorithms.rewards:short_answer"
@@ -110,7 +122,8 @@ class FunctionScorer:
             raise SettingsError(f"{where} = {source.function!r}: is no function; function(attempt) gives a number")
 
     async def score(self, attempt: FinishedAttempt) -> Part | None:
-        """Raises PartFailed."""
+        """Raises PartFailed; TooManyHung where calls before this one never ended."""
+        self._calls.check()
         problem = ""
         for _ in range(self._settings.tries):
             try:
@@ -124,8 +137,11 @@ class FunctionScorer:
 
     async def _call(self, attempt: FinishedAttempt) -> Any:
         if inspect.iscoroutinefunction(self._function):
-            return await self._function(attempt)
-        return await asyncio.to_thread(self._function, attempt)
+            try:
+                return await self._function(attempt)
+            except SystemExit as error:  # would end the event loop
+                raise RuntimeError(f"raised SystemExit: {error}") from error
+        return await self._calls.run(lambda: self._function(attempt), self._name)
 
     def _part(self, given: Any) -> Part | None:
         if given is None:
