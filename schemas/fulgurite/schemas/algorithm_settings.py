@@ -16,6 +16,8 @@ from fulgurite.schemas.sections import Seconds, Section, Url
 MAX_SOURCES = 60
 MAX_RULES = 1_000
 MAX_TOOLS = 1_000
+RESERVED_SOURCES = frozenset({"reward", "agent", "compliance"})
+"""The sum's own parts, and the sum."""
 
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Concurrency = Annotated[int, Field(ge=1, le=1_024)]
@@ -121,8 +123,11 @@ class AggregatorSettings(Section):
         names = [source.name for source in self.sources]
         if doubled := {name for name in names if names.count(name) > 1}:
             raise ValueError(f"sources of the same name: {', '.join(sorted(doubled))}")
-        if taken := {"reward", "compliance"} & set(names):
-            raise ValueError(f"a source cannot be named {', '.join(sorted(taken))}: these are the sum and the rules")
+        if taken := RESERVED_SOURCES & set(names):
+            raise ValueError(
+                f"a source cannot be named {', '.join(sorted(taken))}: reward is the sum, agent what the agent itself "
+                "gave, compliance what violations cost; choose another name"
+            )
         if self.low is not None and self.high is not None and self.low >= self.high:
             raise ValueError(f"low = {self.low:g} is not below high = {self.high:g}")
         return self

@@ -9,7 +9,7 @@ import pytest
 
 from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.rewards import Reward
-from fulgurite.schemas.settings import Settings, TrainerSettings
+from fulgurite.schemas.settings import AggregatorSettings, RewardSource, Settings, TrainerSettings
 from fulgurite.schemas.spans import Span
 from fulgurite.schemas.trajectories import CallRange, FinishedAttempt, TokenSequence, Trajectory, TrajectoryReward
 from fulgurite.streams.algorithms.aggregator.scoring import Scoring
@@ -94,3 +94,9 @@ async def test_a_users_own_rewards_of_calls_come_on_top() -> None:
     given.rewards.insert(0, TrajectoryReward(reward_id="step", name="step", value=0.25, span_id="s0"))
     found, _ = await scored(given, compliance={"rules": [RULE]})
     assert by_call(found) == [-0.25, 1.0]
+
+
+@pytest.mark.parametrize("name", ["agent", "reward", "compliance"])
+def test_a_source_cannot_have_the_name_of_another_part(name: str) -> None:
+    with pytest.raises(ValueError, match=f"a source cannot be named {name}"):
+        AggregatorSettings(sources=[RewardSource(name=name, function="module:function")])
