@@ -179,6 +179,8 @@ def test_conversations_and_completions_become_tokens(tmp_path: Path) -> None:
     lines: list[Any] = [
         {"messages": [{"role": role, "content": content} for role, content in turns]},
         {"prompt": "3+3=", "completion": "6"},
+        {"prompt": [{"role": role, "content": content} for role, content in turns[:3]],
+         "completion": [{"role": "assistant", "content": "4"}]},
         {"rollout_id": "r", "status": "succeeded", "sequences": [
             {"token_ids": [1, 2, 3], "loss_mask": [0, 1, 0], "logprobs": [0.0, -1.0, 0.0]}]},
     ]  # fmt: skip
@@ -186,11 +188,14 @@ def test_conversations_and_completions_become_tokens(tmp_path: Path) -> None:
     file = write(tmp_path / "demonstrations.jsonl", lines)
     plan = make_plan(Settings(trainer=settings_for(model, tmp_path / "out", demonstrations=file)))
     prepare(plan)
-    talk, completion, sampled, tailed = prepared(plan)
+    talk, completion, answered, sampled, tailed = prepared(plan)
     assert tailed == sampled
     learned = [token for token, learn in zip(talk.token_ids, talk.loss_mask, strict=True) if learn]
     assert tokenizer.decode(learned) == tokenizer.decode(tokenizer.encode("2\n4\n", add_special_tokens=False))
     assert sum(talk.loss_mask) < len(talk.token_ids)
+    assert answered.token_ids == talk.token_ids
+    learned = [token for token, learn in zip(answered.token_ids, answered.loss_mask, strict=True) if learn]
+    assert tokenizer.decode(learned) == tokenizer.decode(tokenizer.encode("4\n", add_special_tokens=False))
     assert completion.loss_mask[0] == 0
     assert completion.token_ids[-1] == tokenizer.eos_token_id
     assert (sampled.token_ids, sampled.loss_mask) == ([1, 2, 3], [0, 1, 0])
@@ -204,12 +209,39 @@ def test_conversations_and_completions_become_tokens(tmp_path: Path) -> None:
         ('{"prompt_token_ids": [1], "response_token_ids": []}', "line 2: there is nothing to learn"),
         ('{"prompt_token_ids": [1], "response_token_ids": [99]}', "line 2: token id 99"),
         ('{"prompt_token_ids": [], "response_token_ids": [1]}', "line 2: the first token"),
-        ('{"prompt_token_ids": "ab", "response_token_ids": [1]}', "line 2: "),
+        (
+            '{"prompt_token_ids": "ab", "response_token_ids": [1]}',
+            "line 2: prompt_token_ids must be a list of integers",
+        ),
+        ('{"prompt_token_ids": [1], "response_token_ids": "34"}', "line 2: response_token_ids must be a list"),
+        ('{"prompt_token_ids": null, "response_token_ids": [1]}', "line 2: prompt_token_ids must be a list"),
+        ('{"prompt_token_ids": [1], "response_token_ids": 3}', "line 2: response_token_ids must be a list"),
+        ('{"prompt_token_ids": [1], "response_token_ids": [3.0]}', "line 2: response_token_ids must be a list"),
+        ('{"prompt_token_ids": [1], "response_token_ids": [true]}', "line 2: response_token_ids must be a list"),
+        ('{"prompt": "a", "completion": null}', "line 2: prompt and completion must be two texts or two lists"),
+        ('{"prompt": "a", "completion": 7}', "line 2: prompt and completion must be two texts or two lists"),
+        ('{"prompt": "a", "completion": [{"role": "assistant", "content": "b"}]}', "line 2: prompt and completion"),
+        ('{"messages": "hello"}', "line 2: messages must be a list"),
+        ('{"messages": ["hello"]}', r"line 2: messages\[0\] must be an object"),
+        ('{"messages": [{"role": "assistant", "content": 7}]}', r"line 2: messages\[0\]: content"),
+        ('{"messages": [{"role": "assistant", "content": null}]}', r"line 2: messages\[0\]: content"),
+        ('{"prompt": [], "completion": [{"content": "x"}]}', r"line 2: completion\[0\] must be an object"),
+        ("[" * 100_000, "line 2: "),
     ],
 )
 def test_a_line_that_cannot_be_used_is_named(tiny_model: Path, tmp_path: Path, line: str, words: str) -> None:
     file = write(tmp_path / "demonstrations.jsonl", token_lines(1))
     file.write_text(file.read_text() + line + "\n")
+    demonstrations_refused(tiny_model, tmp_path, file, words)
+
+
+def test_a_line_that_is_no_text_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    file = write(tmp_path / "demonstrations.jsonl", token_lines(1))
+    file.write_bytes(file.read_bytes() + b'{"prompt": "\xff"}\n')
+    demonstrations_refused(tiny_model, tmp_path, file, "line 2: .*utf-8")
+
+
+def demonstrations_refused(tiny_model: Path, tmp_path: Path, file: Path, words: str) -> None:
     plan = make_plan(Settings(trainer=settings_for(tiny_model, tmp_path, demonstrations=file)))
     with pytest.raises(SettingsError, match=words):
         prepare(plan)

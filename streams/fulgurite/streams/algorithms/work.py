@@ -1,7 +1,8 @@
 """One record's way through the function: decoded, chosen, tried, and what came of it as records to publish.
 
 Promises: a Worker never raises for a bad record or a function that fails: what comes of it is dead letters with the
-reason, or AlgorithmFailed where the settings say stop; TooManyHung where too many calls never ended. Does not know offsets or transactions.
+reason, or AlgorithmFailed where the settings say stop; TooManyHung where too many calls never ended. Does not know
+offsets or transactions.
 """
 
 from __future__ import annotations

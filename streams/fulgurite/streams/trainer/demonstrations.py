@@ -2,11 +2,12 @@
 
     trainer.demonstrations ─► tokens, with a mask over what is to be learned ─► <run>/demonstrations.jsonl ─► windows
 
-One JSON object a line, in one of four forms:
+One JSON object a line, in one of five forms:
 
     {"messages": [{"role": "user", "content": "…"}, {"role": "assistant", "content": "…"}, …], "tools": […]}
         by the model's chat template; every message of the assistant is learned
     {"prompt": "…", "completion": "…"}                          the completion and the end of the text are learned
+    {"prompt": [{…}, …], "completion": [{…}, …]}                one conversation: the completion's assistant is learned
     {"prompt_token_ids": [1, 2], "response_token_ids": [3]}     the response is learned
     {"rollout_id": "…", "status": "succeeded", "sequences": […], …}    a trajectory: what was sampled in it is learned;
                                                                         also within {"value": …}, as `tail` writes it
@@ -34,7 +35,7 @@ from fulgurite.streams.trainer.samples import ModelLimits, read_limits, token_fa
 DEMONSTRATIONS = "demonstrations.jsonl"
 
 MAX_DEMONSTRATIONS = 1_000_000
-MAX_LINE_CHARS = 16 << 20
+MAX_LINE_BYTES = 16 << 20
 
 
 class Demonstration(BaseModel):
@@ -101,25 +102,25 @@ class _Reading:
 
     def all(self) -> Iterator[Demonstration]:
         try:
-            with self._path.open(encoding="utf-8") as file:
+            with self._path.open("rb") as file:
                 for number, line in enumerate(file, 1):
-                    if number > MAX_DEMONSTRATIONS or len(line) > MAX_LINE_CHARS:
-                        bound = f"{MAX_DEMONSTRATIONS} lines of {MAX_LINE_CHARS} characters"
+                    if number > MAX_DEMONSTRATIONS or len(line) > MAX_LINE_BYTES:
+                        bound = f"{MAX_DEMONSTRATIONS} lines of {MAX_LINE_BYTES} bytes"
                         raise SettingsError(f"{self._where(number)}: more than {bound}")
                     if line.strip():
                         yield from self._line(number, line)
-        except (OSError, UnicodeDecodeError) as error:
+        except OSError as error:
             raise SettingsError(f"trainer.demonstrations = {self._path}: {error}") from None
 
     def _where(self, number: int) -> str:
         return f"trainer.demonstrations = {self._path}, line {number}"
 
-    def _line(self, number: int, line: str) -> list[Demonstration]:
+    def _line(self, number: int, line: bytes) -> list[Demonstration]:
         try:
-            found = self._parsed(line)
+            found = self._parsed(line.decode("utf-8-sig" if number == 1 else "utf-8"))
             for demonstration in found:
                 self._check(demonstration)
-        except (ValueError, InvalidEvent) as error:
+        except (ValueError, TypeError, RecursionError, InvalidEvent) as error:
             raise SettingsError(f"{self._where(number)}: {error}") from None
         return found
 
@@ -143,9 +144,9 @@ class _Reading:
             sequences = [sequence for sequence in trajectory.sequences if any(sequence.loss_mask)]
             return [Demonstration(token_ids=s.token_ids, loss_mask=s.loss_mask) for s in sequences]
         if "messages" in fields:
-            return [self._conversation(fields["messages"], fields.get("tools"))]
+            return [self._conversation(_messages(fields["messages"], "messages"), fields.get("tools"))]
         if "prompt_token_ids" in fields and "response_token_ids" in fields:
-            return [masked(fields["prompt_token_ids"], fields["response_token_ids"])]
+            return [masked(_ids(fields, "prompt_token_ids"), _ids(fields, "response_token_ids"))]
         if "prompt" in fields and "completion" in fields:
             return [self._completion(fields)]
         raise ValueError(
@@ -153,20 +154,25 @@ class _Reading:
         )
 
     def _completion(self, fields: Mapping[str, Any]) -> Demonstration:
+        before, after = fields["prompt"], fields["completion"]
+        if isinstance(before, list) and isinstance(after, list):
+            given, said = _messages(before, "prompt"), _messages(after, "completion")
+            return self._conversation([*given, *said], fields.get("tools"), len(given))
+        if not isinstance(before, str) or not isinstance(after, str):
+            kinds = f"{type(before).__name__} and {type(after).__name__}"
+            raise ValueError(f"prompt and completion must be two texts or two lists of messages, not {kinds}")
         tokenizer = self._loaded()
-        prompt = tokenizer.encode(str(fields["prompt"]), add_special_tokens=True)
-        completion = tokenizer.encode(str(fields["completion"]), add_special_tokens=False)
+        prompt = tokenizer.encode(before, add_special_tokens=True)
+        completion = tokenizer.encode(after, add_special_tokens=False)
         end = [] if tokenizer.eos_token_id is None else [tokenizer.eos_token_id]
         return masked(prompt, completion + end)
 
-    def _conversation(self, messages: Any, tools: Any) -> Demonstration:
-        if not isinstance(messages, list):
-            raise ValueError("messages must be a list")
-        said = cast("list[Any]", messages)
-        roles = [message.get("role") if isinstance(message, dict) else None for message in said]
+    def _conversation(self, said: list[Any], tools: Any, given: int = 0) -> Demonstration:
+        """given: so many messages at the beginning are not learned, whoever says them."""
+        roles = [message["role"] for message in said]
         whole = self._rendered(said, tools, False)
         mask = [0] * len(whole)
-        for at in [at for at, role in enumerate(roles) if role == "assistant"]:
+        for at in [at for at, role in enumerate(roles) if role == "assistant" and at >= given]:
             before = self._rendered(said[:at], tools, True)
             until = self._rendered(said[: at + 1], tools, False)
             if until[: len(before)] != before or whole[: len(until)] != until:
@@ -200,3 +206,26 @@ class _Reading:
 def masked(prompt: list[int], response: list[int]) -> Demonstration:
     """Tokens given, then tokens to be learned."""
     return Demonstration(token_ids=[*prompt, *response], loss_mask=[0] * len(prompt) + [1] * len(response))
+
+
+def _ids(fields: Mapping[str, Any], name: str) -> list[int]:
+    """Raises ValueError for what is no list of integers."""
+    given = fields[name]
+    if not isinstance(given, list) or any(type(each) is not int for each in cast("list[Any]", given)):
+        raise ValueError(f"{name} must be a list of integers")
+    return cast("list[int]", given)
+
+
+def _messages(given: Any, name: str) -> list[Any]:
+    """Raises ValueError for what a chat template would write down as Python does: null as None, 7 as 7."""
+    if not isinstance(given, list):
+        raise ValueError(f"{name} must be a list")
+    said = cast("list[Any]", given)
+    for at, each in enumerate(said):
+        message = cast("dict[str, Any]", each) if isinstance(each, dict) else {}
+        if not isinstance(message.get("role"), str):
+            raise ValueError(f"{name}[{at}] must be an object with a role and content")
+        content = message.get("content")
+        if not isinstance(content, str | list) and not (content is None and message.get("tool_calls")):
+            raise ValueError(f"{name}[{at}]: content must be a text or a list of parts; without one, tool_calls")
+    return said
