@@ -61,7 +61,7 @@ class RewardSource(_Part):
     api_key: SecretStr = SecretStr("")
     """The judge's."""
     template: Path | None = None
-    """File with what the judge is asked: text with {input}, {output}, {transcript}, {agent} and {status}."""
+    """File with what the judge is asked: text with {input}, {output} or {transcript}, and {agent} and {status}."""
     answer: str = r"-?[0-9]+(?:\.[0-9]+)?"
     """What of the judge's answer is the reward: the last match of this expression, a number."""
     weight: FiniteFloat = 1.0
@@ -272,9 +272,9 @@ class PromptSettings(Section):
     critic_timeout_seconds: Seconds = 120.0
     """Longest one answer may take."""
     gradient_template: Path | None = None
-    """File with the question what is wrong with a prompt: {template}, {examples}. Not set: one of our own."""
+    """File with the question what is wrong with a prompt: needs {template} and {examples}. Not set: one of our own."""
     edit_template: Path | None = None
-    """File with the order to write a better one: {template}, {critique}. Not set: one of our own."""
+    """File with the order to write a better one: needs {template} and {critique}. Not set: one of our own."""
     must_contain: Annotated[list[str], Field(max_length=64)] = Field(default_factory=list[str])
     """What every template must have in it, such as "{question}"; edits without it are thrown away."""
     rounds: Annotated[int, Field(ge=1, le=1_000)] = 3

@@ -9,9 +9,11 @@ from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from pydantic import SecretStr
 
 from fulgurite.producers.prompts import PromptTemplates
 from fulgurite.schemas.codec import decode, decode_union
@@ -23,8 +25,9 @@ from fulgurite.schemas.spans import Span
 from fulgurite.schemas.topics import RESOURCES, ROLLOUTS, SPANS, TRAJECTORIES
 from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
 from fulgurite.schemas.trajectories import Trajectory
+from fulgurite.streams.algorithms.chat import ChatModel
 from fulgurite.streams.algorithms.prompts import serve
-from fulgurite.streams.algorithms.prompts.critic import template_in
+from fulgurite.streams.algorithms.prompts.critic import Critic, template_in
 from fulgurite.streams.algorithms.prompts.search import Example, Search
 from fulgurite.streams.trainer.ownership import ResourceTaken
 from tests.streams.algorithms.algorithms_bus import send
@@ -279,3 +282,25 @@ def test_no_search_spends_more_than_its_budgets(data: st.DataObject) -> None:
 def test_the_template_stands_between_the_marks() -> None:
     assert template_in("a <template>x</template> b <template>\ny\n</template>") == "y"
     assert template_in("  just this ") == "just this"
+
+
+@pytest.mark.parametrize(
+    ("name", "text", "words"),
+    [
+        ("gradient_template", "What is wrong with {template}?", r"needs \{examples\}"),
+        ("gradient_template", "{template} {examples} {critique}", r"\{critique\} has no value here"),
+        ("edit_template", "Write a better one: {critique}", r"needs \{template\}"),
+        ("edit_template", "Write {template} anew", r"needs \{critique\}"),
+        ("edit_template", "{template} {critique}: keep {question}", ""),
+    ],
+)
+async def test_a_question_to_the_critic_without_its_places_is_refused(
+    tmp_path: Path, name: str, text: str, words: str
+) -> None:
+    (tmp_path / "question.txt").write_text(text)
+    settings = PromptSettings.model_validate({name: tmp_path / "question.txt"})
+    refused = pytest.raises(SettingsError, match=rf"prompt\.{name} = .*{words}") if words else contextlib.nullcontext()
+    async with httpx.AsyncClient() as client:
+        model = ChatModel(client, "http://127.0.0.1:1/v1", "m", SecretStr(""), 1.0)
+        with refused:
+            Critic(model, settings)

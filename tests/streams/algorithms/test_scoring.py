@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from pathlib import Path
 from typing import Any
 
 import httpx
 import pytest
 
+from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.rewards import Reward
 from fulgurite.schemas.settings import AggregatorSettings, RewardSource, Settings, TrainerSettings
@@ -100,3 +103,26 @@ async def test_a_users_own_rewards_of_calls_come_on_top() -> None:
 def test_a_source_cannot_have_the_name_of_another_part(name: str) -> None:
     with pytest.raises(ValueError, match=f"a source cannot be named {name}"):
         AggregatorSettings(sources=[RewardSource(name=name, function="module:function")])
+
+
+@pytest.mark.parametrize(
+    ("template", "words"),
+    [
+        ("Rate this answer from 0 to 10: {ouput}", r"\{ouput\} is no place.*\{input\}, \{output\}"),
+        ("{output} of {model}", r"\{model\} is no place"),
+        ("Was {agent} {status}? 0 or 1", r"needs \{input\}, \{output\} or \{transcript\}"),
+        ("", r"needs \{input\}"),
+        ('{output}: answer as {"score": 1, "why": {}}, { score }, \\boxed{answer}, $x^{n}_{i}$, \\frac{a}{b}', ""),
+    ],
+)
+async def test_a_judge_that_would_not_be_told_what_it_judges_is_refused(
+    tmp_path: Path, template: str, words: str
+) -> None:
+    file = tmp_path / "template.txt"
+    file.write_text(template)
+    source = {"name": "j", "url": "http://127.0.0.1:1/v1", "model": "m", "template": file}
+    settings = Settings.model_validate({"aggregator": {"sources": [source]}})
+    refused = pytest.raises(SettingsError, match=words) if words else contextlib.nullcontext()
+    async with httpx.AsyncClient() as client:
+        with refused:
+            Scoring(settings, client, Verdicts(None, 10))

@@ -10,6 +10,8 @@ The question is the source's template with these in place of their names:
     {output}       what it said in the end: the output of its last call, or of its root span
     {transcript}   every call and tool, in their order, with input and output
     {agent}, {status}
+Other braces stay as they are. A word alone in them is refused at the start, as it is a place misspelt; not one that
+follows a letter, a backslash, a brace, ^, _ or $, as in \\boxed{answer}.
 """
 
 from __future__ import annotations
@@ -35,7 +37,11 @@ from fulgurite.streams.algorithms.transcript import shortened, texts_of
 MAX_ANSWER_CHARS = 4_000
 """Of an answer, in the audit."""
 
-_PLACE = re.compile(r"\{(input|output|transcript|agent|status)\}")
+_TOLD = ("input", "output", "transcript")
+"""At least one of them is in every question: without, all attempts would have the same verdict."""
+_PLACES = (*_TOLD, "agent", "status")
+_PLACE = re.compile(rf"\{{({'|'.join(_PLACES)})\}}")
+_WORD = re.compile(r"(?<![\w\\}^$])\{([A-Za-z_]\w*)\}")
 
 
 class PartFailed(Exception):
@@ -66,6 +72,8 @@ class Judge:
             self._template = source.template.read_text("utf-8")
         except (OSError, UnicodeDecodeError) as error:
             raise SettingsError(f"aggregator.sources: template of {source.name}: {error}") from None
+        if fault := template_fault(self._template):
+            raise SettingsError(f"aggregator.sources: template of {source.name} ({source.template}): {fault}")
 
     async def score(self, attempt: FinishedAttempt) -> Part:
         """Raises PartFailed."""
@@ -106,6 +114,20 @@ def number_in(pattern: Expression, answer: str) -> float:
     if not math.isfinite(value):
         raise NoAnswer(f"no number in the answer {answer[:500]!r}")
     return value
+
+
+def template_fault(template: str) -> str:
+    """Why a template is of no use; empty where it is.
+
+    >>> template_fault("Rate {ouput}")
+    '{ouput} is no place: {input}, {output}, {transcript}, {agent}, {status} are; as a word write { ouput }'
+    """
+    known = ", ".join(f"{{{place}}}" for place in _PLACES)
+    if wrong := [word for word in _WORD.findall(template) if word not in _PLACES]:
+        return f"{{{wrong[0]}}} is no place: {known} are; as a word write {{ {wrong[0]} }}"
+    if not set(_TOLD) & set(_PLACE.findall(template)):
+        return "it needs {input}, {output} or {transcript}: without, the judge is told nothing of what it judges"
+    return ""
 
 
 def question_of(template: str, attempt: FinishedAttempt, max_chars: int) -> str:

@@ -57,11 +57,11 @@ class Critic:
     """One model."""
 
     def __init__(self, model: ChatModel, settings: PromptSettings) -> None:
-        """Raises SettingsError for a question's file that cannot be read."""
+        """Raises SettingsError for a question's file that cannot be read, or lacks a place."""
         self._model = model
         self._settings = settings
-        self._gradient = _read(settings.gradient_template, "gradient_template", GRADIENT)
-        self._edit = _read(settings.edit_template, "edit_template", EDIT)
+        self._gradient = _read(settings.gradient_template, "gradient_template", GRADIENT, ("template", "examples"))
+        self._edit = _read(settings.edit_template, "edit_template", EDIT, ("template", "critique"))
 
     async def edit(self, parent: Candidate, branch: int, round_number: int) -> str | None:
         """A new template; None where the critic gave none."""
@@ -101,10 +101,19 @@ def template_in(answer: str) -> str:
     return str(found[-1]) if found else answer.strip()
 
 
-def _read(path: Path | None, name: str, ours: str) -> str:
+def _read(path: Path | None, name: str, ours: str, places: Sequence[str]) -> str:
+    """Every place is needed, so one misspelt is missed; other words in braces may be those of the prompt template."""
     if path is None:
         return ours
     try:
-        return path.read_text("utf-8")
+        text = path.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise SettingsError(f"prompt.{name} = {path}: {error}") from None
+    found = set(_PLACE.findall(text))
+    if missing := [f"{{{place}}}" for place in places if place not in found]:
+        raise SettingsError(
+            f"prompt.{name} = {path}: needs {' and '.join(missing)}: without, the critic is not told it"
+        )
+    if strange := sorted(found - set(places)):
+        raise SettingsError(f"prompt.{name} = {path}: {{{strange[0]}}} has no value here; take it out")
+    return text
