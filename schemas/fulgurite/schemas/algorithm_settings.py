@@ -296,6 +296,8 @@ class PromptSettings(Section):
     rollout_timeout_seconds: Seconds = 600.0
     """Longest one attempt may take."""
     candidate_deadline_seconds: Annotated[float, Field(gt=0, le=604_800)] = 3_600.0
-    """Longest that a round waits for its rollouts; those missing then count as failed."""
+    """Longest that a round waits for its rollouts; those missing then have no reward: each counts as the lowest
+    reward that the search has seen."""
     min_share: Annotated[float, Field(gt=0, le=1)] = 0.5
-    """Least share of a candidate's rollouts that must have a reward; with less it is out."""
+    """Least share of a candidate's rollouts that must have a reward; with less it is out. Above it, a rollout without
+    one counts as the lowest reward that the search has seen."""

@@ -187,7 +187,9 @@ async def test_the_template_gets_better_and_a_killed_search_goes_on(
     assert len(queued) == steps[-1].metrics["prompt/rollouts"]
 
 
-async def test_budgets_hold_and_lost_rollouts_are_no_zeros(kafka_settings: KafkaSettings, tmp_path: Path) -> None:
+async def test_budgets_hold_and_a_lost_rollout_costs_no_candidate(
+    kafka_settings: KafkaSettings, tmp_path: Path
+) -> None:
     async with (
         model_server(critic) as server,
         agents(kafka_settings, lambda rollout_id: rollout_id == f"{RUN}-c0-t1") as done,
@@ -277,6 +279,28 @@ def test_no_search_spends_more_than_its_budgets(data: st.DataObject) -> None:
     assert search.round <= settings.rounds + 1
     texts = [candidate.text for candidate in search.candidates]
     assert len(texts) == len(set(texts))
+
+
+def after_trials(*trials: list[float | None]) -> tuple[list[float | None], str]:
+    """Scores of the seed and of edits, each tried in a round of its own; and which of them is served."""
+    settings = PromptSettings(val_batch=len(trials[0]), rounds=9)
+    search = Search(run_id="r", resource="p", version=1)
+    search.first("c0", 1, settings)
+    for number, rewards in enumerate(trials):
+        if number:
+            search.proposed(search.candidates[0], f"c{number}", 1, settings)
+        search.scored({number: rewards}, {}, settings)
+    search = Search.model_validate_json(search.model_dump_json())
+    return [candidate.score for candidate in search.candidates], search.candidates[search.published].text
+
+
+def test_crashing_on_hard_tasks_does_not_pay() -> None:
+    seed = [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+    assert after_trials(seed, [1.0] * 4 + [None] * 4) == ([0.625, 0.5], "c0")
+    assert after_trials([1.0] * 4 + [None] * 4, seed) == ([0.5, 0.625], "c1"), "also where the zero is seen later"
+    assert after_trials([0.0, 0.0], [None, 1.0]) == ([0.0, 0.5], "c1")
+    assert after_trials([-1.0, 1.0], [None, 1.0], [1.0, 1.0]) == ([0.0, 0.0, 1.0], "c2"), "the lowest is no zero"
+    assert after_trials([1.0] * 4, [1.0, None, None, None]) == ([1.0, None], "c0"), "with less than min_share it is out"
 
 
 def test_the_template_stands_between_the_marks() -> None:

@@ -50,7 +50,7 @@ async def results_of(
                 found[trajectory.rollout_id] = trajectory
         now = time.monotonic()
         if now - begun > deadline_seconds and await reader.caught_up():
-            logger.warning("%d of %d rollouts did not end in time: they count as failed", len(missing), len(wanted))
+            logger.warning("%d of %d rollouts did not end in time: they have no reward", len(missing), len(wanted))
             break
         if now - reported > _REPORT_SECONDS:
             reported = now

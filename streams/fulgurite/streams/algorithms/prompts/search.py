@@ -4,8 +4,9 @@
     round r:  of each of the beam_width best, branch_factor edits are asked for (propose), then tried (evaluate)
 
 Promises: never more than max_rollouts rollouts or max_critic_calls calls; a template is tried once; candidates are
-compared on the same tasks. The score is the mean reward of those rollouts that have one: a rollout without a reward is
-not taken for one of 0, but a candidate of which fewer than min_share have one is out.
+compared on the same tasks. The score is the mean reward over all tasks; a rollout without a reward counts as the lowest
+one seen in the search so far, of any candidate, so that it never pays to crash and no scale of rewards is presumed.
+When a lower one is seen, earlier scores fall accordingly. A candidate of which fewer than min_share have one is out.
 """
 
 from __future__ import annotations
@@ -44,6 +45,11 @@ class Candidate(BaseModel):
     parent: int | None = None
     score: float | None = None
     rewarded: int = 0
+    """Rollouts that have a reward, …"""
+    missing: int = 0
+    """… and those that have none."""
+    total: float | None = None
+    """Sum of the rewards; None where it was not tried, or is out."""
     why_out: str = ""
     """Why it is none any more; empty while it is one."""
     examples: list[Example] = Field(default_factory=list[Example])
@@ -66,6 +72,8 @@ class Search(BaseModel):
     version: int = 0
     """The newest version of the resource that this search knows of, and which candidate it is."""
     published: int = 0
+    lowest: float | None = None
+    """Reward of any rollout so far."""
     spans_from: dict[int, int] = Field(default_factory=dict[int, int])
     """By partition: before it lies no span of the candidates being tried."""
 
@@ -129,14 +137,20 @@ class Search(BaseModel):
 
         Gives the candidate to be published, None where none is better than the one that is.
         """
+        seen = [reward for each in rewards.values() for reward in each if reward is not None]
+        self.lowest = min([*seen, *([] if self.lowest is None else [self.lowest])], default=None)
         for candidate in self.waiting():
             known = [reward for reward in rewards[candidate.number] if reward is not None]
-            candidate.rewarded = len(known)
+            candidate.rewarded, candidate.missing = len(known), settings.val_batch - len(known)
             if len(known) < settings.min_share * settings.val_batch:
                 candidate.why_out = f"{len(known)} of {settings.val_batch} rollouts have a reward"
                 continue
-            candidate.score = math.fsum(known) / len(known)
+            candidate.total = math.fsum(known)
             candidate.examples = list(examples.get(candidate.number, ()))
+        for candidate in self.candidates:
+            if candidate.total is not None:
+                filled = candidate.total + candidate.missing * (self.lowest or 0.0)
+                candidate.score = filled / (candidate.rewarded + candidate.missing)
         ranked = self.ranked()
         self.beam = [candidate.number for candidate in ranked[: settings.beam_width]]
         for candidate in self.candidates:
