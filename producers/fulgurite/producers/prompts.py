@@ -62,6 +62,15 @@ class PromptTemplate:
         """What names exactly this version."""
         return pin_of(self.resource, self.version)
 
+    @property
+    def places(self) -> list[str]:
+        """What values can be put into, as it stands in the text.
+
+        >>> PromptTemplate("p", 1, "{b} {a} {b} {'json': 1}").places
+        ['{b}', '{a}']
+        """
+        return list(dict.fromkeys(place[0] for place in _PLACE.finditer(self.text)))
+
     def render(self, **values: Any) -> str:
         """The text with values in their places; other braces stay as they are.
 

@@ -270,13 +270,14 @@ class PromptSettings(Section):
     critic_api_key: SecretStr = SecretStr("")
     """Its key."""
     critic_timeout_seconds: Seconds = 120.0
-    """Longest one answer may take."""
+    """Longest one answer may take, from the connection to its last byte."""
     gradient_template: Path | None = None
     """File with the question what is wrong with a prompt: needs {template} and {examples}. Not set: one of our own."""
     edit_template: Path | None = None
     """File with the order to write a better one: needs {template} and {critique}. Not set: one of our own."""
     must_contain: Annotated[list[str], Field(max_length=64)] = Field(default_factory=list[str])
-    """What every template must have in it, such as "{question}"; edits without it are thrown away."""
+    """What every template must have in it, such as "{question}"; edits without it are thrown away. Empty: all
+    {places} of the first template."""
     rounds: Annotated[int, Field(ge=1, le=1_000)] = 3
     """Rounds of critique and edit."""
     beam_width: Annotated[int, Field(ge=1, le=64)] = 4

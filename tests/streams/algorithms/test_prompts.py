@@ -25,7 +25,7 @@ from fulgurite.schemas.spans import Span
 from fulgurite.schemas.topics import RESOURCES, ROLLOUTS, SPANS, TRAJECTORIES
 from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
 from fulgurite.schemas.trajectories import Trajectory
-from fulgurite.streams.algorithms.chat import ChatModel
+from fulgurite.streams.algorithms.chat import ChatModel, NoAnswer
 from fulgurite.streams.algorithms.prompts import serve
 from fulgurite.streams.algorithms.prompts.critic import Critic, template_in
 from fulgurite.streams.algorithms.prompts.search import Example, Search
@@ -305,7 +305,38 @@ def test_crashing_on_hard_tasks_does_not_pay() -> None:
 
 def test_the_template_stands_between_the_marks() -> None:
     assert template_in("a <template>x</template> b <template>\ny\n</template>") == "y"
-    assert template_in("  just this ") == "just this"
+    assert template_in("<template>\nBe brief {question}") is None, "cut off"
+    assert template_in("I'm sorry, I cannot help with that.") is None
+
+
+def test_an_edit_keeps_the_places_of_the_seed_where_nothing_else_is_asked() -> None:
+    search = Search(run_id="r", resource="p")
+    settings = PromptSettings()
+    assert search.fault("Any {thing} will do", settings) == "", "there is no seed yet"
+    search.first("Answer {question} as {'json': 1}, {style}.", 1, settings)
+    assert search.fault("Be brief: {question}", settings) == "it lacks {style}"
+    assert search.fault("{style}: {question}", settings) == ""
+    chosen = PromptSettings(must_contain=["{question}"])
+    assert search.fault("Be brief: {question}", chosen) == ""
+
+
+async def test_a_model_that_drips_its_answer_has_no_more_time_than_another() -> None:
+    async def drip(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\ncontent-length: 1000\r\n\r\n")
+        with contextlib.suppress(ConnectionError):
+            for _ in range(100):
+                writer.write(b" ")
+                await writer.drain()
+                await asyncio.sleep(0.1)
+        writer.close()
+
+    server = await asyncio.start_server(drip, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, httpx.AsyncClient(trust_env=False) as client, asyncio.timeout(5):
+        model = ChatModel(client, f"http://127.0.0.1:{port}/v1", "m", SecretStr(""), 0.5)
+        with pytest.raises(NoAnswer, match=r"no answer within 0\.5 s"):
+            await model.ask("?", 0.0)
 
 
 @pytest.mark.parametrize(

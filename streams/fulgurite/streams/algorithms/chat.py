@@ -1,11 +1,13 @@
 """A question to a model over OpenAI's chat completions, and its answer as text.
 
 Promises: a model that is away (no connection, 429, 502, 503, 504) is waited for, for ever, visibly; anything else that
-is no answer (another status, none in time, no text) raises NoAnswer. Does not know what is asked.
+is no answer (another status, none in time, no text) raises NoAnswer. timeout_seconds bounds a whole call, however
+slowly it comes; a connection that is not there after half of it counts as away. Does not know what is asked.
 """
 
 from __future__ import annotations
 
+import asyncio
 import logging
 from dataclasses import dataclass
 
@@ -44,10 +46,13 @@ class ChatModel:
         key = self.api_key.get_secret_value()
         headers = {"authorization": f"Bearer {key}"} if key else {}
         backoff = Backoff(logger)
+        # httpx bounds each step of a call for itself. No connection must show before the whole time is over.
+        steps = httpx.Timeout(self.timeout_seconds, connect=self.timeout_seconds / 2, pool=self.timeout_seconds / 2)
         while True:
             try:
-                response = await self.client.post(url, json=body, headers=headers, timeout=self.timeout_seconds)
-            except httpx.ReadTimeout:
+                async with asyncio.timeout(self.timeout_seconds):
+                    response = await self.client.post(url, json=body, headers=headers, timeout=steps)
+            except (TimeoutError, httpx.ReadTimeout):
                 raise NoAnswer(f"no answer within {self.timeout_seconds:g} s") from None
             except httpx.TransportError as error:
                 await backoff.wait(f"{self.model} at {self.url} does not answer: {error!r}")

@@ -72,7 +72,13 @@ class Critic:
         except NoAnswer as error:
             logger.warning("no edit of candidate %d: the critic: %s", parent.number, error)
             return None
-        return template_in(answer)
+        found = template_in(answer)
+        if found is None:
+            logger.warning(
+                "no edit of candidate %d: the critic's answer has nothing between <template> and </template>: %r",
+                parent.number, answer[:200],
+            )  # fmt: skip
+        return found
 
     async def _ask(self, question: str, values: Mapping[str, str]) -> str:
         return await self._model.ask(_PLACE.sub(lambda place: values.get(place[1], ""), question), TEMPERATURE)
@@ -91,14 +97,14 @@ def told(examples: Sequence[Example]) -> str:
     )
 
 
-def template_in(answer: str) -> str:
-    """What stands between the marks, the last ones; the whole answer where there are none.
+def template_in(answer: str) -> str | None:
+    """What stands between the marks, the last ones; None where there are none: an excuse, or an answer cut off.
 
     >>> template_in("Sure: <template>Be brief: {question}</template>")
     'Be brief: {question}'
     """
     found = _ANSWER.findall(answer)
-    return str(found[-1]) if found else answer.strip()
+    return str(found[-1]) if found else None
 
 
 def _read(path: Path | None, name: str, ours: str, places: Sequence[str]) -> str:

@@ -17,6 +17,7 @@ from typing import Literal
 
 from pydantic import BaseModel, Field
 
+from fulgurite.producers.prompts import PromptTemplate
 from fulgurite.schemas.settings import PromptSettings
 
 CALLS_PER_EDIT = 2
@@ -121,11 +122,16 @@ class Search(BaseModel):
             return "it is empty"
         if len(text) > settings.max_template_chars:
             return f"it has {len(text)} characters; prompt.max_template_chars = {settings.max_template_chars}"
-        if missing := [part for part in settings.must_contain if part not in text]:
+        if missing := [part for part in self._needed(settings) if part not in text]:
             return f"it lacks {', '.join(missing)}"
         if any(candidate.text == text for candidate in self.candidates):
             return "it was tried already"
         return ""
+
+    def _needed(self, settings: PromptSettings) -> Sequence[str]:
+        """What a template must have in it: where nothing is asked for, all places of the seed."""
+        seed = self.candidates[0].text if self.candidates else ""
+        return settings.must_contain or PromptTemplate(self.resource, 0, seed).places
 
     def scored(
         self,
