@@ -52,4 +52,5 @@ class DeadLetter:
             (HEADER_REASON, self.reason),
             (HEADER_MESSAGE, self.message[:MAX_MESSAGE_CHARS]),
         )
-        return [(name, value.encode()) for name, value in fields]
+        # A message may quote half a surrogate pair, which has no UTF-8.
+        return [(name, value.encode(errors="replace")) for name, value in fields]

@@ -43,10 +43,12 @@ async def test_the_example_is_short_and_names_the_best(kafka_settings: KafkaSett
     assert len(inspect.getsource(example).splitlines()) < 30
     group = [trajectory(f"g-r{i}", group_id="g", group_size=3, reward=i / 2) for i in range(3)]
     others = [trajectory("h-r0", group_id="h", group_size=2), trajectory("v", mode="val", group_size=1)]
+    alone = [trajectory("s", group_id="s", group_size=1), trajectory("t")]
     loaded = load_algorithm("examples.algorithms.best_of_group:best_of_group")
     async with at_work(kafka_settings, loaded):
-        await send(kafka_settings, topics.TRAJECTORIES, group[2], others[0], group[0], others[1], group[1])
+        await send(kafka_settings, topics.TRAJECTORIES, *alone, group[2], others[0], group[0], others[1], group[1])
         (record,) = await until(kafka_settings, topics.REWARDS, 1)
+    assert await read_topic(kafka_settings, topics.DEAD_LETTERS) == [], "one alone is no group, and is given to nobody"
     reward = decode(Reward, record.value)
     assert (reward.rollout_id, reward.name, reward.value) == ("g-r2", "best_of_group", 0.5)
     assert HEADER_AFTER_END in dict(record.headers)
@@ -106,10 +108,11 @@ async def test_open_groups_survive_a_restart_and_close_by_deadline(kafka_setting
         await until(kafka_settings, topics.REWARDS, 2)
         await until(kafka_settings, topics.REWARDS, 3)
     assert sorted(given[1:]) == [["a0", "a1", "a2"], ["b0", "b1"]]
-    await send(kafka_settings, topics.TRAJECTORIES, members["b"][2], trajectory("d", group_size=1))
+    pair = [trajectory(f"e{i}", group_id="e", group_size=2) for i in range(2)]
+    await send(kafka_settings, topics.TRAJECTORIES, members["b"][2], trajectory("d", group_size=1), *pair)
     async with at_work(kafka_settings, seen):
         await until(kafka_settings, topics.REWARDS, 4)
-    assert given[3:] == [["d"]], "a late member is nobody's group"
+    assert given[3:] == [["e0", "e1"]], "a late member is nobody's group, and one alone is none"
 
 
 async def test_what_fails_becomes_a_dead_letter_and_the_next_ones_turn_comes(kafka_settings: KafkaSettings) -> None:

@@ -24,6 +24,7 @@ from fulgurite.streams.algorithms.work import Worker
 from fulgurite.streams.transactions import Outgoing
 
 LET_GO = threading.Event()
+LARGE = Span(rollout_id="r", span_id="s", name="chat", start_ns=1, end_ns=2, output="汉" * 4_000_000)
 
 
 @pytest.fixture(autouse=True)
@@ -122,3 +123,25 @@ async def test_stop_iteration_and_exit_are_failures_at_once() -> None:
         with pytest.raises(InputRefused, match="f raised StopIteration"):
             await Scoring(settings, client, Verdicts(None, 10)).score(attempt("r"))
     assert time.monotonic() - begun < 10
+
+
+@pytest.mark.parametrize(
+    ("refusal", "said"),
+    [
+        (InputRefused("too_bad", "m", [Settings()]), "a Settings cannot be published"),
+        (InputRefused("too_bad", "m", [LARGE]), "RecordTooLarge"),
+        (InputRefused(3, "m"), "reason must be a text"),  # pyright: ignore[reportArgumentType]
+        (ValueError("half a pair: \ud800"), "half a pair: ?"),
+    ],
+)
+async def test_what_cannot_be_published_of_a_refusal_is_a_failure_like_any_other(refusal: Exception, said: str) -> None:
+    tried: list[object] = []
+
+    def refusing(given: object) -> None:
+        tried.append(given)
+        raise refusal
+
+    found = words(await given(refusing, tries=2))
+    assert "algorithm_failed" in found
+    assert said in found
+    assert len(tried) == 2

@@ -1,8 +1,8 @@
 """Which groups are open: members come one by one, and a group is given when it is complete or has waited too long.
 
 Pure: a clock and records are told. Promises: of one group at most one list of members comes out; a member that comes
-after its group was given is counted and given to nobody; at most `limit` groups are remembered, open ones and those
-whose late members may still come, the oldest are let go of first.
+after its group was given, or that is alone, is counted and given to nobody; at most `limit` groups are remembered, open
+ones and those whose late members may still come, the oldest are let go of first.
 """
 
 from __future__ import annotations
@@ -92,9 +92,9 @@ class Groups:
     def add(self, record: Record, trajectory: Trajectory, now: float) -> Change:
         """Takes in one trajectory."""
         group_id = trajectory.group_id
-        if not group_id or trajectory.group_size == 1:
-            alone = Group(group_id or trajectory.rollout_id, now, {trajectory.rollout_id: (record, trajectory)})
-            return Change(alone)
+        if not group_id or trajectory.group_size < MIN_MEMBERS:
+            self.counts["alone"] += 1
+            return Change()
         group = self._groups.get(group_id)
         if group is not None and group.given:
             return self._late(group)

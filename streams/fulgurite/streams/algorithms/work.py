@@ -10,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, cast
 
 from pydantic import BaseModel
 
@@ -94,11 +94,7 @@ class Worker:
         while True:
             number += 1
             try:
-                async with asyncio.timeout(self._settings.timeout_seconds):
-                    events = await self._algorithm.run(given, self._calls)
-                return [self._publisher.record(event) for event in events]
-            except InputRefused as error:
-                return self._refused(records, error)
+                return await self._tried(given, records)
             except TooManyHung:
                 raise
             except Exception as error:  # a function of the user's may raise anything
@@ -107,8 +103,18 @@ class Worker:
                     return self._fail(problem, records, error)
             await backoff.wait(problem)
 
+    async def _tried(self, given: Any, records: Sequence[tuple[Record, int]]) -> list[Outgoing]:
+        try:
+            async with asyncio.timeout(self._settings.timeout_seconds):
+                events = await self._algorithm.run(given, self._calls)
+        except InputRefused as error:
+            return self._refused(records, error)  # raises for events that cannot be published, as the line below does
+        return [self._publisher.record(event) for event in events]
+
     def _refused(self, records: Sequence[tuple[Record, int]], error: InputRefused) -> list[Outgoing]:
         logger.warning("%s: %s: %s", self._algorithm.name, error.reason, error)
+        if not isinstance(cast(object, error.reason), str):
+            raise TypeError(f"InputRefused: its reason must be a text, not {type(error.reason).__name__}")
         published = [self._publisher.record(event) for event in error.events]
         return published + self._bury(records, error.reason, str(error))
 
