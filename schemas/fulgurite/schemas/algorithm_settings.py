@@ -96,7 +96,8 @@ class AggregatorSettings(Section):
     sources: Annotated[list[RewardSource], Field(max_length=MAX_SOURCES)] = Field(default_factory=list[RewardSource])
     """The parts of the reward, each a table [[aggregator.sources]]: see docs/algorithms.md."""
     agent_weight: FiniteFloat = 1.0
-    """Of the reward that the agent itself gave; 0: it does not count and need not be there."""
+    """Of the reward that the agent itself gave; 0: it does not count and need not be there; then a source or
+    a rule must."""
     low: FiniteFloat | None = None
     """Smaller sums count as this one."""
     high: FiniteFloat | None = None

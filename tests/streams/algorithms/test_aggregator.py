@@ -216,7 +216,7 @@ async def test_verdicts_are_kept_and_what_cannot_be_scored_passes(
         ([("nothing", {"required": False})], {}, (1.0, "")),
         ([("nothing", {})], {}, (None, "reward_failed")),
         ([("two_sides", {})], {"low": -1.0, "high": 0.25}, (0.25, "")),
-        ([], {"agent_weight": 0.0}, (None, "")),
+        ([("nothing", {"required": False})], {"agent_weight": 0.0}, (None, "no_reward")),
     ],
 )
 async def test_the_sum(

@@ -126,3 +126,26 @@ async def test_a_judge_that_would_not_be_told_what_it_judges_is_refused(
     async with httpx.AsyncClient() as client:
         with refused:
             Scoring(settings, client, Verdicts(None, 10))
+
+
+async def test_rules_alone_can_be_what_is_trained_on() -> None:
+    own = TrajectoryReward(reward_id="own", name="reward", value=1.0)
+    alone = {"agent_weight": 0.0}
+    found, given = await scored(attempt(own), aggregator=alone, compliance={"rules": [RULE]})
+    assert (found.reward, by_call(found), found.partial) == (-0.5, [-0.5, 0.0], "")
+    assert given[-1].dimensions == {"compliance": -0.5}
+    unrewarded = attempt(own).model_copy(update={"reward": None, "rewards": [], "partial": "no_reward"})
+    found, _ = await scored(unrewarded, aggregator=alone, compliance={"rules": [RULE]})
+    assert (found.reward, found.partial) == (-0.5, "")
+    kept = {**RULE, "pattern": "never"}
+    found, _ = await scored(attempt(own), aggregator=alone, compliance={"rules": [kept]})
+    assert found.reward == 0.0, "nothing violated is the best there is"
+    found, _ = await scored(unrewarded, compliance={"rules": [RULE]})
+    assert (found.reward, found.partial) == (None, "no_reward"), "the agent's own is a part of the sum"
+
+
+@pytest.mark.parametrize("compliance", [{}, {"weight": 0.0, "rules": [RULE]}])
+async def test_a_sum_of_nothing_is_refused(compliance: dict[str, Any]) -> None:
+    own = TrajectoryReward(reward_id="own", name="reward", value=1.0)
+    with pytest.raises(SettingsError, match=r"aggregator\.agent_weight = 0.*no attempt would have a reward"):
+        await scored(attempt(own), aggregator={"agent_weight": 0.0}, compliance=compliance)

@@ -16,6 +16,9 @@ SOURCE = "aggregator"
 FAILED = "reward_failed"
 """In `partial`: a required part of the reward could not be had."""
 
+NO_REWARD = "no_reward"
+"""In `partial`: nobody gave one."""
+
 AGENT = "agent"
 """The agent's own reward, among the dimensions of the sum."""
 
@@ -48,7 +51,8 @@ def total(
 ) -> tuple[float, dict[str, float]] | None:
     """The reward and what each part adds to it; None where there is nothing to add up.
 
-    violations: minus their cost, weighed; None without rules.
+    violations: minus their cost, weighed; None without rules that count. They are a part like the others: where only
+    rules count, 0 says that nothing was violated.
     """
     by_name = {source.name: source for source in settings.sources}
     added: dict[str, float] = {}
@@ -57,10 +61,10 @@ def total(
     for part in parts:
         source = by_name[part.name]
         added[part.name] = source.weight * clip(part.value, source.low, source.high)
-    if not added:
-        return None
     if violations is not None:
         added["compliance"] = violations
+    if not added:
+        return None
     return clip(sum(added.values()), settings.low, settings.high), added
 
 
@@ -114,7 +118,9 @@ def rewarded(
     if failed:
         partial.append(FAILED)
     if value is not None:
-        partial = [reason for reason in partial if reason != "no_reward"]
+        partial = [reason for reason in partial if reason != NO_REWARD]
+    elif not failed:
+        partial.append(NO_REWARD)
     added = [
         TrajectoryReward(reward_id=one.reward_id, name=one.name, value=one.value, span_id=one.span_id)
         for one in rewards

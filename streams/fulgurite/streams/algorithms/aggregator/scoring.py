@@ -56,10 +56,16 @@ class Scoring:
     """The sources and rules of the settings."""
 
     def __init__(self, settings: Settings, client: httpx.AsyncClient, verdicts: Verdicts) -> None:
-        """Raises SettingsError for a function or a template that is not there."""
+        """Raises SettingsError for a function or a template that is not there, and where nothing counts."""
         self._settings = settings.aggregator
         self._rules = Rules(settings.compliance)
         self._rules_weight = settings.compliance.weight
+        rules_count = bool(self._rules) and self._rules_weight > 0
+        if not (self._settings.agent_weight or self._settings.sources or rules_count):
+            raise SettingsError(
+                "aggregator.agent_weight = 0 with neither aggregator.sources nor compliance.rules that cost something: "
+                "no attempt would have a reward; count the agent's own, or add a source, or rules with a weight"
+            )
         # Rules end by themselves and have no time limit, so they share no threads with what may hang.
         self._ruling = ThreadPoolExecutor(RULES_THREADS, thread_name_prefix="rules")
         calls = PlainCalls()
@@ -89,7 +95,8 @@ class Scoring:
         cost = sum(violation.cost for violation in found)
         rewards = [part_reward(attempt, part) for part in parts]
         rewards += self._rules.rewards(attempt.rollout_id, attempt.attempt_id, found)
-        added = total(self._settings, attempt.reward, parts, -self._rules_weight * cost if self._rules else None)
+        violations = -self._rules_weight * cost if self._rules and self._rules_weight else None
+        added = total(self._settings, attempt.reward, parts, violations)
         # The agent's own reward is a part like the others: without it the trajectory says `no_reward`, as ever.
         lacks_own = bool(self._settings.agent_weight) and attempt.reward is None
         if failed or lacks_own or added is None:
