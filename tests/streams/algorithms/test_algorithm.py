@@ -153,6 +153,7 @@ async def test_it_stops_where_it_should_and_goes_on_there(kafka_settings: KafkaS
         await asyncio.wait({task}, timeout=20)
         with pytest.raises(AlgorithmFailed, match=r"fragile failed with .*trajectories-.*broken"):
             task.result()
+    assert [reward.rollout_id for reward in await rewards(kafka_settings, 1)] == ["r0"], "what came before is done"
     broken = False
     async with at_work(kafka_settings, fragile, on_error="stop"):
         found = await rewards(kafka_settings, 3)

@@ -61,7 +61,7 @@ async def given(function: Callable[[Any], Any], **settings: Any) -> list[Outgoin
 
 def words(found: list[Outgoing]) -> str:
     (letter,) = found
-    return b" ".join(value for _, value in letter.headers).decode()
+    return b" ".join(value for _, value in letter.headers or []).decode()
 
 
 async def test_a_reward_function_that_hangs_stops_neither_rules_nor_other_attempts() -> None:

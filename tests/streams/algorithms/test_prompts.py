@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import re
-from collections.abc import AsyncGenerator, Callable
+from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -281,7 +281,7 @@ def test_no_search_spends_more_than_its_budgets(data: st.DataObject) -> None:
     assert len(texts) == len(set(texts))
 
 
-def after_trials(*trials: list[float | None]) -> tuple[list[float | None], str]:
+def after_trials(*trials: Sequence[float | None]) -> tuple[list[float | None], str]:
     """Scores of the seed and of edits, each tried in a round of its own; and which of them is served."""
     settings = PromptSettings(val_batch=len(trials[0]), rounds=9)
     search = Search(run_id="r", resource="p", version=1)
