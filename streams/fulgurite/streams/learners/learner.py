@@ -28,6 +28,7 @@ from torch import Tensor
 
 from fulgurite.schemas.errors import FulguriteError, LogprobMismatch
 from fulgurite.schemas.settings import TrainerSettings
+from fulgurite.streams.learners.allocator import give_back_blocks_of
 from fulgurite.streams.learners.comparison import ComparisonWatch, same_version_fault
 from fulgurite.streams.learners.engine import AdamW, Engine, OptimizerState, TorchEngine
 from fulgurite.streams.learners.flops import model_flops, peak_flops
@@ -42,7 +43,7 @@ from fulgurite.streams.learners.metrics import (
     window_fault,
 )
 from fulgurite.streams.learners.packing import PackedBatch, pack, plan, prompt_tokens, shared_prompts, tokens_once
-from fulgurite.streams.learners.policy import Policy, load_trained_policy
+from fulgurite.streams.learners.policy import CHUNK_BYTES, Policy, load_trained_policy
 from fulgurite.streams.learners.reference import Base, Reference, load_reference
 from fulgurite.streams.learners.results import Pass, StepResult, skipped
 from fulgurite.streams.learners.schedule import learning_rate
@@ -315,6 +316,8 @@ def load_learner(folder: Path, settings: TrainerSettings, state: Path | None = N
     saved = OptimizerState.load(state) if state is not None else None
     policy = load_trained_policy(folder, settings)
     engine = _engine(policy, settings)
+    if engine.device.type == "cpu":
+        give_back_blocks_of(CHUNK_BYTES["cpu"] // 2)  # a chunk of whole positions can be a little smaller
     if saved is not None:
         engine.restore(saved)
     model = policy.model.config.get_text_config().to_dict()
