@@ -75,7 +75,7 @@ def test_every_metric_of_a_step_is_a_gauge_of_its_name() -> None:
     found = values(generate_latest(metrics.registry).decode())
     assert found["fulgurite_trainer_actor_entropy"] == 0.5
     assert found["fulgurite_trainer_timing_s_step"] == 3.0
-    assert found["fulgurite_trainer_actor_pg_loss"] == 0.25
+    assert found["fulgurite_trainer_actor_loss"] == 0.25
     assert not [name for name in found if "partial" in name], "the last step has none"
     assert (found["fulgurite_trainer_step"], found["fulgurite_trainer_version"]) == (2, 3)
     assert found["fulgurite_trainer_steps_total"] == 2

@@ -58,6 +58,7 @@ class TrainingStep(TrainingEventBase):
     """Over all rollouts of the window that had a reward, dropped for zero variance or not."""
     reward_std: FiniteFloat = 0.0
     loss: FiniteFloat = 0.0
+    """All of it; without KL penalty and entropy bonus it is actor/pg_loss among the metrics."""
     grad_norm: FiniteFloat = 0.0
     staleness_mean: FiniteFloat = 0.0
     """Versions behind, over trained tokens."""
@@ -104,7 +105,7 @@ def scalars(step: TrainingStep) -> dict[str, float]:
         **step.metrics,
         "reward": step.reward_mean,
         "reward_std": step.reward_std,
-        "actor/pg_loss": step.loss,
+        "actor/loss": step.loss,
         "actor/grad_norm": step.grad_norm,
         "staleness/mean": step.staleness_mean,
         "staleness/max": float(step.staleness_max),

@@ -62,7 +62,15 @@ def live(life: dict[str, Any]) -> None:
         version = 0 if number in life.get("poisoned", []) else 1
         try:
             result = learner.step(samples(life.get("samples", 13)), version)
-            steps.append([result.loss, result.grad_norm, result.tokens, result.metrics["actor/entropy"]])
+            steps.append(
+                [
+                    result.loss,
+                    result.grad_norm,
+                    result.tokens,
+                    result.metrics["actor/entropy"],
+                    result.metrics["actor/pg_loss"],
+                ]
+            )
             left_out.append(learner.engine.gather([result.tokens, *sorted(result.left_out)]))
         except (BadStep, LogprobMismatch) as error:
             steps.append(type(error).__name__)

@@ -45,4 +45,4 @@ def growth_mib(folder: Path, vocabulary: int) -> float:
 
 if __name__ == "__main__":
     for each in sys.argv[2:]:
-        print("growth", growth_mib(Path(sys.argv[1]) / each, int(each)), flush=True)
+        sys.stdout.write(f"growth {growth_mib(Path(sys.argv[1]) / each, int(each))}\n")

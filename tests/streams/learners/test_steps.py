@@ -268,6 +268,23 @@ def test_a_penalty_holds_the_policy_to_the_reference(folder: Path, other: Path) 
     assert trained(learner).keys() == {f"model.{name}" for name in expected}, "the reference is not trained"
 
 
+@pytest.mark.parametrize("changes", [{"entropy_coefficient": 0.5}, {"kl_coefficient": 5.0}, {"minibatches": 2}])
+def test_the_policy_term_is_told_apart_from_the_whole_loss(folder: Path, other: Path, changes: dict[str, Any]) -> None:
+    """As verl's actor/pg_loss: penalty and bonus are not in it. Over several micro-batches and updates."""
+    taken = window(folder)
+    beside = {"kl_coefficient": 0.5, "entropy_coefficient": 0.5} if "minibatches" in changes else {}
+    fields = {"learning_rate": 1e-9} | changes  # so that a second update sees the same policy
+    plain, _, _ = stepped(folder, settings_of(**fields | {"kl_coefficient": 0.0, "entropy_coefficient": 0.0}),
+                          training_set(taken, settings_of()))  # fmt: skip
+    settings = settings_of(
+        **fields | beside, model=folder, reference=other if fields.get("kl_coefficient") or beside else None
+    )
+    result, _, _ = stepped(folder, settings, training_set(taken, settings))
+    assert plain.metrics["actor/pg_loss"] == pytest.approx(plain.loss, abs=1e-6)
+    assert result.metrics["actor/pg_loss"] == pytest.approx(plain.loss, abs=1e-5)
+    assert abs(result.loss - plain.loss) > 0.01
+
+
 def test_a_reference_with_other_tokens_is_refused(folder: Path, tmp_path: Path) -> None:
     model: Any = AutoModelForCausalLM.from_pretrained(folder)
     model.resize_token_embeddings(20)

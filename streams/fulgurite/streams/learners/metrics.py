@@ -22,6 +22,7 @@ SAME_VERSION_TOKENS: Final = "sampling/same_version_tokens"
 MISMATCH_KL: Final = "rollout_corr/k3_kl"
 EFFECTIVE_SAMPLE_SIZE: Final = "sampling/effective_sample_size"
 _OF_UPDATES: Final = (
+    "actor/pg_loss",
     "actor/entropy",
     "actor/pg_clipfrac",
     "actor/pg_clipfrac_lower",
@@ -37,8 +38,10 @@ MAX_UPDATES: Final = 32
 
 @dataclass(frozen=True, slots=True)
 class Seen:
-    """What a micro-batch's tokens looked like under the current policy, [M] each on the CPU."""
+    """What a micro-batch's tokens looked like under the current policy, tensors [M] on the CPU."""
 
+    policy_loss: float
+    """Its share of the window's, without KL penalty and entropy bonus."""
     logprobs: Tensor
     behaviour: Tensor
     old: Tensor
@@ -56,6 +59,7 @@ class Seen:
     @staticmethod
     def of(batch: PackedBatch, terms: LossTerms, entropy: Tensor, version_in: int) -> Seen:
         return Seen(
+            terms.policy_loss.item(),
             terms.logprobs.cpu(),
             batch.behaviour_logprobs.cpu(),
             terms.old_logprobs.cpu(),
@@ -93,6 +97,7 @@ def step_metrics(seen: list[Seen]) -> dict[str, float]:
     same = difference[torch.cat([part.same_version for part in seen])]
     penalties = [part.kl for part in seen if part.kl is not None]
     return {
+        "actor/pg_loss": sum(part.policy_loss for part in seen),
         "actor/entropy": torch.cat([part.entropy for part in seen]).mean().item(),
         "actor/pg_clipfrac": _share([part.clipped for part in seen]),
         "actor/pg_clipfrac_lower": _share([part.dual_clipped for part in seen]),
@@ -143,7 +148,7 @@ def update_metrics(updates: list[Update]) -> dict[str, float]:
             found[name] = sum(values) / len(values)
     for number, update in enumerate(updates[:MAX_UPDATES], 1):
         if not update.fault:
-            each = {name: update.metrics[f"actor/{name}"] for name in ("pg_clipfrac", "ppo_kl", "entropy")}
+            each = {name: update.metrics[f"actor/{name}"] for name in ("pg_loss", "pg_clipfrac", "ppo_kl", "entropy")}
             each |= {"loss": update.loss, "grad_norm": update.grad_norm}
             found |= {f"update/{number}/{name}": value for name, value in each.items()}
     return found | ({"actor/lr": made[-1].learning_rate} if made else {})

@@ -47,6 +47,8 @@ class ScoredTokens:
 class LossTerms:
     loss: Tensor
     """[] this micro-batch's share of the window's loss."""
+    policy_loss: Tensor
+    """[] the surrogate's part of it, without KL penalty and entropy bonus, detached."""
     logprobs: Tensor
     """[N] current, detached."""
     old_logprobs: Tensor
@@ -75,6 +77,7 @@ def micro_batch_loss(settings: TrainerSettings, tokens: ScoredTokens, totals: Wi
     importance = _importance(settings, beginning, tokens)
     policy_tokens = PolicyTokens(tokens.logprobs, proximal, tokens.advantages, tokens.sequences)
     loss, parts = policy_loss(recipe, policy_tokens, weights, importance.weights if importance else None)
+    surrogate = loss.detach()
     kl = _kl(settings, tokens)
     if kl is not None:
         loss = loss + settings.kl_coefficient * (weights * kl).sum()
@@ -82,6 +85,7 @@ def micro_batch_loss(settings: TrainerSettings, tokens: ScoredTokens, totals: Wi
         loss = loss + entropy_loss(tokens.entropies, weights, settings.entropy_coefficient)
     return LossTerms(
         loss,
+        surrogate,
         current,
         tokens.behaviour_logprobs if tokens.proximal_logprobs is None else proximal,
         parts.ratios * importance.weights if importance else parts.ratios,
