@@ -56,7 +56,8 @@ def test_numbers_come_from_the_environment_too(tmp_path: Path) -> None:
         {"loss": "reinforce", "correction": "none"},
         {"correction": "mask", "importance_low": 0.5, "importance_gate": "sequence_mean"},
         {"loss": "grpo", "dual_clip": 3.0},
-        {"loss": "ppo_dual_clip", "correction": "truncate"},
+        {"loss": "ppo_dual_clip", "correction": "truncate", "minibatches": 2},
+        {"loss": "gspo", "correction": "mask", "epochs": 2},
         {"kl_coefficient": 0.1, "model": "m"},
         {"kl_coefficient": 0.1, "kl_estimator": "k1", "kl_gradient": "k2", "model": "m"},
         {"overlong_buffer_tokens": 4, "overlong_max_tokens": 16},
@@ -70,6 +71,9 @@ def test_what_goes_together(changes: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
+        ({"loss": "grpo", "advantage": "one"}, "trainer.advantage = one: .* no reward would count"),
+        ({"loss": "gspo", "correction": "truncate"}, "trainer.loss = gspo has no effect .* set loss = grpo"),
+        ({"loss": "ppo_dual_clip", "correction": "none"}, "trainer.loss = ppo_dual_clip has no effect .* loss = ppo"),
         ({"loss": "dr_grpo"}, "trainer.length_constant is not set: trainer.loss = dr_grpo"),
         ({"aggregation": "sequence_sum"}, "trainer.length_constant is not set"),
         ({"length_constant": 8}, "trainer.length_constant = 8: aggregation token_mean"),

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from examples.calculator.reproduce.cells import CELLS, Sizes
 from fulgurite.schemas.errors import SettingsError
@@ -44,6 +45,15 @@ PENALISED = {"kl_coefficient": 0.1, "model": "m"}
         ({**SHOWN, "incomplete": "drop"}, "incomplete", "there are no rollouts"),
         ({**SHOWN, "agents": ["a"]}, "agents", "there are no rollouts"),
         ({**SHOWN, "window_seconds": 5.0}, "window_seconds", "there are no rollouts"),
+        ({**SHOWN, "group_size": 4}, "group_size", "there are no rollouts"),
+        ({**SHOWN, "group_deadline_seconds": 3.0}, "group_deadline_seconds", "there are no rollouts"),
+        ({**SHOWN, "max_staleness": 9}, "max_staleness", "there are no rollouts"),
+        ({**SHOWN, "pacing_staleness": 0}, "pacing_staleness", "there are no rollouts"),
+        ({**SHOWN, "zero_variance": "keep"}, "zero_variance", "there are no rollouts"),
+        ({**SHOWN, "agent": "a"}, "agent", "there are no rollouts"),
+        ({**SHOWN, "max_logprob_difference": 0.1}, "max_logprob_difference", "there are no rollouts"),
+        ({**SHOWN, "sampling_parameters": {"max_tokens": 3}}, "sampling_parameters", "there are no rollouts"),
+        ({**SHOWN, "rollout_timeout_seconds": 3.0}, "rollout_timeout_seconds", "there are no rollouts"),
     ],
 )
 def test_what_would_do_nothing_is_refused(changes: dict[str, Any], name: str, why: str) -> None:
@@ -68,6 +78,19 @@ def test_what_would_do_nothing_is_refused(changes: dict[str, Any], name: str, wh
 )
 def test_what_does_something_is_not(changes: dict[str, Any]) -> None:
     check_objective(TrainerSettings.model_validate(changes))
+
+
+@pytest.mark.parametrize("name", [n for n, f in TrainerSettings.model_fields.items() if "float" in str(f.annotation)])
+@pytest.mark.parametrize("value", ["nan", "inf", "-inf", float("nan"), float("inf")])
+def test_numbers_are_finite(name: str, value: Any) -> None:
+    with pytest.raises(ValidationError):
+        TrainerSettings.model_validate({name: value})
+
+
+@pytest.mark.parametrize("name", ["steps", "seed", "learning_rate", "lora_rank", "best_threshold"])
+def test_a_switch_is_no_number(name: str) -> None:
+    with pytest.raises(ValidationError, match="this is no switch"):
+        TrainerSettings.model_validate({name: True})
 
 
 @pytest.mark.parametrize("loss", POLICY_LOSSES)

@@ -5,10 +5,11 @@ What cannot go together is refused by the trainer's plan before anything is load
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field
+from pydantic import Field, ValidationInfo, field_validator
 
 from fulgurite.schemas.sections import Seconds, Section
 
@@ -145,8 +146,9 @@ class TrainerSettings(Section):
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the KL penalty against a frozen reference policy; 0: none, and no reference is loaded."""
     kl_in_reward: bool = False
-    """Take it from the reward, as PPO and REINFORCE++ do, instead of adding it to the loss: kl_coefficient times its
-    sum over a rollout's (or call's) tokens, by the log p of the policy that sampled them. Advantages over the window
+    """Take it from the reward instead of adding it to the loss: kl_coefficient times its sum over a rollout's (or
+    call's) tokens, by the log p of the policy that sampled them. All of these tokens answer for that sum; in PPO and
+    REINFORCE++ as published each answers for itself and those after it. Advantages over the window
     compare with groups dropped for zero variance, too: the reference scores these as well, so that what is compared is
     the same with and without the penalty, and all of it pays."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
@@ -236,3 +238,19 @@ class TrainerSettings(Section):
     """Where /metrics and /health listen; under torchrun on rank 0 alone."""
     metrics_port: Annotated[int, Field(ge=0, lt=65_536)] = 0
     """0: nowhere."""
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """`steps = true` in a file would be 1."""
+        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
+            raise ValueError(f"must not be {str(value).lower()}: this is no switch")
+        return value
+
+    @field_validator("*", mode="after")
+    @classmethod
+    def _finite(cls, value: Any) -> Any:
+        """NaN passes every comparison or none, and neither can be recorded as JSON."""
+        if isinstance(value, float) and not math.isfinite(value):
+            raise ValueError(f"must be a finite number, not {value}")
+        return value

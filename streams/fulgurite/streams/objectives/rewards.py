@@ -1,5 +1,5 @@
 """What is done to rewards before they become advantages: DAPO's penalty for length (arXiv:2503.14476), and KL in the
-reward (REINFORCE++, arXiv:2501.03262; PPO for language models). Pure, no torch."""
+reward, summed over a call (REINFORCE++, arXiv:2501.03262, and PPO take it token by token). Pure, no torch."""
 
 from __future__ import annotations
 

@@ -15,7 +15,7 @@ from dataclasses import replace
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.objectives.recipes import PolicyLoss, find
-from fulgurite.streams.trainer.unused import set_otherwise, unused_setting
+from fulgurite.streams.trainer.unused import idle_recipe, set_otherwise, unused_setting
 
 
 def recipe_of(settings: TrainerSettings) -> PolicyLoss:
@@ -36,7 +36,7 @@ def check_objective(settings: TrainerSettings) -> None:
     """Raises SettingsError, naming the setting, for what would be ignored or could not be computed."""
     recipe = recipe_of(settings)
     faults = _loss_fault(settings, recipe), _imitation_fault(settings), _correction_fault(settings, recipe)
-    for wrong in (*faults, _terms_fault(settings), unused_setting(settings, recipe)):
+    for wrong in (*faults, _terms_fault(settings), unused_setting(settings, recipe), idle_recipe(settings)):
         if wrong:
             raise SettingsError(wrong)
 
@@ -65,6 +65,11 @@ def _loss_fault(settings: TrainerSettings, recipe: PolicyLoss) -> str:
 
 def _imitation_fault(settings: TrainerSettings) -> str:
     if settings.loss != "sft":
+        if settings.advantage == "one":
+            return (
+                f"trainer.advantage = one: with trainer.loss = {settings.loss} no reward would count; it is for sft, "
+                "leave it out"
+            )
         for name in set_otherwise(settings, ("best_share", "best_threshold", "demonstrations")):
             return f"trainer.{name} has no effect: trainer.loss is {settings.loss}, not sft"
         return ""

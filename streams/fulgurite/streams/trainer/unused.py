@@ -24,7 +24,27 @@ _OF_SFT = (
     "overlong_buffer_tokens",
     *_OVERLONG,
 )
-_OF_ROLLOUTS = ("overlap_groups", "overlap_seconds", "incomplete", "agents", "window_seconds")
+_OF_ROLLOUTS = (
+    "overlap_groups",
+    "overlap_seconds",
+    "incomplete",
+    "agents",
+    "window_seconds",
+    "group_size",
+    "group_deadline_seconds",
+    "max_staleness",
+    "pacing_staleness",
+    "zero_variance",
+    "agent",
+    "max_logprob_difference",
+    "sampling_parameters",
+    "rollout_timeout_seconds",
+)
+_ALL_RATIO = {
+    "gspo": "loss = grpo (importance_level = sequence_mean weighs sequences)",
+    "ppo_dual_clip": "loss = ppo",
+}
+"""Recipes that differ from another one by what they do with a ratio alone, and that other one."""
 
 
 def set_otherwise(settings: TrainerSettings, names: Iterable[str]) -> Iterator[str]:
@@ -41,6 +61,17 @@ def unused_setting(settings: TrainerSettings, recipe: PolicyLoss) -> str:
         for name in set_otherwise(settings, names):
             return f"trainer.{name} has no effect: {why}"
     return ""
+
+
+def idle_recipe(settings: TrainerSettings) -> str:
+    """What is wrong where a recipe's ratio, all that tells it from another, is always 1; else empty."""
+    if settings.loss not in _ALL_RATIO or settings.correction == "clip" or settings.epochs * settings.minibatches > 1:
+        return ""
+    return (
+        f"trainer.loss = {settings.loss} has no effect of its own: with trainer.correction = {settings.correction} and "
+        f"one update a window the ratio that it bounds is 1; set {_ALL_RATIO[settings.loss]}, correction = clip, or "
+        "more trainer.epochs or trainer.minibatches"
+    )
 
 
 def _unread(settings: TrainerSettings, recipe: PolicyLoss) -> Iterator[tuple[tuple[str, ...], str]]:
