@@ -9,6 +9,7 @@ import random
 import resource
 import sys
 from pathlib import Path
+from typing import Any
 
 from transformers import Qwen3Config, Qwen3ForCausalLM
 
@@ -21,8 +22,8 @@ SAMPLED = 256
 
 
 def growth_mib(folder: Path, vocabulary: int) -> float:
-    sizes = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
-    heads = {"num_attention_heads": 2, "num_key_value_heads": 1}
+    sizes: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "head_dim": 8}
+    heads: dict[str, Any] = {"num_attention_heads": 2, "num_key_value_heads": 1}
     Qwen3ForCausalLM(Qwen3Config(vocab_size=vocabulary, **sizes, **heads)).save_pretrained(folder)
     draw = random.Random(0)
     samples = [
