@@ -44,7 +44,7 @@ def _may_set_nice() -> bool:
     return bool(int(status, 16) >> CAP_SYS_NICE & 1)
 
 
-def _nice(pid: int, thread: str) -> set[int]:
+def _nice(pid: int | None, thread: str) -> set[int]:
     """What the threads of this name run at; a thread may end while it is asked."""
     found: set[int] = set()
     for task in Path(f"/proc/{pid}/task").iterdir():

@@ -295,7 +295,7 @@ def after_trials(*trials: Sequence[float | None]) -> tuple[list[float | None], s
 
 
 def test_crashing_on_hard_tasks_does_not_pay() -> None:
-    seed = [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
+    seed: list[float | None] = [1.0, 1.0, 1.0, 1.0, 0.0, 0.0, 0.0, 1.0]
     assert after_trials(seed, [1.0] * 4 + [None] * 4) == ([0.625, 0.5], "c0")
     assert after_trials([1.0] * 4 + [None] * 4, seed) == ([0.5, 0.625], "c1"), "also where the zero is seen later"
     assert after_trials([0.0, 0.0], [None, 1.0]) == ([0.0, 0.5], "c1")

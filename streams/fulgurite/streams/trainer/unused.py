@@ -95,6 +95,8 @@ def _unread(settings: TrainerSettings, recipe: PolicyLoss) -> Iterator[tuple[tup
         yield _WEIGHT, f"trainer.correction = {settings.correction} has no weights; set truncate or mask"
     if not settings.lora_rank:
         yield _ADAPTER, "trainer.lora_rank is 0, all weights are trained; set it to the adapter's rank"
+    if settings.on_bad_step == "stop":
+        yield ("max_bad_steps",), "trainer.on_bad_step = stop ends the run at the first; set skip"
     if settings.schedule == "constant":
         yield ("min_learning_rate_ratio",), "trainer.schedule = constant does not fall; set linear or cosine"
     if not settings.kl_coefficient:
