@@ -88,3 +88,15 @@ def test_a_group_whose_records_cannot_be_decoded_is_not_waited_for_for_ever(mode
     assert windows.take(1) is None
     assert {(d.rollout_id, d.reason) for d in windows.dropped} == {("r-g0-r0", "bad_record"), ("r-g0-r1", "deadline")}
     assert len(intake.take_dead_letters()) == 2
+
+
+def test_what_is_another_runs_is_left_to_it(model: Path) -> None:
+    plan = make_plan(Settings(trainer=TrainerSettings.model_validate({"model": model, **LIVE})))
+    windows = Windows(plan.shape, asked=5)
+    intake = Intake(plan, LIMITS, windows)
+    theirs = (
+        of_two_policies().replace(b'"loss_mask":[0,1]', b'"loss_mask":[0]').replace(b'"run_id":"r"', b'"run_id":"r2"')
+    )
+    intake.take_in(record(theirs), 0)
+    intake.take_in(ConsumerRecord("trajectories", 0, 8, 0, 0, b"r2-g0", b"r2: no JSON", None, 5, 11, ()), 0)
+    assert (windows.groups, intake.take_dead_letters()) == ({}, [])

@@ -10,6 +10,7 @@ from pydantic import BaseModel, ValidationError
 from fulgurite.schemas.codec import decode
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import InvalidEvent
+from fulgurite.schemas.rollouts import Mode
 from fulgurite.schemas.topics import DEAD_LETTERS
 from fulgurite.schemas.trajectories import Trajectory
 from fulgurite.streams.trainer.plan import Plan
@@ -30,6 +31,7 @@ class _Name(BaseModel):
     rollout_id: str
     group_id: str
     run_id: str
+    mode: Mode = "train"
 
 
 class Intake:
@@ -61,36 +63,41 @@ class Intake:
         # Decoding is what reading other runs' records would cost; our name in the bytes is a cheap first sieve.
         if self._needle not in (record.value or b"") and self._needle not in (record.key or b""):
             return
-        trajectory = self._decoded(record)
-        if trajectory is None:
-            self._take_in_undecodable(record, now_ns)
-        elif trajectory.run_id == self._run_id and trajectory.mode == "train":
+        try:
+            trajectory = decode(Trajectory, record.value)
+        except InvalidEvent as error:
+            self._take_in_undecodable(record, now_ns, error)
+            return
+        if trajectory.run_id == self._run_id and trajectory.mode == "train":
             self._windows.add(self._judged(record, trajectory), now_ns)
 
     def member(self, record: Record) -> Member | None:
         """The record as a member of its group, whatever its run; None where it is none."""
-        trajectory = self._decoded(record)
-        return self._judged(record, trajectory) if trajectory else None
+        try:
+            return self._judged(record, decode(Trajectory, record.value))
+        except InvalidEvent as error:
+            self._bury_undecodable(record, error)
+            return None
 
     def take_dead_letters(self) -> list[Outgoing]:
         taken, self.dead_letters, self._dead_bytes = self.dead_letters, [], 0
         return taken
 
-    def _take_in_undecodable(self, record: Record, now_ns: int) -> None:
+    def _take_in_undecodable(self, record: Record, now_ns: int, error: InvalidEvent) -> None:
         """A member without data, where it still says whose; else its group's deadline counts. A group of such records
-        alone would be waited for for ever."""
-        named = _named(record)
-        if named is not None and named.run_id == self._run_id:
+        alone would be waited for for ever. Another run's is left to that run."""
+        named, group_id = _named(record), (record.key or b"").decode(errors="replace")
+        is_ours = named.run_id == self._run_id if named else group_id.startswith(f"{self._run_id}-g")
+        if not is_ours:
+            return
+        self._bury_undecodable(record, error)
+        if named and named.mode == "train":
             self._windows.add(Member(named, "bad_record"), now_ns)
-        elif named is None and record.key is not None:
-            self._windows.expect(record.key.decode(errors="replace"), now_ns)
+        elif not named:
+            self._windows.expect(group_id, now_ns)
 
-    def _decoded(self, record: Record) -> Trajectory | None:
-        try:
-            return decode(Trajectory, record.value)
-        except InvalidEvent as error:
-            self._bury(record, error.reason, str(error), wanted=self._is_first)
-            return None
+    def _bury_undecodable(self, record: Record, error: InvalidEvent) -> None:
+        self._bury(record, error.reason, str(error), wanted=self._is_first)
 
     def _judged(self, record: Record, trajectory: Trajectory) -> Member:
         member, fault = member_of(trajectory, self._resource, self._limits, self._agents)
@@ -121,6 +128,6 @@ def _named(record: Record) -> Trajectory | None:
     """Whose trajectory a record was to be, that is none by its schema; None where even that cannot be read."""
     try:
         found = _Name.model_validate_json(record.value or b"")
-        return Trajectory(rollout_id=found.rollout_id, group_id=found.group_id, run_id=found.run_id, status="failed")
+        return Trajectory(**found.model_dump(), status="failed")
     except ValidationError:
         return None
