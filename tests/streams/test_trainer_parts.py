@@ -241,11 +241,15 @@ def test_same_version_tokens_are_measured_apart_and_missed_when_there_are_none(
 
 def test_what_is_no_number_changes_nothing(model_folder: Path, tmp_path: Path) -> None:
     samples = [replace(s, advantage=float("inf")) for s in samples_from(model_folder)]
-    learner = load_learner(model_folder, TrainerSettings())
+    stops = load_learner(model_folder, TrainerSettings(on_bad_step="stop"))
     with pytest.raises(BadStep, match="nothing was published"):
-        learner.step(samples, 3)
-    learner.save_weights(tmp_path)
-    assert (tmp_path / "model.safetensors").read_bytes() == (model_folder / "model.safetensors").read_bytes()
+        stops.step(samples, 3)
+    skips = load_learner(model_folder, TrainerSettings())
+    assert skips.step(samples, 3).skipped.startswith("nonfinite")
+    for name, learner in (("stops", stops), ("skips", skips)):
+        learner.save_weights(tmp_path / name)
+        kept = (tmp_path / name / "model.safetensors").read_bytes()
+        assert kept == (model_folder / "model.safetensors").read_bytes(), name
 
 
 def test_a_learner_goes_on_from_its_files_bit_for_bit(model_folder: Path, tmp_path: Path) -> None:
