@@ -29,7 +29,7 @@ def _group_of_sequence(case: Case) -> numpy.ndarray[tuple[int], numpy.dtype[nump
     return numpy.arange(len(case.rewards)) // GROUP
 
 
-def verl(case: Case, name: str) -> Tensor:
+def verl(case: Case, name: str, penalties: Tensor | float = 0.0) -> Tensor:
     algorithms = load("verl.trainer.ppo.core_algos")
     estimator = {
         "group_normalised": "grpo",
@@ -42,12 +42,12 @@ def verl(case: Case, name: str) -> Tensor:
     if estimator == "grpo":
         options["norm_adv_by_std_in_grpo"] = name == "group_normalised"
     advantages, _ = algorithms.get_adv_estimator_fn(estimator)(
-        _rewards_at_the_end(case), case.mask, config=SimpleNamespace(gamma=1.0), **options
+        _rewards_at_the_end(case) - penalties, case.mask, config=SimpleNamespace(gamma=1.0), **options
     )
     return advantages
 
 
-def skyrl(case: Case, name: str) -> Tensor:
+def skyrl(case: Case, name: str, penalties: Tensor | float = 0.0) -> Tensor:
     module = load("skyrl.backends.skyrl_train.utils.ppo_utils")
     estimator = {
         "group_normalised": "grpo",
@@ -56,7 +56,7 @@ def skyrl(case: Case, name: str) -> Tensor:
         "batch_normalised": "reinforce++",
     }[name]
     advantages, _ = module.AdvantageEstimatorRegistry.get(estimator)(
-        token_level_rewards=_rewards_at_the_end(case),
+        token_level_rewards=_rewards_at_the_end(case) - penalties,
         response_mask=case.mask,
         index=_group_of_sequence(case),
         gamma=1.0,
@@ -65,7 +65,7 @@ def skyrl(case: Case, name: str) -> Tensor:
     return advantages
 
 
-def openrlhf(case: Case, name: str, gamma: float = 1.0) -> Tensor:
+def openrlhf(case: Case, name: str, gamma: float = 1.0, kl: Tensor | None = None, coefficient: float = 0.0) -> Tensor:
     """By the method of its experience maker, whose state it reads is only settings."""
     estimator = {
         "group_normalised": "group_norm",
@@ -77,7 +77,7 @@ def openrlhf(case: Case, name: str, gamma: float = 1.0) -> Tensor:
     module = load("openrlhf.trainer.ppo_utils.experience_maker")
     maker = object.__new__(module.RemoteExperienceMaker)
     maker.advantage_estimator = estimator
-    maker.kl_ctl = SimpleNamespace(value=0.0)
+    maker.kl_ctl = SimpleNamespace(value=coefficient)
     maker.strategy = SimpleNamespace(
         args=SimpleNamespace(
             algo=SimpleNamespace(advantage=SimpleNamespace(estimator=estimator, gamma=gamma, no_std_norm=False)),
@@ -88,7 +88,7 @@ def openrlhf(case: Case, name: str, gamma: float = 1.0) -> Tensor:
     experience = SimpleNamespace(
         index=list(range(len(case.rewards))),
         rewards=case.rewards,
-        kl=torch.zeros_like(case.mask, dtype=torch.float64),
+        kl=torch.zeros_like(case.mask, dtype=torch.float64) if kl is None else kl,
         action_mask=case.mask,
         info={},
     )
@@ -112,5 +112,24 @@ def areal(case: Case, name: str) -> Tensor:
     normalised = load("areal.utils.data").Normalization(config)(case.rewards)
     return case.padded(case.sequences.spread(normalised))
 
+
+def _verl_penalised(case: Case, kl: Tensor, coefficient: float) -> Tensor:
+    return verl(case, "batch_normalised", coefficient * kl)
+
+
+def _skyrl_penalised(case: Case, kl: Tensor, coefficient: float) -> Tensor:
+    return skyrl(case, "batch_normalised", coefficient * kl)
+
+
+def _openrlhf_penalised(case: Case, kl: Tensor, coefficient: float) -> Tensor:
+    return openrlhf(case, "batch_normalised", kl=kl, coefficient=coefficient)
+
+
+PENALISED: dict[str, Callable[[Case, Tensor, float], Tensor]] = {
+    "verl": _verl_penalised,
+    "skyrl": _skyrl_penalised,
+    "openrlhf": _openrlhf_penalised,
+}
+"""REINFORCE++ with a table of KL estimates in the reward; verl and SkyRL are given rewards of tokens that have paid."""
 
 ESTIMATORS: dict[str, Estimator] = {"verl": verl, "skyrl": skyrl, "openrlhf": openrlhf, "areal": areal}

@@ -14,13 +14,15 @@ from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.objectives.advantages import ESTIMATORS as OURS
 from fulgurite.streams.objectives.aggregation import token_weights, window_totals
 from fulgurite.streams.objectives.credit import span_returns
+from fulgurite.streams.objectives.kl import kl_estimate
 from fulgurite.streams.objectives.policy_losses import PolicyTokens, policy_loss
 from fulgurite.streams.objectives.recipes import POLICY_LOSSES
 from fulgurite.streams.objectives.rewards import overlong_penalty
-from fulgurite.streams.trainer.credit import Outcome, call_advantages
+from fulgurite.streams.trainer.credit import Outcome, call_advantages, with_penalties
+from fulgurite.streams.trainer.sample import Call, Sample
 from tests.oracles.case import GROUP, LENGTHS, Case, cases
 from tests.oracles.comparison import compare_losses, compare_values
-from tests.oracles.estimators import ESTIMATORS
+from tests.oracles.estimators import ESTIMATORS, PENALISED
 from tests.oracles.libraries import LIBRARIES, Asked
 from tests.oracles.standins import load
 
@@ -122,6 +124,47 @@ def test_discounted_credit() -> None:
     # OpenRLHF discounts over gaps too.
     dense = [case.without_gaps() for case in cases()]
     compare_values("discounted credit", "openrlhf", ((discounted(c, 0.9), c.packed(of_openrlhf(c))) for c in dense))
+
+
+@pytest.mark.parametrize("library", ["verl", "openrlhf"])
+def test_returns_of_calls_with_rewards_of_their_own(library: str) -> None:
+    """Each token a call of its own: every one has a reward, each what it led to."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for case in (case.without_gaps() for case in cases()):
+        rewards = case.behaviour.split(LENGTHS)
+        ours = [value for own in rewards for value in span_returns(own.tolist(), 0.9)]
+        table = case.padded(case.behaviour)
+        if library == "verl":
+            estimate = load("verl.trainer.ppo.core_algos").get_adv_estimator_fn("reinforce_plus_plus")
+            theirs = estimate(table, case.mask, config=SimpleNamespace(gamma=0.9))[1]
+        else:
+            maker = load("openrlhf.trainer.ppo_utils.experience_maker").RemoteExperienceMaker
+            theirs = maker.get_cumulative_returns(None, table, case.mask, 0.9)
+        pairs.append((torch.tensor(ours, dtype=torch.float64), case.packed(theirs)))
+    compare_values("span returns", library, pairs)
+
+
+def with_kl(case: Case, coefficient: float) -> tuple[Tensor, Tensor]:
+    """k1 of each token [N], and the trainer's advantages [N] of what REINFORCE++ leaves of the rewards."""
+    kl = kl_estimate(case.behaviour, case.reference, "k1")
+    settings = TrainerSettings(loss="reinforce_plus_plus", kl_in_reward=True, kl_coefficient=coefficient)
+    by_sequence = [part.tolist() for part in kl.split(LENGTHS)]
+    samples = [
+        Sample(str(row), [0] * (n + 1), [0] + [1] * n, [], [], 0.0, row // GROUP, (Call(1, n + 1, 0, reward),))
+        for row, (n, reward) in enumerate(zip(LENGTHS, case.rewards.tolist(), strict=True))
+    ]
+    found = with_penalties(samples, by_sequence, settings)
+    return kl, torch.tensor([value for sample in found for value in sample.sampled_advantages()], dtype=torch.float64)
+
+
+@pytest.mark.parametrize("library", ["verl", "skyrl", "openrlhf"])
+def test_kl_in_the_reward_of_reinforce_plus_plus(library: str) -> None:
+    """From rewards and log p to advantages of tokens, each answering for its own penalty and those after it."""
+    pairs: list[tuple[Tensor, Tensor]] = []
+    for case in prepared(library, "batch_normalised"):
+        kl, ours = with_kl(case, 0.3)
+        pairs.append((ours, case.packed(PENALISED[library](case, case.padded(kl), 0.3))))
+    compare_values("reinforce_plus_plus, kl", library, pairs)
 
 
 def test_span_returns() -> None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
-from hypothesis import given
+from hypothesis import assume, given
 from hypothesis import strategies as st
 
 from fulgurite.schemas.errors import SettingsError
@@ -13,7 +13,7 @@ from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.schemas.trajectories import CallRange, TokenSequence, Trajectory, TrajectoryReward
 from fulgurite.streams.learners.packing import pack
-from fulgurite.streams.objectives.advantages import ESTIMATORS, group_advantages, mean_centred
+from fulgurite.streams.objectives.advantages import BY_TOKEN, ESTIMATORS, group_advantages, mean_centred
 from fulgurite.streams.objectives.credit import span_returns
 from fulgurite.streams.trainer.credit import Outcome, call_advantages, calls_of, with_penalties
 from fulgurite.streams.trainer.objective import check_objective
@@ -212,12 +212,13 @@ def windows(draw: st.DrawFn) -> list[list[Trajectory]]:
     st.sampled_from(sorted(ESTIMATORS)),
     st.sampled_from([("rollout", 1.0), ("discounted", 0.5), ("call", 0.5)]),
     st.sampled_from(["drop", "keep"]),
-    st.lists(st.floats(0, 2), min_size=48, max_size=48),
+    st.lists(st.floats(0, 2), min_size=100, max_size=100),
 )
 def test_kl_in_reward_compares_with_what_is_compared_without_it(
     groups: list[list[Trajectory]], advantage: str, credit: tuple[str, float], zero_variance: str, kl: list[float]
 ) -> None:
     """A penalty of 0 changes nothing at all, and another what it changes where every group is trained on."""
+    assume(credit[0] != "discounted" or advantage not in BY_TOKEN)  # check_objective refuses it
     changes = {"advantage": advantage, "credit": credit[0], "credit_discount": credit[1]}
     window = Window(1, [[Member(each) for each in group] for group in groups], [])
     in_reward, dropping = {**changes, "kl_in_reward": True}, {"zero_variance": zero_variance}
@@ -225,16 +226,34 @@ def test_kl_in_reward_compares_with_what_is_compared_without_it(
     found = training_set(window, settings_of(**in_reward, **dropping))
     everyone = training_set(window, settings_of(**in_reward, zero_variance="keep")).samples
     drawn = iter(kl)
-    divergence = {sample.rollout_id: [next(drawn) for _ in sample.calls] for sample in everyone}
+    divergence = {sample.rollout_id: [next(drawn) for _ in range(sum(sample.loss_mask))] for sample in everyone}
 
     def anew(coefficient: float, samples: list[Sample]) -> list[Sample]:
         own = [divergence[sample.rollout_id] for sample in samples]
         return with_penalties(samples, own, settings_of(**in_reward, kl_coefficient=coefficient))
 
-    assert anew(0.0, [*found.samples, *found.compared])[: len(found.samples)] == plain.samples
+    for sample, same in zip(anew(0.0, [*found.samples, *found.compared]), plain.samples, strict=False):
+        assert sample.rollout_id == same.rollout_id
+        assert sample.sampled_advantages() == pytest.approx(same.sampled_advantages(), abs=1e-9)
     expected = {sample.rollout_id: sample for sample in anew(1.0, everyone)}
     for sample in anew(1.0, [*found.samples, *found.compared])[: len(found.samples)]:
         assert sample == expected[sample.rollout_id]
+
+
+def test_with_kl_in_the_reward_a_token_of_reinforce_plus_plus_answers_for_those_after_it() -> None:
+    """Also across calls, in their order; what came before it never counts."""
+    settings = settings_of(advantage="batch_normalised", kl_in_reward=True, kl_coefficient=0.5)
+    window = Window(
+        1, [[Member(trajectory(name, reward, {}, sequence())) for name, reward in (("a", 1), ("b", 0))]], []
+    )
+    samples = training_set(window, settings).samples
+    count = sum(samples[0].loss_mask)
+    none, last = [0.0] * count, [0.0] * (count - 1) + [2.0]
+    at_the_last = with_penalties(samples, [last, none], settings)
+    assert at_the_last[0].sampled_advantages() == pytest.approx([0.0] * count, abs=1e-12)  # 1 - 0.5 * 2: as b has
+    first = with_penalties(samples, [[2.0, *none[1:]], none], settings)[0].sampled_advantages()
+    assert first[0] < 0.0 < first[1]
+    assert first[1:] == [first[1]] * (count - 1)
 
 
 def test_what_would_be_ignored_is_refused() -> None:

@@ -428,6 +428,7 @@ def test_groups_are_asked_for_with_the_same_ids_every_time() -> None:
         ({"fill_reward": -1.0}, "trainer.incomplete = mask fills nothing in"),
         ({"kl_in_reward": True, "kl_coefficient": 0.1, "model": ".", "incomplete": "fill"}, "set mask or drop"),
         ({"overlap_seconds": 5.0}, "trainer.overlap_groups is 0, windows do not slide"),
+        ({"overlap_groups": 2, "loss": "sft"}, "learns the best of a group, and in a later window"),
         ({"overlap_groups": 2, "max_staleness": 0, "pacing_staleness": 0}, "no group could be in a second window"),
     ],
 )

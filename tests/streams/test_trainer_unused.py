@@ -73,7 +73,7 @@ def test_what_would_do_nothing_is_refused(changes: dict[str, Any], name: str, wh
         {**PENALISED, "kl_estimator": "k2", "reference": "m"},
         {**PENALISED, "kl_estimator": "k1", "kl_in_reward": True},
         {"overlong_buffer_tokens": 4, "overlong_max_tokens": 64, "overlong_penalty": 0.5},
-        {**SFT, "overlap_groups": 2, "incomplete": "drop", "agents": ["a"], "window_seconds": 5.0},
+        {**SFT, "incomplete": "drop", "agents": ["a"], "window_seconds": 5.0},
     ],
 )
 def test_what_does_something_is_not(changes: dict[str, Any]) -> None:

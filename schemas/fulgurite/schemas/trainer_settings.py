@@ -146,11 +146,11 @@ class TrainerSettings(Section):
     kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
     """Weight of the KL penalty against a frozen reference policy; 0: none, and no reference is loaded."""
     kl_in_reward: bool = False
-    """Take it from the reward instead of adding it to the loss: kl_coefficient times its sum over a rollout's (or
-    call's) tokens, by the log p of the policy that sampled them. All of these tokens answer for that sum; in PPO and
-    REINFORCE++ as published each answers for itself and those after it. Advantages over the window
-    compare with groups dropped for zero variance, too: the reference scores these as well, so that what is compared is
-    the same with and without the penalty, and all of it pays."""
+    """Take it from the reward instead of adding it to the loss: kl_coefficient times the estimates of tokens, by the
+    log p of the policy that sampled them. For reinforce_plus_plus each token pays for itself and those after it; for
+    others all tokens of a rollout (or call) pay for their sum. Advantages over the window compare with groups dropped
+    for zero variance, too: the reference scores these as well, so that what is compared is the same with and without
+    the penalty, and all of it pays."""
     kl_estimator: Literal["k1", "k2", "k3"] = "k3"
     """Its value on sampled tokens, with d = log p_ref - log p: k1 = -d, k2 = d^2 / 2, k3 = e^d - 1 - d."""
     kl_gradient: Literal["estimator", "k2", "ratio"] = "estimator"

@@ -21,7 +21,6 @@ from fulgurite.streams.learners.learner import BadStep, Learner, StepResult, loa
 from fulgurite.streams.learners.packing import PackedBatch
 from fulgurite.streams.learners.reference import Reference
 from fulgurite.streams.learners.schedule import learning_rate
-from fulgurite.streams.objectives.advantages import batch_normalised
 from fulgurite.streams.trainer.samples import TrainingSet, training_set
 from fulgurite.streams.trainer.windows import Member, Window
 from tests.streams.trainer_world import build_model
@@ -421,28 +420,41 @@ def test_a_penalty_of_nothing_taken_from_rewards_changes_nothing(folder: Path) -
     assert all(torch.equal(tensor, trained(same)[name]) for name, tensor in trained(learner).items())
 
 
-def test_all_that_a_window_compares_pays_the_penalty(folder: Path, other: Path) -> None:
+@pytest.mark.parametrize("loss", ["reinforce_plus_plus", "reinforce_plus_plus_baseline"])
+def test_all_that_a_window_compares_pays_the_penalty(folder: Path, other: Path, loss: str) -> None:
+    """REINFORCE++: each token for itself and those after it, in later sequences too; with its baseline for all."""
     changes = {"kl_in_reward": True, "kl_estimator": "k1", "kl_coefficient": 0.5, "reference": other}
-    settings = settings_of(loss="reinforce_plus_plus", **changes)
-    taken, plain = window(folder), settings_of(loss="reinforce_plus_plus")
+    settings = settings_of(loss=loss, **changes)
+    taken, plain = window(folder), settings_of(loss=loss)
     frozen: Any = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
 
-    def paid(member: Member) -> float:
+    def paid(member: Member) -> list[float]:
+        """What each of its tokens led to."""
         with torch.no_grad():
-            kl = [
-                torch.tensor(s.logprobs[2:]) - log_p(frozen, s.token_ids, s.loss_mask)
-                for s in member.trajectory.sequences
-            ]
-        return (member.trajectory.reward or 0.0) - 0.5 * torch.cat(kl).sum().item()
+            kl = torch.cat(
+                [
+                    torch.tensor(s.logprobs[2:]) - log_p(frozen, s.token_ids, s.loss_mask)
+                    for s in member.trajectory.sequences
+                ]
+            )
+        costs = kl.flip(0).cumsum(0).flip(0) if loss == "reinforce_plus_plus" else kl.sum().expand_as(kl)
+        return ((member.trajectory.reward or 0.0) - 0.5 * costs).tolist()
 
-    tokens = [[sum(sum(s.loss_mask) for s in m.trajectory.sequences) for m in group] for group in taken.groups]
-    advantages = batch_normalised([[paid(member) for member in group] for group in taken.groups], tokens)
+    left = [[paid(member) for member in group] for group in taken.groups]
+    if loss == "reinforce_plus_plus_baseline":
+        means = [sum(tokens[0] for tokens in group) / len(group) for group in left]
+        left = [[[v - mean for v in tokens] for tokens in group] for group, mean in zip(left, means, strict=True)]
+    flat = torch.tensor([value for group in left for tokens in group for value in tokens], dtype=torch.float64)
+    mean, deviation = flat.mean().item(), (flat.var() + 1e-8).sqrt().item()
     by_rollout = {
-        member.trajectory.rollout_id: advantage
-        for group, found in zip(taken.groups, advantages, strict=True)
-        for member, advantage in zip(group, found, strict=True)
+        member.trajectory.rollout_id: iter([(value - mean) / deviation for value in tokens])
+        for group, found in zip(taken.groups, left, strict=True)
+        for member, tokens in zip(group, found, strict=True)
     }
-    expected = [replace(s, advantage=by_rollout[s.rollout_id]) for s in training_set(taken, plain).samples]
+    expected = [
+        replace(s, token_advantages=tuple(next(by_rollout[s.rollout_id]) for _ in range(sum(s.loss_mask))))
+        for s in training_set(taken, plain).samples
+    ]
     training = training_set(taken, settings)
     result = load_learner(folder, settings).step(training.samples, 2, training.compared)
     same = load_learner(folder, plain).step(expected, 2)

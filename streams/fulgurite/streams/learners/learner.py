@@ -191,26 +191,26 @@ class Learner:
 
     @torch.no_grad()
     def _penalised(self, trained: list[Sample], compared: Sequence[Sample]) -> tuple[list[Sample], dict[str, float]]:
-        """KL in the reward: advantages anew from what is left of each call's. Those that the others are compared with
-        pay as they do: their rewards count in the same mean and deviation."""
+        """KL in the reward: advantages anew from what is left of it. Those that the others are compared with pay as
+        they do: their rewards count in the same mean and deviation."""
         assert self._reference is not None, "check_objective refuses kl_in_reward without a coefficient"
         samples = [*trained, *compared]
-        mine: dict[int, tuple[list[float], float]] = {}
+        mine: dict[int, list[float]] = {}
         for members in self._batches(samples):
             batch = self._pack(samples, members, None)
             logprobs = self._reference.logprobs(batch)
             kl = kl_estimate(batch.behaviour_logprobs, logprobs, self._settings.kl_estimator).cpu()
             counts = [sum(samples[member].loss_mask) for member in members]
             for member, values in zip(members, kl.split(counts) if members else (), strict=True):
-                mine[member] = samples[member].sums_by_call(values.tolist()), values.sum().item()
-        found = {number: sums for part in self.engine.gather(mine) for number, sums in part.items()}
-        by_call = [found[number][0] for number in range(len(samples))]
+                mine[member] = values.tolist()
+        found = {number: values for part in self.engine.gather(mine) for number, values in part.items()}
+        by_token = [found[number] for number in range(len(samples))]
         tokens = sum(sum(sample.loss_mask) for sample in trained)
         metrics = {
-            "actor/reward_kl_penalty": sum(found[number][1] for number in range(len(trained))) / tokens,
+            "actor/reward_kl_penalty": sum(map(sum, by_token[: len(trained)])) / tokens,
             "actor/reward_kl_penalty_coeff": self._settings.kl_coefficient,
         }
-        return with_penalties(samples, by_call, self._settings)[: len(trained)], metrics
+        return with_penalties(samples, by_token, self._settings)[: len(trained)], metrics
 
     def _refuse(self, fault: str, loss: float, norm: float, samples: list[Sample], version_in: int) -> None:
         """Says what was wrong with an update, and raises BadStep or returns, as the settings say."""

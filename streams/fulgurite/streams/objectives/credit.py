@@ -2,7 +2,12 @@
 
     R_k = r_k + discount * R_(k+1)
 
-Of an advantage that stands at the last call alone it is what `trainer.credit = discounted` gives each call.
+Of an advantage that stands at the last call alone it is what `trainer.credit = discounted` gives each call. With KL in
+the reward, where every token has its own (REINFORCE++, arXiv:2501.03262, equation 7; PPO), a token led to
+
+    R_kt = r_k + discount * R_(k+1) - coefficient * sum over the call's tokens s >= t of kl_ks
+
+with R_(k+1) that of the next call's first token: it answers for itself and those after it, not for those before.
 
 Where libraries differ.
 - *Step*: verl and OpenRLHF discount from token to token, so that a long last answer leaves nothing for the calls before
@@ -29,4 +34,25 @@ def span_returns(rewards: Sequence[float], discount: float) -> list[float]:
     for reward in reversed(rewards):
         following = reward + discount * following
         returns.append(following)
+    return returns[::-1]
+
+
+def token_returns(
+    rewards: Sequence[float], kl: Sequence[Sequence[float]], coefficient: float, discount: float
+) -> list[list[float]]:
+    """Rewards of a rollout's calls, in their order, and the KL estimates of their tokens [calls][tokens] -> what each
+    token led to, of the same shape.
+
+    >>> token_returns([0.0, 1.0], [[2.0, 1.0], [1.0]], 0.5, 1.0)
+    [[-1.0, 0.0], [0.5]]
+    """
+    returns: list[list[float]] = []
+    following = 0.0
+    for reward, penalties in zip(reversed(rewards), reversed(kl), strict=True):
+        following = reward + discount * following
+        of_call: list[float] = []
+        for penalty in reversed(penalties):
+            following -= coefficient * penalty
+            of_call.append(following)
+        returns.append(of_call[::-1])
     return returns[::-1]

@@ -1,5 +1,5 @@
 """What is done to rewards before they become advantages: DAPO's penalty for length (arXiv:2503.14476), and KL in the
-reward, summed over a call (REINFORCE++, arXiv:2501.03262, and PPO take it token by token). Pure, no torch."""
+reward, summed over a call (token by token: credit.py). Pure, no torch."""
 
 from __future__ import annotations
 
@@ -27,10 +27,11 @@ def penalised_rewards(rewards: Sequence[float], kl: Sequence[float], coefficient
 
         r_k - coefficient * sum over its tokens of kl_t         the estimates are the sampling policy's (kl.py)
 
-    Where libraries differ. verl, OpenRLHF, SkyRL and slime place the penalty at its token, so that a token answers for
-    those after it and not for those before; here the tokens of a call answer for all of it together, as they do for its
-    reward. OpenRLHF compares rewards with their group first and takes the penalty from what comes of it; verl and this
-    compare what is left.
+    For baselines over a group: they compare outcomes, so that the tokens of a call answer for all of it together, as
+    they do for its reward.
+
+    Where libraries differ. verl and this compare with their group what is left after the penalty; OpenRLHF compares
+    rewards first and takes the penalty of a token and those after it from what comes of it.
 
     >>> penalised_rewards([0.0, 1.0], [2.0, 1.0], 0.5)
     [-1.0, 0.5]

@@ -9,7 +9,8 @@ How a reward becomes an advantage is the recipe's (objectives/advantages.py) in 
 the place: `call` is for rewards of calls, not for a rollout's reward seen from each (objectives/credit.py). What an
 aggregator made the rollout's reward of (`counted`) is there once: at the call that it names, else at the last. Other
 rewards of calls come on top. Calls of other policies have no tokens here; what they earned counts for nobody but
-through the rollout's reward.
+through the rollout's reward. With KL in the reward the advantages are made anew of what is left: for REINFORCE++ token
+by token, for others call by call.
 """
 
 from __future__ import annotations
@@ -21,8 +22,8 @@ from itertools import groupby
 from fulgurite.schemas.rewards import FINAL_REWARD
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.schemas.trajectories import CallRange, TokenSequence, Trajectory
-from fulgurite.streams.objectives.advantages import ESTIMATORS, has_signal
-from fulgurite.streams.objectives.credit import span_returns
+from fulgurite.streams.objectives.advantages import BY_TOKEN, ESTIMATORS, has_signal
+from fulgurite.streams.objectives.credit import span_returns, token_returns
 from fulgurite.streams.objectives.rewards import penalised_rewards
 from fulgurite.streams.trainer.objective import recipe_of
 from fulgurite.streams.trainer.sample import Call, Sample
@@ -86,13 +87,39 @@ def credited(samples: Sequence[Sample], settings: TrainerSettings) -> list[Sampl
 
 
 def with_penalties(samples: Sequence[Sample], kl: Sequence[Sequence[float]], settings: TrainerSettings) -> list[Sample]:
-    """The same after every call's reward paid for its KL, [samples][calls] sums over tokens."""
+    """The same after rewards paid for the KL of their tokens, [samples][sampled tokens]."""
+    if recipe_of(settings).advantage in BY_TOKEN:
+        return _credited_by_token(samples, kl, settings)
     lowered: list[Sample] = []
     for sample, own in zip(samples, kl, strict=True):
-        left = penalised_rewards([call.reward for call in sample.calls], own, settings.kl_coefficient)
+        sums = [sum(of_call) for of_call in sample.by_call(own)]
+        left = penalised_rewards([call.reward for call in sample.calls], sums, settings.kl_coefficient)
         calls = tuple(replace(call, reward=reward) for call, reward in zip(sample.calls, left, strict=True))
         lowered.append(replace(sample, calls=calls))
     return credited(lowered, settings)
+
+
+def _credited_by_token(
+    samples: Sequence[Sample], kl: Sequence[Sequence[float]], settings: TrainerSettings
+) -> list[Sample]:
+    """What each token led to, compared over all groups there are."""
+    rollouts: dict[tuple[int, str], list[tuple[int, int, int]]] = {}
+    for at, sample in enumerate(samples):
+        rollout = rollouts.setdefault((sample.group, sample.rollout_id), [])
+        rollout += [(call.number, at, place) for place, call in enumerate(sample.calls)]
+    discount = settings.credit_discount if settings.credit == "call" else 1.0
+    of_calls = [sample.by_call(own) for sample, own in zip(samples, kl, strict=True)]
+    led_to: list[list[Sequence[float]]] = [[()] * len(sample.calls) for sample in samples]
+    for calls in map(sorted, rollouts.values()):
+        rewards = [samples[at].calls[place].reward for _, at, place in calls]
+        own = [of_calls[at][place] for _, at, place in calls]
+        found = token_returns(rewards, own, settings.kl_coefficient, discount)
+        for (_, at, place), returns in zip(calls, found, strict=True):
+            led_to[at][place] = returns
+    by_sample = [[value for returns in calls for value in returns] for calls in led_to]
+    estimate = ESTIMATORS[recipe_of(settings).advantage]
+    advantages = estimate(by_sample, [[1] * len(values) for values in by_sample])
+    return [replace(sample, token_advantages=tuple(own)) for sample, own in zip(samples, advantages, strict=True)]
 
 
 def call_advantages(groups: Sequence[Group], settings: TrainerSettings) -> list[list[list[float]]]:

@@ -14,6 +14,7 @@ from dataclasses import replace
 
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.settings import TrainerSettings
+from fulgurite.streams.objectives.advantages import BY_TOKEN
 from fulgurite.streams.objectives.recipes import PolicyLoss, find
 from fulgurite.streams.trainer.unused import idle_recipe, set_otherwise, unused_setting
 
@@ -131,6 +132,11 @@ def _terms_fault(settings: TrainerSettings) -> str:
         )
     if settings.kl_in_reward and not settings.kl_coefficient:
         return "trainer.kl_in_reward: trainer.kl_coefficient is 0, there is no penalty to take from the reward"
+    if settings.kl_in_reward and settings.credit == "discounted" and recipe_of(settings).advantage in BY_TOKEN:
+        return (
+            f"trainer.credit = discounted: with trainer.kl_in_reward and trainer.loss = {settings.loss} every token "
+            "has what it led to; set rollout or call"
+        )
     if settings.kl_coefficient:
         if settings.kl_in_reward and settings.kl_gradient != "estimator":
             return (

@@ -188,3 +188,8 @@ def _check_windows(trainer: TrainerSettings) -> None:
             f"trainer.overlap_groups = {trainer.overlap_groups}: with trainer.max_staleness = 0 no group could be in a "
             "second window"
         )
+    if trainer.overlap_groups and trainer.loss == "sft" and trainer.demonstrations is None:
+        raise SettingsError(
+            f"trainer.overlap_groups = {trainer.overlap_groups}: trainer.loss = sft learns the best of a group, and in "
+            "a later window, without members that are too old by then, they could be others; leave it out"
+        )

@@ -37,9 +37,13 @@ class Sample:
     """In the order of their tokens; every sampled token is in one."""
     advantages: tuple[float, ...] = ()
     """One for each call; empty where all have the rollout's."""
+    token_advantages: tuple[float, ...] = ()
+    """One for each sampled token, where tokens of a call differ."""
 
     def sampled_advantages(self) -> list[float]:
         """One for each sampled token."""
+        if self.token_advantages:
+            return list(self.token_advantages)
         if not self.advantages:
             return [self.advantage] * sum(self.loss_mask)
         return [
@@ -48,12 +52,12 @@ class Sample:
             for _ in range(call.end - call.start)
         ]
 
-    def sums_by_call(self, values: Sequence[float]) -> list[float]:
-        """`values`, one for each sampled token, added up for each call."""
-        sums: list[float] = []
+    def by_call(self, values: Sequence[float]) -> list[Sequence[float]]:
+        """`values`, one for each sampled token -> those of each call."""
+        parts: list[Sequence[float]] = []
         at = 0
         for call in self.calls:
             length = call.end - call.start
-            sums.append(sum(values[at : at + length]))
+            parts.append(values[at : at + length])
             at += length
-        return sums
+        return parts
