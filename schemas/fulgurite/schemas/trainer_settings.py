@@ -223,7 +223,8 @@ class TrainerSettings(Section):
     zero_stage: Annotated[int, Field(ge=0, le=3)] = 0
     """DeepSpeed's ZeRO stage, for several processes under torchrun; 0: plain torch on one device."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """Of the forward pass and of published weights; the optimizer's own copy is float32 always."""
+    """Of the forward pass and of published weights. The optimizer's own copy is float32 always; so are sums of
+    gradients over micro-batches, but with zero_stage = 1."""
     sampling_parameters: dict[str, Any] = Field(default_factory=lambda: {"temperature": 1.0})
     """For the agent's LLM calls. Temperature must be 1 for the recorded logprobs to be the policy's."""
     rollout_timeout_seconds: Seconds = 60.0

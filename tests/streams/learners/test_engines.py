@@ -16,6 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.settings import TrainerSettings
+from fulgurite.streams.learners.engine import OptimizerState
 from fulgurite.streams.learners.learner import load_learner
 
 pytestmark = pytest.mark.timeout(600)  # processes under torchrun, which share two cores with other tests
@@ -56,6 +57,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         life("few0", 0, 2, samples=1),
         life("lora", 0, 6, settings=adapter),
         life("several0", 0, 2, settings=several),
+        life("sum0", 0, 1, samples=600),
     )
     run(
         2,
@@ -69,6 +71,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         life("again3", 3, 2, settings={"activation_checkpointing": True}),
         life("b3", 3, 3, dtype="bfloat16"),
         life("b2", 2, 3, "b3", dtype="bfloat16"),
+        *(life(f"sum{stage}", stage, 1, dtype="bfloat16", samples=600) for stage in (2, 3)),
     )
     run(1, life("on0", 0, 3, "half3"), life("b0", 0, 3, "b3", dtype="bfloat16"))
     return found
@@ -132,6 +135,18 @@ def test_several_updates_a_window_are_the_same_on_all_ranks(folder: Path) -> Non
 
 def test_activations_computed_again_change_no_number(folder: Path) -> None:
     assert steps(folder / "again3") == [pytest.approx(step, abs=1e-5) for step in steps(folder / "whole")[:2]]
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_sums_over_many_micro_batches_are_float32_in_bfloat16_too(folder: Path, stage: int) -> None:
+    """Added up in bfloat16 they are 1.5 % off here."""
+
+    def gradient(name: str) -> torch.Tensor:
+        moments = OptimizerState.load(folder / name / "optimizer.pt").moments
+        return torch.cat([moments[key][0].flatten() for key in sorted(moments)])
+
+    expected = gradient("sum0")
+    assert (gradient(f"sum{stage}") - expected).norm() < 0.01 * expected.norm()
 
 
 def test_bfloat16_stays_near_float32_and_keeps_its_masters(folder: Path) -> None:

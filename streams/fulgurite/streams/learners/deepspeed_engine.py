@@ -210,6 +210,9 @@ def _deepspeed() -> Any:
 
 
 def _config(stage: int, dtype: torch.dtype, max_grad_norm: float, ranks: int) -> dict[str, Any]:
+    # As in the model's own type sums over micro-batches would lose the more the more there are. Stage 1 knows float32
+    # only in another optimizer of DeepSpeed's, which cannot be handed from run to run as we do.
+    sums = {"grad_accum_dtype": "fp32"} if dtype is torch.bfloat16 and stage > 1 else {}
     return {
         "train_batch_size": ranks,
         "train_micro_batch_size_per_gpu": 1,
@@ -220,4 +223,5 @@ def _config(stage: int, dtype: torch.dtype, max_grad_norm: float, ranks: int) ->
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "bf16": {"enabled": dtype is torch.bfloat16},
+        "data_types": sums,
     }
