@@ -14,11 +14,11 @@ from rich.console import Console
 
 from examples.calculator.model import new_model, train_tokenizer
 from examples.calculator.reproduce import __main__ as command
-from examples.calculator.reproduce import training
+from examples.calculator.reproduce import report, training
 from examples.calculator.reproduce.cells import BASE, CELLS, COMPARISONS, QUICK, Cell, Sizes
 from examples.calculator.reproduce.rollouts import expression_reward
 from examples.calculator.reproduce.statistics import estimate, paired
-from examples.calculator.reproduce.training import Result, finished, run_cell
+from examples.calculator.reproduce.training import Point, Result, finished, run_cell
 from examples.calculator.reward import reward_of
 from examples.calculator.warm_start import Recipe, save
 
@@ -117,3 +117,32 @@ def test_intervals_are_students() -> None:
     difference = paired({1: 0.9, 2: 0.8, 3: 0.7}, {1: 0.8, 2: 0.7, 3: 0.6, 4: 0.0})
     assert (difference.n, difference.mean) == (3, pytest.approx(0.1))
     assert difference.excludes_zero
+
+
+def point(step: int, heldout: float) -> Point:
+    return Point(step, None, heldout, None, 0.0, 0.0, 1.0, 0)
+
+
+def results_of(**curves: list[float]) -> list[Result]:
+    """Held-out reward of each seed after the last step; before it is 0.2, give or take the seed."""
+    return [
+        Result(cell, seed, [point(0, 0.2 + seed / 100), point(1, value)], 1.0)
+        for cell, values in curves.items()
+        for seed, value in enumerate(values)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("curves", "expected"),
+    [
+        ({"base": [0.7, 0.72, 0.71], "lag16-uncorrected": [0.3, 0.35, 0.2]}, []),
+        ({"base": [0.7, 0.72, 0.71], "groups-of-2": [0.7, 0.75, 0.68]}, []),
+        ({"base": [0.2, 0.1, 0.3]}, ["base did not learn"]),
+        ({"base": [0.2, 0.1]}, []),
+        ({"base": [0.7, 0.72, 0.71], "lag16": [0.8, 0.82, 0.81]}, ["base is worse than lag16: -0.100"]),
+    ],
+)
+def test_what_should_not_be_is_said(curves: dict[str, list[float]], expected: list[str]) -> None:
+    found = report.contradictions(report.by_cell(results_of(**curves)))
+    assert len(found) == len(expected)
+    assert all(said.startswith(start) for said, start in zip(found, expected, strict=True))

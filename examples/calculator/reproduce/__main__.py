@@ -28,7 +28,8 @@ QUICK_CELLS = ("base", "lag16-uncorrected")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """Exit code 0; 2 for wrong arguments; 130 after Ctrl-C, with everything finished so far kept."""
+    """Exit code 0; 1 where base did not learn or an effect is the other way round, by at least 3 seeds; 2 for wrong
+    arguments; 130 after Ctrl-C, with everything finished so far kept."""
     options = _parser().parse_args(arguments)
     sizes = QUICK if options.quick else Sizes()
     if options.seeds is not None:
@@ -74,8 +75,11 @@ def reproduce(console: Console, folder: Path, out: Path, cells: list[Cell], size
     found = report.by_cell([r for cell, seed in todo if (r := finished(folder, cell, seed, sizes))])
     report.report(console, found, cells, sizes)
     report.write_png(out / "reproduce.png", found)
+    wrong = report.contradictions(found)
+    for each in wrong:
+        console.print(f"[red]not as it should be:[/] {each}", highlight=False, soft_wrap=True)
     console.print(f"Figures: {out / 'reproduce.json'}; curves: {out / 'reproduce.png'}", soft_wrap=True)
-    return 0
+    return 1 if wrong else 0
 
 
 def _parser() -> argparse.ArgumentParser:

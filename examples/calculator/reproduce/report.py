@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from examples.calculator.reproduce.cells import COMPARISONS, Cell, Sizes
+from examples.calculator.reproduce.cells import BASE, COMPARISONS, Cell, Sizes
 from examples.calculator.reproduce.statistics import Estimate, estimate, paired
 
 if TYPE_CHECKING:
@@ -49,6 +49,30 @@ def report(console: Console, results: Results, cells: Sequence[Cell], sizes: Siz
         f"Held-out reward: {sizes.heldout_tasks} tasks never trained on, sampled at temperature 1. Intervals: 95 %, "
         "Student's t over seeds; differences are taken seed by seed (same start model, same tasks)."
     )
+
+
+JUDGED_SEEDS = 3
+"""With fewer, an interval spans nearly everything."""
+
+
+def contradictions(results: Results) -> list[str]:
+    """What should not be, a sentence each: no learning, or an effect the other way round; only where there are
+    JUDGED_SEEDS. What cannot be told apart from nothing is in the table, and none."""
+    found: list[str] = []
+    base = results.get(BASE.name, {})
+    if len(base) >= JUDGED_SEEDS:
+        before = {seed: result.heldout[0][1] for seed, result in base.items()}
+        gain = paired(last(base), before)
+        if not (gain.excludes_zero and gain.mean > 0):
+            found.append(f"{BASE.name} did not learn: {gain} over {gain.n} seeds")
+    for each in COMPARISONS:
+        better, worse = results.get(each.better, {}), results.get(each.worse, {})
+        measures = [paired(measure(better), measure(worse)) for measure in (last, average)]
+        if measures[0].n >= JUDGED_SEEDS and any(m.excludes_zero and m.mean < 0 for m in measures):
+            found.append(
+                f"{each.better} is worse than {each.worse}: {measures[0]}, mean over evaluations {measures[1]}"
+            )
+    return found
 
 
 def summary(results: Results, sizes: Sizes) -> dict[str, Any]:
