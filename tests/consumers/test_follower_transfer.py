@@ -4,14 +4,17 @@ nothing half sent that is served."""
 from __future__ import annotations
 
 import asyncio
+import gc
 import json
 import os
 import signal
 import sys
+import time
 from collections.abc import AsyncGenerator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from subprocess import Popen
+from typing import Any, cast
 
 import aiohttp
 import psutil
@@ -233,6 +236,42 @@ async def test_a_stop_lets_the_sender_finish_what_workers_wait_for(session: aioh
         await transfer.close()
         assert server.weights == 0
         await until(lambda: server.weights == 10 and not server.updating)
+        await until(lambda: not senders())
+
+
+async def test_a_sender_that_ended_is_left_and_another_started(session: aiohttp.ClientSession, tmp_path: Path):
+    """Also one that ended while nobody talked to it: nothing of it stays open."""
+    async with TransferringVllm() as server:
+        transfer = Transfer(server.url, follower_of(server, session).shared.settings)
+        await transfer.connect()
+        (sender,) = senders()
+        sender.send_signal(signal.SIGKILL)
+        await until(lambda: not transfer.connected)
+        await transfer.connect()
+        gc.collect()
+        assert transfer.connected
+        assert len(senders()) == 1
+        await transfer.close()
+        assert not senders()
+
+
+async def test_a_start_that_nobody_waits_for_any_more_leaves_no_process(
+    session: aiohttp.ClientSession, monkeypatch: pytest.MonkeyPatch
+):
+    def slow(*arguments: Any, **more: Any) -> Popen[bytes]:
+        time.sleep(0.3)
+        return cast(Popen[bytes], Popen(*arguments, **more))
+
+    monkeypatch.setattr("fulgurite.consumers.follower.transfer.Popen", slow)
+    async with TransferringVllm() as server:
+        transfer = Transfer(server.url, follower_of(server, session).shared.settings)
+        connecting = asyncio.create_task(transfer.connect())
+        await asyncio.sleep(0.1)
+        connecting.cancel()
+        await asyncio.gather(connecting, return_exceptions=True)
+        await transfer.close()
+        await asyncio.sleep(0.5)
+        gc.collect()
         await until(lambda: not senders())
 
 

@@ -16,6 +16,7 @@ import math
 import os
 import sys
 import time
+from functools import partial
 from pathlib import Path
 from subprocess import PIPE, Popen, TimeoutExpired
 from typing import Any, Final
@@ -63,6 +64,9 @@ class Transfer:
         workers join. Raises Unreachable: why there is none this time."""
         if self.connected:
             return
+        if self._process:  # it ended while nobody talked to it
+            self._sending = False
+            self._leave(self._process)
         _left[:] = [process for process in _left if process.poll() is None]
         if time.monotonic() < self._not_before:
             raise Unreachable(f"{self._why_not}; not tried again for a while", answered=True)
@@ -96,11 +100,16 @@ class Transfer:
 
     async def _start(self, command: list[str], env: dict[str, str]) -> None:
         # Not asyncio's: that kills the process when the loop ends, and it may have to outlive this one for a moment.
-        self._process = process = await asyncio.to_thread(
-            Popen, command, stdin=PIPE, stdout=PIPE, env=env, start_new_session=True, bufsize=0
-        )
-        self._answers = reader = asyncio.StreamReader()
+        start = partial(Popen, command, stdin=PIPE, stdout=PIPE, env=env, start_new_session=True, bufsize=0)
         loop = asyncio.get_running_loop()
+        starting = loop.run_in_executor(None, start)
+        try:
+            process = await asyncio.shield(starting)
+        except asyncio.CancelledError:
+            starting.add_done_callback(_end_unused)
+            raise
+        self._process = process
+        self._answers = reader = asyncio.StreamReader()
         await loop.connect_read_pipe(lambda: asyncio.StreamReaderProtocol(reader), process.stdout)
 
     def ensure_connected(self) -> None:
@@ -173,6 +182,18 @@ class Transfer:
         if "error" in found:
             await self.close()
             raise _Failed(**found)
+
+
+def _end_unused(starting: asyncio.Future[Popen[bytes]]) -> None:
+    """Of a start that nobody waited for to its end."""
+    if starting.cancelled() or starting.exception() is not None:
+        return
+    process = starting.result()
+    process.kill()
+    for pipe in (process.stdin, process.stdout):
+        assert pipe
+        pipe.close()
+    _left.append(process)
 
 
 class _Failed(Exception):
