@@ -217,7 +217,7 @@ def test_the_largest_tensor_has_one_chunk_of_logits() -> None:
 
 def test_the_entropy_of_ruled_out_tokens_has_a_gradient_without_nan() -> None:
     logits = torch.tensor([[0.0, -50.0, -200.0, -torch.inf], [1.0, 1.0, -torch.inf, -torch.inf]], requires_grad=True)
-    _, entropy = token_scores(logits, lambda x: x, torch.tensor([0, 1]), chunk_tokens=8, entropy_gradient=True)
+    _, entropy = token_scores(logits, torch.clone, torch.tensor([0, 1]), chunk_tokens=8, entropy_gradient=True)
     assert entropy.tolist() == pytest.approx([0.0, math.log(2)], abs=1e-6)
     entropy.sum().backward()
     assert logits.grad is not None

@@ -26,7 +26,7 @@ _LEAST_LOG_P: Final = -1e4
 """exp of it is 0."""
 
 Head = Callable[[Tensor], Tensor]
-"""[C, H] hidden states -> [C, V] logits."""
+"""[C, H] hidden states -> [C, V] logits, in memory of their own, which is written over: a linear layer, not more."""
 
 
 def token_scores(
@@ -84,14 +84,17 @@ class _Chosen(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, known: _Known, entropy_gradient: bool) -> Any:
+        # An output layer keeps no logits, so their memory is used again: a new [C, V] costs its first touch, too.
+        mine = logits.detach()
         if known.normalizer is None or known.chosen is None or known.entropy is None:
-            log_p = torch.log_softmax(logits, dim=-1)
-            known.normalizer = logits.amax(1, keepdim=True) - log_p.amax(1, keepdim=True)
+            log_p = torch.log_softmax(mine, dim=-1)
+            known.normalizer = mine.amax(1, keepdim=True) - log_p.amax(1, keepdim=True)
             known.chosen = log_p.gather(1, targets.unsqueeze(1)).squeeze(1)
+            probabilities = torch.exp(log_p, out=mine)
             # A ruled out token adds nothing: without the bound it would be NaN. A NaN stays one.
-            known.entropy = -torch.linalg.vecdot(log_p.exp(), log_p.clamp(min=_LEAST_LOG_P))
+            known.entropy = -torch.linalg.vecdot(probabilities, log_p.clamp_(min=_LEAST_LOG_P))
         else:
-            log_p = logits - known.normalizer
+            log_p = mine.sub_(known.normalizer)
         ctx.save_for_backward(log_p, targets, known.entropy)
         ctx.entropy_gradient = entropy_gradient
         if not entropy_gradient:
@@ -107,6 +110,6 @@ class _Chosen(torch.autograd.Function):
             # One more pass over the logits; a ruled out token has no gradient.
             bounded = log_p.clamp(min=_LEAST_LOG_P).add_(entropy.unsqueeze(1))
             factors = bounded.mul_(-for_entropy.unsqueeze(1)).add_(factors)
-        gradient = log_p.exp().mul_(factors)
+        gradient = log_p.exp_().mul_(factors)  # nobody comes back for it
         gradient.scatter_add_(1, targets.unsqueeze(1), for_chosen.unsqueeze(1))
         return gradient, None, None, None
