@@ -107,7 +107,7 @@ class AggregatorSettings(Section):
     goes on, unheard; with 256 of them the process ends."""
     tries: Tries = 3
     """How often a part is tried that fails, gives no number, or takes too long. A judge that is away (no connection,
-    429, 502, 503, 504) is waited for, for ever."""
+    429, 502, 503, 504), or does not know the key or the model (401, 402, 404), is waited for, for ever."""
     concurrency: Concurrency = 16
     """Attempts at work at once."""
     max_judge_calls: Concurrency = 32

@@ -339,6 +339,17 @@ async def test_a_model_that_drips_its_answer_has_no_more_time_than_another() -> 
             await model.ask("?", 0.0)
 
 
+async def test_a_wrong_key_uses_up_no_question(caplog: pytest.LogCaptureFixture) -> None:
+    """It is waited for until somebody has mended it, and the log says what to look at."""
+    said: list[str | int] = [401, 404, "better"]
+    async with model_server(lambda _: said.pop(0)) as server, httpx.AsyncClient(trust_env=False) as client:
+        model = ChatModel(client, server.url, "m", SecretStr("sk-old"), 5.0)
+        assert await asyncio.wait_for(model.ask("?", 0.0), 20) == "better"
+    assert "answers 401" in caplog.text
+    assert "look at its key, url and model" in caplog.text
+    assert "sk-old" not in caplog.text
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [

@@ -1,7 +1,8 @@
 """A question to a model over OpenAI's chat completions, and its answer as text.
 
-Promises: a model that is away (no connection, 429, 502, 503, 504) is waited for, for ever, visibly; anything else that
-is no answer (another status, none in time, no text) raises NoAnswer. timeout_seconds bounds a whole call, however
+Promises: a model that is away (no connection, 429, 502, 503, 504), or whose server knows neither the key, nor who pays,
+nor the model (401, 402, 404), is waited for, for ever, visibly: no question of many could be answered. Anything else that is
+no answer (another status, none in time, no text) raises NoAnswer. timeout_seconds bounds a whole call, however
 slowly it comes; a connection that is not there after half of it counts as away. Does not know what is asked.
 """
 
@@ -19,6 +20,8 @@ from fulgurite.producers.backoff import Backoff
 logger = logging.getLogger(__name__)
 
 AWAY = frozenset({429, 502, 503, 504})
+NOT_US = frozenset({401, 402, 404})
+"""Of the settings, not of the question; 403 is what some servers answer to questions they will not have."""
 
 
 class NoAnswer(Exception):
@@ -57,9 +60,13 @@ class ChatModel:
             except httpx.TransportError as error:
                 await backoff.wait(f"{self.model} at {self.url} does not answer: {error!r}")
                 continue
-            if response.status_code not in AWAY:
+            status = response.status_code
+            if status not in AWAY | NOT_US:
                 return _content(response)
-            await backoff.wait(f"{self.model} at {self.url} answers {response.status_code}")
+            advice = (
+                f": {response.text[:200]}; look at its key, url and model in the settings" if status in NOT_US else ""
+            )
+            await backoff.wait(f"{self.model} at {self.url} answers {status}{advice}")
 
 
 def _content(response: httpx.Response) -> str:
