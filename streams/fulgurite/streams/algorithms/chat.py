@@ -1,8 +1,8 @@
 """A question to a model over OpenAI's chat completions, and its answer as text.
 
 Promises: a model that is away (no connection, 429, 502, 503, 504), or whose server knows neither the key, nor who pays,
-nor the model (401, 402, 404), is waited for, for ever, visibly: no question of many could be answered. Anything else that is
-no answer (another status, none in time, no text) raises NoAnswer. timeout_seconds bounds a whole call, however
+nor the model (401, 402, 404), is waited for, for ever, visibly: no question of many could be answered. Anything else
+that is no answer (another status, none in time, no text) raises NoAnswer. timeout_seconds bounds a whole call, however
 slowly it comes; a connection that is not there after half of it counts as away. Does not know what is asked.
 """
 
@@ -63,9 +63,8 @@ class ChatModel:
             status = response.status_code
             if status not in AWAY | NOT_US:
                 return _content(response)
-            advice = (
-                f": {response.text[:200]}; look at its key, url and model in the settings" if status in NOT_US else ""
-            )
+            said = response.text.replace(key, "…") if key else response.text
+            advice = f": {said[:200]}; look at its key, url and model in the settings" if status in NOT_US else ""
             await backoff.wait(f"{self.model} at {self.url} answers {status}{advice}")
 
 
