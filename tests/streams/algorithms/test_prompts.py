@@ -350,6 +350,15 @@ async def test_a_wrong_key_uses_up_no_question(caplog: pytest.LogCaptureFixture)
     assert "sk-old" not in caplog.text
 
 
+async def test_half_a_character_in_an_answer_is_replaced() -> None:
+    """A surrogate that stands alone is JSON, and text that nothing can encode: it would end whoever asked."""
+    said = "good \ud83d score 7 \ude00\ud83d\ude00, \ud83d"
+    async with model_server(lambda _: said) as server, httpx.AsyncClient(trust_env=False) as client:
+        answer = await ChatModel(client, server.url, "m", SecretStr(""), 5.0).ask("?", 0.0)
+    assert answer == "good \ufffd score 7 \ufffd\U0001f600, \ufffd"
+    assert answer.encode()
+
+
 @pytest.mark.parametrize(
     ("name", "text", "words"),
     [

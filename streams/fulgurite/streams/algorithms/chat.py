@@ -78,4 +78,5 @@ def _content(response: httpx.Response) -> str:
         raise NoAnswer(f"no chat completion: {response.text[:500]}") from None
     if not isinstance(content, str):
         raise NoAnswer(f"an answer without text: {response.text[:500]}")
-    return content
+    # JSON may have half a character ("\ud83d"), which no record can: such a half becomes U+FFFD, two that fit one.
+    return content.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
