@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Final
 
 from pydantic import Field, FiniteFloat
 
@@ -11,6 +11,9 @@ from fulgurite.schemas.ids import Id, OptionalId, new_id, now_ns
 
 FINAL_REWARD = "reward"
 """The name of the rollout's own reward. Of several with this name the last in the log counts."""
+
+MAX_REWARD: Final = 1e9
+"""What is added up or trained on is between ± this: sums and squares of rewards must stay numbers, also in float32."""
 
 HEADER_AFTER_END = "fulgurite.after_end"
 """Kafka header of rewards given to a trajectory that exists (by the aggregator, by algorithms that read trajectories):

@@ -303,6 +303,14 @@ def test_crashing_on_hard_tasks_does_not_pay() -> None:
     assert after_trials([1.0] * 4, [1.0, None, None, None]) == ([1.0, None], "c0"), "with less than min_share it is out"
 
 
+def test_what_is_no_reward_counts_as_the_lowest_one() -> None:
+    """Neither may it decide alone, nor can such numbers be added up."""
+    assert after_trials([1.0, 0.0], [1.7e308, 1.0], [1.0, 1.0]) == ([0.5, 0.5, 1.0], "c2")
+    assert after_trials([1.0, 0.0], [-1.7e308, 1.0]) == ([0.5, 0.5], "c0")
+    assert after_trials([1.0, 0.0], [1.7e308, 1.7e308]) == ([0.5, None], "c0")
+    assert after_trials([1.0, 0.0], [1e9, 1e9]) == ([0.5, 1e9], "c1"), "as large as rewards may be"
+
+
 def test_the_template_stands_between_the_marks() -> None:
     assert template_in("a <template>x</template> b <template>\ny\n</template>") == "y"
     assert template_in("<template>\nBe brief {question}") is None, "cut off"

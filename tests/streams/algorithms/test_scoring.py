@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +18,9 @@ from fulgurite.schemas.spans import Span
 from fulgurite.schemas.trajectories import CallRange, FinishedAttempt, TokenSequence, Trajectory, TrajectoryReward
 from fulgurite.streams.algorithms.aggregator.scoring import Scoring
 from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
+from fulgurite.streams.algorithms.definition import InputRefused
 from fulgurite.streams.trainer.credit import calls_of
+from tests.streams.algorithms.judge_server import model_server
 
 RULE = {"name": "no-phone-numbers", "operation": "chat", "pattern": "[0-9]{3}-[0-9]{4}", "cost": 0.5}
 
@@ -52,6 +55,18 @@ async def scored(given: FinishedAttempt, **settings: Any) -> tuple[Trajectory, l
         events = await Scoring(Settings.model_validate(settings), client, Verdicts(None, 10)).score(given)
     (trajectory,) = [event for event in events if isinstance(event, Trajectory)]
     return Trajectory.model_validate_json(trajectory.model_dump_json()), [e for e in events if isinstance(e, Reward)]
+
+
+def huge(attempt: FinishedAttempt) -> dict[str, float]:
+    return {"a": 1.5e308, "b": 1.5e308}
+
+
+def too_much_together(attempt: FinishedAttempt) -> dict[str, float]:
+    return {"a": 6e8, "b": 6e8}
+
+
+def as_much_as_may_be(attempt: FinishedAttempt) -> dict[str, float]:
+    return {"a": 2e9 / 2, "b": -5.0}
 
 
 def by_call(trajectory: Trajectory) -> list[float]:
@@ -149,3 +164,74 @@ async def test_a_sum_of_nothing_is_refused(compliance: dict[str, Any]) -> None:
     own = TrajectoryReward(reward_id="own", name="reward", value=1.0)
     with pytest.raises(SettingsError, match=r"aggregator\.agent_weight = 0.*no attempt would have a reward"):
         await scored(attempt(own), aggregator={"agent_weight": 0.0}, compliance=compliance)
+
+
+async def refused(given: FinishedAttempt, **settings: Any) -> tuple[InputRefused, Trajectory]:
+    """What is said of an attempt whose reward cannot be had, and its trajectory as it would be published."""
+    with pytest.raises(InputRefused) as caught:
+        await scored(given, **settings)
+    (found,) = [event for event in caught.value.events if isinstance(event, Trajectory)]
+    return caught.value, Trajectory.model_validate_json(found.model_dump_json())
+
+
+@pytest.mark.parametrize(
+    ("function", "words"),
+    [
+        ("huge", r"function x: ValueError: a = 1\.5e\+308 is no reward: rewards are between ±1e\+09"),
+        ("too_much_together", r"function x: ValueError: the sum of its values = 1\.2e\+09 is no reward"),
+    ],
+)
+async def test_a_part_beyond_what_a_reward_may_be_has_failed(function: str, words: str) -> None:
+    """Finite numbers of which the sum is not: no reward can be made of them."""
+    own = TrajectoryReward(reward_id="own", name="reward", value=1.0)
+    source = {"name": "x", "function": f"{__name__}:{function}", "required": False}
+    found, given = await scored(attempt(own), aggregator={"sources": [source]})
+    assert (found.reward, found.partial, [each.name for each in given]) == (1.0, "", ["reward"])
+    error, found = await refused(attempt(own), aggregator={"sources": [{**source, "required": True}]})
+    assert error.reason == "reward_failed"
+    assert re.search(words, str(error))
+    assert (found.reward, found.partial) == (None, "reward_failed")
+
+
+async def test_a_part_may_be_as_large_as_a_reward() -> None:
+    own = TrajectoryReward(reward_id="own", name="reward", value=1.0)
+    source = {"name": "x", "function": f"{__name__}:as_much_as_may_be"}
+    found, _ = await scored(attempt(own), aggregator={"sources": [source]})
+    assert found.reward == 999_999_996.0
+
+
+async def test_a_judge_that_says_more_than_a_reward_may_be_has_failed(tmp_path: Path) -> None:
+    own = TrajectoryReward(reward_id="own", name="reward", value=1.0)
+    (tmp_path / "template.txt").write_text("Rate {output}")
+    async with model_server(lambda _: "2000000000") as server:
+        source = {"name": "j", "url": server.url, "model": "m", "template": tmp_path / "template.txt"}
+        error, found = await refused(attempt(own), aggregator={"sources": [source]})
+    assert "2e+09 is no reward: rewards are between ±1e+09" in str(error)
+    assert found.partial == "reward_failed"
+
+
+@pytest.mark.parametrize(
+    ("own", "aggregator", "rule", "words"),
+    [
+        (1e308, {"agent_weight": 10.0}, RULE, r"the agent's own = 1e\+308 is no reward"),
+        (1e308, {"agent_weight": 10.0, "low": -1, "high": 1}, RULE, r"the agent's own = 1e\+308 is no reward"),
+        (-2e9, {}, RULE, r"the agent's own = -2e\+09 is no reward: rewards are between ±1e\+09"),
+        (1.0, {"agent_weight": 1.5e9}, RULE, r"the sum of the parts \(agent 1\.5e\+09, compliance -0\.5\) = 1\.5e\+09"),
+        (1e9, {"agent_weight": 1e300, "high": 1}, RULE, r"agent, by its weight = inf is no reward"),
+        (1.0, {"low": -1}, {**RULE, "pattern": "[a-z]", "cost": 1e308}, r"compliance, by its weight = -inf"),
+    ],
+)
+async def test_what_does_not_add_up_to_a_reward_is_refused(
+    own: float, aggregator: dict[str, Any], rule: dict[str, Any], words: str
+) -> None:
+    given = attempt(TrajectoryReward(reward_id="own", name="reward", value=own))
+    error, found = await refused(given, aggregator=aggregator, compliance={"rules": [rule]})
+    assert error.reason == "reward_failed"
+    assert re.search(words, str(error))
+    assert (found.reward, found.partial) == (None, "reward_failed")
+
+
+async def test_a_reward_that_does_not_count_may_be_anything() -> None:
+    given = attempt(TrajectoryReward(reward_id="own", name="reward", value=1e308))
+    found, _ = await scored(given, aggregator={"agent_weight": 0.0}, compliance={"rules": [RULE]})
+    assert found.reward == -0.5

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Final
 
 from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.rewards import MAX_REWARD
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.schemas.training import DroppedRollout
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
@@ -36,7 +37,6 @@ MAX_LOGPROB: Final = 1e-3
 """Of a sampled token: 0, and what a sampler rounds."""
 MIN_LOGPROB: Final = -1e4
 """No sampler draws such a token; the least that some servers write is -9999. Below, float32's exponentials end."""
-MAX_REWARD: Final = 1e9
 
 
 @dataclass(frozen=True, slots=True)
@@ -256,7 +256,7 @@ def _reason(trajectory: Trajectory, sequences: list[TokenSequence], fault: str) 
 
 
 def reward_fault(trajectory: Trajectory) -> str:
-    """Squares of rewards must stay numbers, also in float32."""
+    """What is said of the largest reward where it is beyond MAX_REWARD; empty where all are within."""
     named = [("reward", trajectory.reward or 0.0), *((each.name, each.value) for each in trajectory.rewards)]
     worst = max(named, key=lambda each: abs(each[1]))
     return f"{worst[0]} {worst[1]:g}; rewards are between ±{MAX_REWARD:g}" if abs(worst[1]) > MAX_REWARD else ""

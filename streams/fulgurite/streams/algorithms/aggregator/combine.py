@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 
-from fulgurite.schemas.rewards import FINAL_REWARD, Reward
+from fulgurite.schemas.rewards import FINAL_REWARD, MAX_REWARD, Reward
 from fulgurite.schemas.settings import AggregatorSettings
 from fulgurite.schemas.trajectories import FinishedAttempt, Trajectory, TrajectoryReward
 from fulgurite.streams.algorithms.compliance import SOURCE as VIOLATION
@@ -46,6 +47,16 @@ def clip(value: float, low: float | None, high: float | None) -> float:
     return value if high is None else min(value, high)
 
 
+def fault_of(name: str, value: float) -> str:
+    """Why a number is no reward; empty where it is one.
+
+    >>> fault_of("length", 1e12), fault_of("length", 12.0)
+    ('length = 1e+12 is no reward: rewards are between ±1e+09', '')
+    """
+    within = abs(value) <= MAX_REWARD  # a NaN is not
+    return "" if within else f"{name} = {value:g} is no reward: rewards are between ±{MAX_REWARD:g}"
+
+
 def total(
     settings: AggregatorSettings, own: float | None, parts: Sequence[Part], violations: float | None
 ) -> tuple[float, dict[str, float]] | None:
@@ -66,6 +77,21 @@ def total(
     if not added:
         return None
     return clip(sum(added.values()), settings.low, settings.high), added
+
+
+def total_fault(
+    settings: AggregatorSettings, own: float | None, added: tuple[float, Mapping[str, float]] | None
+) -> str:
+    """Why what `total` gave is no reward; empty where it is one, or where there is none."""
+    if settings.agent_weight and own is not None and (fault := fault_of("the agent's own", own)):
+        return fault
+    if added is None:
+        return ""
+    value, parts = added
+    if infinite := [name for name, each in parts.items() if not math.isfinite(each)]:
+        return fault_of(f"{infinite[0]}, by its weight", parts[infinite[0]])
+    said = ", ".join(f"{name} {each:g}" for name, each in parts.items())
+    return fault_of(f"the sum of the parts ({said})", value)
 
 
 def part_reward(attempt: FinishedAttempt, part: Part) -> Reward:

@@ -28,7 +28,7 @@ from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.patterns import portable
 from fulgurite.schemas.settings import AggregatorSettings, RewardSource
 from fulgurite.schemas.trajectories import FinishedAttempt
-from fulgurite.streams.algorithms.aggregator.combine import Part
+from fulgurite.streams.algorithms.aggregator.combine import Part, fault_of
 from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
 from fulgurite.streams.algorithms.chat import ChatModel, NoAnswer
 from fulgurite.streams.algorithms.expressions import Expression
@@ -113,6 +113,8 @@ def number_in(pattern: Expression, answer: str) -> float:
         value = math.nan
     if not math.isfinite(value):
         raise NoAnswer(f"no number in the answer {answer[:500]!r}")
+    if fault := fault_of("its number", value):
+        raise NoAnswer(f"{fault}; the answer {answer[:500]!r}")
     return value
 
 

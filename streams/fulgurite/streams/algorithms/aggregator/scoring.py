@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import asyncio
 import inspect
-import math
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, cast
@@ -25,11 +24,13 @@ from fulgurite.schemas.trajectories import FinishedAttempt
 from fulgurite.streams.algorithms.aggregator.combine import (
     FAILED,
     Part,
+    fault_of,
     part_reward,
     rewarded,
     shares,
     sum_reward,
     total,
+    total_fault,
 )
 from fulgurite.streams.algorithms.aggregator.judges import Judge, PartFailed
 from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
@@ -97,6 +98,8 @@ class Scoring:
         rewards += self._rules.rewards(attempt.rollout_id, attempt.attempt_id, found)
         violations = -self._rules_weight * cost if self._rules and self._rules_weight else None
         added = total(self._settings, attempt.reward, parts, violations)
+        if fault := total_fault(self._settings, attempt.reward, added):
+            failed.append(fault)
         # The agent's own reward is a part like the others: without it the trajectory says `no_reward`, as ever.
         lacks_own = bool(self._settings.agent_weight) and attempt.reward is None
         if failed or lacks_own or added is None:
@@ -157,9 +160,11 @@ class FunctionScorer:
         if not 0 < len(values) <= MAX_DIMENSIONS:
             raise ValueError(f"gave {len(values)} values; 1 to {MAX_DIMENSIONS} are allowed")
         numbers = {str(name): float(value) for name, value in values.items()}
-        if wrong := [name for name, value in numbers.items() if not math.isfinite(value)]:
-            raise ValueError(f"gave {numbers[wrong[0]]} for {wrong[0]}; a finite number is expected")
-        return Part(self._name, numbers)
+        part = Part(self._name, numbers)
+        faults = [fault_of(name, value) for name, value in (*numbers.items(), ("the sum of its values", part.value))]
+        if fault := next(filter(None, faults), ""):
+            raise ValueError(fault)
+        return part
 
 
 async def _outcome(scorer: Scorer, attempt: FinishedAttempt) -> Part | PartFailed | None:

@@ -18,6 +18,7 @@ from typing import Literal
 from pydantic import BaseModel, Field
 
 from fulgurite.producers.prompts import PromptTemplate
+from fulgurite.schemas.rewards import MAX_REWARD
 from fulgurite.schemas.settings import PromptSettings
 
 CALLS_PER_EDIT = 2
@@ -55,6 +56,11 @@ class Candidate(BaseModel):
     """Why it is none any more; empty while it is one."""
     examples: list[Example] = Field(default_factory=list[Example])
     """Its worst rollouts; only of the beam."""
+
+
+def as_reward(value: float | None) -> float | None:
+    """None for what is beyond any reward: it counts as missing, as it would outweigh all others, or not add up."""
+    return value if value is not None and abs(value) <= MAX_REWARD else None
 
 
 class Search(BaseModel):
@@ -143,10 +149,14 @@ class Search(BaseModel):
 
         Gives the candidate to be published, None where none is better than the one that is.
         """
-        seen = [reward for each in rewards.values() for reward in each if reward is not None]
+        known_of = {
+            number: [reward for each in given if (reward := as_reward(each)) is not None]
+            for number, given in rewards.items()
+        }
+        seen = [reward for known in known_of.values() for reward in known]
         self.lowest = min([*seen, *([] if self.lowest is None else [self.lowest])], default=None)
         for candidate in self.waiting():
-            known = [reward for reward in rewards[candidate.number] if reward is not None]
+            known = known_of[candidate.number]
             candidate.rewarded, candidate.missing = len(known), settings.val_batch - len(known)
             if len(known) < settings.min_share * settings.val_batch:
                 candidate.why_out = f"{len(known)} of {settings.val_batch} rollouts have a reward"

@@ -47,7 +47,7 @@ from fulgurite.streams.algorithms.memory import remembered
 from fulgurite.streams.algorithms.prompts.critic import Critic
 from fulgurite.streams.algorithms.prompts.publishing import ALGORITHM, Publishing
 from fulgurite.streams.algorithms.prompts.reading import results_of, span_ends, spans_of
-from fulgurite.streams.algorithms.prompts.search import EXAMPLES_PER_SHOWN, Candidate, Example, Search
+from fulgurite.streams.algorithms.prompts.search import EXAMPLES_PER_SHOWN, Candidate, Example, Search, as_reward
 from fulgurite.streams.algorithms.transcript import shortened, texts_of
 from fulgurite.streams.trainer.ownership import Ownership
 from fulgurite.streams.trainer.reader import TrajectoryReader
@@ -256,7 +256,8 @@ class Optimiser:
             examples: list[Example] = []
             for task, rollout_id in enumerate(search.rollout_ids(candidate, self._prompt)):
                 result = results.get(rollout_id)
-                if result is None or result.reward is None:
+                reward = as_reward(result.reward) if result is not None else None
+                if result is None or reward is None:
                     continue
                 given = json.dumps(task_input(self._tasks, task), ensure_ascii=False)
                 output = texts_of(spans.get(rollout_id, []))["output"] or result.error
@@ -264,7 +265,7 @@ class Optimiser:
                     Example(
                         input=shortened(given, EXAMPLE_CHARS),
                         output=shortened(output, EXAMPLE_CHARS),
-                        reward=result.reward,
+                        reward=reward,
                     )
                 )
             examples.sort(key=lambda example: example.reward)
