@@ -313,6 +313,12 @@ def test_what_is_no_reward_counts_as_the_lowest_one() -> None:
 
 def test_the_template_stands_between_the_marks() -> None:
     assert template_in("a <template>x</template> b <template>\ny\n</template>") == "y"
+    chatter = "I will answer within <template> tags.\n"
+    assert template_in(f"{chatter}<template>Be brief: {{question}}</template>") == "Be brief: {question}"
+    assert template_in(f"{chatter}<template>x</template> That was </template>, as asked; <template> began it.") == "x"
+    assert template_in("<template>x</template> and once more: <template>y") == "x", "the second is cut off"
+    assert template_in("</template> ends it. <template>") is None
+    assert template_in(f"{chatter}<template></template>") == ""
     assert template_in("<template>\nBe brief {question}") is None, "cut off"
     assert template_in("I'm sorry, I cannot help with that.") is None
 

@@ -50,7 +50,8 @@ Answer with the whole improved template between <template> and </template>, and 
 """
 
 _PLACE = re.compile(r"\{(template|examples|critique)\}")
-_ANSWER = re.compile(r"<template>\n?(.*?)\n?</template>", re.DOTALL)
+_ANSWER = re.compile(r"<template>\n?((?:(?!</?template>).)*?)\n?</template>", re.DOTALL)
+"""No mark between the two: some models say first that they will answer within <template> tags."""
 
 
 class Critic:
@@ -98,7 +99,7 @@ def told(examples: Sequence[Example]) -> str:
 
 
 def template_in(answer: str) -> str | None:
-    """What stands between the marks, the last ones; None where there are none: an excuse, or an answer cut off.
+    """What stands between the last two marks that belong together; None without: an excuse, or an answer cut off.
 
     >>> template_in("Sure: <template>Be brief: {question}</template>")
     'Be brief: {question}'
