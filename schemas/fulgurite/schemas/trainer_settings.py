@@ -79,7 +79,7 @@ class TrainerSettings(Section):
     """Of groups with a member that gives no data (failed, partial, stale, not there at the deadline). mask: the others,
     two at least, are compared with each other; drop: the group is; fill: its reward counts in the comparison, or
     fill_reward where it has none, and nothing of it is trained on."""
-    fill_reward: float = 0.0
+    fill_reward: Annotated[float, Field(ge=-1e9, le=1e9)] = 0.0
     """For incomplete = fill."""
     window_seconds: Seconds | None = None
     """Windows by time: a window whose first complete group has waited so long is closed with what is there, at least
@@ -167,8 +167,9 @@ class TrainerSettings(Section):
     """Sampled tokens of a rollout at which it has fallen all the way. Required with overlong_buffer_tokens."""
     overlong_penalty: Annotated[float, Field(gt=0)] = 1.0
     """By how much, in units of the reward."""
-    max_logprob_difference: Annotated[float, Field(gt=0)] = 1e-3
-    """Largest |difference| between trainer and sampler for tokens of the same version; beyond it the run stops."""
+    max_logprob_difference: Annotated[float, Field(gt=0)] | None = None
+    """Largest |difference| of log p between trainer and sampler for tokens of the same version; beyond it the run
+    stops. Not set: 1e-3 in float32; 0.5 in bfloat16, whose rounding alone makes hundredths, and more of rare tokens."""
     on_bad_step: Literal["stop", "skip"] = "skip"
     """A step whose loss or gradient is no number, or past one of the three bounds below, changes nothing. skip: it
     makes a version of the same weights, and the ledger names its rollouts and the reason; of several updates only that

@@ -15,6 +15,8 @@ from fulgurite.streams.learners.packing import PackedBatch
 
 logger = logging.getLogger(__name__)
 
+LARGEST_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.5}
+"""By trainer.dtype, where trainer.max_logprob_difference is not set."""
 UNCHECKED_STEPS = 20
 """So many steps in a row without one token of the current version are worth a warning: nothing was compared."""
 
@@ -24,7 +26,8 @@ def same_version_fault(settings: TrainerSettings, batch: PackedBatch, current: T
     same = batch.versions == version_in
     difference = torch.where(same, (current - batch.behaviour_logprobs).abs(), torch.zeros_like(current))
     # NaN counts as a difference: it compares false with everything.
-    wrong = ~(difference <= settings.max_logprob_difference)
+    bound = settings.max_logprob_difference or LARGEST_DIFFERENCE[settings.dtype]
+    wrong = ~(difference <= bound)
     if not wrong.any():
         return ""
     at = int(difference.nan_to_num(nan=float("inf")).argmax())
@@ -34,9 +37,9 @@ def same_version_fault(settings: TrainerSettings, batch: PackedBatch, current: T
         f"position {int(batch.position_ids[batch.predicting[at]]) + 1}, "
         f"token {int(batch.targets[at])}: log p is {current[at].item():.6f} here, "
         f"{batch.behaviour_logprobs[at].item():.6f} as recorded; {int(wrong.sum())} of {len(wrong)} tokens differ "
-        f"by more than trainer.max_logprob_difference = {settings.max_logprob_difference:g}. Nothing was "
+        f"by more than trainer.max_logprob_difference = {bound:g}. Nothing was "
         "published. Usual causes: a temperature or top_p other than 1, a stale prefix cache after a swap, weights "
-        "not as announced"
+        "not as announced; or a sampler of another precision than trainer.dtype, then raise the bound"
     )
 
 
