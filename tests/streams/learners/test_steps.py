@@ -373,7 +373,7 @@ def test_the_penalty_taken_from_rewards_moves_advantages_and_adds_no_gradient(
     taken = window(folder)
     frozen: Any = AutoModelForCausalLM.from_pretrained(other, dtype=torch.float32)
     lowered: list[list[float]] = []
-    total = 0.0
+    means: list[float] = []
     for group, rewards in ((taken.groups[0], REWARDS[0]), (taken.groups[2], REWARDS[2])):
         lowered.append([])
         for member, reward in zip(group, rewards, strict=True):
@@ -381,7 +381,7 @@ def test_the_penalty_taken_from_rewards_moves_advantages_and_adds_no_gradient(
                 with torch.no_grad():
                     kl = torch.tensor(sequence.logprobs[2:]) - log_p(frozen, sequence.token_ids, sequence.loss_mask)
                 reward -= 0.5 * kl.sum().item()
-                total += kl.sum().item()
+                means.append(kl.mean().item())
             lowered[-1].append(reward)
     advantages = [centred(reward, rewards) for rewards in lowered for reward in rewards]
     plain = settings_of(advantage="mean_centred", epochs=epochs)
@@ -393,7 +393,10 @@ def test_the_penalty_taken_from_rewards_moves_advantages_and_adds_no_gradient(
     same = load_learner(folder, plain).step(expected, 2)
     assert result.loss == pytest.approx(same.loss, abs=1e-5)
     assert result.grad_norm == pytest.approx(same.grad_norm, rel=1e-4)
-    assert result.metrics["actor/reward_kl_penalty"] == pytest.approx(total / 20, rel=1e-4)
+    assert result.metrics["actor/reward_kl_penalty"] == pytest.approx(sum(means) / len(means), rel=1e-4)
+    flat = [reward for rewards in lowered for reward in rewards]
+    assert result.metrics["critic/rewards/mean"] == pytest.approx(sum(flat) / len(flat), rel=1e-4)
+    assert result.metrics["critic/advantages/max"] == pytest.approx(max(advantages), rel=1e-4)
     assert "actor/kl_loss" not in result.metrics
 
 

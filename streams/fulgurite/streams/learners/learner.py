@@ -51,7 +51,7 @@ from fulgurite.streams.learners.updates import left_out, trained_tokens, update_
 from fulgurite.streams.objectives.aggregation import WindowTotals, window_totals
 from fulgurite.streams.objectives.kl import kl_estimate
 from fulgurite.streams.objectives.packing import Sequences
-from fulgurite.streams.trainer.credit import with_penalties
+from fulgurite.streams.trainer.credit import penalty_metrics, with_penalties
 from fulgurite.streams.trainer.losses import LossTerms, ScoredTokens, micro_batch_loss
 from fulgurite.streams.trainer.sample import Sample
 
@@ -205,12 +205,8 @@ class Learner:
                 mine[member] = values.tolist()
         found = {number: values for part in self.engine.gather(mine) for number, values in part.items()}
         by_token = [found[number] for number in range(len(samples))]
-        tokens = sum(sum(sample.loss_mask) for sample in trained)
-        metrics = {
-            "actor/reward_kl_penalty": sum(map(sum, by_token[: len(trained)])) / tokens,
-            "actor/reward_kl_penalty_coeff": self._settings.kl_coefficient,
-        }
-        return with_penalties(samples, by_token, self._settings)[: len(trained)], metrics
+        after = with_penalties(samples, by_token, self._settings)[: len(trained)]
+        return after, penalty_metrics(trained, by_token[: len(trained)], after, self._settings.kl_coefficient)
 
     def _refuse(self, fault: str, loss: float, norm: float, samples: list[Sample], version_in: int) -> None:
         """Says what was wrong with an update, and raises BadStep or returns, as the settings say."""

@@ -15,6 +15,7 @@ by token, for others call by call.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby
@@ -22,7 +23,7 @@ from itertools import groupby
 from fulgurite.schemas.rewards import FINAL_REWARD
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.schemas.trajectories import CallRange, TokenSequence, Trajectory
-from fulgurite.streams.objectives.advantages import BY_TOKEN, ESTIMATORS, has_signal
+from fulgurite.streams.objectives.advantages import BY_TOKEN, ESTIMATORS, has_signal, spread
 from fulgurite.streams.objectives.credit import span_returns, token_returns
 from fulgurite.streams.objectives.rewards import penalised_rewards
 from fulgurite.streams.trainer.objective import recipe_of
@@ -97,6 +98,23 @@ def with_penalties(samples: Sequence[Sample], kl: Sequence[Sequence[float]], set
         calls = tuple(replace(call, reward=reward) for call, reward in zip(sample.calls, left, strict=True))
         lowered.append(replace(sample, calls=calls))
     return credited(lowered, settings)
+
+
+def penalty_metrics(
+    samples: Sequence[Sample], kl: Sequence[Sequence[float]], after: Sequence[Sample], coefficient: float
+) -> dict[str, float]:
+    """What the penalty made of the rollouts that are trained on, counted as verl does: rewards by rollout, advantages
+    by token, the penalty by sequence."""
+    left: dict[str, float] = {}
+    for sample, own in zip(samples, kl, strict=True):
+        paid = sum(call.reward for call in sample.calls) - coefficient * math.fsum(own)
+        left[sample.rollout_id] = left.get(sample.rollout_id, 0.0) + paid
+    return {
+        **spread("critic/rewards", list(left.values())),
+        **spread("critic/advantages", [value for sample in after for value in sample.sampled_advantages()]),
+        "actor/reward_kl_penalty": math.fsum(math.fsum(own) / len(own) for own in kl) / len(kl),
+        "actor/reward_kl_penalty_coeff": coefficient,
+    }
 
 
 def _credited_by_token(

@@ -12,7 +12,7 @@ from fulgurite.schemas.resources import ResourceVersion
 from fulgurite.schemas.settings import KafkaSettings
 from fulgurite.schemas.topics import Topic
 from fulgurite.schemas.training import RunStarted
-from fulgurite.streams.objectives.advantages import mean_and_std
+from fulgurite.streams.objectives.advantages import spread
 from fulgurite.streams.trainer.checkpoints import Checkpoint
 from fulgurite.streams.trainer.plan import Plan
 from fulgurite.streams.trainer.samples import ADAPTER_CONFIG, TrainingSet, trained_sequences
@@ -91,12 +91,12 @@ def window_metrics(
     lengths = [float(sum(sum(sequence.loss_mask) for sequence in own)) for own in sequences]
     prompts = [float(sequence.loss_mask.index(1)) for own in sequences for sequence in own]
     found = {
-        **_spread("critic/score", training.rewards),
-        **_spread("critic/rewards", [sum(both) for both in zip(training.rewards, training.penalties, strict=True)]),
-        **_spread("critic/advantages", training.advantages),
-        **_spread("response_length", lengths),
-        **_spread("prompt_length", prompts),
-        **_spread("num_turns", [float(member.trajectory.calls) for member in members]),
+        **spread("critic/score", training.rewards),
+        **spread("critic/rewards", [sum(both) for both in zip(training.rewards, training.penalties, strict=True)]),
+        **spread("critic/advantages", [value for each in training.samples for value in each.sampled_advantages()]),
+        **spread("response_length", lengths),
+        **spread("prompt_length", prompts),
+        **spread("num_turns", [float(member.trajectory.calls) for member in members]),
         "frac_reward_zero_std": training.groups_without_signal / max(1, training.groups),
         "groups/incomplete": float(window.groups_incomplete),
         "rollouts/trained": float(len(training.rollout_ids)),
@@ -108,9 +108,3 @@ def window_metrics(
         name = f"rollouts/dropped/{dropped.reason.partition(':')[0]}"
         found[name] = found.get(name, 0.0) + 1.0
     return found
-
-
-def _spread(name: str, values: list[float]) -> dict[str, float]:
-    if not values:
-        return {}
-    return {f"{name}/mean": mean_and_std(values)[0], f"{name}/max": max(values), f"{name}/min": min(values)}
