@@ -215,6 +215,22 @@ async def test_a_run_of_which_every_step_is_bad_ends(
     assert [event.step for event in events if isinstance(event, TrainingStep)] == [1, 2]
 
 
+async def test_windows_without_a_signal_hide_no_bad_steps(
+    kafka_settings: KafkaSettings, trainer_settings: TrainerSettings
+) -> None:
+    def alter(trajectory: Trajectory) -> Trajectory:
+        """Of every second group all rewards are the same."""
+        is_silent = int(trajectory.group_id.rpartition("g")[2]) % 2
+        number = float(trajectory.rollout_id.rpartition("r")[2])
+        return trajectory.model_copy(update={"reward": 1.0 if is_silent else number})
+
+    shape = {"steps": 8, "groups_per_step": 1, "group_size": 2}
+    bounds = {**shape, "grad_norm_limit": 1e-9, "max_bad_steps": 2}
+    async with World(kafka_settings, alter).running():
+        with pytest.raises(BadStep, match=r"2 steps in a row changed nothing"):
+            await train(kafka_settings, trainer_settings.model_copy(update=bounds))
+
+
 async def test_of_several_updates_only_a_bad_ones_rollouts_are_dropped(
     kafka_settings: KafkaSettings, trainer_settings: TrainerSettings
 ) -> None:

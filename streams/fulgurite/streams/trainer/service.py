@@ -235,9 +235,11 @@ class Trainer:
         return True
 
     def _count_bad_step(self, result: StepResult | None) -> None:
-        """Raises BadStep at one too many in a row: what is wrong then is not a window."""
-        self._bad_steps = self._bad_steps + 1 if result and result.skipped else 0
-        if result and self._bad_steps >= self._plan.trainer.max_bad_steps:
+        """Raises BadStep at one too many in a row: what is wrong then is not a window. A restart counts anew."""
+        if result is None:
+            return  # a window without a signal says nothing of what is wrong
+        self._bad_steps = self._bad_steps + 1 if result.skipped else 0
+        if self._bad_steps >= self._plan.trainer.max_bad_steps:
             from fulgurite.streams.learners.learner import BadStep  # not at the top: it brings torch
 
             raise BadStep(
