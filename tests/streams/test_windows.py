@@ -268,6 +268,18 @@ def test_groups_without_a_signal_are_replaced_within_a_bound() -> None:
     assert w.groups_dropped == MOST_REFILLS + 1
 
 
+def test_rewards_that_differ_by_rounding_alone_are_no_signal() -> None:
+    """As training counts it: else the window would have nothing to train on."""
+    w = Windows(replace(SHAPE, groups_per_step=1, refill=True), asked=30)
+    for index, reward in enumerate((0.3, 0.1 + 0.2, 0.3)):
+        w.add(member(0, index, reward=reward), 0)
+        w.add(member(1, index, reward=float(index)), 0)
+    window = w.take(5)
+    assert window
+    assert [group[0].trajectory.group_id for group in window.groups] == ["r-g1"]
+    assert {d.reason for d in window.dropped} == {"zero_variance"}
+
+
 def test_a_window_that_was_taken_before_a_crash_is_taken_again() -> None:
     w = windows()
     add_group(w, 2)

@@ -122,8 +122,9 @@ def member_of(
             f"its tokens were sampled by {', '.join(others)}; this run trains on {resource}'s",
         )
     if reason:
-        # Without data its tokens need not be kept.
-        return Member(trajectory.model_copy(update={"sequences": []}), reason), fault
+        # Without data its tokens need not be kept; nor may a reward that is none be filled in.
+        reward = None if reward_fault(trajectory) else trajectory.reward
+        return Member(trajectory.model_copy(update={"sequences": [], "reward": reward}), reason), fault
     versions = [part.version for sequence in sequences for part in sequence.weight_versions]
     return Member(trajectory, "", min(versions), max(versions)), ""
 

@@ -40,6 +40,7 @@ from dataclasses import dataclass, field, replace
 
 from fulgurite.schemas.training import DroppedRollout
 from fulgurite.schemas.trajectories import Trajectory
+from fulgurite.streams.objectives.advantages import has_signal
 from fulgurite.streams.trainer.groups import FILLED as FILLED
 from fulgurite.streams.trainer.groups import LEFT_OUT as LEFT_OUT
 from fulgurite.streams.trainer.groups import MIN_SURVIVORS as MIN_SURVIVORS
@@ -304,8 +305,8 @@ class Windows:
             return "too_few"
         is_chosen = self.choice is not None and group.index in self.choice.groups
         if self.shape.refill and not is_chosen and self.refilled < MOST_REFILLS * self.shape.groups_per_step:
-            rewards = {member.trajectory.reward for member in self._trained(group, version_in)}
-            return "zero_variance" if len(rewards) == 1 else ""
+            rewards = [member.trajectory.reward or 0.0 for member in self._trained(group, version_in)]
+            return "" if has_signal(rewards) else "zero_variance"
         return ""
 
     def _trained(self, group: Group, version_in: int) -> list[Member]:
