@@ -150,6 +150,9 @@ async def test_demonstrations_are_learned_each_once_a_pass_and_a_restart_makes_t
     await train(kafka_settings, whole)
     await stopped_after(kafka_settings, halves, 2)
     file.unlink()  # the run has its own
+    for name in ("groups_per_step", "seed"):  # some would be learned twice, others never
+        with pytest.raises(SettingsError, match=rf"trainer\.{name} = 7, but run halves began with"):
+            await train(kafka_settings, halves.model_copy(update={name: 7}))
     await train(kafka_settings, halves)
 
     steps = await steps_of(kafka_settings, "halves")

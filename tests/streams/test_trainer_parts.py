@@ -74,6 +74,7 @@ def trajectory(*sequences: TokenSequence, **changes: Any) -> Trajectory:
         (trajectory(sequence(logprobs=[0.0, 0.0, -1.0, -1e39])), "bad_tokens"),
         (trajectory(sequence(logprobs=[0.5, 0.0, -9999.0, 1e-6])), ""),
         (trajectory(sequence(), reward=-1e200), "bad_reward"),
+        (trajectory(sequence(), reward=1e200, status="failed"), "failed"),
         (trajectory(sequence(), rewards=[TrajectoryReward(reward_id="1", name="tool", value=1e200)]), "bad_reward"),
         (trajectory(sequence(weight_versions=[VersionSpan(version=3, start=2, end=3)])), "no_version"),
         (
@@ -86,6 +87,8 @@ def test_what_cannot_be_trained_on_says_why(given: Trajectory, reason: str) -> N
     member, fault = member_of(given, "policy", LIMITS)
     assert member.reason == reason
     assert bool(fault) == (reason in ("bad_tokens", "bad_reward", "wrong_model"))
+    if reason:
+        assert abs(member.trajectory.reward or 0.0) <= 1e9, "a reward that is none would be filled in"
     assert bool(member.trajectory.sequences) == (reason == "")
 
 
@@ -428,6 +431,9 @@ def test_groups_are_asked_for_with_the_same_ids_every_time() -> None:
         ({"fill_reward": -1.0}, "trainer.incomplete = mask fills nothing in"),
         ({"kl_in_reward": True, "kl_coefficient": 0.1, "model": ".", "incomplete": "fill"}, "set mask or drop"),
         ({"overlap_seconds": 5.0}, "trainer.overlap_groups is 0, windows do not slide"),
+        ({"incomplete": "fill", "loss": "sft"}, "could be one that has no tokens"),
+        ({"zero_variance": "refill", "loss": "sft", "best_threshold": 0.5}, "whose rewards all reach it teaches"),
+        ({"minibatches": 9, "groups_per_step": 2, "group_size": 4}, "a window has 8 rollouts"),
         ({"overlap_groups": 2, "loss": "sft"}, "learns the best of a group, and in a later window"),
         ({"overlap_groups": 2, "max_staleness": 0, "pacing_staleness": 0}, "no group could be in a second window"),
     ],

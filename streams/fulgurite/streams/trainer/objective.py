@@ -116,10 +116,10 @@ def _correction_fault(settings: TrainerSettings, recipe: PolicyLoss) -> str:
                 "no weights; set truncate or mask"
             )
         return ""
-    if settings.importance_low >= settings.importance_cap:
+    if not settings.importance_low < 1.0 <= settings.importance_cap:
         return (
-            f"trainer.importance_low = {settings.importance_low:g} is not below trainer.importance_cap = "
-            f"{settings.importance_cap:g}"
+            f"trainer.importance_low = {settings.importance_low:g} and trainer.importance_cap = "
+            f"{settings.importance_cap:g}: 1, the weight of what the current policy sampled, must lie between them"
         )
     return ""
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -162,6 +163,14 @@ def check_source(settings: Settings) -> None:
         )
 
 
+def _rollouts_of_a_window(trainer: TrainerSettings) -> int:
+    """The most that are trained on."""
+    if trainer.demonstrations is not None:
+        return trainer.groups_per_step
+    each = trainer.group_size if trainer.loss != "sft" else math.ceil(trainer.best_share * trainer.group_size)
+    return (trainer.groups_per_step + trainer.overlap_groups) * each
+
+
 def _check_windows(trainer: TrainerSettings) -> None:
     """Raises SettingsError for settings of windows that nothing would read, or that could never act."""
     if trainer.fill_reward and trainer.incomplete != "fill":
@@ -172,6 +181,21 @@ def _check_windows(trainer: TrainerSettings) -> None:
         raise SettingsError(
             "trainer.zero_variance = refill and trainer.credit = call: whether a group teaches anything its calls' "
             "rewards say then, not those of its rollouts; set drop or keep"
+        )
+    if trainer.zero_variance == "refill" and trainer.best_threshold is not None:
+        raise SettingsError(
+            "trainer.zero_variance = refill and trainer.best_threshold: a group whose rewards all reach it teaches, "
+            "too; set drop or keep"
+        )
+    if trainer.incomplete == "fill" and trainer.loss == "sft" and trainer.demonstrations is None:
+        raise SettingsError(
+            "trainer.incomplete = fill and trainer.loss = sft: the best of a group could be one that has no tokens; "
+            "set mask or drop"
+        )
+    if trainer.minibatches > (most := _rollouts_of_a_window(trainer)):
+        raise SettingsError(
+            f"trainer.minibatches = {trainer.minibatches}: a window has {most} rollouts to be trained on, an update "
+            "needs one at least"
         )
     if trainer.kl_in_reward and trainer.incomplete == "fill":
         raise SettingsError(

@@ -129,6 +129,13 @@ def _check_unchanged(plan: Plan, before: Mapping[str, Any]) -> None:
             f"trainer.group_size = {now['group_size']}, but run {plan.run_id} began with {before['group_size']}: "
             "groups are on their way; set it back, or trainer.run_id to a new name"
         )
+    if plan.trainer.demonstrations is not None:
+        for name in ("groups_per_step", "seed"):
+            if before.get(name, now[name]) != now[name]:
+                raise SettingsError(
+                    f"trainer.{name} = {now[name]}, but run {plan.run_id} began with {before[name]}: which "
+                    "demonstrations a step takes follows from it; set it back, or trainer.run_id to a new name"
+                )
     theirs, ours = before.get("source", {}), now.get("source", {})
     for name in sorted(theirs if theirs else ours):
         if theirs.get(name) != ours.get(name) and name != "follow":
