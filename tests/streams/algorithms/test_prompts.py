@@ -353,6 +353,28 @@ async def test_a_model_that_drips_its_answer_has_no_more_time_than_another() -> 
             await model.ask("?", 0.0)
 
 
+@pytest.mark.parametrize(
+    ("head", "body", "words"),
+    [
+        (b"", b"[" * 200_000, "no chat completion"),
+        (b"content-encoding: gzip\r\n", b"nothing of the kind", "not encoded as it says"),
+    ],
+)
+async def test_an_answer_that_cannot_be_read_is_none(head: bytes, body: bytes, words: str) -> None:
+    async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        await reader.readuntil(b"\r\n\r\n")
+        writer.write(b"HTTP/1.1 200 OK\r\n%bcontent-length: %d\r\n\r\n%b" % (head, len(body), body))
+        await writer.drain()
+        writer.close()
+
+    server = await asyncio.start_server(answer, "127.0.0.1", 0)
+    port = server.sockets[0].getsockname()[1]
+    async with server, httpx.AsyncClient(trust_env=False) as client, asyncio.timeout(20):
+        model = ChatModel(client, f"http://127.0.0.1:{port}/v1", "m", SecretStr(""), 10.0)
+        with pytest.raises(NoAnswer, match=words):
+            await model.ask("?", 0.0)
+
+
 async def test_a_wrong_key_uses_up_no_question(caplog: pytest.LogCaptureFixture) -> None:
     """It is waited for until somebody has mended it, and the log says what to look at."""
     said: list[str | int] = [401, 404, "better"]

@@ -57,6 +57,8 @@ class ChatModel:
                     response = await self.client.post(url, json=body, headers=headers, timeout=steps)
             except (TimeoutError, httpx.ReadTimeout):
                 raise NoAnswer(f"no answer within {self.timeout_seconds:g} s") from None
+            except httpx.DecodingError as error:
+                raise NoAnswer(f"an answer that is not encoded as it says: {error}") from None
             except httpx.TransportError as error:
                 await backoff.wait(f"{self.model} at {self.url} does not answer: {error!r}")
                 continue
@@ -74,7 +76,7 @@ def _content(response: httpx.Response) -> str:
         raise NoAnswer(f"status {response.status_code}: {response.text[:500]}")
     try:
         content = response.json()["choices"][0]["message"]["content"]
-    except (ValueError, LookupError, TypeError):
+    except (ValueError, LookupError, TypeError, RecursionError):
         raise NoAnswer(f"no chat completion: {response.text[:500]}") from None
     if not isinstance(content, str):
         raise NoAnswer(f"an answer without text: {response.text[:500]}")
