@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-import subprocess
-import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,7 +14,7 @@ from rich.console import Console
 from examples.calculator.model import new_model, train_tokenizer
 from examples.calculator.reproduce import __main__ as command
 from examples.calculator.reproduce import report, training
-from examples.calculator.reproduce.cells import BASE, CELLS, COMPARISONS, QUICK, Cell, Sizes
+from examples.calculator.reproduce.cells import BASE, CELLS, COMPARISONS, Cell, Sizes
 from examples.calculator.reproduce.rollouts import expression_reward
 from examples.calculator.reproduce.statistics import estimate, paired
 from examples.calculator.reproduce.training import Point, Result, finished, run_cell
@@ -89,14 +88,11 @@ def test_finished_cells_are_kept_and_everything_is_reported(tmp_path: Path, monk
 
 
 @pytest.mark.slow
-def test_the_command_runs_cells_in_processes_of_their_own(tmp_path: Path) -> None:
-    """As `make reproduce ARGS="--quick --jobs 2"` does, on models that cannot do anything yet."""
-    folder = tmp_path / "kept"
-    training.start_model(folder, 1, QUICK, quiet)
-    command = [sys.executable, "-m", "examples.calculator.reproduce", "--quick", "--jobs", "2"]
-    where = ["--cells", "base", "--seeds", "1", "--folder", str(folder), "--out", str(tmp_path / "out")]
-    ended = subprocess.run([*command, *where], capture_output=True, text=True, timeout=150, check=False)
-    assert ended.returncode == 0, ended.stderr
+def test_cells_run_in_processes_of_their_own(tmp_path: Path) -> None:
+    """As `--jobs 2` does, on models that cannot do anything yet."""
+    folder, one = tmp_path / "kept", replace(SMALL, seeds=1)
+    training.start_model(folder, 1, one, quiet)
+    assert command.reproduce(Console(width=160), folder, tmp_path / "out", [BASE], one, jobs=2) == 0
     figures = json.loads((tmp_path / "out" / "reproduce.json").read_text())
     assert figures["cells"]["base"]["seeds"] == [1]
 
