@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+from pydantic import ValidationError
 
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.settings import Section, Settings, load_settings, to_environment
@@ -26,6 +27,27 @@ def test_environment_over_file_over_defaults(tmp_path: Path) -> None:
     (tmp_path / "fulgurite.toml").write_text('[kafka]\npartitions = 8\ntopic_prefix = "a."\n[trainer]\nsteps = 3\n')
     settings = load_settings(env(tmp_path, FULGURITE_KAFKA__PARTITIONS="16"))
     assert (settings.kafka.partitions, settings.kafka.topic_prefix, settings.trainer.steps) == (16, "a.", 3)
+
+
+def test_true_in_a_file_is_no_number_of_any_section(tmp_path: Path) -> None:
+    for section in (field.annotation for field in Settings.model_fields.values()):
+        assert section
+        for name, field in section.model_fields.items():
+            if field.annotation in (int, float):
+                with pytest.raises(ValidationError, match=rf"{name}\n.*"):
+                    section.model_validate({name: True})
+    (tmp_path / "fulgurite.toml").write_text("[materialiser]\nbatch_records = true\n")
+    with pytest.raises(SettingsError, match="this is no switch"):
+        load_settings(env(tmp_path))
+
+
+def test_no_number_of_any_section_is_infinite() -> None:
+    for section in (field.annotation for field in Settings.model_fields.values()):
+        assert section
+        for name, field in section.model_fields.items():
+            if field.annotation is float:
+                with pytest.raises(ValidationError, match="finite|less than|greater than"):
+                    section.model_validate({name: "nan"})
 
 
 def test_lists_and_tables_come_as_json(tmp_path: Path) -> None:

@@ -66,7 +66,7 @@ def by_token(found: TrainingSet) -> list[list[float]]:
 def test_all_tokens_of_a_rollout_get_its_advantage() -> None:
     found = trained(settings_of(), trajectory("a", 1.0, {"c0": 5.0}), trajectory("b", 0.0, {}))
     assert by_token(found) == [[0.5] * 5, [-0.5] * 5]
-    assert found.advantages == [0.5, -0.5]
+    assert [sample.advantage for sample in found.samples] == [0.5, -0.5]
 
 
 def test_sequences_of_a_rollout_share_its_advantage() -> None:
@@ -94,7 +94,7 @@ def test_each_call_gets_what_it_led_to_among_all_calls_of_the_group() -> None:
     a, b = expected[:3], expected[3:]
     assert by_token(found)[0] == pytest.approx([a[0], a[0], a[1], a[2], a[2]])
     assert by_token(found)[1] == pytest.approx([b[0], b[0], b[1], b[2], b[2]])
-    assert found.advantages == pytest.approx(expected)
+    assert [number for sample in found.samples for number in sample.advantages] == pytest.approx(expected)
     assert found.rewards == [1.0, 0.0]
 
 

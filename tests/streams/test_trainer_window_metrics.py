@@ -5,8 +5,8 @@ from __future__ import annotations
 from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
-from fulgurite.streams.trainer.events import window_metrics
 from fulgurite.streams.trainer.samples import training_set
+from fulgurite.streams.trainer.window_metrics import window_metrics
 from fulgurite.streams.trainer.windows import Member, Window
 
 

@@ -28,8 +28,8 @@ from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.schemas.trajectories import Trajectory
 from fulgurite.streams.learners.learner import Learner, StepResult, load_learner
 from fulgurite.streams.trainer.checkpoints import copy_companions
-from fulgurite.streams.trainer.events import staleness
 from fulgurite.streams.trainer.samples import ModelLimits, member_of, read_limits, training_set
+from fulgurite.streams.trainer.window_metrics import staleness
 from fulgurite.streams.trainer.windows import Shape, Window, Windows
 
 TASKS_OF_A_SEED = 1_000_000

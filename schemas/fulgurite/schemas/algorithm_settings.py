@@ -8,7 +8,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
-from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, SecretStr, field_validator, model_validator
+from pydantic import Field, SecretStr, field_validator, model_validator
 
 from fulgurite.schemas.patterns import portable
 from fulgurite.schemas.sections import Seconds, Section, Url
@@ -22,12 +22,6 @@ RESERVED_SOURCES = frozenset({"reward", "agent", "compliance"})
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Concurrency = Annotated[int, Field(ge=1, le=1_024)]
 Tries = Annotated[int, Field(ge=1, le=100)]
-
-
-class _Part(BaseModel):
-    """An entry of a list in a section."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
 
 
 class AlgorithmSettings(Section):
@@ -47,7 +41,7 @@ class AlgorithmSettings(Section):
     """After its first trajectory a group waits so long for the rest; then it is given as it is, if it has two."""
 
 
-class RewardSource(_Part):
+class RewardSource(Section):
     """One part of a reward: a Python function, or a model that is asked over OpenAI's API."""
 
     name: SourceName
@@ -64,11 +58,11 @@ class RewardSource(_Part):
     """File with what the judge is asked: text with {input}, {output} or {transcript}, and {agent} and {status}."""
     answer: str = r"-?[0-9]+(?:\.[0-9]+)?"
     """What of the judge's answer is the reward: the last match of this expression, a number."""
-    weight: FiniteFloat = 1.0
+    weight: float = 1.0
     """Of this part in the sum."""
-    low: FiniteFloat | None = None
+    low: float | None = None
     """Smaller values count as this one."""
-    high: FiniteFloat | None = None
+    high: float | None = None
     """Larger values count as this one."""
     agent: str = ""
     """Only for rollouts of this agent; empty: of all."""
@@ -95,12 +89,12 @@ class RewardSource(_Part):
 class AggregatorSettings(Section):
     sources: Annotated[list[RewardSource], Field(max_length=MAX_SOURCES)] = Field(default_factory=list[RewardSource])
     """The parts of the reward, each a table [[aggregator.sources]]: see docs/algorithms.md."""
-    agent_weight: FiniteFloat = 1.0
+    agent_weight: float = 1.0
     """Of the reward that the agent itself gave; 0: it does not count and need not be there; then a source or
     a rule must."""
-    low: FiniteFloat | None = None
+    low: float | None = None
     """Smaller sums count as this one."""
-    high: FiniteFloat | None = None
+    high: float | None = None
     """Larger sums count as this one."""
     timeout_seconds: Seconds = 60.0
     """Longest one answer of a judge, or one call of a function, may take. A plain function's thread cannot be ended: it
@@ -145,7 +139,7 @@ def _check_field(field: str) -> str:
     return field
 
 
-class Predicate(_Part):
+class Predicate(Section):
     """A condition on one field of a span."""
 
     field: str
@@ -180,7 +174,7 @@ class Predicate(_Part):
 ToolGlobs = Annotated[list[Annotated[str, Field(min_length=1, max_length=512)]], Field(max_length=MAX_TOOLS)]
 
 
-class ComplianceRule(_Part):
+class ComplianceRule(Section):
     """What must not be: spans chosen by agent, operation, tool and `when`, and one check of them."""
 
     name: SourceName
@@ -205,9 +199,9 @@ class ComplianceRule(_Part):
     """Check: each span chosen beyond so many is a violation."""
     forbid: bool = False
     """Check: each span chosen is a violation."""
-    cost: Annotated[FiniteFloat, Field(gt=0)] = 1.0
+    cost: Annotated[float, Field(gt=0)] = 1.0
     """Of one violation."""
-    max_cost: Annotated[FiniteFloat, Field(gt=0)] | None = None
+    max_cost: Annotated[float, Field(gt=0)] | None = None
     """Most that an attempt loses by this rule; not set: no bound."""
 
     @field_validator("field")
@@ -241,7 +235,7 @@ class ComplianceSettings(Section):
     """Of the rules, for the audit: change it when they change."""
     rules: Annotated[list[ComplianceRule], Field(max_length=MAX_RULES)] = Field(default_factory=list[ComplianceRule])
     """Each a table [[compliance.rules]]: see docs/algorithms.md. The aggregator applies them."""
-    weight: Annotated[FiniteFloat, Field(ge=0)] = 1.0
+    weight: Annotated[float, Field(ge=0)] = 1.0
     """Of their cost in the reward's sum; 0: violations are only recorded."""
 
     @model_validator(mode="after")

@@ -1,10 +1,11 @@
-"""What all sections of the settings share: they are frozen, refuse unknown names, and say what each field means."""
+"""What all sections of the settings share: they are frozen, refuse unknown names and what is no value for a field
+though pydantic would take it, and say what each field means."""
 
 from __future__ import annotations
 
-from typing import Annotated
+from typing import Annotated, Any, get_args
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
 
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Port = Annotated[int, Field(ge=0, le=65_535)]
@@ -12,4 +13,21 @@ Url = Annotated[str, Field(pattern=r"^https?://[^\s/]+.*$")]
 
 
 class Section(BaseModel):
-    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True)
+    # NaN passes every comparison or none, and neither it nor infinity can be recorded as JSON.
+    model_config = ConfigDict(extra="forbid", frozen=True, use_attribute_docstrings=True, allow_inf_nan=False)
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
+        """`steps = true` in a file would be 1."""
+        if (
+            isinstance(value, bool)
+            and info.field_name
+            and not _takes_truth(cls.model_fields[info.field_name].annotation)
+        ):
+            raise ValueError(f"must not be {str(value).lower()}: this is no switch")
+        return value
+
+
+def _takes_truth(annotation: Any) -> bool:
+    return annotation in (bool, Any) or any(map(_takes_truth, get_args(annotation)))

@@ -5,12 +5,12 @@ What cannot go together is refused by the trainer's plan before anything is load
 
 from __future__ import annotations
 
-import math
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import Field, ValidationInfo, field_validator
+from pydantic import Field
 
+from fulgurite.schemas.rewards import MAX_REWARD
 from fulgurite.schemas.sections import Seconds, Section
 
 LossName = Literal[
@@ -79,7 +79,7 @@ class TrainerSettings(Section):
     """Of groups with a member that gives no data (failed, partial, stale, not there at the deadline). mask: the others,
     two at least, are compared with each other; drop: the group is; fill: its reward counts in the comparison, or
     fill_reward where it has none, and nothing of it is trained on."""
-    fill_reward: Annotated[float, Field(ge=-1e9, le=1e9)] = 0.0
+    fill_reward: Annotated[float, Field(ge=-MAX_REWARD, le=MAX_REWARD)] = 0.0
     """For incomplete = fill."""
     window_seconds: Seconds | None = None
     """Windows by time: a window whose first complete group has waited so long is closed with what is there, at least
@@ -240,19 +240,3 @@ class TrainerSettings(Section):
     """Where /metrics and /health listen; under torchrun on rank 0 alone."""
     metrics_port: Annotated[int, Field(ge=0, lt=65_536)] = 0
     """0: nowhere."""
-
-    @field_validator("*", mode="before")
-    @classmethod
-    def _no_truth_for_numbers(cls, value: Any, info: ValidationInfo) -> Any:
-        """`steps = true` in a file would be 1."""
-        if isinstance(value, bool) and info.field_name and cls.model_fields[info.field_name].annotation is not bool:
-            raise ValueError(f"must not be {str(value).lower()}: this is no switch")
-        return value
-
-    @field_validator("*", mode="after")
-    @classmethod
-    def _finite(cls, value: Any) -> Any:
-        """NaN passes every comparison or none, and neither can be recorded as JSON."""
-        if isinstance(value, float) and not math.isfinite(value):
-            raise ValueError(f"must be a finite number, not {value}")
-        return value

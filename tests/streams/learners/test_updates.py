@@ -195,7 +195,7 @@ def test_the_ledger_has_only_those_that_an_update_was_made_of(folder: Path, epoc
     assert result.tokens == sum(window[0].loss_mask)
     assert result.left_out.keys() == {"r1"}
     assert result.left_out["r1"].startswith("grad_norm:")
-    whole = TrainingSet(window, ["r0", "r1"], [], [0.0, 1.0], [0.0, 0.0], [1e-3, -1e3], 1, 0)
+    whole = TrainingSet(window, ["r0", "r1"], [], [0.0, 1.0], [0.0, 0.0], 1, 0)
     told = whole.without(result.left_out)
     assert (told.rollout_ids, [sample.rollout_id for sample in told.samples]) == (["r0"], ["r0"])
     assert told.dropped == [DroppedRollout(rollout_id="r1", reason=result.left_out["r1"])]

@@ -7,7 +7,7 @@
         yield Reward(rollout_id=trajectory.rollout_id, name="short", value=...)
 
 definition.py   what `@algorithm` makes of a function, and what it may read
-calls.py        a user's plain function, called where it may hang
+calls.py        a user's function, called where it may hang or exit
 events.py       what it may yield, and where that goes
 groups.py       pure: which groups are open, complete, or too old
 memory.py       Kafka: what is remembered of open groups, and the beginning of a first start

@@ -1,4 +1,5 @@
-"""Calls of a user's plain function: each in a daemon thread of its own, which ends with its call or hangs alone.
+"""Calls of a user's functions; of a plain one each in a daemon thread of its own, which ends with its call or hangs
+alone.
 
 Promises: what hangs keeps neither the event loop nor another call nor the process's end waiting; whatever is raised
 comes out at once as an Exception. Bounds: the caller's for calls at once; `check` ends the process where MAX_HUNG that
@@ -7,7 +8,7 @@ nobody waits for go on. Does not know what is called, nor how long it may take.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from typing import Any
 
 from fulgurite.producers.agents import AgentCalls
@@ -40,6 +41,15 @@ class PlainCalls:
     async def run(self, call: Callable[[], Any], name: str) -> Any:
         """What `call` returns or raises. When cancelled, the thread goes on, unheard."""
         return await self._calls.run_in_thread(lambda: sane(call, name))
+
+
+async def awaited(given: Awaitable[Any], name: str) -> Any:
+    """What a coroutine of the user's gives or raises. SystemExit, which would end the event loop, becomes a
+    RuntimeError."""
+    try:
+        return await given
+    except SystemExit as error:
+        raise RuntimeError(f"{name} raised SystemExit: {error}") from error
 
 
 def sane(call: Callable[[], Any], name: str) -> Any:

@@ -22,7 +22,7 @@ from fulgurite.producers.named_objects import load_object
 from fulgurite.schemas import topics
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.topics import Topic
-from fulgurite.streams.algorithms.calls import PlainCalls
+from fulgurite.streams.algorithms.calls import PlainCalls, awaited
 
 Reads = Literal["trajectories", "groups", "attempts", "spans", "rewards", "rollouts", "resources", "training"]
 
@@ -82,13 +82,10 @@ class Algorithm:
 
     async def run(self, given: Any, calls: PlainCalls) -> list[BaseModel]:
         """What the function gives for this input. Raises what the function raises."""
-        try:
-            if inspect.isasyncgenfunction(self.function):
-                return [event async for event in _bounded_async(self.function(given))]
-            if inspect.iscoroutinefunction(self.function):
-                return _events(await cast(Awaitable[Any], self.function(given)))
-        except SystemExit as error:  # would end the event loop: the function has failed, the program goes on
-            raise RuntimeError(f"{self.name} raised SystemExit: {error}") from error
+        if inspect.isasyncgenfunction(self.function):
+            return await awaited(_listed(self.function(given)), self.name)
+        if inspect.iscoroutinefunction(self.function):
+            return await awaited(_of_coroutine(self.function(given)), self.name)
         return await calls.run(lambda: _events(self.function(given)), self.name)
 
 
@@ -131,12 +128,16 @@ def checked(made: Algorithm) -> Algorithm:
     return made
 
 
-async def _bounded_async(events: AsyncIterator[Any]) -> AsyncIterator[BaseModel]:
-    count = 0
+async def _listed(events: AsyncIterator[Any]) -> list[BaseModel]:
+    found: list[BaseModel] = []
     async for event in events:
-        count += 1
-        _check_count(count)
-        yield _event(event)
+        _check_count(len(found) + 1)
+        found.append(_event(event))
+    return found
+
+
+async def _of_coroutine(given: Awaitable[Any]) -> list[BaseModel]:
+    return _events(await given)
 
 
 def _events(given: Any) -> list[BaseModel]:

@@ -51,9 +51,10 @@ from fulgurite.streams.learners.updates import left_out, trained_tokens, update_
 from fulgurite.streams.objectives.aggregation import WindowTotals, window_totals
 from fulgurite.streams.objectives.kl import kl_estimate
 from fulgurite.streams.objectives.packing import Sequences
-from fulgurite.streams.trainer.credit import penalty_metrics, with_penalties
+from fulgurite.streams.trainer.credit import with_penalties
 from fulgurite.streams.trainer.losses import LossTerms, ScoredTokens, micro_batch_loss
 from fulgurite.streams.trainer.sample import Sample
+from fulgurite.streams.trainer.window_metrics import penalty_metrics
 
 logger = logging.getLogger(__name__)
 

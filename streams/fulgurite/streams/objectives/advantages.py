@@ -50,13 +50,6 @@ def mean_and_std(values: Sequence[float]) -> tuple[float, float]:
     return mean, math.sqrt(variance)
 
 
-def spread(name: str, values: Sequence[float]) -> dict[str, float]:
-    """Metrics as verl names them; none of nothing."""
-    if not values:
-        return {}
-    return {f"{name}/mean": mean_and_std(values)[0], f"{name}/max": max(values), f"{name}/min": min(values)}
-
-
 def has_signal(rewards: Sequence[float]) -> bool:
     """Whether a group's rewards differ: otherwise every advantage is 0 and nothing can be learned from it."""
     return mean_and_std(rewards)[1] > EPS

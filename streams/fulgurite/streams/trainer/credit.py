@@ -15,15 +15,14 @@ by token, for others call by call.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from itertools import groupby
+from itertools import chain, groupby
 
 from fulgurite.schemas.rewards import FINAL_REWARD
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.schemas.trajectories import CallRange, TokenSequence, Trajectory
-from fulgurite.streams.objectives.advantages import BY_TOKEN, ESTIMATORS, has_signal, spread
+from fulgurite.streams.objectives.advantages import BY_TOKEN, ESTIMATORS, has_signal
 from fulgurite.streams.objectives.credit import span_returns, token_returns
 from fulgurite.streams.objectives.rewards import penalised_rewards
 from fulgurite.streams.trainer.objective import recipe_of
@@ -67,17 +66,13 @@ def calls_of(
 
 def credited(samples: Sequence[Sample], settings: TrainerSettings) -> list[Sample]:
     """The same with advantages, from what their calls earned, over all groups there are."""
-    places: dict[int, dict[str, list[tuple[int, int, int]]]] = {}
-    for at, sample in enumerate(samples):
-        rollout = places.setdefault(sample.group, {}).setdefault(sample.rollout_id, [])
-        rollout += [(call.number, at, place) for place, call in enumerate(sample.calls)]
-    groups = [[sorted(rollout) for rollout in group.values()] for group in places.values()]
-    outcomes = [[[_outcome(samples[at].calls[place]) for _, at, place in calls] for calls in group] for group in groups]
+    groups = _places(samples)
+    outcomes = [[[_outcome(samples[at].calls[place]) for at, place in calls] for calls in group] for group in groups]
     advantages = [[0.0] * len(sample.calls) for sample in samples]
     of_rollout: dict[str, float] = {}
     for group, found in zip(groups, call_advantages(outcomes, settings), strict=True):
         for calls, numbers in zip(group, found, strict=True):
-            for (_, at, place), number in zip(calls, numbers, strict=True):
+            for (at, place), number in zip(calls, numbers, strict=True):
                 advantages[at][place] = number
                 of_rollout[samples[at].rollout_id] = number  # its last call's, which no discount touches
     uniform = settings.credit == "rollout"
@@ -100,39 +95,18 @@ def with_penalties(samples: Sequence[Sample], kl: Sequence[Sequence[float]], set
     return credited(lowered, settings)
 
 
-def penalty_metrics(
-    samples: Sequence[Sample], kl: Sequence[Sequence[float]], after: Sequence[Sample], coefficient: float
-) -> dict[str, float]:
-    """What the penalty made of the rollouts that are trained on, counted as verl does: rewards by rollout, advantages
-    by token, the penalty by sequence."""
-    left: dict[str, float] = {}
-    for sample, own in zip(samples, kl, strict=True):
-        paid = sum(call.reward for call in sample.calls) - coefficient * math.fsum(own)
-        left[sample.rollout_id] = left.get(sample.rollout_id, 0.0) + paid
-    return {
-        **spread("critic/rewards", list(left.values())),
-        **spread("critic/advantages", [value for sample in after for value in sample.sampled_advantages()]),
-        "actor/reward_kl_penalty": math.fsum(math.fsum(own) / len(own) for own in kl) / len(kl),
-        "actor/reward_kl_penalty_coeff": coefficient,
-    }
-
-
 def _credited_by_token(
     samples: Sequence[Sample], kl: Sequence[Sequence[float]], settings: TrainerSettings
 ) -> list[Sample]:
     """What each token led to, compared over all groups there are."""
-    rollouts: dict[tuple[int, str], list[tuple[int, int, int]]] = {}
-    for at, sample in enumerate(samples):
-        rollout = rollouts.setdefault((sample.group, sample.rollout_id), [])
-        rollout += [(call.number, at, place) for place, call in enumerate(sample.calls)]
     discount = settings.credit_discount if settings.credit == "call" else 1.0
     of_calls = [sample.by_call(own) for sample, own in zip(samples, kl, strict=True)]
     led_to: list[list[Sequence[float]]] = [[()] * len(sample.calls) for sample in samples]
-    for calls in map(sorted, rollouts.values()):
-        rewards = [samples[at].calls[place].reward for _, at, place in calls]
-        own = [of_calls[at][place] for _, at, place in calls]
+    for calls in chain.from_iterable(_places(samples)):
+        rewards = [samples[at].calls[place].reward for at, place in calls]
+        own = [of_calls[at][place] for at, place in calls]
         found = token_returns(rewards, own, settings.kl_coefficient, discount)
-        for (_, at, place), returns in zip(calls, found, strict=True):
+        for (at, place), returns in zip(calls, found, strict=True):
             led_to[at][place] = returns
     by_sample = [[value for returns in calls for value in returns] for calls in led_to]
     estimate = ESTIMATORS[recipe_of(settings).advantage]
@@ -167,6 +141,15 @@ def teaches(calls_of_rollouts: Sequence[Sequence[Call]], settings: TrainerSettin
     if settings.credit != "call":
         return has_signal([sum(calls) for calls in rewards])
     return has_signal([value for calls in rewards for value in span_returns(calls, settings.credit_discount)])
+
+
+def _places(samples: Sequence[Sample]) -> list[list[list[tuple[int, int]]]]:
+    """[groups][rollouts][calls], each rollout's in their order: which sample, and which of its calls."""
+    found: dict[int, dict[str, list[tuple[int, int, int]]]] = {}
+    for at, sample in enumerate(samples):
+        rollout = found.setdefault(sample.group, {}).setdefault(sample.rollout_id, [])
+        rollout += [(call.number, at, place) for place, call in enumerate(sample.calls)]
+    return [[[(at, place) for _, at, place in sorted(calls)] for calls in group.values()] for group in found.values()]
 
 
 def _outcome(call: Call) -> Outcome:

@@ -1,9 +1,6 @@
-"""What the trainer says on the bus: its events, and a step's metrics under the names that verl and TRL users know."""
+"""What the trainer says on the bus: its events, and the word that stands beside committed offsets."""
 
 from __future__ import annotations
-
-import math
-from collections.abc import Sequence
 
 from pydantic import BaseModel, ValidationError
 
@@ -12,11 +9,9 @@ from fulgurite.schemas.resources import ResourceVersion
 from fulgurite.schemas.settings import KafkaSettings
 from fulgurite.schemas.topics import Topic
 from fulgurite.schemas.training import RunStarted
-from fulgurite.streams.objectives.advantages import spread
 from fulgurite.streams.trainer.checkpoints import Checkpoint
 from fulgurite.streams.trainer.plan import Plan
-from fulgurite.streams.trainer.samples import ADAPTER_CONFIG, TrainingSet, trained_sequences
-from fulgurite.streams.trainer.windows import FILLED, Window
+from fulgurite.streams.trainer.samples import ADAPTER_CONFIG
 from fulgurite.streams.transactions import Outgoing
 
 
@@ -69,42 +64,3 @@ def started_event(plan: Plan, step: int, version: int) -> RunStarted:
         steps_total=plan.trainer.steps,
         config=plan.config(),
     )
-
-
-def staleness(training: TrainingSet, window: Window) -> tuple[float, int]:
-    """Versions behind, over the tokens trained on: mean and largest."""
-    behind = [
-        window.measured_at.get(sample.rollout_id, window.version_in) - version
-        for sample in training.samples
-        for version, sampled in zip(sample.versions, sample.loss_mask, strict=True)
-        if sampled
-    ]
-    return (math.fsum(behind) / len(behind), max(0, *behind)) if behind else (0.0, 0)
-
-
-def window_metrics(
-    window: Window, training: TrainingSet, resource: str, agents: Sequence[str] = ()
-) -> dict[str, float]:
-    """Lengths are of what the resource's policy sampled for these agents: see trained_sequences."""
-    members = [member for group in window.groups for member in group if member.reason != FILLED]
-    sequences = [trained_sequences(member.trajectory, resource, agents) for member in members]
-    lengths = [float(sum(sum(sequence.loss_mask) for sequence in own)) for own in sequences]
-    prompts = [float(sequence.loss_mask.index(1)) for own in sequences for sequence in own]
-    found = {
-        **spread("critic/score", training.rewards),
-        **spread("critic/rewards", [sum(both) for both in zip(training.rewards, training.penalties, strict=True)]),
-        **spread("critic/advantages", [value for each in training.samples for value in each.sampled_advantages()]),
-        **spread("response_length", lengths),
-        **spread("prompt_length", prompts),
-        **spread("num_turns", [float(member.trajectory.calls) for member in members]),
-        "frac_reward_zero_std": training.groups_without_signal / max(1, training.groups),
-        "groups/incomplete": float(window.groups_incomplete),
-        "rollouts/trained": float(len(training.rollout_ids)),
-        "rollouts/trained_again": float(len(training.again)),
-        "rollouts/filled": float(sum(member.reason == FILLED for group in window.groups for member in group)),
-        "rollouts/dropped": float(len(training.dropped)),
-    }
-    for dropped in training.dropped:
-        name = f"rollouts/dropped/{dropped.reason.partition(':')[0]}"
-        found[name] = found.get(name, 0.0) + 1.0
-    return found

@@ -12,10 +12,10 @@ from fulgurite.schemas.training import RunFinished, TrainingStep
 from fulgurite.streams.learners.launch import launched_ranks
 from fulgurite.streams.objectives.advantages import mean_and_std
 from fulgurite.streams.trainer.checkpoints import Checkpoint
-from fulgurite.streams.trainer.events import staleness, window_metrics
 from fulgurite.streams.trainer.metrics import Metrics
 from fulgurite.streams.trainer.plan import Plan
 from fulgurite.streams.trainer.samples import TrainingSet
+from fulgurite.streams.trainer.window_metrics import staleness, window_metrics
 from fulgurite.streams.trainer.windows import Window, Windows
 
 if TYPE_CHECKING:

@@ -58,8 +58,6 @@ class TrainingSet:
     """Of every survivor of the window, also of groups without signal."""
     penalties: list[float]
     """What was added to each of them for its length, before it became an advantage."""
-    advantages: list[float]
-    """One per rollout that the learner is given; where calls have their own, one per call."""
     groups: int
     groups_without_signal: int
     again: list[str] = field(default_factory=list[str])
@@ -177,14 +175,12 @@ def training_set(window: Window, settings: TrainerSettings, resource: str = "") 
     is_anew = settings.kl_in_reward and recipe_of(settings).advantage in OVER_WINDOW
     compared = [sample for sample in samples if sample.rollout_id not in trained] if is_anew else []
     samples = [sample for sample in samples if sample.rollout_id in trained]
-    by_rollout = {sample.rollout_id: sample.advantage for sample in samples}
     return TrainingSet(
         samples=samples,
         rollout_ids=rollout_ids,
         dropped=dropped,
         rewards=[each.reward for each in members],
         penalties=[each.penalty for each in members],
-        advantages=[number for s in samples for number in s.advantages] or [by_rollout[i] for i in rollout_ids],
         groups=len(window.groups),
         groups_without_signal=sum(silent),
         compared=compared,

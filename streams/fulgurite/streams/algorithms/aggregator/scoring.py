@@ -34,7 +34,7 @@ from fulgurite.streams.algorithms.aggregator.combine import (
 )
 from fulgurite.streams.algorithms.aggregator.judges import Judge, PartFailed
 from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
-from fulgurite.streams.algorithms.calls import PlainCalls
+from fulgurite.streams.algorithms.calls import PlainCalls, awaited
 from fulgurite.streams.algorithms.compliance import Rules, Violation
 from fulgurite.streams.algorithms.definition import InputRefused
 
@@ -147,10 +147,7 @@ class FunctionScorer:
 
     async def _call(self, attempt: FinishedAttempt) -> Any:
         if inspect.iscoroutinefunction(self._function):
-            try:
-                return await self._function(attempt)
-            except SystemExit as error:  # would end the event loop
-                raise RuntimeError(f"raised SystemExit: {error}") from error
+            return await awaited(self._function(attempt), self._name)
         return await self._calls.run(lambda: self._function(attempt), self._name)
 
     def _part(self, given: Any) -> Part | None:
