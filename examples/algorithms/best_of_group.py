@@ -16,6 +16,7 @@ from fulgurite.streams.algorithms import algorithm
 
 @algorithm(reads="groups", mode="train")
 def best_of_group(group: list[Trajectory]) -> Iterator[Reward]:
-    rewards = sorted((member.reward or 0.0, member.rollout_id) for member in group)
-    (second, _), (most, best) = rewards[-2:]
-    yield Reward(rollout_id=best, name="best_of_group", value=most - second, source="best_of_group")
+    rewards = sorted((member.reward, member.rollout_id) for member in group if member.reward is not None)
+    if len(rewards) > 1:
+        (second, _), (most, best) = rewards[-2:]
+        yield Reward(rollout_id=best, name="best_of_group", value=most - second, source="best_of_group")

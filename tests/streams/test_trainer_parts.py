@@ -120,6 +120,7 @@ def test_a_member_that_is_filled_in_counts_in_the_comparison_and_is_not_trained_
     assert found.rollout_ids == ["r0", "r1"]
     assert found.dropped == []
     assert [sample.advantage for sample in found.samples] == pytest.approx([1 / 3, 1 / 3])
+    assert (found.rewards, found.penalties) == ([1.0, 1.0], [0.0, 0.0]), "nobody gave the third"
     gone = replace(gone, trajectory=gone.trajectory.model_copy(update={"reward": 1.0}))
     silent = training_set(Window(3, [[*alive, gone]], []), settings)
     assert [each.rollout_id for each in silent.dropped] == ["r0", "r1"], "the ledger has named r2"

@@ -41,7 +41,8 @@ async def rewards(kafka: KafkaSettings, count: int) -> list[Reward]:
 
 async def test_the_example_is_short_and_names_the_best(kafka_settings: KafkaSettings) -> None:
     assert len(inspect.getsource(example).splitlines()) < 30
-    group = [trajectory(f"g-r{i}", group_id="g", group_size=3, reward=i / 2) for i in range(3)]
+    # Without a reward is not as good as 0.
+    group = [trajectory(f"g-r{i}", group_id="g", group_size=3, reward=(-1.0, None, -0.5)[i]) for i in range(3)]
     others = [trajectory("h-r0", group_id="h", group_size=2), trajectory("v", mode="val", group_size=1)]
     alone = [trajectory("s", group_id="s", group_size=1), trajectory("t")]
     loaded = load_algorithm("examples.algorithms.best_of_group:best_of_group")

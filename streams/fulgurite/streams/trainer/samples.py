@@ -55,7 +55,7 @@ class TrainingSet:
     rollout_ids: list[str]
     dropped: list[DroppedRollout]
     rewards: list[float]
-    """Of every survivor of the window, also of groups without signal."""
+    """Of every survivor of the window, also of groups without signal; not of members filled in."""
     penalties: list[float]
     """What was added to each of them for its length, before it became an advantage."""
     groups: int
@@ -179,8 +179,8 @@ def training_set(window: Window, settings: TrainerSettings, resource: str = "") 
         samples=samples,
         rollout_ids=rollout_ids,
         dropped=dropped,
-        rewards=[each.reward for each in members],
-        penalties=[each.penalty for each in members],
+        rewards=[each.reward for each in members if not each.is_filled],
+        penalties=[each.penalty for each in members if not each.is_filled],
         groups=len(window.groups),
         groups_without_signal=sum(silent),
         compared=compared,
