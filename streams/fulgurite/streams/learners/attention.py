@@ -22,7 +22,6 @@ from typing import Any, Final
 import torch
 from torch import Tensor
 from torch.nn import functional
-from torch.nn.attention.varlen import varlen_attn
 from transformers import AttentionInterface
 
 from fulgurite.schemas.errors import SettingsError
@@ -148,6 +147,8 @@ def packed_attention(
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
+    from torch.nn.attention.varlen import varlen_attn  # not at the top: it brings torch's compiler, seconds of CPU
+
     out = varlen_attn(
         _each_its_own(query, layout),
         _each_its_own(key, layout),
