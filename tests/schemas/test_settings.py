@@ -46,7 +46,7 @@ def test_no_number_of_any_section_is_infinite() -> None:
         assert section
         for name, field in section.model_fields.items():
             if field.annotation is float:
-                with pytest.raises(ValidationError, match="finite|less than|greater than"):
+                with pytest.raises(ValidationError, match=r"finite|less than|greater than"):
                     section.model_validate({name: "nan"})
 
 
