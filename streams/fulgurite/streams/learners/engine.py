@@ -10,8 +10,11 @@ with any number of ranks (`OptimizerState`). Knows neither samples nor losses.
 from __future__ import annotations
 
 import math
+from collections.abc import Generator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from pickle import UnpicklingError
 from typing import Any, Final, Protocol, TypeVar
 
 import torch
@@ -47,18 +50,36 @@ class OptimizerState:
 
     def save(self, path: Path) -> None:
         fields = {"format": STATE_FORMAT, "updates": self.updates, "moments": self.moments, "masters": self.masters}
-        torch.save(fields, path)
+        with refused_by_disk(path, RuntimeError):
+            torch.save(fields, path)
 
     @staticmethod
     def load(path: Path) -> OptimizerState:
-        """Raises StartError for a file of another format."""
-        fields = torch.load(path, map_location="cpu", weights_only=True)
+        """Raises StartError for a file that cannot be read, or is of another format."""
+        try:
+            fields = torch.load(path, map_location="cpu", weights_only=True)
+        except (OSError, RuntimeError, EOFError, UnpicklingError) as error:
+            # torch's own text advises to load it unchecked.
+            reason = error if isinstance(error, OSError) else "cut short, or no such file at all"
+            raise StartError(
+                f"{path} cannot be read ({reason}): put it back as it was written, or start a new run from weights/ "
+                "beside it (another trainer.run_id, trainer.model set to that folder)"
+            ) from error
         if fields.get("format") != STATE_FORMAT:
             raise StartError(
                 f"{path} is an optimizer state of format {fields.get('format')}; this version reads {STATE_FORMAT}: go "
                 "on with the version that wrote it, or start a new run from weights/ beside it"
             )
         return OptimizerState(fields["updates"], fields["moments"], fields["masters"])
+
+
+@contextmanager
+def refused_by_disk(path: Path, error_type: type[Exception]) -> Generator[None]:
+    """`error_type`, which a library raises where it cannot write a file, becomes the OSError that it is."""
+    try:
+        yield
+    except error_type as error:
+        raise OSError(f"{path}: {error}") from error
 
 
 class Engine(Protocol):

@@ -24,13 +24,14 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from fulgurite.schemas.errors import FulguriteError, LogprobMismatch
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.allocator import give_back_blocks_of
 from fulgurite.streams.learners.comparison import ComparisonWatch, same_version_fault
-from fulgurite.streams.learners.engine import AdamW, Engine, OptimizerState, TorchEngine
+from fulgurite.streams.learners.engine import AdamW, Engine, OptimizerState, TorchEngine, refused_by_disk
 from fulgurite.streams.learners.flops import model_flops, peak_flops
 from fulgurite.streams.learners.metrics import (
     SAME_VERSION_TOKENS,
@@ -88,11 +89,13 @@ class Learner:
         self._watch = ComparisonWatch()
 
     def save_weights(self, folder: Path) -> None:
-        """What servers load: config.json and safetensors, or an adapter."""
-        self.engine.save_weights(folder)
+        """What servers load: config.json and safetensors, or an adapter. Raises OSError where the disk refuses."""
+        with refused_by_disk(folder, SafetensorError):
+            self.engine.save_weights(folder)
 
     def save_state(self, path: Path) -> None:
-        """What only the next step needs: moments, and how many updates were done: the learning rate follows from it."""
+        """What only the next step needs: moments, and how many updates were done: the learning rate follows from it.
+        Raises OSError where the disk refuses."""
         state = self.engine.state()
         if state is not None:
             state.save(path)

@@ -3,7 +3,8 @@
     <output>/<run_id>/v000017/          written as .tmp-v000017-<random>, fsynced, renamed
         weights/                        Hugging Face folder: what servers load; its URI and sha256 are announced
         optimizer.pt                    the learner's own state (newest checkpoint only)
-        state.json                      version, step, next offsets, groups asked for, ledger not yet published
+        state.json                      version, step, next offsets, groups asked for, ledger not yet published; and
+                                        what the other files must be: sha256, of optimizer.pt the length
         groups.jsonl                    open groups: one line a member, with its trajectory
         settings.json                   what the version was made with
     <output>/<run_id>/choice.json       the groups of the window that is being trained on
@@ -16,6 +17,7 @@ a callback.
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import secrets
@@ -25,14 +27,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NoReturn
 
-from pydantic import BaseModel, Field, TypeAdapter
+from pydantic import TypeAdapter
 
 from fulgurite.schemas.checksum import folder_sha256
 from fulgurite.schemas.errors import Fenced, StartError
-from fulgurite.schemas.training import DroppedRollout
-from fulgurite.schemas.trajectories import Trajectory
+from fulgurite.streams.trainer.run_state import OpenGroup as OpenGroup
+from fulgurite.streams.trainer.run_state import RunState as RunState
+from fulgurite.streams.trainer.run_state import SourceState as SourceState
+from fulgurite.streams.trainer.run_state import member_lines, of_windows, restored
 from fulgurite.streams.trainer.samples import ADAPTER_CONFIG
-from fulgurite.streams.trainer.windows import Choice, Group, Member, Shape, Windows
+from fulgurite.streams.trainer.windows import Choice, Shape, Windows
 
 WEIGHTS = "weights"
 OPTIMIZER = "optimizer.pt"
@@ -42,63 +46,11 @@ SETTINGS = "settings.json"
 CHOICE = "choice.json"
 
 _TEMPORARY = ".tmp-"
+_REMEDY = (
+    "put it back as it was written, or start a new run from a version's weights/ (another trainer.run_id, "
+    "trainer.model set to that folder)"
+)
 _CHOICE: TypeAdapter[Choice] = TypeAdapter(Choice)
-
-
-class OpenGroup(BaseModel):
-    index: int
-    closed: bool
-    version: int | None = None
-    size: int | None = None
-
-
-class SourceState(BaseModel):
-    """How far a replay has got in what it replays."""
-
-    offsets: dict[int, int] = Field(default_factory=dict)
-    """Next offset per partition of the source's ledger, `training`."""
-    step: int = 0
-    """The source's last step whose groups were taken over."""
-    groups: int = 0
-    """Of a selection by SQL: how many of its groups were taken over."""
-    over: bool = False
-    """Nothing more will come."""
-
-
-class RunState(BaseModel):
-    """state.json: where a run stands at a version."""
-
-    run_id: str
-    resource: str
-    version: int
-    step: int
-    sha256: str = ""
-    """Of weights/, filled in when it is written."""
-    offsets: dict[int, int]
-    """Next offset per partition of `trajectories`."""
-    asked: int
-    """Groups asked for: the cursor over tasks."""
-    groups_dropped: int = 0
-    groups_short: int = 0
-    settled_below: int = 0
-    settled: list[int] = Field(default_factory=list)
-    missing: list[str] = Field(default_factory=list)
-    dropped: list[DroppedRollout] = Field(default_factory=list)
-    """Settled, but in no step's record yet."""
-    open: list[OpenGroup] = Field(default_factory=list[OpenGroup])
-    recent: list[OpenGroup] = Field(default_factory=list[OpenGroup])
-    """Of earlier windows, for later ones that slide."""
-    source: SourceState | None = None
-    """Of a replay."""
-
-
-class _MemberLine(BaseModel):
-    group: int
-    reason: str
-    min_version: int
-    max_version: int = 0
-    recent: bool = False
-    trajectory: Trajectory
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,19 +84,25 @@ class Checkpoints:
         save_weights: Callable[[Path], None],
         save_state: Callable[[Path], None],
     ) -> Checkpoint:
-        """Raises StartError where the disk refuses; then nothing but a temporary folder is left."""
+        """Raises StartError where the disk refuses; then nothing but a temporary folder is left, which the next start
+        removes. Both callbacks say OSError then."""
         final = self.folder(state.version)
         temporary = self._root / f"{_TEMPORARY}{final.name}-{secrets.token_hex(4)}"
         try:
             (temporary / WEIGHTS).mkdir(parents=True)
             save_weights(temporary / WEIGHTS)
             save_state(temporary / OPTIMIZER)
-            state = state.model_copy(update={"sha256": folder_sha256(temporary / WEIGHTS), **_of(windows)})
-            (temporary / STATE).write_text(state.model_dump_json(indent=1))
             (temporary / SETTINGS).write_text(json.dumps(self._settings, indent=1) + "\n")
             with (temporary / GROUPS).open("w") as file:
-                for line in _member_lines(windows):
+                for line in member_lines(windows):
                     file.write(line.model_dump_json() + "\n")
+            written = {
+                "sha256": folder_sha256(temporary / WEIGHTS),
+                "files": {name: _sha256(temporary / name) for name in (GROUPS, SETTINGS)},
+                "optimizer_bytes": _bytes(temporary / OPTIMIZER),
+            }
+            state = state.model_copy(update={**of_windows(windows), **written})
+            (temporary / STATE).write_text(state.model_dump_json(indent=1))
             _fsync_tree(temporary)
             temporary.rename(final)
             _fsync(self._root)
@@ -187,7 +145,8 @@ class Checkpoints:
             return {}
 
     def load(self, version: int) -> Checkpoint:
-        """The checkpoint of a committed version. Raises StartError where it is not there or not whole."""
+        """The checkpoint of the version that a run goes on from. Raises StartError where it is not there or not whole:
+        an open group without one of its members would make a window of others, and name that one nowhere."""
         folder = self.folder(version)
         try:
             state = RunState.model_validate_json((folder / STATE).read_text())
@@ -200,6 +159,10 @@ class Checkpoints:
             raise StartError(
                 f"{folder / WEIGHTS} has sha256 {found}; {state.sha256} was written: the files were changed"
             )
+        for name, written in state.files.items():
+            _compare(folder / name, "sha256", written, _sha256)
+        if state.optimizer_bytes is not None:
+            _compare(folder / OPTIMIZER, "length in bytes", state.optimizer_bytes, _bytes)
         return Checkpoint(folder, state)
 
     def windows(self, checkpoint: Checkpoint, shape: Shape, now_ns: int) -> Windows:
@@ -207,27 +170,12 @@ class Checkpoints:
 
         While the trainer was down nobody may have worked on them, so that time must not count against the missing ones.
         """
-        state = checkpoint.state
-        windows = Windows(
-            shape,
-            asked=state.asked,
-            groups={g.index: _group(g, now_ns) for g in state.open},
-            settled_below=state.settled_below,
-            settled=set(state.settled),
-            missing=set(state.missing),
-            dropped=list(state.dropped),
-            groups_dropped=state.groups_dropped,
-            groups_short=state.groups_short,
-            recent=[_group(g, now_ns) for g in state.recent],
-        )
-        recent = {group.index: group for group in windows.recent}
-        with (checkpoint.folder / GROUPS).open() as file:
-            for text in file:
-                line = _MemberLine.model_validate_json(text)
-                member = Member(line.trajectory, line.reason, line.min_version, line.max_version)
-                group = recent[line.group] if line.recent else windows.groups[line.group]
-                group.members[line.trajectory.rollout_id] = member
-        return windows
+        path = checkpoint.folder / GROUPS
+        try:
+            with path.open() as lines:
+                return restored(checkpoint.state, lines, shape, now_ns)
+        except (OSError, ValueError) as error:
+            raise StartError(f"{path} cannot be read ({error}): {_REMEDY}") from error
 
     def discard_uncommitted(self, committed: int | None) -> list[Path]:
         """Removes what a crash left: half-written folders, and the one version whose transaction did not commit.
@@ -293,44 +241,23 @@ def _step(folder: Path) -> int | None:
         return None
 
 
-def _of(windows: Windows) -> dict[str, Any]:
-    """The part of the state that the windows hold."""
-    return {
-        "asked": windows.asked,
-        "groups_dropped": windows.groups_dropped,
-        "groups_short": windows.groups_short,
-        "settled_below": windows.settled_below,
-        "settled": sorted(windows.settled),
-        "missing": sorted(windows.missing),
-        "dropped": list(windows.dropped),
-        "open": [_open(group) for group in windows.groups.values()],
-        "recent": [_open(group) for group in windows.recent],
-    }
+def _compare(path: Path, what: str, written: str | int, measure: Callable[[Path], str | int]) -> None:
+    """Raises StartError where a file is not what was written."""
+    try:
+        found = measure(path)
+    except OSError as error:
+        raise StartError(f"{path} cannot be read ({error}): {_REMEDY}") from error
+    if found != written:
+        raise StartError(f"{path}: its {what} is {found}, but {written} was written: {_REMEDY}")
 
 
-def _open(group: Group) -> OpenGroup:
-    return OpenGroup(index=group.index, closed=group.closed, version=group.version, size=group.size)
+def _bytes(path: Path) -> int:
+    return path.stat().st_size
 
 
-def _group(saved: OpenGroup, now_ns: int) -> Group:
-    """Without its members, which are lines of their own."""
-    return Group(saved.index, now_ns, {}, saved.closed, saved.version, saved.size)
-
-
-def _member_lines(windows: Windows) -> list[_MemberLine]:
-    return [
-        _MemberLine(
-            group=group.index,
-            reason=member.reason,
-            min_version=member.min_version,
-            max_version=member.max_version,
-            recent=recent,
-            trajectory=member.trajectory,
-        )
-        for recent, groups in ((False, windows.groups.values()), (True, windows.recent))
-        for group in groups
-        for member in group.members.values()
-    ]
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fsync_tree(folder: Path) -> None:

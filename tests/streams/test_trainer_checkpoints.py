@@ -1,0 +1,125 @@
+"""Checkpoints that a disk refuses, or that lost something since they were written: said, never taken as whole."""
+
+from __future__ import annotations
+
+import json
+import resource
+from collections.abc import Callable, Generator
+from contextlib import contextmanager
+from pathlib import Path
+
+import pytest
+
+from fulgurite.schemas.errors import StartError
+from fulgurite.schemas.settings import TrainerSettings
+from fulgurite.streams.learners.learner import load_learner
+from fulgurite.streams.trainer.checkpoints import Checkpoint, Checkpoints, RunState
+from fulgurite.streams.trainer.sample import Sample
+from fulgurite.streams.trainer.windows import Windows
+from tests.streams.test_windows import SHAPE, add_group
+from tests.streams.trainer_world import build_model
+
+STATE = RunState(run_id="r", resource="policy", version=7, step=2, offsets={0: 9}, asked=2)
+
+
+def written(output: Path) -> tuple[Checkpoints, Checkpoint]:
+    """A checkpoint with two open groups."""
+    windows = Windows(SHAPE, asked=2)
+    add_group(windows, 0)
+    add_group(windows, 1)
+    folder = Checkpoints(output, "r", {"loss": "dapo"})
+
+    def weights(to: Path) -> None:
+        (to / "w").write_text("weights")
+
+    def optimizer(to: Path) -> None:
+        to.write_text("optimizer")
+
+    return folder, folder.write(STATE, windows, weights, optimizer)
+
+
+@contextmanager
+def full_disk(free_bytes: int) -> Generator[None]:
+    """No file gets longer: what a full disk is to whoever writes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (free_bytes, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("lora_rank", "free_bytes", "file"), [(0, 4_000, "weights"), (4, 1_500, "weights"), (0, 20_000, "optimizer.pt")]
+)
+def test_a_full_disk_is_a_clear_error_whoever_writes(
+    tmp_path: Path, lora_rank: int, free_bytes: int, file: str
+) -> None:
+    model = build_model(tmp_path / "model")
+    learner = load_learner(model, TrainerSettings(model=model, lora_rank=lora_rank, max_logprob_difference=1e9))
+    learner.step([Sample("a", [1, 2, 3, 4], [0, 1, 1, 1], [-1.0] * 4, [1] * 4, 1.0)], 2)  # now it has moments
+    folder = Checkpoints(tmp_path, "r")
+    with (
+        full_disk(free_bytes),
+        pytest.raises(StartError, match=rf"cannot write the checkpoint .*v000007: .*{file}.*\. Make room"),
+    ):
+        folder.write(STATE, Windows(SHAPE), learner.save_weights, learner.save_state)
+    assert [path.name[:5] for path in (tmp_path / "r").iterdir()] == [".tmp-"]
+
+
+def test_a_gap_in_what_lies_beside_the_weights_is_found(tmp_path: Path) -> None:
+    def shorter(path: Path) -> None:
+        path.write_text("".join(path.read_text().splitlines(keepends=True)[:-1]))
+
+    def cut(path: Path) -> None:
+        path.write_bytes(path.read_bytes()[:-1])
+
+    def gone(path: Path) -> None:
+        path.unlink()
+
+    harms: list[tuple[str, Callable[[Path], None]]] = [
+        ("groups.jsonl", shorter), ("groups.jsonl", cut), ("groups.jsonl", gone), ("settings.json", cut),
+        ("settings.json", gone), ("optimizer.pt", cut), ("optimizer.pt", gone),
+    ]  # fmt: skip
+    for number, (name, harm) in enumerate(harms):
+        folder, checkpoint = written(tmp_path / str(number))
+        assert folder.load(7) == checkpoint
+        harm(checkpoint.folder / name)
+        with pytest.raises(StartError, match=rf"v000007/{name}.*put it back .* or start a new run"):
+            folder.load(7)
+
+
+def of_before(checkpoint: Checkpoint) -> None:
+    """As an earlier version of this code wrote it."""
+    path = checkpoint.folder / "state.json"
+    state = json.loads(path.read_text())
+    del state["files"], state["optimizer_bytes"]
+    path.write_text(json.dumps(state))
+
+
+def test_a_checkpoint_that_says_nothing_of_its_files_is_read_as_far_as_it_can_be(tmp_path: Path) -> None:
+    folder, checkpoint = written(tmp_path)
+    of_before(checkpoint)
+    groups = checkpoint.folder / "groups.jsonl"
+    assert sorted(folder.windows(folder.load(7), SHAPE, 0).groups) == [0, 1]
+    whole = groups.read_text()
+    for broken in (whole[:-9], whole.replace('"group":1', '"group":5')):
+        groups.write_text(broken)
+        with pytest.raises(StartError, match=r"v000007/groups.jsonl cannot be read (?s:.*)put it back"):
+            folder.windows(folder.load(7), SHAPE, 0)
+    groups.unlink()
+    with pytest.raises(StartError, match=r"v000007/groups.jsonl cannot be read (?s:.*)put it back"):
+        folder.windows(folder.load(7), SHAPE, 0)
+
+
+def test_an_optimizer_state_that_cannot_be_read_says_so(tmp_path: Path) -> None:
+    model = build_model(tmp_path / "model")
+    state = tmp_path / "optimizer.pt"
+    load_learner(model, TrainerSettings(model=model)).save_state(state)
+    whole = state.read_bytes()
+    for broken in (whole[:500], whole[:3], b"", None):
+        state.unlink(missing_ok=True)
+        if broken is not None:
+            state.write_bytes(broken)
+        with pytest.raises(StartError, match=r"optimizer.pt cannot be read .*put it back .* or start a new run"):
+            load_learner(model, TrainerSettings(model=model), state)
