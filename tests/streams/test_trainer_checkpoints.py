@@ -6,6 +6,7 @@ import json
 import resource
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,7 +17,7 @@ from fulgurite.streams.learners.learner import load_learner
 from fulgurite.streams.trainer.checkpoints import Checkpoint, Checkpoints, RunState
 from fulgurite.streams.trainer.sample import Sample
 from fulgurite.streams.trainer.windows import Windows
-from tests.streams.test_windows import SHAPE, add_group
+from tests.streams.test_windows import SHAPE, add_group, taken
 from tests.streams.trainer_world import build_model
 
 STATE = RunState(run_id="r", resource="policy", version=7, step=2, offsets={0: 9}, asked=2)
@@ -123,3 +124,22 @@ def test_an_optimizer_state_that_cannot_be_read_says_so(tmp_path: Path) -> None:
             state.write_bytes(broken)
         with pytest.raises(StartError, match=r"optimizer.pt cannot be read .*put it back .* or start a new run"):
             load_learner(model, TrainerSettings(model=model), state)
+
+
+@pytest.mark.parametrize(("overlap_groups", "again"), [(3, [0, 1, 2]), (2, [1, 2]), (1, [2]), (0, [])])
+def test_windows_slide_as_far_as_the_settings_of_now_say(tmp_path: Path, overlap_groups: int, again: list[int]) -> None:
+    shape = replace(SHAPE, groups_per_step=1, overlap_groups=3, max_staleness=9)
+    windows = Windows(shape, asked=9)
+    for group in range(3):
+        add_group(windows, group)
+        taken(windows, 5)
+    folder = Checkpoints(tmp_path, "r")
+    folder.write(STATE, windows, lambda to: (to / "w").touch(), lambda to: to.touch())
+    back = folder.windows(folder.load(7), replace(shape, overlap_groups=overlap_groups), 0)
+    for version in (5, 6):
+        add_group(back, version, min_version=5)
+        window = taken(back, version)
+        assert window
+        earlier = [int(group[0].trajectory.group_id.removeprefix("r-g")) for group in window.groups[1:]]
+        assert earlier == again
+        again = [*again, version][len(again) + 1 - overlap_groups :]

@@ -292,7 +292,8 @@ def shape() -> Shape:
 
 
 def test_a_checkpoint_gives_back_the_windows_as_they_were(tmp_path: Path) -> None:
-    windows = Windows(shape(), asked=9, settled_below=1, settled={3}, groups_dropped=2)
+    sliding = replace(shape(), overlap_groups=1)
+    windows = Windows(sliding, asked=9, settled_below=1, settled={3}, groups_dropped=2)
     for group, index, reason in ((1, 0, ""), (1, 1, "failed"), (2, 2, "")):
         given = trajectory(sequence(), rollout_id=f"r-g{group}-r{index}", group_id=f"r-g{group}")
         windows.add(Member(given, reason, 3), 5)
@@ -306,7 +307,7 @@ def test_a_checkpoint_gives_back_the_windows_as_they_were(tmp_path: Path) -> Non
     loaded = folder.load(7)
     assert loaded == written
     assert loaded.state.offsets == {0: 4, 1: 7}
-    restored = folder.windows(loaded, shape(), now_ns=99)
+    restored = folder.windows(loaded, sliding, now_ns=99)
     assert {group.arrived_ns for group in restored.groups.values()} == {99}, "time that nobody ran does not count"
     for group in (*restored.groups.values(), *restored.recent):
         group.arrived_ns = 5

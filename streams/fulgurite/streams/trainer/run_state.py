@@ -109,7 +109,10 @@ def member_lines(windows: Windows) -> list[MemberLine]:
 
 
 def restored(state: RunState, lines: Iterable[str], shape: Shape, now_ns: int) -> Windows:
-    """The inverse: windows as they were written down. Raises ValueError for lines that are not of this state."""
+    """The inverse: windows as they were written down, as far as the shape of now has use for them.
+
+    Raises ValueError for lines that are not of this state.
+    """
     windows = Windows(
         shape,
         asked=state.asked,
@@ -130,6 +133,7 @@ def restored(state: RunState, lines: Iterable[str], shape: Shape, now_ns: int) -
             raise ValueError(f"a member of group {line.group}, which state.json does not have")
         member = Member(line.trajectory, line.reason, line.min_version, line.max_version)
         group.members[line.trajectory.rollout_id] = member
+    windows.forget()
     return windows
 
 

@@ -223,11 +223,14 @@ class Windows:
         """The last window was trained on: later ones may have its groups again, but for those with rollouts that were
         left out. What the ledger has named as dropped stays dropped; where it counts in its group's comparison, it goes
         on doing so."""
-        if self.shape.overlap_groups:
-            trained = [group for group in self.taken if not group.members.keys() & set(left_out)]
-            self.recent += [self._kept(group, version_in) for group in trained]
-            self.recent = self.recent[-self.shape.overlap_groups :]
+        trained = [group for group in self.taken if not group.members.keys() & set(left_out)]
+        self.recent += [self._kept(group, version_in) for group in trained]
         self.taken = []
+        self.forget()
+
+    def forget(self) -> None:
+        """Earlier groups that the shape no longer asks for: it may be another one than in the run's life before."""
+        self.recent = self.recent[max(0, len(self.recent) - self.shape.overlap_groups) :]
 
     def outstanding(self) -> list[str]:
         """Rollouts asked for whose trajectories were not read, whether or not anyone still waits for them."""
