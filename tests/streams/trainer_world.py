@@ -121,6 +121,12 @@ class World:
         assert self._producer
         await self._producer.send_and_wait(self._kafka.topic(TRAJECTORIES), value, encode_key(key))
 
+    async def uses_partitions(self, count: int) -> None:
+        """Until its answers go to so many."""
+        assert self._producer
+        while len(await self._producer.partitions_for(self._kafka.topic(TRAJECTORIES))) < count:
+            await self._producer.client.force_metadata_update()
+
     async def _act(self, rollouts: AIOKafkaConsumer) -> None:
         while True:
             found = [record for part in (await rollouts.getmany(timeout_ms=100)).values() for record in part]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
@@ -18,10 +18,12 @@ from fulgurite.streams.transactions import Outgoing, Transactions
 class Publishing:
     """Every method is one transaction and returns when it is committed."""
 
-    def __init__(self, plan: Plan, transactions: Transactions) -> None:
+    def __init__(self, plan: Plan, transactions: Transactions, claimed: Iterable[TopicPartition]) -> None:
+        """`claimed`: partitions that `transactions` has been asked about."""
         self._plan = plan
         self._kafka = plan.settings.kafka
         self._transactions = transactions
+        self._claimed = set(claimed)
 
     async def version(
         self, checkpoint: Checkpoint, event: RunStarted | TrainingStep, groups: range, dead_letters: list[Outgoing]
@@ -37,7 +39,7 @@ class Publishing:
             *dead_letters,
         ]
         marker = Marker(version=state.version, step=state.step, asked=state.asked)
-        await self._transactions.commit(records, self._offsets(state.offsets, marker))
+        await self._commit(records, self._offsets(state.offsets, marker))
 
     async def more(
         self,
@@ -49,13 +51,21 @@ class Publishing:
     ) -> None:
         """Between versions: groups in place of dropped ones, dead letters that fill up. Offsets stay as they were.
         `buried`: by partition, below which offset dead letters are on the log."""
-        await self._transactions.commit([*self._queued(groups), *others], self._offsets(offsets, marker, buried))
+        await self._commit([*self._queued(groups), *others], self._offsets(offsets, marker, buried))
 
     async def finished(
         self, event: RunFinished, marker: Marker, offsets: Mapping[int, int], dead: list[Outgoing]
     ) -> None:
         record = outgoing(self._kafka, TRAINING, event.run_id, event)
-        await self._transactions.commit([record, *dead], self._offsets(offsets, marker))
+        await self._commit([record, *dead], self._offsets(offsets, marker))
+
+    async def _commit(self, records: list[Outgoing], offsets: dict[TopicPartition, OffsetAndMetadata]) -> None:
+        """A partition that was added meanwhile needs no claim: a predecessor that wakes up finds a stranger's stamp on
+        the others. What stands on it now only tells, should an answer be lost, whether this commit has happened."""
+        if added := offsets.keys() - self._claimed:
+            await self._transactions.committed(added)
+            self._claimed |= added
+        await self._transactions.commit(records, offsets)
 
     def _queued(self, groups: range) -> list[Outgoing]:
         tasks = self._plan.tasks

@@ -2,6 +2,9 @@
 
 No group membership: a rebalance must not take partitions away in the middle of a step. The group's name only carries
 the committed offsets, so that lag can be seen with Kafka's own tools.
+
+Partitions that are added meanwhile are taken up from their beginning: nothing in them can have been read. The client's
+own look at the topic finds them, every PARTITIONS_SECONDS; who must know for certain asks the broker.
 """
 
 from __future__ import annotations
@@ -31,6 +34,9 @@ Record = ConsumerRecord[bytes | None, bytes | None]
 POLL_SECONDS = 0.25
 """How long one look for trajectories waits; a deadline is noticed within it."""
 
+PARTITIONS_SECONDS = 10.0
+"""How often the client asks which partitions there are: what is written to a new one waits for it."""
+
 POLL_RECORDS = 512
 """Records of one poll: bounds what is in memory beside the open groups."""
 
@@ -49,6 +55,7 @@ class TrajectoryReader:
         self._consumer: AIOKafkaConsumer | None = None
         self.partitions: list[TopicPartition] = []
         self.offsets: dict[int, int] = {}
+        self._begins: dict[int, int] = {}
 
     async def start(self) -> None:
         """Connects and learns the partitions; waits for Kafka for as long as it takes."""
@@ -60,6 +67,7 @@ class TrajectoryReader:
                 enable_auto_commit=False,
                 auto_offset_reset="none",  # a gap in the input must be an error, not a silent jump
                 max_partition_fetch_bytes=FETCH_BYTES,
+                metadata_max_age_ms=int(PARTITIONS_SECONDS * 1000),
             )
             try:
                 await consumer.start()
@@ -72,6 +80,7 @@ class TrajectoryReader:
 
     async def seek(self, offsets: Mapping[int, int]) -> None:
         """From these offsets; a partition without one (added since) from its beginning."""
+        self._begins = dict(offsets)
         # In one go: a partition assigned without a position makes the client look for one in the background.
         self._client.assign(self.partitions)
         for tp in self.partitions:
@@ -119,6 +128,7 @@ class TrajectoryReader:
 
     async def poll(self, timeout_seconds: float) -> list[Record]:
         """The next records, oldest first by the broker's clock; `offsets` then lie behind them."""
+        await self._take_up(self._client.partitions_for_topic(self._topic) or ())
         try:
             found = await self._client.getmany(timeout_ms=int(timeout_seconds * 1000), max_records=POLL_RECORDS)
         except OffsetOutOfRangeError as error:
@@ -129,9 +139,15 @@ class TrajectoryReader:
         return sorted(records, key=lambda record: (record.timestamp, record.partition, record.offset))
 
     async def caught_up(self) -> bool:
-        """Whether everything committed so far was read. Waits for Kafka: without it nobody knows."""
+        """Whether everything committed so far was read, also to partitions that the client has not heard of yet. Waits
+        for Kafka: without it nobody knows."""
         ends = await self.ends()
-        return all(self.offsets[tp.partition] >= end for tp, end in ends.items())
+        return all(self.offsets[tp.partition] >= end for tp, end in ends.items()) and not await self.found_added()
+
+    async def found_added(self) -> bool:
+        """Asks the broker for partitions added since, and takes them up. Waits for Kafka."""
+        found = await self._asked(lambda: partitions_of(self._settings, self._topic))
+        return await self._take_up(tp.partition for tp in found)
 
     async def close(self) -> None:
         if self._consumer is not None:
@@ -140,6 +156,17 @@ class TrajectoryReader:
                 await asyncio.wait_for(consumer.stop(), _CLOSE_SECONDS)
             except (KafkaError, TimeoutError) as error:
                 logger.debug("closing the consumer: %r", error)
+
+    async def _take_up(self, numbers: Iterable[int]) -> bool:
+        """Reads these partitions too; False where none of them is new."""
+        added = sorted(set(numbers) - self.offsets.keys())
+        if not added:
+            return False
+        logger.info("%s has new partitions: %s; they are read from now on", self._topic, ", ".join(map(str, added)))
+        known = self.offsets.keys() | set(added)
+        self.partitions = [TopicPartition(self._topic, number) for number in sorted(known)]
+        await self.seek(self._begins | self.offsets)
+        return True
 
     def _forgotten(self, error: OffsetOutOfRangeError) -> StartError:
         return StartError(

@@ -106,6 +106,8 @@ class Replaying:
 
     async def _read_up_to(self, offsets: dict[int, int]) -> None:
         have = self._reader.offsets
+        if not offsets.keys() <= have.keys():
+            await self._reader.found_added()  # the source has found new partitions before us
         while any(have[number] < offset for number, offset in offsets.items() if number in have):
             for record in await self._reader.poll(POLL_SECONDS):
                 self._intake.take_in(record, 0)

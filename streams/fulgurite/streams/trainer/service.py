@@ -136,7 +136,7 @@ async def _train(plan: Plan, metrics: Metrics) -> None:
         ownership = Ownership(kafka, plan.trainer.resource, plan.run_id)
         run = await recover(plan, transactions, reader, checkpoints, ownership)
         if run is not None:
-            publishing = Publishing(plan, transactions)
+            publishing = Publishing(plan, transactions, reader.partitions)
             intake = Intake(plan, read_limits(run.companions), run.windows, run.buried)
             supply = await _supply(plan, run, publishing, reader, intake)
             await Trainer(plan, run, publishing, reader, checkpoints, ownership, intake, supply, metrics).train()
