@@ -17,7 +17,7 @@ from fulgurite.streams.learners.learner import load_learner
 from fulgurite.streams.trainer.checkpoints import Checkpoint, Checkpoints, RunState
 from fulgurite.streams.trainer.sample import Sample
 from fulgurite.streams.trainer.windows import Windows
-from tests.streams.test_windows import SHAPE, add_group, taken
+from tests.streams.test_windows import SHAPE, add_group, stranger, taken
 from tests.streams.trainer_world import build_model
 
 STATE = RunState(run_id="r", resource="policy", version=7, step=2, offsets={0: 9}, asked=2)
@@ -90,17 +90,16 @@ def test_a_gap_in_what_lies_beside_the_weights_is_found(tmp_path: Path) -> None:
             folder.load(7)
 
 
-def of_before(checkpoint: Checkpoint) -> None:
-    """As an earlier version of this code wrote it."""
+def of_before(checkpoint: Checkpoint, *fields: str) -> None:
+    """As an earlier version of this code wrote it, that did not have these fields."""
     path = checkpoint.folder / "state.json"
     state = json.loads(path.read_text())
-    del state["files"], state["optimizer_bytes"]
-    path.write_text(json.dumps(state))
+    path.write_text(json.dumps({name: value for name, value in state.items() if name not in fields}))
 
 
 def test_a_checkpoint_that_says_nothing_of_its_files_is_read_as_far_as_it_can_be(tmp_path: Path) -> None:
     folder, checkpoint = written(tmp_path)
-    of_before(checkpoint)
+    of_before(checkpoint, "files", "optimizer_bytes")
     groups = checkpoint.folder / "groups.jsonl"
     assert sorted(folder.windows(folder.load(7), SHAPE, 0).groups) == [0, 1]
     whole = groups.read_text()
@@ -143,3 +142,24 @@ def test_windows_slide_as_far_as_the_settings_of_now_say(tmp_path: Path, overlap
         earlier = [int(group[0].trajectory.group_id.removeprefix("r-g")) for group in window.groups[1:]]
         assert earlier == again
         again = [*again, version][len(again) + 1 - overlap_groups :]
+
+
+def test_a_stranger_is_remembered_over_a_restart(tmp_path: Path) -> None:
+    windows = Windows(SHAPE, asked=9)
+    windows.add(stranger("mine-6"), 0)
+    add_group(windows, 0)
+    add_group(windows, 1)
+    taken(windows, 5)
+    windows.add(stranger("mine-7"), 0)
+    folder = Checkpoints(tmp_path, "r")
+    checkpoint = folder.write(STATE, windows, lambda to: (to / "w").touch(), lambda to: to.touch())
+    back = folder.windows(folder.load(7), SHAPE, 0)
+    for rollout_id in ("mine-6", "mine-7", "mine-8"):
+        back.add(stranger(rollout_id), 0)
+    assert [each.rollout_id for each in back.dropped] == ["mine-7", "mine-8"]
+
+    of_before(checkpoint, "strangers")
+    older = folder.windows(folder.load(7), SHAPE, 0)
+    for rollout_id in ("mine-7", "mine-8"):
+        older.add(stranger(rollout_id), 0)
+    assert [each.rollout_id for each in older.dropped] == ["mine-7", "mine-8"]

@@ -9,7 +9,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulgurite.schemas.trajectories import Trajectory
-from fulgurite.streams.trainer.windows import FILLED, MOST_REFILLS, Choice, Member, Shape, Window, Windows
+from fulgurite.streams.trainer.windows import (
+    FILLED,
+    MOST_REFILLS,
+    MOST_STRANGERS,
+    Choice,
+    Member,
+    Shape,
+    Window,
+    Windows,
+)
 
 SHAPE = Shape(run_id="r", group_size=3, groups_per_step=2, groups_ahead=4, max_staleness=2, group_deadline_seconds=10.0)
 SECOND = 1_000_000_000
@@ -20,6 +29,10 @@ def member(group: int, index: int, reason: str = "", min_version: int = 5, rewar
         rollout_id=f"r-g{group}-r{index}", run_id="r", group_id=f"r-g{group}", status="succeeded", reward=reward
     )
     return Member(trajectory, reason, min_version)
+
+
+def stranger(rollout_id: str, group_id: str = "") -> Member:
+    return Member(Trajectory(rollout_id=rollout_id, run_id="r", group_id=group_id, status="succeeded"))
 
 
 def windows(asked: int = 4) -> Windows:
@@ -119,16 +132,47 @@ def test_duplicates_and_strangers() -> None:
     w.add(member(0, 0), 0)
     assert w.duplicates == 1
     for rollout_id, group_id in (("x", ""), ("r-g0-r3", "r-g0"), ("r-g0-rx", "r-g0"), ("r-g99999-r0", "r-g99999")):
-        stranger = Trajectory(rollout_id=rollout_id, run_id="r", group_id=group_id, status="succeeded")
-        w.add(Member(stranger), 0)
+        w.add(stranger(rollout_id, group_id), 0)
     assert dropped(w) == {"x": "not_asked", "r-g0-r3": "not_asked", "r-g0-rx": "not_asked", "r-g99999-r0": "not_asked"}
 
 
 def test_a_stranger_that_comes_twice_is_named_once() -> None:
     w = windows()
     for _ in range(2):
-        w.add(Member(Trajectory(rollout_id="stranger", run_id="r", status="succeeded")), 0)
+        w.add(stranger("stranger"), 0)
     assert [d.rollout_id for d in w.dropped] == ["stranger"]
+    for group in range(4):
+        add_group(w, group)
+    first = taken(w, 5)
+    assert first
+    assert dropped(first) == {"stranger": "not_asked"}
+    w.add(stranger("stranger"), 0)
+    second = taken(w, 6)
+    assert second
+    assert second.dropped == [], "a step's record has named it"
+    assert w.duplicates == 2
+
+
+def test_what_is_remembered_of_strangers_is_bounded() -> None:
+    w = windows()
+    for number in range(MOST_STRANGERS + 1):
+        w.add(stranger(f"s{number}"), 0)
+    assert len(w.strangers) == MOST_STRANGERS
+    w.add(stranger(f"s{MOST_STRANGERS}"), 0)
+    w.add(stranger("s1"), 0)
+    assert len(w.dropped) == MOST_STRANGERS + 1
+    w.add(stranger("s0"), 0)
+    assert len(w.dropped) == MOST_STRANGERS + 2, "forgotten, so named once more"
+
+
+def test_a_rollout_that_was_asked_for_is_no_stranger_in_another_group() -> None:
+    """It is named for what becomes of its own place."""
+    w = windows(asked=1)
+    w.add(stranger("r-g0-r1", "else"), 0)
+    add_group(w, 0)
+    w.add(stranger("r-g0-r2", "else"), 0)
+    assert w.dropped == []
+    assert [d.rollout_id for d in w.end()] == [f"r-g0-r{index}" for index in range(3)]
 
 
 def test_a_group_not_asked_for_as_far_as_we_know_is_taken_in_but_never_moves_pacing() -> None:

@@ -56,6 +56,8 @@ class RunState(BaseModel):
     missing: list[str] = Field(default_factory=list)
     dropped: list[DroppedRollout] = Field(default_factory=list)
     """Settled, but in no step's record yet."""
+    strangers: list[str] = Field(default_factory=list)
+    """Named as `not_asked`: not to be named again."""
     open: list[OpenGroup] = Field(default_factory=list[OpenGroup])
     recent: list[OpenGroup] = Field(default_factory=list[OpenGroup])
     """Of earlier windows, for later ones that slide."""
@@ -87,6 +89,7 @@ def of_windows(windows: Windows) -> dict[str, Any]:
         "settled": sorted(windows.settled),
         "missing": sorted(windows.missing),
         "dropped": list(windows.dropped),
+        "strangers": list(windows.strangers),
         "open": [_open(group) for group in windows.groups.values()],
         "recent": [_open(group) for group in windows.recent],
     }
@@ -113,6 +116,8 @@ def restored(state: RunState, lines: Iterable[str], shape: Shape, now_ns: int) -
 
     Raises ValueError for lines that are not of this state.
     """
+    # Checkpoints of before have no strangers, but those that no record has named yet.
+    unnamed = [each.rollout_id for each in state.dropped if each.reason == "not_asked"]
     windows = Windows(
         shape,
         asked=state.asked,
@@ -121,6 +126,7 @@ def restored(state: RunState, lines: Iterable[str], shape: Shape, now_ns: int) -
         settled=set(state.settled),
         missing=set(state.missing),
         dropped=list(state.dropped),
+        strangers=dict.fromkeys(state.strangers or unnamed),
         groups_dropped=state.groups_dropped,
         groups_short=state.groups_short,
         recent=[_group(g, now_ns) for g in state.recent],

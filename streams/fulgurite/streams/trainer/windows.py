@@ -30,6 +30,7 @@
   soon as its members are here, whatever else waits by then.
 
 Promise: every rollout asked for (in a replay: read) comes out exactly once, in a window's survivors or in `dropped`.
+One that nobody asked for is dropped once, too, as long as it is remembered (MOST_STRANGERS).
 """
 
 from __future__ import annotations
@@ -54,6 +55,9 @@ from fulgurite.streams.trainer.groups import filled_in
 MOST_REFILLS = 10
 """Windows' worth of groups without a signal that are replaced for one window."""
 
+MOST_STRANGERS = 4096
+"""Of rollouts that nobody asked for so many are remembered, the newest: the record of one may come again."""
+
 
 @dataclass(slots=True)
 class Windows:
@@ -77,6 +81,8 @@ class Windows:
     """Of earlier windows, for the next ones: their survivors, oldest group first."""
     choice: Choice | None = None
     """Of an earlier life: the next window."""
+    strangers: dict[str, None] = field(default_factory=dict[str, None])
+    """Dropped as `not_asked`, the newest MOST_STRANGERS of them in their order."""
     taken: list[Group] = field(default_factory=list[Group])
     """Groups of the window that was taken last, until it is known what became of them."""
     refilled: int = 0
@@ -92,8 +98,7 @@ class Windows:
         trajectory = member.trajectory
         index = self._index(trajectory)
         if index is None:
-            if not any(trajectory.rollout_id == known.rollout_id for known in self.dropped):
-                self._drop(trajectory.rollout_id, "not_asked")
+            self._name_stranger(trajectory.rollout_id)
             return
         if trajectory.rollout_id in self.missing:
             self.missing.discard(trajectory.rollout_id)
@@ -273,6 +278,18 @@ class Windows:
         if index is None or trajectory.group_id != self.shape.group_id(index):
             return None
         return index if self.shape.replayed or index < self.asked + self.shape.groups_ahead else None
+
+    def _name_stranger(self, rollout_id: str) -> None:
+        """Once. A rollout of our own whose record names another group is named for what becomes of its own place."""
+        own = self._index_of(rollout_id)
+        is_ours = own is not None and (self.shape.replayed or own < self.asked)
+        if is_ours or rollout_id in self.strangers:
+            self.duplicates += 1
+            return
+        self._drop(rollout_id, "not_asked")
+        self.strangers[rollout_id] = None
+        if len(self.strangers) > MOST_STRANGERS:
+            del self.strangers[next(iter(self.strangers))]
 
     def _index_of(self, rollout_id: str) -> int | None:
         """The group's number in a name such as the run makes them, None for any other name."""
