@@ -459,6 +459,31 @@ def test_a_folder_that_is_no_model_says_so(tmp_path: Path, model_folder: Path) -
             read_limits(folder)
 
 
+@pytest.mark.parametrize(
+    ("fields", "positions"),
+    [
+        ({"sliding_window": 16}, 16),
+        ({"sliding_window": None}, 32),
+        ({"sliding_window": 64}, 32),
+        ({"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]}, 16),
+        ({"sliding_window": 16, "layer_types": ["full_attention"]}, 32),
+        ({"sliding_window": 16, "use_sliding_window": False}, 32),
+        ({"sliding_window": 16, "model_type": "qwen2"}, 32),
+        ({"sliding_window": 16, "model_type": "qwen2", "use_sliding_window": True}, 16),
+    ],
+)
+def test_a_sequence_longer_than_a_layer_looks_back_is_none_to_train_on(
+    tmp_path: Path, fields: dict[str, Any], positions: int
+) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"vocab_size": 16, "max_position_embeddings": 32} | fields))
+    limits = read_limits(tmp_path)
+    assert limits.max_positions == positions
+    versions = [VersionSpan(version=3, start=1, end=17)]
+    tokens: dict[str, Any] = {"token_ids": [1] * 17, "loss_mask": [0, *[1] * 16], "logprobs": [-1.0] * 17}
+    long = trajectory(sequence(**tokens, weight_versions=versions))
+    assert (member_of(long, "policy", limits)[0].reason == "bad_tokens") == (positions == 16)
+
+
 def test_an_evaluation_asks_for_the_same_rollouts_every_time() -> None:
     settings = Settings(trainer=TrainerSettings(run_id="r", sampling_parameters={"max_tokens": 9}))
 

@@ -341,7 +341,12 @@ async def test_what_cannot_be_replayed_says_so_at_once(live: Settings) -> None:
         await run(replay_of(live, "early"))
     async with World(live.kafka).running():
         await run(live.model_copy(update={"trainer": live.trainer.model_copy(update={"steps": 1})}))
+    thief = live.trainer.model_copy(update={"run_id": "thief"})
     wrong: list[tuple[Settings, str]] = [
+        (
+            live.model_copy(update={"trainer": thief, "source": SourceSettings(run_id="live", resource="critic")}),
+            "trainer.resource = policy is what the source run live makes versions of",
+        ),
         (replay_of(live, "live"), "is the source run itself"),
         (replay_of(live, "x", {"begin": "offset"}), "source.offsets is empty, but source.begin is offset"),
         (replay_of(live, "x", {"sql": "SELECT 1"}), "source.sql has no effect: source.begin is beginning"),

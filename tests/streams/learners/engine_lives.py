@@ -1,9 +1,10 @@
 """One life of a learner, alone or as one rank under torchrun: load, some steps, save. Run by test_engines.py.
 
     python engine_lives.py '{"zero_stage": 3, "model": …, "state": …, "steps": 3, "out": …, "poisoned": [1],
-                             "settings": {"loss": "gspo"}}' …
+                             "settings": {"loss": "gspo"}, "scores": 2000}' …
 Each argument is one life, one after the other in the same process; rank 0 writes out/steps.json and the model, and
-out/left_out.json: of each step, by rank, the tokens trained on and the rollouts that no update was made of.
+out/left_out.json: of each step, by rank, the tokens trained on and the rollouts that no update was made of. "scores":
+also out/scores0.pt (by rank), before the first step, log p of the tokens of a sequence of that length.
 """
 
 from __future__ import annotations
@@ -14,9 +15,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from fulgurite.schemas.errors import LogprobMismatch
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.learner import BadStep, load_learner
+from fulgurite.streams.learners.packing import pack
 from fulgurite.streams.trainer.sample import Sample
 
 VOCABULARY = 97
@@ -55,6 +59,15 @@ def live(life: dict[str, Any]) -> None:
     settings = TrainerSettings.model_validate(fields | life.get("settings", {}))
     state = Path(life["state"]) if life.get("state") else None
     learner = load_learner(Path(life["model"]), settings, state)
+    out = Path(life["out"])
+    out.mkdir(exist_ok=True)
+    if "scores" in life:
+        chance = random.Random(1)
+        tokens = [chance.randrange(VOCABULARY) for _ in range(life["scores"])]
+        mask, count = [0, *[1] * (len(tokens) - 1)], len(tokens)
+        with torch.no_grad():
+            scores, _ = learner.logprobs(pack([Sample("far", tokens, mask, [-4.5] * count, [0] * count, 1.0)]))
+        torch.save(scores.float(), out / f"scores{learner.engine.rank}.pt")
     steps: list[Any] = []
     left_out: list[Any] = []
     for number in range(life["steps"]):
@@ -74,8 +87,6 @@ def live(life: dict[str, Any]) -> None:
             left_out.append(learner.engine.gather([result.tokens, *sorted(result.left_out)]))
         except (BadStep, LogprobMismatch) as error:
             steps.append(type(error).__name__)
-    out = Path(life["out"])
-    out.mkdir(exist_ok=True)
     learner.save_weights(out)
     learner.save_state(out / "optimizer.pt")
     if learner.engine.rank == 0:

@@ -98,6 +98,21 @@ def test_a_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
     assert torch.equal(logprobs(resumed), logprobs(whole))
 
 
+def test_a_run_goes_on_beside_the_base_it_began_with_wherever_that_lies(folder: Path, tmp_path: Path) -> None:
+    learner = trained(folder, 1)
+    for part in ("weights", "moved"):
+        (tmp_path / part).mkdir()
+    learner.save_weights(tmp_path / "weights")
+    for path in folder.iterdir():
+        (tmp_path / "moved" / path.name).write_bytes(path.read_bytes())
+    (tmp_path / "moved" / "README.md").write_text("moved")
+    moved = load_learner(tmp_path / "weights", settings_of(tmp_path / "moved"))
+    assert torch.equal(logprobs(moved), logprobs(learner))
+    other = build_model(tmp_path / "other", seed=2)
+    with pytest.raises(StartError, match=r"is an adapter for a model whose weights have sha256 .*name the model that"):
+        load_learner(tmp_path / "weights", settings_of(other))
+
+
 def test_the_reference_is_the_model_without_its_adapter(folder: Path) -> None:
     """The same penalty as against a second copy of the base, after steps that moved the policy away from it."""
     inside = trained(folder, 3, kl_coefficient=0.5)

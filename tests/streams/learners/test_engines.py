@@ -43,6 +43,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         max_position_embeddings=64,
     )
     LlamaForCausalLM(config).save_pretrained(found / "m0")
+    config.initializer_range = 0.3  # where a token stands makes a difference to those after it
+    LlamaForCausalLM(config).save_pretrained(found / "far")
 
     def life(name: str, zero_stage: int, steps: int, after: str = "m0", **more: Any) -> Life:
         state = {} if after == "m0" else {"state": str(found / after / "optimizer.pt")}
@@ -51,6 +53,7 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     several = {"epochs": 2, "minibatches": 3}
     adapter = {"lora_rank": 4, "model": str(found / "m0"), "kl_coefficient": 0.1}
+    far: dict[str, Any] = {"model": str(found / "far"), "scores": 2_000}
     run(
         1,
         life("whole", 0, 6),
@@ -58,6 +61,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         life("lora", 0, 6, settings=adapter),
         life("several0", 0, 2, settings=several),
         life("sum0", 0, 1, samples=600),
+        life("far0", 0, 0, **far),
+        life("far-half0", 0, 0, **far, dtype="bfloat16"),
     )
     run(
         2,
@@ -72,6 +77,9 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
         life("b3", 3, 3, dtype="bfloat16"),
         life("b2", 2, 3, "b3", dtype="bfloat16"),
         *(life(f"sum{stage}", stage, 1, dtype="bfloat16", samples=600) for stage in (2, 3)),
+        *(life(f"far-half{stage}", stage, 0, **far, dtype="bfloat16") for stage in (1, 3)),
+        life("narrower", 2, 0, "whole", dtype="bfloat16"),
+        life("wider", 2, 0, "b3"),
     )
     run(1, life("on0", 0, 3, "half3"), life("b0", 0, 3, "b3", dtype="bfloat16"))
     return found
@@ -155,6 +163,35 @@ def test_bfloat16_stays_near_float32_and_keeps_its_masters(folder: Path) -> None
     for name in ("b0", "b2"):
         assert [step[0] for step in steps(folder / name)] == pytest.approx(expected[3:], abs=1e-2)
     assert load_file(folder / "b2" / "model.safetensors")["model.norm.weight"].dtype is torch.bfloat16
+
+
+@pytest.mark.parametrize("stage", [0, 1, 3])
+def test_bfloat16_knows_where_a_token_stands_thousands_of_tokens_on(folder: Path, stage: int) -> None:
+    """Frequencies of positions rounded to bfloat16 make another model of it, from some hundred tokens on."""
+    exact, found = (torch.load(folder / name / "scores0.pt") for name in ("far0", f"far-half{stage}"))
+    assert (found - exact)[1_000:].abs().mean() < 0.2
+
+
+def test_another_type_on_the_way_costs_no_digit(folder: Path) -> None:
+    """From float32 to ZeRO in bfloat16, and the other way."""
+    masters = OptimizerState.load(folder / "narrower" / "optimizer.pt").masters
+    before = load_file(folder / "whole" / "model.safetensors")
+    assert {name.removeprefix("model."): tensor for name, tensor in masters.items()}.keys() == before.keys()
+    assert all(torch.equal(tensor, before[name.removeprefix("model.")]) for name, tensor in masters.items())
+    masters = OptimizerState.load(folder / "b3" / "optimizer.pt").masters
+    after = load_file(folder / "wider" / "model.safetensors")
+    assert all(torch.equal(tensor, after[name.removeprefix("model.")]) for name, tensor in masters.items())
+
+
+@pytest.mark.parametrize("name", ["b0", "b2"])
+def test_what_is_published_in_bfloat16_says_so_and_has_no_tensor_twice(folder: Path, name: str) -> None:
+    assert (
+        load_file(folder / name / "model.safetensors").keys() == load_file(folder / "m0" / "model.safetensors").keys()
+    )
+    assert json.loads((folder / name / "config.json").read_text())["dtype"] == "bfloat16"
+    published = LlamaForCausalLM.from_pretrained(folder / name, dtype="auto")
+    assert published.dtype is torch.bfloat16
+    assert published.lm_head.weight is published.model.embed_tokens.weight
 
 
 def test_a_state_of_another_model_or_format_is_refused(folder: Path, tmp_path: Path) -> None:

@@ -13,7 +13,19 @@ from hypothesis import given
 from hypothesis import settings as hypothesis_settings
 from hypothesis import strategies as st
 from torch import Tensor
-from transformers import AutoModelForCausalLM, Gemma2Config, LlamaConfig, MistralConfig, PreTrainedConfig, Qwen3Config
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    GptOssConfig,
+    Lfm2Config,
+    LlamaConfig,
+    MistralConfig,
+    MptConfig,
+    Phi3Config,
+    PreTrainedConfig,
+    Qwen3Config,
+    Qwen3NextConfig,
+)
 
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.streams.learners.attention import NAME, layout_of
@@ -153,12 +165,46 @@ def test_what_another_sequence_says_changes_nothing_at_all() -> None:
 
 def test_a_model_that_cannot_be_scored_exactly_is_refused() -> None:
     capped = Gemma2Config(**SIZES, final_logit_softcapping=0.5, attn_logit_softcapping=None, sliding_window=64)
-    with pytest.raises(SettingsError, match="not its output layer"):
+    with pytest.raises(SettingsError, match=r"a soft cap"):
         Policy(model_of(capped))
     window = Policy(model_of(MistralConfig(**SIZES, sliding_window=16)))
     window(pack([sample(16, 1)]))
     with pytest.raises(SettingsError, match="attends to 16 tokens only"):
         window(pack([sample(17, 1)]))
+
+
+PARTS: dict[str, Any] = {name: value for name, value in SIZES.items() if name != "head_dim"}
+LONG_POSITIONS: dict[str, Any] = {
+    "rope_type": "longrope",
+    "rope_theta": 10_000.0,
+    "factor": 4.0,
+    "original_max_position_embeddings": 32,
+    "short_factor": [1.0] * 4,
+    "long_factor": [4.0, 3.0, 2.0, 5.0],
+}
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        (GptOssConfig(**SIZES, num_local_experts=2), "has attention sinks"),
+        (Gemma2Config(**SIZES, final_logit_softcapping=None, attn_logit_softcapping=0.5), "caps its attention"),
+        (Lfm2Config(**PARTS, layer_types=["conv", "full_attention"]), "not those of each alone"),
+        (
+            Qwen3NextConfig(
+                **SIZES, layer_types=["linear_attention", "full_attention"], num_experts=2, num_experts_per_tok=1
+            ),
+            "not those of each alone",
+        ),
+        (Phi3Config(**PARTS, pad_token_id=0, rope_parameters=LONG_POSITIONS), r"\(longrope\) depend on the longest"),
+        (MptConfig(vocab_size=VOCABULARY, d_model=32, n_layers=2, n_heads=4), "cannot"),
+    ],
+    ids=lambda value: type(value).__name__ if isinstance(value, PreTrainedConfig) else "",
+)
+def test_sinks_caps_states_and_lengths_that_leak_are_refused(config: PreTrainedConfig, said: str) -> None:
+    config.initializer_range = 0.3  # what leaks, shows
+    with pytest.raises(SettingsError, match=said):
+        Policy(model_of(config))
 
 
 @given(st.lists(st.integers(2, 300), min_size=1, max_size=60), st.integers(1, 5), st.integers(100, 700))

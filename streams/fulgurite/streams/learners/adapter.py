@@ -3,13 +3,14 @@
     base model (frozen) + adapter ─► the policy        weights/: adapter_config.json, adapter_model.safetensors
 
 An adapter's folder is what peft, transformers and vLLM read; it names its base and has no config.json of its own, which
-would make it a model. Promises: a fresh adapter changes
-nothing at all (its second matrix is zero); written and read again it is the same bits; the policy without it is the
-base, so a KL penalty against the base needs no second model. No dropout: the sampler has none. Does not know engines.
+would make it a model. Promises: a fresh adapter changes nothing at all (its second matrix is zero); written and read
+again it is the same bits, beside the same base alone, wherever that lies by then; the policy without it is the base, so
+a KL penalty against the base needs no second model. No dropout: the sampler has none. Does not know engines.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -17,6 +18,7 @@ from pathlib import Path
 from typing import Any, Final
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -25,6 +27,9 @@ from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.trainer.samples import ADAPTER_CONFIG as CONFIG
 
 WEIGHTS: Final = "adapter_model.safetensors"
+BASE: Final = "base_sha256"
+"""Of the base's weights, among the file's metadata."""
+_BASE_FILES: Final = ("*.safetensors", "*.bin")
 _NAME: Final = "default"
 """peft's name of the only adapter; the files do not have it."""
 _PREFIX: Final = "base_model.model."
@@ -58,21 +63,29 @@ def attach(model: Any, base: Path, settings: TrainerSettings) -> None:
     except ValueError as error:
         raise SettingsError(f"trainer.lora_target_modules = {settings.lora_target_modules}: {error}") from None
     model.peft_config = {_NAME: config}
+    model.base_sha256 = _sha256(base)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:
             parameter.data = parameter.data.float()
 
 
-def load(model: nn.Module, folder: Path, settings: TrainerSettings) -> None:
+def load(model: Any, folder: Path, settings: TrainerSettings) -> None:
     """The numbers of an adapter that was written by `save`, into one just attached. Raises StartError where they do not
-    fit: another rank, alpha, or other target modules."""
+    fit: another base, rank, alpha, or other target modules."""
     kept: dict[str, Any] = json.loads((folder / CONFIG).read_text())
     wanted = (settings.lora_rank, settings.lora_alpha)
     if (kept["r"], kept["lora_alpha"]) != wanted:
         raise StartError(
             f"{folder} is an adapter of rank {kept['r']} and alpha {kept['lora_alpha']}; trainer.lora_rank and "
             f"trainer.lora_alpha say {wanted[0]} and {wanted[1]}: a run keeps what it began with"
+        )
+    with safe_open(folder / WEIGHTS, "pt") as file:
+        base = (file.metadata() or {}).get(BASE, model.base_sha256)
+    if base != model.base_sha256:
+        raise StartError(
+            f"{folder} is an adapter for a model whose weights have sha256 {base}; those of trainer.model = "
+            f"{settings.model} have {model.base_sha256}: name the model that the run began with, wherever it lies now"
         )
     saved = load_file(folder / WEIGHTS)
     mine = {file_name(name): parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
@@ -95,7 +108,16 @@ def save(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
     fields = {name: sorted(value) if isinstance(value, set) else value for name, value in fields.items()}
     (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True, default=str) + "\n")
     files = {file_name(name): tensor.contiguous() for name, tensor in sorted(tensors.items())}
-    save_file(files, folder / WEIGHTS, metadata={"format": "pt"})
+    save_file(files, folder / WEIGHTS, metadata={"format": "pt", BASE: model.base_sha256})
+
+
+def _sha256(base: Path) -> str:
+    """Over names and contents of the files of weights, in their order: what else lies there may change."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in _BASE_FILES for path in base.glob(pattern)):
+        with path.open("rb") as file:
+            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
 
 
 def file_name(name: str) -> str:

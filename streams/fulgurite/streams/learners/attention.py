@@ -124,6 +124,8 @@ def packed_attention(
     dropout: float = 0.0,
     sliding_window: int | None = None,
     layout: Layout | None = None,
+    softcap: float | None = None,
+    s_aux: Tensor | None = None,
     **_: Any,
 ) -> tuple[Tensor, None]:
     """query [1, H, N, D], key and value [1, H_kv, N, D] -> [1, N, H, D]. transformers' attention interface; `layout`
@@ -132,6 +134,9 @@ def packed_attention(
         raise SettingsError(f"a model with {NAME} attention needs layout=…, the lengths of its packed sequences")
     if attention_mask is not None or dropout:
         raise SettingsError("packed attention takes neither a mask nor dropout: put the model into eval()")
+    if softcap is not None or s_aux is not None:
+        what = "caps its attention's scores (softcap)" if softcap is not None else "has attention sinks (s_aux)"
+        raise SettingsError(f"{type(module).__name__} {what}: packed attention has no such thing")
     if sliding_window is not None and layout.longest > sliding_window:
         raise SettingsError(
             f"{type(module).__name__} attends to {sliding_window} tokens only and the longest sequence has "

@@ -22,7 +22,7 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
+from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
@@ -48,6 +48,7 @@ class DeepSpeedEngine:
         self.device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
         # Objects travel over gloo also where tensors travel over NCCL.
         self._objects: Any = dist.new_group(backend="gloo")
+        exact = _computed_buffers(policy)
         policy = policy.to(self.device, dtype)
         optimizer = torch.optim.AdamW(
             trainable(policy).values(), lr=0.0, betas=adamw.betas, weight_decay=adamw.weight_decay
@@ -56,6 +57,8 @@ class DeepSpeedEngine:
         self._engine, self._optimizer, *_ = self._deepspeed.initialize(
             model=policy, optimizer=optimizer, config=_config(stage, dtype, adamw.max_grad_norm, self.ranks)
         )
+        for module, name, buffer in exact:
+            setattr(module, name, buffer.to(self.device))
         self._named = trainable(self._engine.module)
         self._updates = 0
         self._norm_limit, self._refused_norm = math.inf, math.nan
@@ -177,6 +180,17 @@ class DeepSpeedEngine:
         if self._stage < 3:
             # DeepSpeed finds a parameter's moments through links that it otherwise makes after the first update.
             zero._lazy_init_hp_params_optimizer_state()
+
+
+def _computed_buffers(policy: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
+    """Of every module what it computed itself and no file has: the frequencies of rotary positions above all. In half
+    precision they would be off by a whole turn after some thousand tokens; models loaded as such keep them exact."""
+    return [
+        (module, name, buffer.detach().clone())
+        for module in policy.modules()
+        for name, buffer in module.named_buffers(recurse=False)
+        if name in module._non_persistent_buffers_set and buffer.is_floating_point()
+    ]
 
 
 def start_processes() -> None:

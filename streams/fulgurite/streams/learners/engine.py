@@ -150,11 +150,7 @@ class TorchEngine:
         return [mine]
 
     def save_weights(self, folder: Path) -> None:
-        tensors = self._policy.model.state_dict()
-        if self._dtype is torch.float32:
-            self._policy.save(folder)
-        else:
-            self._policy.save(folder, {name: tensor.to(self._dtype) for name, tensor in tensors.items()})
+        self._policy.save(folder, None if self._dtype is torch.float32 else self._dtype)
 
     def state(self) -> OptimizerState:
         moments: dict[str, tuple[Tensor, Tensor]] = {}
@@ -176,13 +172,21 @@ class TorchEngine:
                 "exp_avg": first.to(self.device),
                 "exp_avg_sq": second.to(self.device),
             }
-        with torch.no_grad():
-            for name, master in state.masters.items():
-                self._named[name].copy_(master)
 
 
 def trainable(policy: nn.Module) -> dict[str, nn.Parameter]:
     return {name: parameter for name, parameter in policy.named_parameters() if parameter.requires_grad}
+
+
+def begin_with_masters(state: OptimizerState, policy: nn.Module, dtype: torch.dtype) -> None:
+    """Before there is an engine: float32 weights that the state has become the policy's, whose own are rounded; where
+    it has none, as the policy was in float32 itself, and half precision begins now, the policy's become the state's."""
+    check_names(state, named := trainable(policy))
+    if not state.masters and dtype is not torch.float32:
+        state.masters = {name: parameter.detach().float().clone() for name, parameter in named.items()}
+    with torch.no_grad():
+        for name, master in state.masters.items():
+            named[name].copy_(master)
 
 
 def check_names(state: OptimizerState, named: dict[str, nn.Parameter]) -> None:

@@ -31,7 +31,14 @@ from fulgurite.schemas.errors import FulguriteError, LogprobMismatch
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.allocator import give_back_blocks_of
 from fulgurite.streams.learners.comparison import ComparisonWatch, same_version_fault
-from fulgurite.streams.learners.engine import AdamW, Engine, OptimizerState, TorchEngine, refused_by_disk
+from fulgurite.streams.learners.engine import (
+    AdamW,
+    Engine,
+    OptimizerState,
+    TorchEngine,
+    begin_with_masters,
+    refused_by_disk,
+)
 from fulgurite.streams.learners.flops import model_flops, peak_flops
 from fulgurite.streams.learners.metrics import (
     SAME_VERSION_TOKENS,
@@ -315,6 +322,8 @@ def load_learner(folder: Path, settings: TrainerSettings, state: Path | None = N
     torch.manual_seed(settings.seed)
     saved = OptimizerState.load(state) if state is not None else None
     policy = load_trained_policy(folder, settings)
+    if saved is not None:
+        begin_with_masters(saved, policy, _dtype(settings))
     engine = _engine(policy, settings)
     if engine.device.type == "cpu":
         give_back_blocks_of(CHUNK_BYTES["cpu"] // 2)  # a chunk of whole positions can be a little smaller

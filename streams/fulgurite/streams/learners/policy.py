@@ -1,12 +1,15 @@
 """A causal language model that scores packed sequences: what every learner trains.
 
-Promises: the scores are those of the plain model on each sequence alone; a model whose logits are more than its output
-layer of its last hidden states (soft caps, scales) is refused when it is made, not trained wrongly. Does not know what
-the scores are for.
+Promises: the scores are those of the plain model on each sequence alone. A model of which that is not so is refused
+when it is made, not trained wrongly: one whose logits are more than its output layer of its last hidden states (soft
+caps, scales), whose attention is not the plain one (sinks, caps), whose layers carry something from token to token past
+the attention (Mamba and its like), or whose positions depend on how long others are. Does not know what the scores are
+for.
 """
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Final
@@ -29,9 +32,13 @@ CHUNK_BYTES: Final = {"cpu": 8 << 20, "cuda": 512 << 20}
 """Of the float32 logits that exist at once: what a processor's cache holds; what a GPU is busy with."""
 LEAST_CHUNK_TOKENS: Final = 64
 MOST_CHUNK_TOKENS: Final = 16_384
-_PROBE_TOKENS: Final = 8
-_PROBE_TOLERANCE: Final = 1e-2
-"""Half precision rounds; a soft cap or a scale differs by far more."""
+_PROBE_LENGTHS: Final = (7, 6)
+_PROBE_TOLERANCE: Final = 1e-3
+"""Of the largest logit: what rounding makes of it …"""
+_PROBE_TOLERANCE_BFLOAT16: Final = 3e-2
+"""… and in half precision."""
+_BY_LENGTH: Final = frozenset({"dynamic", "longrope"})
+"""Kinds of rotary positions that are others where a longer sequence lies beside."""
 
 
 class Policy(nn.Module):
@@ -43,7 +50,8 @@ class Policy(nn.Module):
         self.model = model
         self._chunk_tokens = chunk_tokens
         model.eval()  # no dropout: the sampler had none, and its logprobs are compared with ours
-        self._refuse_other_heads()
+        self._refuse_positions_by_length()
+        self._refuse_other_scores()
 
     def forward(
         self, batch: PackedBatch, *, temperature: float = 1.0, entropy_gradient: bool = False
@@ -59,16 +67,20 @@ class Policy(nn.Module):
             entropy_gradient=entropy_gradient,
         )
 
-    def save(self, folder: Path, tensors: Mapping[str, Tensor] | None = None) -> None:
-        """What servers load: the model, or its adapter where it has one. `tensors`: in place of the parameters of these
-        names, which are the model's own."""
+    def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
+        """What servers load: the model, or its adapter where it has one. `dtype`: what numbers are written in; None: in
+        what they are."""
         if self.has_adapter:
             mine = {n.removeprefix("model."): p.detach() for n, p in self.named_parameters() if p.requires_grad}
-            adapter.save(self.model, folder, mine if tensors is None else {name: tensors[name] for name in mine})
-        elif tensors is None:
+            adapter.save(self.model, folder, mine if dtype is None else _in_type(mine, dtype))
+        elif dtype is None:
             self.model.save_pretrained(folder)
         else:
-            self.model.save_pretrained(folder, state_dict=dict(tensors))
+            # A tied weight would not be seen to be one: its copy is another tensor.
+            tied = self.model.all_tied_weights_keys
+            own = {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied}
+            self.model.save_pretrained(folder, state_dict=_in_type(own, dtype))
+            _name_type(folder / "config.json", dtype)
 
     @property
     def has_adapter(self) -> bool:
@@ -104,24 +116,62 @@ class Policy(nn.Module):
             if isinstance(module, GradientCheckpointingLayer):
                 module.training = True  # of the layer alone, not of what is in it
 
-    @torch.no_grad()
-    def _refuse_other_heads(self) -> None:
-        device = next(self.model.parameters()).device
-        size = min(_PROBE_TOKENS, int(self.model.config.get_text_config().vocab_size))
-        token_ids = torch.arange(size, device=device)
-        layout = layout_of([size]).to(device)
-        ours = self._head(self._hidden(token_ids, token_ids, layout)).float()
-        whole: Any = self.model
-        answer = whole(
-            input_ids=token_ids.unsqueeze(0), position_ids=token_ids.unsqueeze(0), use_cache=False, layout=layout
-        )
-        scale = max(1.0, ours.abs().max().item())
-        worst = (answer.logits.squeeze(0).float() - ours).abs().max().item()
-        if not worst <= _PROBE_TOLERANCE * scale:
+    def _refuse_positions_by_length(self) -> None:
+        rope: Any = getattr(self.model.config.get_text_config(), "rope_parameters", None) or {}
+        # Some models have one for each kind of layer.
+        kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, Mapping)}
+        if found := kinds & _BY_LENGTH:
             raise SettingsError(
-                f"{type(self.model).__name__}: its logits are not its output layer of its hidden states (they differ "
-                f"by {worst:.3g}: a soft cap or a scale in its config?); such models cannot be trained here"
+                f"{type(self.model).__name__}: its rotary positions ({', '.join(sorted(found))}) depend on the longest "
+                "sequence in a pass, and several are packed into one; such models cannot be trained here"
             )
+
+    @torch.no_grad()
+    def _refuse_other_scores(self) -> None:
+        """Two sequences packed, against the plain model on each alone."""
+        device = next(self.model.parameters()).device
+        vocabulary = int(self.model.config.get_text_config().vocab_size)
+        token_ids = torch.arange(sum(_PROBE_LENGTHS), device=device) % vocabulary
+        position_ids = torch.cat([torch.arange(length, device=device) for length in _PROBE_LENGTHS])
+        try:
+            ours = self._head(self._hidden(token_ids, position_ids, layout_of(list(_PROBE_LENGTHS)).to(device)))
+            plain = torch.cat([self._plain_logits(each) for each in token_ids.split(_PROBE_LENGTHS)])
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise SettingsError(
+                f"{type(self.model).__name__} cannot score packed sequences: {error!r}; such models cannot be trained "
+                "here"
+            ) from error
+        scale = max(1.0, plain.float().abs().max().item())
+        worst = (plain.float() - ours.float()).abs().max().item()
+        is_half = self.model.dtype is torch.bfloat16
+        if not worst <= (_PROBE_TOLERANCE_BFLOAT16 if is_half else _PROBE_TOLERANCE) * scale:
+            raise SettingsError(
+                f"{type(self.model).__name__}: its scores of packed sequences are not those of each alone (logits "
+                f"differ by {worst:.3g}: a soft cap, a scale, or layers that mix tokens as Mamba's do?); such models "
+                "cannot be trained here"
+            )
+
+    def _plain_logits(self, token_ids: Tensor) -> Tensor:
+        """[N] -> [N, V] with transformers' own attention."""
+        whole: Any = self.model
+        whole.set_attn_implementation("eager")
+        try:
+            return whole(input_ids=token_ids.unsqueeze(0), use_cache=False).logits.squeeze(0)
+        finally:
+            whole.set_attn_implementation(NAME)
+
+
+def _in_type(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {name: each.to(dtype) if each.is_floating_point() else each for name, each in tensors.items()}
+
+
+def _name_type(path: Path, dtype: torch.dtype) -> None:
+    """In a config.json, which has the type of the model in memory: servers load weights in what it says."""
+    config = json.loads(path.read_text())
+    for each in (config, *config.values()):
+        if isinstance(each, dict) and "dtype" in each:
+            each["dtype"] = str(dtype).removeprefix("torch.")
+    path.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
 
 
 def load_policy(folder: Path, *, dtype: torch.dtype = torch.float32) -> Policy:

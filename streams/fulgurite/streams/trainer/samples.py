@@ -10,7 +10,7 @@ import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Final
+from typing import Any, Final
 
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.rewards import MAX_REWARD
@@ -92,17 +92,26 @@ class TrainingSet:
 
 
 def read_limits(model: Path) -> ModelLimits:
-    """From a Hugging Face folder's config.json, of an adapter's folder from its base's. Raises SettingsError where it
-    is no such folder."""
-    path = model / ADAPTER_CONFIG
+    """From a Hugging Face folder's config.json. Raises SettingsError where it is no such folder."""
+    path = model / "config.json"
     try:
-        base = Path(json.loads(path.read_text())["base_model_name_or_path"]) if path.is_file() else model
-        path = base / "config.json"
         config = json.loads(path.read_text())
         inner = config.get("text_config", config)
-        return ModelLimits(int(inner["vocab_size"]), int(inner["max_position_embeddings"]))
-    except (OSError, ValueError, KeyError, AttributeError) as error:
+        positions = int(inner["max_position_embeddings"])
+        return ModelLimits(int(inner["vocab_size"]), min(positions, _sliding_window(inner) or positions))
+    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise SettingsError(f"trainer.model: {model} is no model folder: {path}: {error!r}") from None
+
+
+def _sliding_window(config: Mapping[str, Any]) -> int | None:
+    """How many tokens back the layers look that look least far back; None where all look all the way. A longer sequence
+    cannot be trained on: packed attention is full attention."""
+    # Qwen's configs name a window that is not used unless they say so.
+    is_used = config.get("use_sliding_window", not str(config.get("model_type", "")).startswith("qwen"))
+    kinds = config.get("layer_types")
+    if not is_used or (kinds is not None and "sliding_attention" not in kinds):
+        return None
+    return int(config["sliding_window"]) if config.get("sliding_window") else None
 
 
 def member_of(
@@ -261,7 +270,7 @@ def reward_fault(trajectory: Trajectory) -> str:
 
 def token_fault(sequence: TokenSequence, limits: ModelLimits) -> str:
     if len(sequence.token_ids) > limits.max_positions:
-        return f"{len(sequence.token_ids)} tokens; the model has {limits.max_positions} positions"
+        return f"{len(sequence.token_ids)} tokens; the model takes {limits.max_positions}: its positions, or its window"
     worst = max(sequence.token_ids, default=0)
     if worst >= limits.vocab_size:
         return f"token id {worst}; the model's vocabulary has {limits.vocab_size}"

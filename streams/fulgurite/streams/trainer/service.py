@@ -137,7 +137,9 @@ async def _train(plan: Plan, metrics: Metrics) -> None:
         run = await recover(plan, transactions, reader, checkpoints, ownership)
         if run is not None:
             publishing = Publishing(plan, transactions, reader.partitions)
-            intake = Intake(plan, read_limits(run.companions), run.windows, run.buried)
+            # An adapter's folder has no config of a model.
+            model = plan.start_model if plan.start_model and plan.trainer.lora_rank else run.companions
+            intake = Intake(plan, read_limits(model), run.windows, run.buried)
             supply = await _supply(plan, run, publishing, reader, intake)
             await Trainer(plan, run, publishing, reader, checkpoints, ownership, intake, supply, metrics).train()
         await _release_ranks(run)

@@ -68,7 +68,7 @@ async def adopt(settings: Settings) -> Settings:
         raise SettingsError(
             f"source.run_id = {source.run_id}: its settings, with those set here, are no valid ones: {error}"
         ) from None
-    if not source.resource and trainer.resource == started.resource:
+    if trainer.resource == started.resource:
         raise SettingsError(
             f"trainer.resource = {trainer.resource} is what the source run {source.run_id} makes versions of: set "
             "another one, which no server follows"
