@@ -185,12 +185,13 @@ class DeepSpeedEngine:
 def _computed_buffers(policy: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
     """Of every module what it computed itself and no file has: the frequencies of rotary positions above all. In half
     precision they would be off by a whole turn after some thousand tokens; models loaded as such keep them exact."""
-    return [
-        (module, name, buffer.detach().clone())
-        for module in policy.modules()
-        for name, buffer in module.named_buffers(recurse=False)
-        if name in module._non_persistent_buffers_set and buffer.is_floating_point()
-    ]
+    filed = policy.state_dict().keys()
+    found: list[tuple[nn.Module, str, Tensor]] = []
+    for name, buffer in policy.named_buffers():
+        if name not in filed and buffer.is_floating_point():
+            path, _, own = name.rpartition(".")
+            found.append((policy.get_submodule(path), own, buffer.detach().clone()))
+    return found
 
 
 def start_processes() -> None:

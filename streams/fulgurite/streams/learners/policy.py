@@ -119,7 +119,7 @@ class Policy(nn.Module):
     def _refuse_positions_by_length(self) -> None:
         rope: Any = getattr(self.model.config.get_text_config(), "rope_parameters", None) or {}
         # Some models have one for each kind of layer.
-        kinds = {each.get("rope_type") for each in (rope, *rope.values()) if isinstance(each, Mapping)}
+        kinds = {str(each.get("rope_type")) for each in (rope, *rope.values()) if isinstance(each, Mapping)}
         if found := kinds & _BY_LENGTH:
             raise SettingsError(
                 f"{type(self.model).__name__}: its rotary positions ({', '.join(sorted(found))}) depend on the longest "
