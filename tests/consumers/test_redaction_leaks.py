@@ -12,7 +12,7 @@ import pytest
 from clickhouse_connect.driver import Client
 from pydantic import SecretStr
 
-from fulgurite.consumers.materialiser.blocks import Partition, Slice
+from fulgurite.consumers.materialiser.blocks import Partition, Slice, Undecodable
 from fulgurite.consumers.materialiser.fences import Guard
 from fulgurite.consumers.materialiser.store import Store
 from fulgurite.consumers.redaction import VIEWS, apply_redaction, view_selects
@@ -106,11 +106,13 @@ def test_no_dead_letter_goes_past_the_rules(clickhouse_settings: ClickHouseSetti
         client.insert(f"in_{topic}", [list(row.values())], column_names=list(row))
     bad = record(span({"mail": "erin@example.org"}, start=START, end=START - 1))
     Tables(client, clickhouse_settings).insert([Record(20, bad)])
+    asyncio.run(_insert_undecodable(clickhouse_settings, 30, b"\xff frank@example.org"))
     rows = client.query(
         "SELECT value, message FROM dead_letters ORDER BY _offset", column_formats={"value": "bytes"}
     ).result_rows
-    assert len(rows) == len(refused) + 9
+    assert len(rows) == len(refused) + 10
     assert rows[0] == (b"\x1f\x8b [redacted:email]", "refused: [redacted:email]")
+    assert rows[-1] == (b"\xff [redacted:email]", "a header's name is not UTF-8: [redacted:email]")
     assert [packed in row for row in rows].count(True) == 1, "what is compressed is kept as it is"
     assert not any(b"@example.org" in row[0] or "@example.org" in row[1] for row in rows)
 
@@ -121,6 +123,16 @@ async def _insert_dead(settings: ClickHouseSettings, offset: int, value: bytes) 
     try:
         one = Slice(Partition(OTLP_SPANS, "otlp_spans", 0), [Record(offset, value)])
         await store.insert_dead(one, "refused: carol@example.org", Guard("test"))
+    finally:
+        await store.close()
+
+
+async def _insert_undecodable(settings: ClickHouseSettings, offset: int, value: bytes) -> None:
+    store = Store(settings, 30, "test")
+    await store.connect()
+    try:
+        lost = Undecodable(offset, 1, b"k", value, "a header's name is not UTF-8: frank@example.org")
+        await store.insert_undecodable(Slice(Partition(SPANS, "spans", 0), [lost]), Guard("test"))
     finally:
         await store.close()
 

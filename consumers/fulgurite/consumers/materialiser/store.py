@@ -61,6 +61,9 @@ TABLES: dict[Topic, str] = {
 """Where a topic's records end, when they are not refused: the one table, beside dead_letters, to look for an offset
 in."""
 
+_IN_DEAD_LETTERS = "in_rejected"
+"""Hands on to dead_letters by way of the view that redacts: nothing else may write there."""
+
 _ONE_BLOCK = 2**40
 
 
@@ -133,13 +136,13 @@ class Store:
             await self._insert(into, await asyncio.to_thread(_body, slices, mend=True), guard)
 
     async def insert_dead(self, one: Slice, message: str, guard: Guard) -> None:
-        """A record no table takes, into dead_letters by way of the view that redacts. Raises Fenced or Unavailable."""
+        """A record no table takes, as a dead letter. Raises Fenced or Unavailable."""
         body = arrow_body(dead_block(one.partition, one.records[0], message))
-        await self._insert("in_rejected", body, guard)
+        await self._insert(_IN_DEAD_LETTERS, body, guard)
 
     async def insert_undecodable(self, part: Slice, guard: Guard) -> None:
-        """Records that are `Undecodable`, straight into dead_letters. Raises Fenced or Unavailable."""
-        await self._insert("dead_letters", await asyncio.to_thread(_undecodable, part), guard)
+        """Records that are `Undecodable`, as dead letters. Raises Fenced or Unavailable."""
+        await self._insert(_IN_DEAD_LETTERS, await asyncio.to_thread(_undecodable, part), guard)
 
     async def _insert(self, into: str, body: Body, guard: Guard) -> None:
         settings: dict[str, Any] = {
