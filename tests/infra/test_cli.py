@@ -90,6 +90,8 @@ def test_topics_and_tail(connected: Cli, kafka_settings: KafkaSettings) -> None:
                 await asyncio.sleep(0.005)
                 reward = Reward(rollout_id=f"rollout-{number}", value=number)
                 await producer.send_and_wait(topic, encode(reward), key=reward.rollout_id.encode())
+            await asyncio.sleep(0.005)
+            await producer.send_and_wait(topic, b"[" * 100_000, key=b"deep")
             await asyncio.sleep(0.005)  # the newest are found by their timestamps, in milliseconds
             await producer.send_and_wait(topic, b"not JSON", key=b"bad")
 
@@ -99,8 +101,8 @@ def test_topics_and_tail(connected: Cli, kafka_settings: KafkaSettings) -> None:
     assert f"{kafka_settings.topic_prefix}rewards" in done.stdout
     assert "All topics exist" in connected("topics", "create").stdout
 
-    newest = connected("tail", "rewards", "-n", "2").stdout.splitlines()
-    assert [("rollout-4" in newest[0]), ("not JSON" in newest[1])] == [True, True]
+    newest = connected("tail", "rewards", "-n", "3").stdout.splitlines()
+    assert ["rollout-4" in newest[0], "(100000 bytes)" in newest[1], "not JSON" in newest[2]] == [True] * 3
     (line,) = connected("tail", "rewards", "--rollout", "rollout-1", "--full").stdout.splitlines()
     assert json.loads(line)["value"]["value"] == 1.0
 

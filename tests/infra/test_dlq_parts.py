@@ -80,6 +80,26 @@ def test_fields() -> None:
         by_fields(["name.x=1"])(b'{"name": 5}')
 
 
+@pytest.mark.parametrize("depth", [600, 100_000])
+def test_what_is_nested_deeply_is_only_bytes(depth: int) -> None:
+    """Deeper than Python follows when it reads JSON (100,000), or when it copies what it read (600)."""
+    deep = b"[" * depth + b"]" * depth
+    assert "".join(readable(deep).split()) == deep.decode()
+    assert difference(deep, b"1")
+    assert by_expression("r if len(text) < 2_000 else b'1'")(deep) in (deep, b"1")
+    assert by_expression("{**(r if isinstance(r, dict) else {}), 'kind': 'internal'}")(deep) == b'{"kind":"internal"}'
+    with pytest.raises(MendError, match="no object"):
+        by_fields(["name=x"])(deep)
+    with pytest.raises(InvalidEvent):
+        validate(KAFKA, "t.spans", deep)
+    assert by_fields(["name=" + deep.decode()])(b"{}").startswith(b'{"name":')
+
+
+def test_a_result_nested_deeply_is_refused() -> None:
+    with pytest.raises(MendError, match="no JSON"):
+        by_expression("r = []\nfor _ in range(100_000): r = [r]")(b"{}")
+
+
 def test_what_is_still_wrong_is_said() -> None:
     assert validate(KAFKA, "t.spans", span()).span_id == "s"
     for value, reason in ((span(name=5), "bad_field"), (b"{", "not_json"), (b"", "empty"), (b"[1]", "bad_field")):

@@ -107,9 +107,11 @@ def _decoded(data: bytes | None) -> Any:
     if data is None:
         return "(no value: a tombstone)"
     try:
-        return json.loads(data)
-    except ValueError:
+        found = json.loads(data)
+        json.dumps(_shortened(found))
+    except (ValueError, RecursionError):  # nested deeper than Python follows
         return f"({len(data)} bytes) {data[:_MAX_TEXT_CHARS]!r}"
+    return found
 
 
 def _shortened(value: Any) -> Any:

@@ -7,7 +7,7 @@ The expression is the operator's own and runs with the operator's rights; the re
 
 from __future__ import annotations
 
-import copy
+import contextlib
 import datetime
 import difflib
 import json
@@ -28,6 +28,7 @@ from fulgurite.schemas.settings import KafkaSettings
 from fulgurite.schemas.topics import OTLP_SPANS, Topic
 
 _MAX_DIFF_CHARS = 4_000
+_NO_JSON = (ValueError, RecursionError)
 
 Mending = Callable[[bytes], bytes]
 """Old bytes -> new bytes. Raises MendError."""
@@ -38,7 +39,7 @@ class MendError(FulguriteError):
 
 
 def by_expression(source: str) -> Mending:
-    """Python over `r` (the record; None where the bytes are not JSON) and `text` (the bytes as text).
+    """Python over `r` (the record; None where the bytes are not JSON, or nested too deeply) and `text` (the bytes as text).
 
     Raises SettingsError where it is not Python.
     """
@@ -49,7 +50,7 @@ def by_expression(source: str) -> Mending:
 
     def mend(data: bytes) -> bytes:
         names: dict[str, Any] = {
-            "r": copy.deepcopy(_decoded(data)),
+            "r": _decoded(data),
             "text": data.decode(errors="replace"),
             "json": json,
             "re": re,
@@ -74,7 +75,7 @@ def by_fields(assignments: Sequence[str]) -> Mending:
             raise SettingsError(f"--set {text}: must be FIELD=VALUE, for example --set name=chat")
         try:
             parsed.append((path.split("."), json.loads(value)))
-        except ValueError:
+        except _NO_JSON:
             parsed.append((path.split("."), value))
 
     def mend(data: bytes) -> bytes:
@@ -137,7 +138,8 @@ def readable(data: bytes) -> str:
     """Indented JSON, else text, else a hex dump."""
     record = _decoded(data)
     if record is not None:
-        return json.dumps(record, indent=1, ensure_ascii=False)
+        with contextlib.suppress(RecursionError):  # writing indented JSON goes less deep than reading
+            return json.dumps(record, indent=1, ensure_ascii=False)
     try:
         text = data.decode()
     except UnicodeDecodeError:
@@ -161,10 +163,10 @@ def _compiled(source: str) -> tuple[CodeType, bool]:
 
 
 def _decoded(data: bytes) -> Any:
-    """None where it is not JSON in UTF-8. Numbers stay what they are."""
+    """None where it is not JSON in UTF-8, or is nested deeper than Python reads. Numbers stay what they are."""
     try:
         return json.loads(data, parse_constant=_no_constant)
-    except ValueError:
+    except _NO_JSON:
         return None
 
 
@@ -181,5 +183,5 @@ def _encoded(record: Any, how: str) -> bytes:
         raise MendError(f"{how}: gives no record; where the bytes are not JSON, r is None and text has them")
     try:
         return json.dumps(record, ensure_ascii=False, allow_nan=False, separators=(",", ":")).encode()
-    except (TypeError, ValueError) as error:
+    except (TypeError, *_NO_JSON) as error:
         raise MendError(f"{how}: the result is no JSON: {error}") from None
