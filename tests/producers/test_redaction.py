@@ -7,6 +7,8 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from fulgurite.producers.redaction import Redactor, cut, redactor
 from fulgurite.schemas.dead_letters import DeadLetter
@@ -155,6 +157,8 @@ def test_what_fields_are_made_of_follows_the_rules_for_names_only() -> None:
         ("api_key", "AKIAIOSFODNN7EXAMPLE", "AKIA"),
         ("bearer", "BEARER abc.def-123", "bearer of news"),
         ("jwt", "eyJhbGciOiJI.eyJzdWIiOiIx.SflKxw", "eyJ.a.b"),
+        ("jwt", "eyJ-eyJ-eyJhbGciOiJI.eyJzdWIi-eyJPiIx.SflKxw", "eyJ-eyJ-eyJhbGciOiJI.eyJzdWIi-eyJPiIx-eyJ"),
+        ("jwt", "eyJabcde.eyJabcde.eyJabcde", "eyJ-.eyJ-.eyJabcde..eyJabcde"),
         ("private_key", "-----BEGIN RSA PRIVATE KEY-----\\nMIIE\n=\n-----END RSA PRIVATE KEY-----", "-----BEGIN-----"),
     ],
 )
@@ -163,6 +167,37 @@ def test_known_values(name: str, secret: str, harmless: str) -> None:
     assert redact.parts(f"a {secret} b") == f"a [redacted:{name}] b"
     assert redact.parts(f"a {harmless} b") == f"a {harmless} b"
     assert name in KNOWN_VALUES
+
+
+@pytest.mark.parametrize("name", KNOWN_VALUES)
+@pytest.mark.parametrize(
+    "word",
+    [
+        "eyJ-",
+        "eyJ-" * 250 + "." + "eyJ-" * 2_000 + "!",
+        "a@",
+        "a.",
+        "a@a.a.",
+        "4111-",
+        "sk-",
+        "bearer ",
+        "-----BEGIN PRIVATE KEY",
+        "-----BEGIN PRIVATE KEY-----\n",
+    ],
+)
+def test_no_text_makes_known_rules_slow(name: str, word: str) -> None:
+    """A producer waits meanwhile, its event loop too."""
+    redact = Redactor(RedactionSettings(values=[ValueRule(name=name)]))
+    begun = time.process_time()
+    redact.parts((word * 96_000)[:96_000])
+    assert time.process_time() - begun < 1, "it takes some 0.1 s at most"
+
+
+@given(st.lists(st.sampled_from(["eyJ", "-", ".", "abcde", "_", " ", "é"]), max_size=20))
+def test_what_is_skipped_holds_no_match(words: list[str]) -> None:
+    rule, text = ValueRule(name="jwt"), "".join(words)
+    plain = rule.pattern.compiled().sub(rule.mark, text)
+    assert Redactor(RedactionSettings(values=[rule])).parts(text) == plain
 
 
 def test_cutting_again_changes_nothing() -> None:

@@ -22,6 +22,9 @@ from fulgurite.schemas.patterns import glob, portable
         (r"[\s,]x", ",x", "\vx"),
         (r"(a|b)+c", "abac", "c"),
         (r"a{2,3}?b", "aaab", "ab"),
+        (r"(?:[0-9]+\.){3}[0-9]+", "10.0.0.1", "10.0.1"),
+        (r"(?:\.[a-z]{1,9})*=", ".a.b=", ".a.b"),
+        (r"(?:a+b)?c+", "aabcc", "aab"),
         (r"\x41", "A", "a"),
         (r"[\x00-\x1f]", "a\x01", "ab"),
         (r"[]-]", "x-", "x"),
@@ -64,6 +67,11 @@ def test_what_is_taken_means_one_thing(regex: str, inside: str, outside: str) ->
         (r"a|", "matches the empty text"),
         (r"a{5}{5}", "nothing for"),
         ("x" * 5_000, "longer than"),
+        (r"(a+)+b", r"\+ repeats what repeats without bound itself"),
+        (r"(a*x|b){2,}c", r"\{2,\} repeats what repeats"),
+        (r"(?:(b|(a{1,}))c)*d", r"\* repeats what repeats"),
+        (r"(a+){11}b", r"\{11\} repeats what repeats"),
+        (r"(a+){0,11}b", r"\{0,11\} repeats what repeats"),
     ],
 )
 def test_what_is_refused_is_told(regex: str, words: str) -> None:

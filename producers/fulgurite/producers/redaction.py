@@ -21,7 +21,15 @@ from pydantic import BaseModel
 from pydantic_core import to_json
 
 from fulgurite.schemas.dead_letters import DeadLetter
-from fulgurite.schemas.redaction import HASH_DIGITS, HASH_PREFIX, MASK, KeyRule, RedactionSettings, is_protected
+from fulgurite.schemas.redaction import (
+    HASH_DIGITS,
+    HASH_PREFIX,
+    MASK,
+    KeyRule,
+    RedactionSettings,
+    ValueRule,
+    is_protected,
+)
 from fulgurite.schemas.rewards import Reward
 from fulgurite.schemas.spans import Span, SpanEvent, SpanLink
 
@@ -47,7 +55,7 @@ class Redactor:
     def __init__(self, rules: RedactionSettings) -> None:
         self._rules = rules
         self._keys = [(rule.pattern.compiled().search, rule) for rule in rules.keys]
-        self._values = [(rule.part, rule.pattern.compiled().sub, rule.mark) for rule in rules.values]
+        self._values = [(rule.part, _substitute(rule)) for rule in rules.values]
         self._by_name: dict[str, Change | None] = {}
         self._sources: dict[str, Change | None] = {}
 
@@ -76,9 +84,9 @@ class Redactor:
     def parts(self, text: str) -> str:
         """What value rules match is replaced, nothing else."""
         if text:
-            for part, substitute, mark in self._values:
+            for part, substitute in self._values:
                 if part in text:
-                    text = substitute(mark, text)
+                    text = substitute(text)
         return text
 
     def attributes(self, attributes: Mapping[str, Any]) -> Mapping[str, Any]:
@@ -188,6 +196,15 @@ def cut(text: str, chars: int) -> str:
         return text
     mark = f"… ({len(text)} characters)"
     return text[: chars - len(mark)] + mark
+
+
+def _substitute(rule: ValueRule) -> Change:
+    """Puts the rule's mark for what it matches."""
+    if not rule.skip:
+        substitute, mark = rule.pattern.compiled().sub, rule.mark
+        return lambda text: substitute(mark, text)
+    expression = re.compile(f"({rule.pattern.python})|{rule.skip}", re.ASCII)
+    return lambda text: expression.sub(lambda found: found[0] if found[1] is None else rule.mark, text)
 
 
 def _changed(value: Any, change: Change) -> Any:

@@ -3,7 +3,8 @@
 What both engines have and read alike is taken; what only one has, or reads otherwise, is refused with what to write
 instead, or rewritten: `.` is any character but a newline, `^` and `$` are the very beginning and end of the text,
 `\\s \\d \\w \\b` know ASCII, a leading `(?i)` is about ASCII letters. No lookaround, no backreferences: RE2 has none,
-which is why it is never slow. Knows nothing of what the expressions are for.
+which is why it is never slow. Python may be: what repeats without bound is not repeated many times itself. Knows
+nothing of what the expressions are for.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from dataclasses import dataclass
 MAX_PATTERN_CHARS = 4_096
 MAX_REPEAT = 1_000
 """RE2's own bound of {n}."""
+MAX_NESTED_REPEAT = 10
+"""Of what holds a repetition without bound: for every further one Python may try all places once more."""
 
 _END = "\0end\0"
 _SPACE = r"\t\n\f\r "
@@ -72,6 +75,10 @@ class _Reader:
         self._text = regex.removeprefix("(?i)")
         self._at = 0
         self._repeatable = False
+        self._endless = [False]
+        """Of the whole and every open group: whether something in it repeats without bound."""
+        self._last_endless = False
+        """The same of what a repetition would repeat."""
 
     def tokens(self) -> list[str]:
         found: list[str] = []
@@ -86,6 +93,7 @@ class _Reader:
         if character == "(":
             return self._group()
         self._repeatable = character != "|"
+        self._last_endless = character == ")" and self._closed()
         if character == "\\":
             return self._escape()
         if character == "[":
@@ -112,15 +120,37 @@ class _Reader:
             if any(int(count) > MAX_REPEAT for count in counts.groups() if count):
                 raise ValueError(f"{{{counts[0]} repeats more than {MAX_REPEAT} times")
             self._at = counts.end()
+            most = counts[1] if counts[2] is None else counts[2]
+            self._bound(f"{{{counts[0]}", int(most) if most else None)
             character += counts[0]
+        elif character != "?":
+            self._bound(character, None)
         if self._next_is("+"):
             raise ValueError("possessive repetition is not known to RE2")
         if self._next_is("?"):
             character += self._take()
         return character
 
+    def _bound(self, repetition: str, most: int | None) -> None:
+        """Raises where Python could need time that doubles with each character: (a+)+b on a text of a's."""
+        if self._last_endless and (most is None or most > MAX_NESTED_REPEAT):
+            raise ValueError(
+                f"{repetition} repeats what repeats without bound itself, which may take Python for ever: give the one "
+                f"within a bound, as in (?:x{{1,64}}y){repetition}"
+            )
+        self._endless[-1] = self._endless[-1] or most is None
+
+    def _closed(self) -> bool:
+        """Whether something in the group that ends here repeats without bound: then so in what it is part of."""
+        if len(self._endless) == 1:
+            return False  # compiling says what is wrong
+        within = self._endless.pop()
+        self._endless[-1] = self._endless[-1] or within
+        return within
+
     def _group(self) -> str:
         self._repeatable = False
+        self._endless.append(False)
         if not self._next_is("?"):
             return "(?:"  # nobody asks what a group held; Python allows only a hundred that remember
         if not self._next_is("?:"):

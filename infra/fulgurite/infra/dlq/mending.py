@@ -39,7 +39,7 @@ class MendError(FulguriteError):
 
 
 def by_expression(source: str) -> Mending:
-    """Python over `r` (the record; None where the bytes are not JSON, or nested too deeply) and `text` (the bytes as text).
+    """Python over `r` (the record; None where the bytes are no JSON, or too deep) and `text` (the bytes as text).
 
     Raises SettingsError where it is not Python.
     """
