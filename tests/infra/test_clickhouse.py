@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import http.client
 import importlib.metadata
 import os
 import socket
@@ -129,6 +130,39 @@ def test_nobody_without_the_password_shuts_the_server(server: EmbeddedClickHouse
                 with refused.value as answer:
                     assert b"QUOTA_EXCEEDED" in answer.read()
         assert server.command("SELECT 1").strip() == "1"
+
+
+def test_nobody_without_the_password_keeps_the_server_busy(server: EmbeddedClickHouse) -> None:
+    """Not by functions of constants, which need no right, nor by settings of their own, nor by their number."""
+    for sql, words in (
+        ("SELECT length(arrayMap(x -> x, range(200000000)))", b"MEMORY_LIMIT_EXCEEDED"),
+        ("SELECT 1 SETTINGS max_memory_usage = 0", b"SETTING_CONSTRAINT_VIOLATION"),
+        ("SELECT 1 SETTINGS max_threads = 16", b"SETTING_CONSTRAINT_VIOLATION"),
+        ("SELECT 1 SETTINGS max_concurrent_queries_for_user = 0", b"SETTING_CONSTRAINT_VIOLATION"),
+        ("SELECT 1 SETTINGS profile = 'default'", b"SETTING_CONSTRAINT_VIOLATION"),
+    ):
+        with pytest.raises(urllib.error.HTTPError) as refused:
+            urllib.request.urlopen(urllib.request.Request(server.url, data=sql.encode()), timeout=10)
+        with refused.value as answer:
+            assert words in answer.read()
+    over = threading.Event()
+
+    def hold() -> None:
+        while not over.is_set():
+            with contextlib.suppress(OSError, http.client.HTTPException):
+                urllib.request.urlopen(urllib.request.Request(server.url, data=b"SELECT sleep(3)"), timeout=10)
+
+    strangers = [threading.Thread(target=hold) for _ in range(110)]
+    for stranger in strangers:
+        stranger.start()
+    try:
+        for _ in range(20):
+            assert server.command("SELECT 1").strip() == "1"
+            time.sleep(0.05)
+    finally:
+        over.set()
+        for stranger in strangers:
+            stranger.join()
 
 
 def test_the_client_library_works_unchanged_and_memory_is_bounded(server: EmbeddedClickHouse) -> None:

@@ -15,6 +15,7 @@ MERGE_NICE = 10
 of one that nobody does. They never starve: too many parts slow inserts down. The engine does so only as root or with
 CAP_SYS_NICE, for a thread must come back from it."""
 _MIB = 1024 * 1024
+_OPENING_BYTES = 16 * _MIB
 _FOR_EVER_SECONDS = 2**31 - 1
 """An interval begins at a multiple of it, so this one ends in 2038; the engine crashes with longer ones."""
 
@@ -50,7 +51,9 @@ def config_xml(port: int, log: Path, max_memory_bytes: int) -> str:
 def users_xml(password: str, reader_password: str, readable_database: str, max_query_memory_bytes: int) -> str:
     """users.xml. The engine's own session, which opens the HTTP server, insists on `default` without a password and
     from loopback, so whoever reaches the port is that user, too. It may do nothing but open or close the server, and
-    do so once: its quota is used up by the engine's own statement before anybody can connect.
+    do so once: its quota is used up by the engine's own statement before anybody can connect. What needs no
+    right, functions of constants, it may do one query at a time, with one thread and little memory. No bound on the
+    time: the engine's own statement, which never ends, would be under it.
 
     READER is for dashboards: it may read one database and change settings of its queries, nothing else.
     """
@@ -63,6 +66,16 @@ def users_xml(password: str, reader_password: str, readable_database: str, max_q
         <default>
             <max_memory_usage>{max_query_memory_bytes}</max_memory_usage>
         </default>
+        <opening>
+            <max_concurrent_queries_for_user>1</max_concurrent_queries_for_user>
+            <max_memory_usage>{_OPENING_BYTES}</max_memory_usage>
+            <max_threads>1</max_threads>
+            <constraints>
+                <max_concurrent_queries_for_user><readonly/></max_concurrent_queries_for_user>
+                <max_memory_usage><readonly/></max_memory_usage>
+                <max_threads><readonly/></max_threads>
+            </constraints>
+        </opening>
         <readonly>
             <readonly>2</readonly>
             <max_memory_usage>{max_query_memory_bytes}</max_memory_usage>
@@ -76,7 +89,7 @@ def users_xml(password: str, reader_password: str, readable_database: str, max_q
         <default>
             <password></password>
             {loopback}
-            <profile>default</profile>
+            <profile>opening</profile>
             <quota>opening</quota>
             <grants><query>GRANT SYSTEM LISTEN ON *.*</query></grants>
         </default>
