@@ -13,11 +13,10 @@ from aiokafka import TopicPartition
 from aiokafka.errors import CorruptRecordException, KafkaConnectionError
 
 from fulgurite.consumers.materialiser import fetch as fetch_module
-from fulgurite.consumers.materialiser.blocks import Undecodable
 from fulgurite.consumers.materialiser.fetch import Fetching
 from fulgurite.consumers.materialiser.metrics import Metrics
 from fulgurite.consumers.materialiser.partition import Budget, PartitionBuffer, Room
-from fulgurite.consumers.materialiser.raw import Read
+from fulgurite.producers.raw import Read, Undecodable
 from tests.consumers.materialiser_fakes import FakeConsumer, FakeRecord, partition
 
 RECORDS = 20

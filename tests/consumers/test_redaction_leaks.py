@@ -12,10 +12,11 @@ import pytest
 from clickhouse_connect.driver import Client
 from pydantic import SecretStr
 
-from fulgurite.consumers.materialiser.blocks import Partition, Slice, Undecodable
+from fulgurite.consumers.materialiser.blocks import Partition, Slice
 from fulgurite.consumers.materialiser.fences import Guard
 from fulgurite.consumers.materialiser.store import Store
 from fulgurite.consumers.redaction import VIEWS, apply_redaction, view_selects
+from fulgurite.producers.raw import Undecodable
 from fulgurite.producers.redaction import Redactor
 from fulgurite.schemas.migrations import apply_migrations, connection_options
 from fulgurite.schemas.redaction import KeyRule, RedactionSettings, ValueRule

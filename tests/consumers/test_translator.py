@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
 from fulgurite.consumers.otlp.spans import decode
 from fulgurite.consumers.otlp.wire import Malformed
@@ -22,6 +23,7 @@ from fulgurite.schemas.rewards import Reward
 from fulgurite.schemas.settings import KafkaSettings, Settings
 from fulgurite.schemas.topics import DEAD_LETTERS, OTLP_SPANS, REWARDS, Topic
 from tests.consumers.otlp_encoding import SPAN, START, event, record, span
+from tests.consumers.poison import plain_builder, send_poison
 
 ROLLOUT = {"agentlightning.rollout_id": "r", "agentlightning.attempt_id": "a"}
 AGL = {"agentlightning.reward.0.name": "correct", "agentlightning.reward.0.value": 0.5}
@@ -167,6 +169,29 @@ async def test_rewards_reach_their_topic_and_what_is_none_the_dead_letters(kafka
         dead = await read(kafka_settings, DEAD_LETTERS, 1)
     assert {reward.rollout_id for reward in from_test(prefix, values)} == {f"{prefix}-1", f"{prefix}-2"}
     assert dead[-1] == bad
+
+
+async def test_what_nobody_can_decode_is_passed(kafka_settings: KafkaSettings) -> None:
+    """Whole records around it are read, those of its own partition and of others, each once."""
+    prefix = kafka_settings.topic_prefix.strip(".")
+    name = f"{prefix}-otlp"  # everybody's topic is not spoilt
+    kafka_settings = kafka_settings.model_copy(update={"otlp_topic": name})
+    admin = AIOKafkaAdminClient(**connection_options(kafka_settings))
+    await admin.start()
+    await admin.create_topics([NewTopic(name, 2, 1)])
+    await admin.close()
+    with plain_builder():
+        async with AIOKafkaProducer(**connection_options(kafka_settings)) as producer:
+            for number in range(20):
+                await producer.send_and_wait(name, mine(prefix, number), partition=number % 2)
+                if number in (0, 7, 8, 19):
+                    await send_poison(producer, name, number % 2, mine(prefix, 100 + number))
+    async with translating(Settings(kafka=kafka_settings)):
+        values = await read(kafka_settings, REWARDS, 20)
+        await send(kafka_settings, mine(prefix, 20))
+        values = await read(kafka_settings, REWARDS, len(values) + 1)
+    found = sorted(reward.rollout_id for reward in from_test(prefix, values))
+    assert found == sorted(f"{prefix}-{number}" for number in range(21))
 
 
 class Crash(Exception):

@@ -10,7 +10,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
-from aiokafka import TopicPartition
+from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from fulgurite.consumers.materialiser.blocks import Partition, Record
@@ -23,6 +23,7 @@ from fulgurite.schemas.codec import encode
 from fulgurite.schemas.migrations import apply_migrations
 from fulgurite.schemas.resources import ResourceVersion
 from fulgurite.schemas.settings import Settings, load_settings
+from tests.consumers.poison import plain_builder, send_poison
 from tests.infra.dlq_world import World, span
 
 RECONCILED = "SELECT sum(rows), sum(dead), sum(duplicates), sum(gaps) FROM reconciliation"
@@ -50,6 +51,25 @@ async def fill(world: World) -> None:
     await world.until(
         "SELECT sum(h) FROM (SELECT max(hi) + 1 AS h FROM ingest_log GROUP BY _partition)", lambda r: r == [(60,)]
     )
+
+
+async def test_what_nobody_can_decode_is_a_dead_letter_again(world: World) -> None:
+    async with world.materialiser():
+        await world.produce(topics.SPANS, [span(span_id="before")])
+        with plain_builder():
+            async with AIOKafkaProducer(bootstrap_servers=world.settings.kafka.bootstrap_servers) as producer:
+                await send_poison(producer, world.name(topics.SPANS), 0, span(span_id="poison"), b"r")
+        await world.produce(topics.SPANS, [span(span_id="after")])
+        await world.until("SELECT max(hi) FROM ingest_log WHERE _partition = 0", lambda rows: rows == [(2,)])
+        letters = "SELECT _offset, reason, stage, key, message LIKE '%is not UTF-8%' FROM dead_letters"
+        world.ask("TRUNCATE TABLE spans")
+        for remains in (1, 0, 1):
+            if not remains:
+                world.ask("TRUNCATE TABLE dead_letters")
+            done = await world.cli("replay", "spans", "--from-offset", "0", "--json")
+            assert done.code == 0, done.err
+            assert world.ask("SELECT span_id FROM spans ORDER BY _offset") == [("before",), ("after",)]
+            assert world.ask(letters) == [(1, "undecodable", "materialiser", "r", 1)]
 
 
 async def test_what_is_missing_is_filled_in(world: World) -> None:

@@ -20,6 +20,7 @@ from fulgurite.schemas.errors import Fenced, SettingsError
 from fulgurite.schemas.settings import KafkaSettings, Settings
 from fulgurite.streams.assembler import assembly as assembly_module
 from fulgurite.streams.assembler.service import serve
+from tests.consumers.poison import plain_builder, send_poison
 from tests.streams.assembler_bus import Bus, assembling, connected, ids
 from tests.streams.assembler_records import finished, llm_call, queued, reward, started, value
 
@@ -34,6 +35,30 @@ async def test_a_rollout_becomes_one_trajectory(kafka_settings: KafkaSettings) -
         assert (trajectory.reward, trajectory.queued_ns, trajectory.metadata) == (1.0, 7, {"label": "r1"})
         assert [sequence.token_ids for sequence in trajectory.sequences] == [[1, 2, 3, 4, 5]]
         assert trajectory.sequences[0].loss_mask == [0, 0, 1, 0, 1]
+
+
+async def test_what_nobody_can_decode_stops_nothing(kafka_settings: KafkaSettings) -> None:
+    """On none of its topics, after the start and before it, and neither what lies before nor behind is lost."""
+
+    async def poison(bus: Bus) -> None:
+        for topic in (topics.ROLLOUTS, topics.SPANS, topics.REWARDS):
+            for partition in range(kafka_settings.partitions):
+                await send_poison(bus.producer, kafka_settings.topic(topic), partition, b"{}", b"k")
+
+    with plain_builder():
+        async with connected(kafka_settings) as bus:
+            await bus.rollout("r1")
+            await poison(bus)
+            await bus.rollout("r2")
+            async with assembling(kafka_settings):
+                await bus.until(topics.TRAJECTORIES, 2)
+                await poison(bus)
+                await bus.rollout("r3")
+                await bus.until(topics.TRAJECTORIES, 3)
+            found = await bus.trajectories()
+    assert sorted(trajectory.rollout_id for trajectory in found) == ["r1", "r2", "r3"]
+    assert all(trajectory.partial == "" and trajectory.reward == 1.0 for trajectory in found)
+    assert all([sequence.token_ids for sequence in one.sequences] == [[1, 2, 3, 4, 5]] for one in found)
 
 
 async def test_the_end_waits_for_spans_and_rewards_still_unread(kafka_settings: KafkaSettings) -> None:

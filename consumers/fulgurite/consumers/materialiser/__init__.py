@@ -10,7 +10,7 @@ record holds several spans or rewards, each of them does.
     Kafka ─► fetch.py ─► partition.py ─► topic.py ─► store.py ─► ClickHouse
              │           what waits      one insert   │
              │                           for all      fences.py: who may insert
-             └─► raw.py: what aiokafka raises on        service.py: wires it, and does 2 and 3
+             └─► producers.raw: what aiokafka raises on  service.py: wires it, and does 2 and 3
 
 The contract, for the partitions of a topic that a consumer was assigned, or whose last insert nobody knows the end of.
 The code carries these numbers.

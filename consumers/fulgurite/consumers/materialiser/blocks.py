@@ -18,6 +18,7 @@ import pyarrow as pa
 
 from fulgurite.consumers.materialiser.lines import all_lines, line_feeds
 from fulgurite.consumers.records import LogRecord
+from fulgurite.producers.raw import Undecodable
 from fulgurite.schemas.topics import OTLP_SPANS, REWARDS, SPANS, Topic
 
 LINE_TOPICS: Final = frozenset({SPANS, REWARDS})
@@ -44,19 +45,6 @@ class Record(LogRecord, Protocol):
 
     @property
     def headers(self) -> Sequence[tuple[str, bytes]]: ...
-
-
-@dataclass(frozen=True, slots=True)
-class Undecodable:
-    """A record that is none, for what is wrong with its bytes. A dead letter."""
-
-    offset: int
-    timestamp: int
-    key: bytes | None
-    value: bytes | None
-    """All of the record, where its value cannot be told."""
-    why: str
-    headers: Sequence[tuple[str, bytes]] = ()
 
 
 @dataclass(frozen=True, slots=True)

@@ -33,7 +33,7 @@ from aiokafka.errors import (
 
 from fulgurite.consumers.materialiser.metrics import Metrics
 from fulgurite.consumers.materialiser.partition import PartitionBuffer
-from fulgurite.consumers.materialiser.raw import Read
+from fulgurite.producers.raw import Read
 
 logger = logging.getLogger(__name__)
 

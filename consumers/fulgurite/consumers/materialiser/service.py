@@ -23,11 +23,11 @@ from fulgurite.consumers.materialiser.lag import LagMeter
 from fulgurite.consumers.materialiser.metrics import Metrics
 from fulgurite.consumers.materialiser.offsets import Offsets
 from fulgurite.consumers.materialiser.partition import Budget, PartitionBuffer
-from fulgurite.consumers.materialiser.raw import read
 from fulgurite.consumers.materialiser.start import connected, tables_ready, topics_ready
 from fulgurite.consumers.materialiser.store import TABLES, LogEntry, Store
 from fulgurite.consumers.materialiser.stream import subscribe
 from fulgurite.consumers.materialiser.topic import Checkpoint, Shared, TopicWriter, no_checkpoint
+from fulgurite.producers.raw import read
 from fulgurite.producers.service import run_service, serve_asgi, spare_the_collector
 from fulgurite.schemas.settings import MaterialiserSettings, Settings
 from fulgurite.schemas.topics import REWARDS, SPANS, Topic

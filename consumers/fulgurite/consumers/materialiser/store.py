@@ -25,7 +25,6 @@ from fulgurite.consumers.materialiser.blocks import (
     Partition,
     Slice,
     TooManyLines,
-    Undecodable,
     arrow,
     block,
     dead_block,
@@ -42,6 +41,7 @@ from fulgurite.consumers.materialiser.fences import (
 )
 from fulgurite.consumers.otlp import batches
 from fulgurite.consumers.otlp.wire import Malformed
+from fulgurite.producers.raw import Undecodable
 from fulgurite.schemas import topics
 from fulgurite.schemas.migrations import connection_options
 from fulgurite.schemas.settings import ClickHouseSettings

@@ -19,6 +19,8 @@ from fulgurite.consumers.translator.rewards import TELL_TALES, Refused, rewards_
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.kafka import connection_options
 from fulgurite.producers.publisher import Acknowledgement, Publisher
+from fulgurite.producers.raw import Undecodable
+from fulgurite.producers.reading import fetch
 from fulgurite.producers.redaction import Redactor
 from fulgurite.producers.service import run_service
 from fulgurite.schemas.dead_letters import DeadLetter
@@ -76,7 +78,7 @@ async def _serve(settings: Settings, checkpoint: Checkpoint) -> None:
             logger.info("ready: rewards from %s to %s", settings.kafka.topic(OTLP_SPANS), settings.kafka.topic(REWARDS))
             while True:
                 # 1
-                batches = await consumer.getmany(timeout_ms=POLL_MS, max_records=BATCH_RECORDS)
+                batches = await fetch(settings.kafka, consumer, timeout_ms=POLL_MS, max_records=BATCH_RECORDS)
                 if not batches:
                     continue
                 await checkpoint("read")
@@ -94,11 +96,12 @@ async def _serve(settings: Settings, checkpoint: Checkpoint) -> None:
             await publisher.close(0)
 
 
-async def publish(publisher: Publisher, records: Iterable[Record]) -> None:
+async def publish(publisher: Publisher, records: Iterable[Record | Undecodable]) -> None:
     """Returns when the broker has the rewards of all these records."""
     found: list[Reward | DeadLetter] = []
     for record in records:
-        found += _events(record, publisher.redactor)
+        if not isinstance(record, Undecodable):  # the materialiser's to tell, once
+            found += _events(record, publisher.redactor)
     backoff = Backoff(logger)
     while found:
         try:

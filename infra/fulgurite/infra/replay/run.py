@@ -13,10 +13,10 @@ from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, TypeVar
 
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from clickhouse_connect.driver.exceptions import OperationalError
 
-from fulgurite.consumers.materialiser.blocks import LINE_TOPICS, Partition, missing
+from fulgurite.consumers.materialiser.blocks import DEAD_LETTERS_TABLE, LINE_TOPICS, Partition, missing
 from fulgurite.consumers.materialiser.errors import Rejected, TooLarge, Unavailable
 from fulgurite.consumers.materialiser.lines import line_feeds
 from fulgurite.consumers.materialiser.partition import BATCH_LINES
@@ -24,13 +24,15 @@ from fulgurite.infra.replay import marks
 from fulgurite.infra.replay.marks import Mark
 from fulgurite.infra.replay.store import Range, ReplayStore
 from fulgurite.producers.kafka import connection_options
+from fulgurite.producers.raw import Undecodable
+from fulgurite.producers.reading import Fetched, fetch
 from fulgurite.schemas.settings import KafkaSettings
 
 if TYPE_CHECKING:
     from clickhouse_connect.driver import Client
 
 T = TypeVar("T")
-Kafka = ConsumerRecord[bytes, bytes]
+Kafka = Fetched
 
 CHUNK_RECORDS = 5_000
 CHUNK_BYTES = 16 * 1024 * 1024
@@ -83,6 +85,7 @@ class Replayer:
     """Use as `async with`; `run` for one partition after the other."""
 
     def __init__(self, kafka: KafkaSettings, client: Client, store: ReplayStore, watch: Watch) -> None:
+        self._kafka = kafka
         self._client = client
         self._store = store
         self._watch = watch
@@ -156,7 +159,7 @@ class Replayer:
             if not reading.buffer:
                 if await self._consumer.position(reading.tp) >= hi:
                     return chunk, hi
-                found = await self._consumer.getmany(reading.tp, timeout_ms=POLL_MS)
+                found = await fetch(self._kafka, self._consumer, reading.tp, timeout_ms=POLL_MS)
                 reading.buffer.extend(record for record in found.get(reading.tp, []) if record.offset >= lo)
                 if found:
                     waited = time.monotonic()
@@ -196,6 +199,10 @@ class Replayer:
             lacking = [r for r in records if missing(where.partition.topic, present.get(r.offset, 0))]
             self._watch.checkpoint("asked")
             # 3
+            for record in [record for record in lacking if isinstance(record, Undecodable)]:
+                lacking.remove(record)
+                if not present.get(record.offset, 0) & DEAD_LETTERS_TABLE:
+                    await self._store.undecodable_once(where.partition, record, f"{token}-{record.offset}-undecodable")
             if lacking:
                 try:
                     await self._insert(where, lacking, token, present)

@@ -16,6 +16,7 @@ from fulgurite.consumers.materialiser.blocks import DEAD_LETTERS_TABLE, OWN_TABL
 from fulgurite.consumers.materialiser.errors import Unavailable
 from fulgurite.consumers.materialiser.fences import Guard
 from fulgurite.consumers.materialiser.store import TABLES, Store
+from fulgurite.producers.raw import Undecodable
 
 DEAD_LETTERS = "dead_letters"
 QUIET_SECONDS = 0.1
@@ -58,6 +59,10 @@ class ReplayStore(Store):
     async def insert_refused(self, partition: Partition, record: Record, message: str, token: str) -> None:
         """A record no table takes, as a dead letter. Raises Unavailable."""
         await self.insert_dead(Slice(partition, [record]), message, self._by_token(partition, token))
+
+    async def undecodable_once(self, partition: Partition, record: Undecodable, token: str) -> None:
+        """A record that nobody can decode, as a dead letter. Raises Unavailable."""
+        await self.insert_undecodable(Slice(partition, [record]), self._by_token(partition, token))
 
     def _by_token(self, partition: Partition, token: str) -> Guard:
         settings: dict[str, str | int] = {

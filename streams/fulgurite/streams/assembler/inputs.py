@@ -17,15 +17,16 @@ import asyncio
 import logging
 import time
 from collections import defaultdict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaError
-from aiokafka.structs import ConsumerRecord, TopicPartition
+from aiokafka.structs import TopicPartition
 
 from fulgurite.producers.kafka import connection_options
+from fulgurite.producers.reading import fetch
 from fulgurite.schemas import topics
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.settings import KafkaSettings
@@ -34,8 +35,6 @@ from fulgurite.streams.assembler.rollouts import Held
 from fulgurite.streams.transactions import patiently
 
 logger = logging.getLogger(__name__)
-
-Records = Mapping[TopicPartition, Sequence[ConsumerRecord[bytes | None, bytes | None]]]
 
 POLL_MS = 100
 """A poll returns at once when there is a record. A transaction's marker is none: it is noticed after this."""
@@ -125,7 +124,7 @@ class Inputs:
         """Reads on from a wanted record until the next wanted one is too far away."""
         self._again.seek(tp, offset)
         while True:
-            found: Records = await self._again.getmany(tp, timeout_ms=POLL_MS, max_records=POLL_RECORDS)
+            found = await fetch(self._settings, self._again, tp, timeout_ms=POLL_MS, max_records=POLL_RECORDS)
             for record in found.get(tp, ()):
                 if record.offset in wanted:
                     values[tp, record.offset] = record.value or EXPIRED

@@ -41,7 +41,7 @@ What becomes a dead letter here (stage `assembler`) is only what the materialise
 trajectory was emitted before it came; spans of superseded attempts are just not used) and `unknown_rollout` (nobody
 announced its rollout within orphan_seconds, and `rollouts` had been read to its end after that); one for each line of
 the rollout, with the line's number, as the materialiser's. Records that are not
-spans, rewards or events are counted and logged: the materialiser reads the same bytes and keeps them with the reason.
+spans, rewards or events, or that nobody can decode, are counted and logged: the materialiser reads the same bytes and keeps them with the reason.
 Spans without a rollout_id are plain traces and no concern of this service, nor are rewards given to a trajectory that
 exists (HEADER_AFTER_END).
 
@@ -60,8 +60,11 @@ import logging
 import time
 from collections import Counter
 
+from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 
+from fulgurite.producers.raw import Undecodable
+from fulgurite.producers.reading import Records, fetch
 from fulgurite.producers.service import run_service
 from fulgurite.schemas.codec import decode_union
 from fulgurite.schemas.errors import InvalidEvent
@@ -69,7 +72,7 @@ from fulgurite.schemas.rewards import HEADER_AFTER_END
 from fulgurite.schemas.rollouts import ROLLOUT_EVENT
 from fulgurite.schemas.settings import Settings
 from fulgurite.streams.assembler.assembly import MAX_UNSENT_BYTES, Assembly
-from fulgurite.streams.assembler.inputs import POLL_MS, POLL_RECORDS, Inputs, Records
+from fulgurite.streams.assembler.inputs import POLL_MS, POLL_RECORDS, Inputs
 from fulgurite.streams.assembler.lines import attempts_of
 from fulgurite.streams.assembler.outputs import records
 from fulgurite.streams.assembler.restart import restore
@@ -181,9 +184,12 @@ class Assembler:
             while self.state.unsent_bytes > MAX_UNSENT_BYTES:
                 self._committed.clear()
                 await self._committed.wait()
-            found: Records = await self._inputs.data.getmany(timeout_ms=POLL_MS, max_records=POLL_RECORDS)
+            found = await self._fetch(self._inputs.data)
             for tp, batch in found.items():
                 for record in batch:
+                    if isinstance(record, Undecodable):
+                        self.state.counts["invalid"] += 1
+                        continue
                     if any(name == HEADER_AFTER_END for name, _ in record.headers):
                         continue
                     value = record.value or b""
@@ -250,12 +256,17 @@ class Assembler:
             if not record.done and record.value is None:
                 self.state.read_again(record, values[record.tp, record.offset])
 
+    async def _fetch(self, consumer: AIOKafkaConsumer) -> Records:
+        return await fetch(self._settings.kafka, consumer, timeout_ms=POLL_MS, max_records=POLL_RECORDS)
+
     async def _read_events_once(self) -> None:
-        found: Records = await self._inputs.rollouts.getmany(timeout_ms=POLL_MS, max_records=POLL_RECORDS)
+        found = await self._fetch(self._inputs.rollouts)
         ended: list[Pending] = []
         for tp, batch in found.items():
             for record in batch:
                 try:
+                    if isinstance(record, Undecodable):
+                        raise InvalidEvent("undecodable", record.why)
                     event = decode_union(ROLLOUT_EVENT, "RolloutEvent", record.value)
                 except InvalidEvent:
                     self.state.counts["invalid"] += 1

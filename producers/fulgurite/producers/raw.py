@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import asyncio
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
 
@@ -21,7 +21,6 @@ from aiokafka.errors import CorruptRecordException, LeaderNotAvailableError, Uns
 from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.record.default_records import DefaultRecordBatch
 
-from fulgurite.consumers.materialiser.blocks import Undecodable
 from fulgurite.producers.kafka import connection_options
 from fulgurite.schemas.settings import KafkaSettings
 
@@ -39,6 +38,19 @@ _DECODERS: Final = {1: codec.gzip_decode, 2: codec.snappy_decode, 3: codec.lz4_d
 
 
 @dataclass(frozen=True, slots=True)
+class Undecodable:
+    """A record that is none, for what is wrong with its bytes."""
+
+    offset: int
+    timestamp: int
+    key: bytes | None
+    value: bytes | None
+    """All of the record, where its value cannot be told."""
+    why: str
+    headers: Sequence[tuple[str, bytes]] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Read:
     """What lies from an offset on."""
 
@@ -50,7 +62,7 @@ class Read:
 async def read(settings: KafkaSettings, tp: TopicPartition, offset: int) -> Read:
     """By a connection of its own. Raises what aiokafka and its codecs raise."""
     async with asyncio.timeout(READ_SECONDS):
-        client = AIOKafkaClient(**connection_options(settings), client_id="fulgurite-materialiser-raw")
+        client = AIOKafkaClient(**connection_options(settings), client_id="fulgurite-raw")
         try:
             await client.bootstrap()
             await client.set_topics([tp.topic])

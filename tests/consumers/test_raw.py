@@ -6,8 +6,7 @@ import pytest
 from aiokafka import TopicPartition
 from aiokafka.errors import CorruptRecordException
 
-from fulgurite.consumers.materialiser.blocks import Undecodable
-from fulgurite.consumers.materialiser.raw import unpacked
+from fulgurite.producers.raw import Undecodable, unpacked
 from tests.consumers.poison import BAD_NAME, POISON, batch
 
 TP = TopicPartition("t", 0)
