@@ -41,7 +41,8 @@ What becomes a dead letter here (stage `assembler`) is only what the materialise
 trajectory was emitted before it came; spans of superseded attempts are just not used) and `unknown_rollout` (nobody
 announced its rollout within orphan_seconds, and `rollouts` had been read to its end after that); one for each line of
 the rollout, with the line's number, as the materialiser's. Records that are not
-spans, rewards or events, or that nobody can decode, are counted and logged: the materialiser reads the same bytes and keeps them with the reason.
+spans, rewards or events, or that nobody can decode, are counted and logged: the materialiser reads the same bytes and
+keeps them with the reason.
 Spans without a rollout_id are plain traces and no concern of this service, nor are rewards given to a trajectory that
 exists (HEADER_AFTER_END).
 
