@@ -28,6 +28,8 @@ from fulgurite.consumers.materialiser.blocks import (
 )
 from fulgurite.consumers.materialiser.errors import Fenced, Rejected, TooLarge, Unavailable
 from fulgurite.consumers.materialiser.fences import greater_fence
+from fulgurite.consumers.materialiser.history import Incarnation, Look
+from fulgurite.consumers.materialiser.metrics import Metrics
 from fulgurite.consumers.materialiser.offsets import Lost, Offsets
 from fulgurite.consumers.materialiser.partition import Budget, PartitionBuffer
 from fulgurite.consumers.materialiser.store import LogEntry, Store
@@ -58,6 +60,8 @@ class Server:
     rows: Counter[tuple[int, int]] = field(default_factory=Counter[tuple[int, int]])
     dead: Counter[tuple[int, int]] = field(default_factory=Counter[tuple[int, int]])
     fences: dict[int, str] = field(default_factory=dict[int, str])
+    times: dict[tuple[int, int], int] = field(default_factory=dict[tuple[int, int], int])
+    """Of rows; 1 where it is not said."""
     log: dict[int, int] = field(default_factory=dict[int, int])
     running: list[set[int]] = field(default_factory=list[set[int]])
     inserts: list[list[tuple[int, list[int]]]] = field(default_factory=list[list[tuple[int, list[int]]]])
@@ -154,6 +158,13 @@ class FakeStore:
         await self.server.turns()
         return fence
 
+    async def times(self, offsets: Mapping[Partition, Collection[int]]) -> dict[Partition, dict[int, int]]:
+        return {
+            part: {at: self.server.times.get((part.number, at), 1) for at in some if (part.number, at) in known}
+            for known in [set(self.server.rows) | set(self.server.dead)]
+            for part, some in offsets.items()
+        }
+
     async def running(self, partitions: Sequence[Partition]) -> bool:
         await self.server.turns()
         numbers = {part.number for part in partitions}
@@ -206,6 +217,19 @@ class FakeConsumer:
         return dict.fromkeys(partitions, self.end)
 
 
+@dataclass
+class FakeHistory:
+    """Of a log whose records all have one time."""
+
+    consumer: FakeConsumer
+    incarnation: Incarnation = field(default_factory=lambda: Incarnation("t", 0))
+    time_ms: int = 1
+
+    async def look(self, places: Mapping[TopicPartition, int]) -> dict[TopicPartition, Look]:
+        times = dict.fromkeys(range(self.consumer.end), self.time_ms)
+        return {tp: Look(self.incarnation, {at: ms for at, ms in times.items() if at >= places[tp]}) for tp in places}
+
+
 class Member:
     """One materialiser's writer of one topic."""
 
@@ -219,6 +243,7 @@ class Member:
         name: str = "a",
     ) -> None:
         self.server, self.consumer, self.group = server, FakeConsumer(), FakeGroup()
+        self.history, self.metrics = FakeHistory(self.consumer), Metrics()
         self.finished: list[LogEntry] = []
         self.budget = Budget()
         shared = Shared(
@@ -227,6 +252,9 @@ class Member:
             store=cast(Store, FakeStore(server, name)),
             offsets=cast(Offsets, self.group),
             inserts=asyncio.Semaphore(2),
+            history=self.history,
+            topic_ids={},
+            metrics=self.metrics,
             finished=self._finish,
         )
         self.buffers = {

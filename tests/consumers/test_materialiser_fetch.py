@@ -72,7 +72,11 @@ def fetching(log: Log, monkeypatch: pytest.MonkeyPatch) -> tuple[Fetching, list[
         buffer.settle("fence", 0, {})
     metrics = Metrics()
     metrics.joined()
-    return Fetching(buffers, lambda topic: None, log.read, 100, metrics), list(buffers.values()), metrics
+    return (
+        Fetching(buffers, lambda topic: None, log.read, lambda tp, why: None, 100, metrics),
+        list(buffers.values()),
+        metrics,
+    )
 
 
 def offsets(buffer: PartitionBuffer) -> list[int]:

@@ -15,7 +15,6 @@ from fulgurite.consumers.materialiser import topic as topic_module
 from fulgurite.consumers.materialiser.blocks import Partition, Slice, TooManyLines, block, dead_block
 from fulgurite.consumers.materialiser.store import LogEntry
 from fulgurite.schemas import topics
-from fulgurite.schemas.errors import StartError
 from tests.consumers.materialiser_fakes import FakeRecord, Member, Server, partition
 
 
@@ -190,13 +189,6 @@ async def test_a_running_insert_of_a_predecessor_is_waited_for(server: Server, m
     assert not any(buffer.settled for buffer in member.buffers.values())
     server.running.clear()
     await member.until(lambda: all(buffer.settled for buffer in member.buffers.values()))
-
-
-async def test_a_topic_that_is_another_one_is_refused(server: Server, members: list[Member]) -> None:
-    server.log[0] = 2_000
-    members.append(member := Member(server))
-    with pytest.raises(StartError, match="ends at offset 1000, but ClickHouse has its records up to 1999"):
-        await member.start()
 
 
 async def test_a_full_buffer_pauses_its_partition_until_it_is_drained(

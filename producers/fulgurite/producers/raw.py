@@ -69,10 +69,17 @@ async def read(settings: KafkaSettings, tp: TopicPartition, offset: int) -> Read
             leader = client.cluster.leader_for_partition(tp)
             if leader is None or leader < 0:
                 raise LeaderNotAvailableError(tp)
-            wanted = [(tp.topic, [(tp.partition, offset, READ_BYTES)])]
-            answer: Any = await client.send(leader, FetchRequest(500, 1, READ_BYTES, READ_COMMITTED, wanted))
+            return await fetched(client, leader, tp, offset, READ_BYTES)
         finally:
             await client.close()
+
+
+async def fetched(
+    client: AIOKafkaClient, leader: int, tp: TopicPartition, offset: int, most_bytes: int, wait_ms: int = 500
+) -> Read:
+    """From this broker. Raises what aiokafka and its codecs raise."""
+    wanted = [(tp.topic, [(tp.partition, offset, most_bytes)])]
+    answer: Any = await client.send(leader, FetchRequest(wait_ms, 1, most_bytes, READ_COMMITTED, wanted))
     ((_, ((_, code, _, *more),)),) = answer.topics
     if code:
         raise for_code(code)(tp)

@@ -7,6 +7,7 @@ record holds several spans or rewards, each of them does.
     waits for    ClickHouse's answer to an insert, one or two at once; records are fetched meanwhile, within bounds
     unblocked by the answer. Transient errors are retried for ever; a record no table takes is a dead letter
 
+    watch.py ─► 0, when a log changed; history.py: is it the one that the tables know
     Kafka ─► fetch.py ─► partition.py ─► topic.py ─► store.py ─► ClickHouse
              │           what waits      one insert   │
              │                           for all      fences.py: who may insert
@@ -15,7 +16,11 @@ record holds several spans or rewards, each of them does.
 The contract, for the partitions of a topic that a consumer was assigned, or whose last insert nobody knows the end of.
 The code carries these numbers.
 
-    0  settle   0.1 Ask the log of inserts where each of them ends (L).
+    0  settle   0.1 Ask the log of inserts where each of them ends (L). Look whether Kafka's log is still the one whose
+                    records the tables have (history.py): that it reaches to L, that records before L and where
+                    leaders' epochs begin have the times of their rows, that the topic has the id it had. A partition
+                    that has another log stands still, not ready, says what to do, and is looked at again every 5 s;
+                    the others go on.
                 0.2 Commit L with our generation: Kafka refuses it from a consumer that is no longer of the group.
                 0.3 Write a fence with a greater epoch than any, for all of them. From now on the server refuses each
                     insert that begins with another one (fences.py says why that holds).
@@ -26,6 +31,10 @@ The code carries these numbers.
                 fetch, whose records are gone with the positions advanced, the partitions that were asked are sought
                 back to what is wanted next. One that cannot be decoded is a dead letter (`undecodable`); where a whole
                 batch cannot be read, its partition stands still and is tried again, not ready.
+                A partition whose topic's id or leader's epoch is another one than when it was settled, whose log ends
+                before what was read or lacks what is wanted next (watch.py, fetch.py), forgets what it read and has not
+                taken, and goes back to 0. What it inserted of another log until then is found by 0.1: that log
+                began where an epoch does.
     1  insert   One block of records of several partitions, one synchronous insert, guarded by their fences. Of a record
                 a table takes all rows or none. Refused by its guard, no answer, an error: back to 0 with all
                 partitions of the insert, so that one still on its way is refused, and insert what is missing then. An

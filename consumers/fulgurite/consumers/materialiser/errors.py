@@ -20,6 +20,10 @@ class Fenced(Unavailable):
     """A partition of the insert is somebody else's, or ours by a newer fence: nothing was inserted."""
 
 
+class OtherLog(Exception):
+    """What Kafka has of a partition are not the records that the tables have. Says what to do."""
+
+
 class TooLarge(Unavailable):
     """The insert needs more memory than the server has to give; some tables may have their part."""
 

@@ -26,6 +26,7 @@ from aiokafka.errors import (
     CorruptRecordException,
     IllegalStateError,
     KafkaError,
+    OffsetOutOfRangeError,
     RecordTooLargeError,
     TopicAuthorizationFailedError,
     UnsupportedCodecError,
@@ -68,13 +69,16 @@ class Fetching:
         buffers: Mapping[TopicPartition, PartitionBuffer],
         wake: Callable[[str], None],
         read: Callable[[TopicPartition, int], Awaitable[Read]],
+        doubt: Callable[[TopicPartition, str], None],
         batch_records: int,
         metrics: Metrics,
     ) -> None:
-        """`buffers` are those of the moment; `wake` is told a topic whose buffers got records; `read` is raw.read."""
+        """`buffers` are those of the moment; `wake` is told a topic whose buffers got records; `read` is raw.read;
+        `doubt` is told of a partition whose log lacks what is wanted next."""
         self._buffers = buffers
         self._wake = wake
         self._read = read
+        self._doubt = doubt
         self._batch_records = batch_records
         self._metrics = metrics
         self._apart_until = 0.0
@@ -108,6 +112,10 @@ class Fetching:
             found = await consumer.getmany(*asked, timeout_ms=timeout_ms, max_records=self._batch_records)
         except ConsumerStoppedError:
             raise
+        except OffsetOutOfRangeError as error:  # raised where nothing was drained
+            for tp, offset in error.args[0].items():
+                self._doubt(tp, f"its log has no offset {offset}")
+            return False
         except Exception as error:  # decoders raise errors of many kinds, and each loses what was drained
             self._seek_back(asked or list(self._buffers))
             await self._failed(asked, error)

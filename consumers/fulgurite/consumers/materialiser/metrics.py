@@ -12,7 +12,7 @@ others say what happened.
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_asgi_app
@@ -61,6 +61,7 @@ class Metrics:
         self.left()
         self._cannot_read: dict[str, str] = {}
         self._silent: dict[str, str] = {}
+        self._lacking: dict[str, str] = {}
         self._lags: dict[str, Lag] = {}
 
     def _name(self, name: str) -> str:
@@ -116,6 +117,10 @@ class Metrics:
     def heard(self, topic: str, partition: int) -> None:
         self._silent.pop(f"{topic}-{partition}", None)
 
+    def lacking_topics(self, topics: Collection[str]) -> None:
+        """These of ours are not in Kafka."""
+        self._lacking = dict.fromkeys(sorted(topics), "the topic is not in Kafka, or has no leader")
+
     def not_fetched(self, why: str) -> None:
         """Of all partitions, until the next success."""
         self._cannot_read["fetch"] = why
@@ -163,7 +168,7 @@ class Metrics:
             for name, lag in self._lags.items()
             if lag.seconds > ready_lag_seconds
         }
-        return late | self._silent | self._waits_for | self._cannot_read
+        return late | self._lacking | self._silent | self._waits_for | self._cannot_read
 
     def app(self, ready_lag_seconds: float) -> Starlette:
         async def ready(request: Request) -> JSONResponse:

@@ -16,6 +16,7 @@ from typing import Protocol
 from aiokafka import TopicPartition
 
 from fulgurite.consumers.materialiser.blocks import LINE_TOPICS, MAX_LINES, Partition, Record, Slice, missing
+from fulgurite.consumers.materialiser.history import Incarnation
 from fulgurite.consumers.materialiser.lines import line_feeds
 from fulgurite.consumers.materialiser.metrics import Lag
 
@@ -66,6 +67,10 @@ class PartitionBuffer:
         self.settled = False
         """Whether it is known what the tables have of it, and that nobody else inserts there."""
         self.fence = ""
+        self.incarnation: Incarnation | None = None
+        """Of the log, as it was when it was last settled."""
+        self.try_at = 0.0
+        """When, by the monotonic clock, it may be settled next."""
         self.closed = False
         self.bytes = 0
         """Of the buffer."""
@@ -164,17 +169,28 @@ class PartitionBuffer:
         are in tables. Raises IllegalStateError when it is not assigned any more."""
         self.fence = fence
         self._present = dict(present)
-        self.first = max(self.first, begin)
+        self.first = max(self.first, begin) if self._reading else begin
         while self._is_there(self.first):
             self._present.pop(self.first)
             self.first += 1
-        self._next = max(self._next, self.first)
+        self._next = max(self._next, self.first) if self._reading else self.first
         if not self._reading:
             self._consumer.seek(self.tp, self.first)
             self._reading = True
         self._drop_present()
         self.settled = True
         self._breathe()
+
+    def forget(self) -> None:
+        """What was read may be of another log than what comes: as if it was never settled. What is taken, stays."""
+        self.settled = self._reading = False
+        self._budget.used -= self.bytes
+        self._buffer.clear()
+        self._present.clear()
+        self.bytes = self.first = self._next = 0
+        if not self._paused:
+            self._paused = True
+            self._consumer.pause(self.tp)
 
     def take(self, room: Room, *, at_least_one: bool) -> Slice | None:
         """Records for an insert, as many as have room. None: not even one has."""

@@ -19,6 +19,7 @@ from aiokafka import ConsumerRebalanceListener, TopicPartition
 from fulgurite.consumers.materialiser.blocks import Partition
 from fulgurite.consumers.materialiser.errors import Unavailable
 from fulgurite.consumers.materialiser.fetch import Fetching
+from fulgurite.consumers.materialiser.history import History
 from fulgurite.consumers.materialiser.lag import LagMeter
 from fulgurite.consumers.materialiser.metrics import Metrics
 from fulgurite.consumers.materialiser.offsets import Offsets
@@ -27,6 +28,7 @@ from fulgurite.consumers.materialiser.start import connected, tables_ready, topi
 from fulgurite.consumers.materialiser.store import TABLES, LogEntry, Store
 from fulgurite.consumers.materialiser.stream import subscribe
 from fulgurite.consumers.materialiser.topic import Checkpoint, Shared, TopicWriter, no_checkpoint
+from fulgurite.consumers.materialiser.watch import Watch
 from fulgurite.producers.raw import read
 from fulgurite.producers.service import run_service, serve_asgi, spare_the_collector
 from fulgurite.schemas.settings import MaterialiserSettings, Settings
@@ -110,16 +112,20 @@ class Materialiser(ConsumerRebalanceListener):
         self._inserts = asyncio.Semaphore(CONCURRENT_INSERTS)
         self._budget = Budget(BUFFER_BYTES)
         self.metrics = metrics
+        self._topic_ids: dict[TopicPartition, str] = {}
         self._to_check: dict[TopicPartition, LogEntry] = {}
         self._check_at = 0.0
         self._finished: list[LogEntry] = []
         self._flushing = asyncio.Lock()
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._broker, self._subscriber = subscribe(settings, self._group, list(self._topics), self)
+        self._history = History(settings.kafka)
+        self._watch_logs = Watch(list(self._topics), self._buffers, self._history, self._doubt, metrics)
         self._fetching = Fetching(
             self._buffers,
             wake=self._wake,
             read=lambda tp, offset: read(settings.kafka, tp, offset),
+            doubt=self._doubt,
             batch_records=settings.materialiser.batch_records,
             metrics=self.metrics,
         )
@@ -135,6 +141,7 @@ class Materialiser(ConsumerRebalanceListener):
             assert consumer is not None
             tasks.append(asyncio.create_task(self._fetching.run(consumer)))
             tasks.append(asyncio.create_task(LagMeter(self._buffers, self.metrics).run(consumer)))
+            tasks.append(asyncio.create_task(self._watch_logs.run(consumer)))
             stopping = asyncio.create_task(stop.wait())
             await asyncio.wait({stopping, self._failed, *tasks}, return_when=asyncio.FIRST_COMPLETED)
             stopping.cancel()
@@ -148,6 +155,7 @@ class Materialiser(ConsumerRebalanceListener):
                 task.cancel()
             await asyncio.gather(*tasks, return_exceptions=True)
             await self._flush_within(STOP_SECONDS)
+            await self._history.close()
             await self._broker.stop()
 
     async def on_partitions_revoked(  # pyright: ignore[reportIncompatibleMethodOverride]  (aiokafka awaits it)
@@ -166,12 +174,16 @@ class Materialiser(ConsumerRebalanceListener):
         self._offsets = self._offsets or Offsets(consumer)
         # Nothing is fetched until it is known where to begin.
         consumer.pause(*assigned)
+        for tp in assigned:
+            consumer.seek(tp, 0)  # else aiokafka asks for what was committed, and raises where nothing was
         shared = Shared(
             settings=self._settings.materialiser,
             consumer=consumer,
             store=self._store,
             offsets=self._offsets,
             inserts=self._inserts,
+            history=self._history,
+            topic_ids=self._topic_ids,
             finished=self._finished.append,
             checkpoint=self._checkpoint,
             metrics=self.metrics,
@@ -192,6 +204,10 @@ class Materialiser(ConsumerRebalanceListener):
     def _wake(self, topic: str) -> None:
         if (writer := self._writers.get(topic)) is not None:
             writer.wake()
+
+    def _doubt(self, tp: TopicPartition, why: str) -> None:
+        if (writer := self._writers.get(tp.topic)) is not None:
+            writer.doubt(tp, why)
 
     async def _end_writers(self) -> None:
         tasks, self._tasks = self._tasks, []

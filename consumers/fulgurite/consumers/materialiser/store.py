@@ -231,6 +231,26 @@ class Store:
                 tables[offset] = tables.get(offset, 0) | bit
         return found
 
+    async def times(self, offsets: Mapping[Partition, Collection[int]]) -> dict[Partition, dict[int, int]]:
+        """Of those of these offsets of one topic's partitions that are in the tables, Kafka's times in ms. Raises
+        Unavailable."""
+        found: dict[Partition, dict[int, int]] = {partition: {} for partition in offsets}
+        by_number = {partition.number: partition for partition in offsets}
+        first = next(iter(offsets))
+        where = " OR ".join(
+            f"(_partition = {part.number} AND _offset IN ({', '.join(map(str, some))}))"
+            for part, some in offsets.items()
+            if some
+        )
+        for table in {TABLES[first.topic], "dead_letters"} if where else set[str]():
+            query = (
+                f"SELECT DISTINCT _partition, _offset, toUnixTimestamp64Milli(_ts) FROM {table} "
+                f"WHERE _topic = {{name:String}} AND ({where})"
+            )
+            for number, offset, time_ms in await self._query(query, {"name": first.name}):
+                found[by_number[number]][offset] = time_ms
+        return found
+
     async def missing(self, partition: Partition, lo: int, hi: int) -> int:
         """How many offsets of lo..hi are in no table. Raises Unavailable."""
         where = (

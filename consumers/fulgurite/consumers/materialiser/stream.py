@@ -1,6 +1,6 @@
 """FastStream's part of the materialiser: connection and subscription.
 
-Promises: a consumer that reads from the earliest record on, committed ones only, and commits nothing by itself. It has
+Promises: a consumer that reads from where it is sought, committed records only, and commits nothing by itself. It has
 no handler, so FastStream fetches nothing: its loop goes on after errors that lost records, it parses every message as
 JSON, and its acknowledgements commit everything that was fetched. fetch.py does it.
 """
@@ -20,6 +20,8 @@ from fulgurite.schemas.settings import Settings
 logger = logging.getLogger(__name__)
 logger.setLevel(logging.ERROR)  # FastStream says at INFO what it does, and that topics are not created for it
 
+METADATA_SECONDS = 10
+"""How old aiokafka's metadata may be: so long partitions that were added, or a topic that is there again, wait."""
 FETCH_BYTES = 8 * 1024 * 1024
 """Of one partition at a time; also the largest record, or it would never come."""
 
@@ -36,12 +38,14 @@ def subscribe(
         apply_types=False,
         logger=logger,
         client_id="fulgurite-materialiser",
+        metadata_max_age_ms=METADATA_SECONDS * 1000,
     )
     session_ms = int(settings.materialiser.session_seconds * 1000)
     subscriber = broker.subscriber(
         *topics,
         group_id=group,
-        auto_offset_reset="earliest",
+        # It would go elsewhere without a word, in a log that is another one than what the tables know.
+        auto_offset_reset="none",
         isolation_level="read_committed",
         max_partition_fetch_bytes=FETCH_BYTES,
         session_timeout_ms=session_ms,

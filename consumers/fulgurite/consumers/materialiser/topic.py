@@ -13,20 +13,24 @@ records, lines and bytes, less after one that needed too much memory; a pause be
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import time
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import Protocol
 
+from aiokafka import TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError
 
+from fulgurite.consumers.materialiser.agreement import another, ends_before
 from fulgurite.consumers.materialiser.blocks import DEAD_LETTERS_TABLE, Partition, Slice, halves, parted
-from fulgurite.consumers.materialiser.errors import Rejected, TooLarge, Unavailable
+from fulgurite.consumers.materialiser.errors import OtherLog, Rejected, TooLarge, Unavailable
+from fulgurite.consumers.materialiser.history import NEAR, Look
 from fulgurite.consumers.materialiser.metrics import Metrics
 from fulgurite.consumers.materialiser.offsets import Lost, Offsets
 from fulgurite.consumers.materialiser.partition import BATCH_BYTES, BATCH_LINES, Budget, Consumer, PartitionBuffer, Room
 from fulgurite.consumers.materialiser.store import LogEntry, Store
-from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.settings import MaterialiserSettings
 
 logger = logging.getLogger(__name__)
@@ -41,9 +45,17 @@ RETRY_SECONDS = (0.2, 5.0)
 QUIET_SECONDS = 0.05
 """How often the server is asked whether an insert still runs."""
 COMPLAIN_SECONDS = 5.0
+LOOK_AGAIN_SECONDS = 5.0
+"""How soon it is looked again at a log that is not the one of the tables: somebody may have mended it."""
 
 Checkpoint = Callable[[str, Partition], Awaitable[None]]
 """Awaited after each step with its name: tests crash there."""
+
+
+class Looking(Protocol):
+    """What is needed of History."""
+
+    async def look(self, places: Mapping[TopicPartition, int]) -> dict[TopicPartition, Look]: ...
 
 
 async def no_checkpoint(step: str, partition: Partition) -> None:
@@ -61,6 +73,9 @@ class Shared:
     inserts: asyncio.Semaphore
     """Inserts at once, over all topics."""
     finished: Callable[[LogEntry], None]
+    history: Looking
+    topic_ids: dict[TopicPartition, str]
+    """Kafka's ids of the topics whose partitions this process has settled."""
     checkpoint: Checkpoint = no_checkpoint
     budget: Budget = field(default_factory=Budget)
     metrics: Metrics = field(default_factory=Metrics)
@@ -85,8 +100,17 @@ class TopicWriter:
     def wake(self) -> None:
         self._changed.set()
 
+    def doubt(self, tp: TopicPartition, why: str) -> None:
+        """Its log may be another one than the tables know: what was read of it and not taken is forgotten."""
+        for buffer in self._buffers.values():
+            if buffer.tp == tp and buffer.reading:
+                logger.warning("%s: settled again: %s", buffer.partition, why, extra=_place(buffer.partition))
+                buffer.forget()
+                self._shared.metrics.retried(*_labels(buffer.partition), why)
+                self._doubt.set()
+
     async def run(self) -> None:
-        """Until cancelled. Raises StartError when a topic is another one than before."""
+        """Until cancelled."""
         for buffer in self._buffers.values():
             self._shared.metrics.resuming(*_labels(buffer.partition))
         tasks = [asyncio.create_task(work()) for work in (self._settle_always, *[self._insert_always] * LANES)]
@@ -103,9 +127,12 @@ class TopicWriter:
     async def _settle_always(self) -> None:
         while True:
             self._doubt.clear()
-            open_ones = [buffer for buffer in self._buffers.values() if not buffer.settled and not buffer.busy]
+            unsettled = [buffer for buffer in self._buffers.values() if not buffer.settled and not buffer.busy]
+            open_ones = [buffer for buffer in unsettled if buffer.try_at <= time.monotonic()]
             if not open_ones:
-                await self._doubt.wait()
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(LOOK_AGAIN_SECONDS if unsettled else None):
+                        await self._doubt.wait()
                 continue
             await asyncio.sleep(self._pause_seconds)
             try:
@@ -119,10 +146,14 @@ class TopicWriter:
     async def _settle(self, buffers: Sequence[PartitionBuffer]) -> None:
         """0: from the tables, whatever Kafka says was committed."""
         store = self._shared.store
-        ours = [buffer.partition for buffer in buffers]
         # 0.1
-        logged = await store.logged(ours)
-        since = {buffer.partition: max(logged[buffer.partition], buffer.first) for buffer in buffers}
+        logged = await store.logged([buffer.partition for buffer in buffers])
+        buffers = await self._of_the_same_log(buffers, logged)
+        if not buffers:
+            return
+        ours = [buffer.partition for buffer in buffers]
+        firsts = {buffer.partition: buffer.first if buffer.reading else 0 for buffer in buffers}
+        since = {partition: max(logged[partition], first) for partition, first in firsts.items()}
         # 0.2
         await self._shared.offsets.claim({buffer.tp: since[buffer.partition] for buffer in buffers})
         await self._at_checkpoint("claimed", ours)
@@ -138,7 +169,9 @@ class TopicWriter:
         for buffer in buffers:
             part = buffer.partition
             known = max(since[part], max(present[part], default=-1) + 1)
-            _refuse_another_topic(part, known, ends[buffer])
+            if known > ends[buffer]:
+                self._stand_still(buffer, ends_before(part, known, ends[buffer]))
+                continue
             if begins[buffer] > since[part] > 0:
                 expired = (part, begins[buffer] - since[part])
                 logger.error("%s: %d offsets expired before they were read", *expired, extra=_place(part, since[part]))
@@ -152,6 +185,34 @@ class TopicWriter:
             logger.info("%s: goes on at offset %d, %d later ones are there", *found, extra=_place(part, buffer.first))
         self._changed.set()
         await self._at_checkpoint("settled", ours)
+
+    async def _of_the_same_log(
+        self, buffers: Sequence[PartitionBuffer], logged: Mapping[Partition, int]
+    ) -> list[PartitionBuffer]:
+        """0.1: those whose log is the one that the tables have records of. The others stand still, and say so."""
+        begins, ends = await self._ends(buffers)
+        places = {buffer.tp: max(begins[buffer], logged[buffer.partition] - NEAR) for buffer in buffers}
+        looks = await self._shared.history.look(places)
+        times = await self._shared.store.times({b.partition: list(looks[b.tp].times) for b in buffers})
+        found: list[PartitionBuffer] = []
+        for buffer in buffers:
+            part, look = buffer.partition, looks[buffer.tp]
+            was = self._shared.topic_ids.get(buffer.tp, look.incarnation.topic_id)
+            why = another(part, logged[part], ends[buffer], look, times[part], was)
+            if why is not None:
+                self._stand_still(buffer, why)
+            else:
+                buffer.incarnation = look.incarnation
+                self._shared.topic_ids[buffer.tp] = look.incarnation.topic_id
+                found.append(buffer)
+        return found
+
+    def _stand_still(self, buffer: PartitionBuffer, why: OtherLog) -> None:
+        """Nothing of it is read or inserted until its log and its tables agree."""
+        buffer.forget()
+        buffer.try_at = time.monotonic() + LOOK_AGAIN_SECONDS
+        self._shared.metrics.retried(*_labels(buffer.partition), str(why))
+        logger.error("%s", why, extra=_place(buffer.partition))
 
     async def _ends(
         self, buffers: Sequence[PartitionBuffer]
@@ -299,15 +360,6 @@ class TopicWriter:
     async def _at_checkpoint(self, step: str, partitions: Sequence[Partition]) -> None:
         for partition in partitions:
             await self._shared.checkpoint(step, partition)
-
-
-def _refuse_another_topic(partition: Partition, known: int, end: int) -> None:
-    if known > end:
-        raise StartError(
-            f"{partition} ends at offset {end}, but ClickHouse has its records up to {known - 1}: the topic "
-            "was deleted and created again, or this database belongs to another cluster. Use another "
-            "kafka.topic_prefix or clickhouse.database, or delete this topic's rows, also those of ingest_log"
-        )
 
 
 def _labels(partition: Partition) -> tuple[str, int]:
