@@ -158,6 +158,9 @@ class FakeStore:
         await self.server.turns()
         return fence
 
+    async def marks(self, partitions: Collection[Partition]) -> dict[Partition, int]:
+        return {}
+
     async def times(self, offsets: Mapping[Partition, Collection[int]]) -> dict[Partition, dict[int, int]]:
         return {
             part: {at: self.server.times.get((part.number, at), 1) for at in some if (part.number, at) in known}

@@ -27,7 +27,6 @@ from fulgurite.infra.clickhouse import EmbeddedClickHouse
 from fulgurite.producers.service import run_service
 from fulgurite.schemas import topics
 from fulgurite.schemas.codec import encode
-from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.migrations import apply_migrations, connection_options
 from fulgurite.schemas.rollouts import RolloutQueued
 from fulgurite.schemas.settings import KafkaSettings, MaterialiserSettings, Settings, load_settings, to_environment
@@ -220,14 +219,6 @@ async def test_a_second_consumer_joins_and_the_first_is_killed(quick: Settings) 
             await until_rows(quick, "dead_letters", count // 10)
             await asyncio.sleep(1)
     assert_exactly_once(quick, count)
-
-
-async def test_a_topic_that_was_created_again_is_refused(quick: Settings) -> None:
-    await asyncio.to_thread(apply_migrations, quick.clickhouse)
-    name = quick.kafka.topic(topics.SPANS)
-    ask(quick, f"INSERT INTO ingest_log (_topic, _partition, lo, hi, records) VALUES ('{name}', 0, 0, 499, 500)")
-    with pytest.raises(StartError, match="ends at offset 0, but ClickHouse has its records up to 499"):
-        await asyncio.wait_for(serve(quick, asyncio.Event()), 60)
 
 
 async def test_commits_follow_and_transactions_are_respected(quick: Settings) -> None:

@@ -222,6 +222,13 @@ async def test_a_topic_that_was_made_anew_is_not_taken_for_the_old_one(world: Wo
         await ready(http, 200)
 
 
+async def test_a_database_of_another_cluster_is_said(world: World) -> None:
+    name = world.name(topics.SPANS)
+    world.ask(f"INSERT INTO ingest_log (_topic, _partition, lo, hi, records) VALUES ('{name}', 0, 0, 499, 500)")
+    async with running(world.settings) as http:
+        await not_ready(http, "ends at offset 0, but ClickHouse has its records up to 499")
+
+
 @pytest.mark.slow
 async def test_a_topic_that_is_not_there_is_said(world: World) -> None:
     async with running(world.settings) as http:

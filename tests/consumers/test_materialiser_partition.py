@@ -24,11 +24,9 @@ class Reader:
         self.fetched = 0
 
     def settle(self) -> None:
-        seeks = len(self.consumer.at)
-        present = {at: tables for at, tables in self.tables.items() if at >= self.buffer.first}
-        self.buffer.settle("fence", 0, present)
-        if len(self.consumer.at) > seeks:
-            self.fetched = self.consumer.at[0]
+        self.consumer.at.clear()
+        self.buffer.settle("fence", 0, self.tables)
+        self.fetched = self.consumer.at.get(0, self.fetched)
 
     def fetch(self, count: int) -> None:
         self.buffer.append(cast(Any, [FakeRecord(at) for at in range(self.fetched, self.fetched + count)]))

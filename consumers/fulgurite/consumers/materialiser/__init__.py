@@ -26,7 +26,8 @@ The code carries these numbers.
                     insert that begins with another one (fences.py says why that holds).
                 0.4 Wait until no insert that has one of them runs: those that had begun.
                 0.5 Ask the tables which offsets from L on they have. Nobody adds to them any more but us. Read from L
-                    on, skip what is there.
+                    on, skip what is there. What we know to have inserted counts for nothing: the database may be an
+                    older copy of what it was, and what it lacks is read again.
                 From then on every record that Kafka gives is appended in the order of the log. After any error of a
                 fetch, whose records are gone with the positions advanced, the partitions that were asked are sought
                 back to what is wanted next. One that cannot be decoded is a dead letter (`undecodable`); where a whole
@@ -35,13 +36,16 @@ The code carries these numbers.
                 before what was read or lacks what is wanted next (watch.py, fetch.py), forgets what it read and has not
                 taken, and goes back to 0. What it inserted of another log until then is found by 0.1: that log
                 began where an epoch does.
-    1  insert   One block of records of several partitions, one synchronous insert, guarded by their fences. Of a record
+    1  insert   One block of records of several partitions, one synchronous insert, guarded by their fences and by an
+                entry of each in the log of inserts, which a database that went back has no more. Of a record
                 a table takes all rows or none. Refused by its guard, no answer, an error: back to 0 with all
                 partitions of the insert, so that one still on its way is refused, and insert what is missing then. An
                 insert that the server refuses for what is in it left nothing: OTLP is then written so that it can be
                 read (consumers/otlp/mend.py), anything else is halved down to the record that nobody will take. One
                 that needs too much memory is made smaller.
-    2  log      ingest_log: lo..hi is in. At most a second later, for all partitions at once.
+    2  log      ingest_log: lo..hi is in. At most a second later, for all partitions at once. Where that fails, back to
+                0: the database that comes back may lack what was to be logged. Every 15 s the entries of 1 are looked
+                for, also where nothing is inserted.
     3  commit   Offset hi + 1: a hint for lag monitors.
 
 A crash after

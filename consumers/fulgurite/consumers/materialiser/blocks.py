@@ -69,6 +69,8 @@ class Slice:
     """By offset: the tables that have rows of a record already, OWN_TABLE, DEAD_LETTERS_TABLE or their sum."""
     fence: str = ""
     """Of whoever inserts them: see fences.py."""
+    mark: int | None = None
+    """Where an entry begins that the log of inserts has of the partition: it goes back where that is gone."""
 
 
 def missing(topic: Topic, present: int) -> int:

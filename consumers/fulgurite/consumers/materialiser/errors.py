@@ -9,7 +9,7 @@ from typing import Final
 
 from clickhouse_connect.driver.exceptions import Error
 
-from fulgurite.consumers.materialiser.fences import REFUSAL, REFUSAL_CODE
+from fulgurite.consumers.materialiser.fences import REFUSAL, REFUSAL_CODE, WENT_BACK
 
 
 class Unavailable(Exception):
@@ -17,7 +17,8 @@ class Unavailable(Exception):
 
 
 class Fenced(Unavailable):
-    """A partition of the insert is somebody else's, or ours by a newer fence: nothing was inserted."""
+    """A partition of the insert is somebody else's, or ours by a newer fence, or the database is an older copy of what
+    it was: nothing was inserted."""
 
 
 class OtherLog(Exception):
@@ -65,7 +66,7 @@ def meaning(error: Exception, refusals: frozenset[int]) -> Exception:
     """Of an insert's error, in the materialiser's terms."""
     text = first_line(error)
     code = error.code if isinstance(error, Error) else None
-    if code == REFUSAL_CODE and REFUSAL in text:
+    if code == REFUSAL_CODE and (REFUSAL in text or WENT_BACK in text):
         return Fenced(text)
     if code in _NO_MEMORY_CODES:
         return TooLarge(text)

@@ -17,6 +17,9 @@ quiet after that, and then have asked what is in the tables. Take any insert Q o
 So while an owner's inserts pass their guard, nobody else has inserted since it asked. Its own insert of unknown end has
 its older fence, and is such a Q. Two that take the same epoch differ in the rest of the fence; one of them is greater.
 
+The guard also looks for an entry of each partition in the log of inserts, its mark, and throws where it is gone:
+then an older copy of the database was restored under its owner, who has to ask the tables again.
+
 What that stands on. One server, or always the same replica of several: the next query must see fences, processes and
 rows of the last one, which no other replica promises, and a load balancer breaks it. One user for all materialisers, or
 one that may see the queries of others. An engine that crashes takes its running inserts with it. Should it forget
@@ -36,6 +39,9 @@ from fulgurite.consumers.materialiser.blocks import Partition, Slice
 REFUSAL: Final = "fenced by another owner"
 """In the message of an insert that its guard refused, whose code is REFUSAL_CODE."""
 REFUSAL_CODE: Final = 395
+
+WENT_BACK: Final = "the log of inserts lacks what it had: an older copy of the database was restored"
+"""In the message of an insert whose partition's mark is gone; its code is the same."""
 
 PREFIX: Final = "fulgurite materialiser"
 
@@ -68,9 +74,22 @@ def fenced(database: str, slices: Sequence[Slice]) -> Guard:
         f"WHERE _topic = {name} AND _partition IN ({numbers}) GROUP BY _partition"
         f") WHERE (_partition, greatest) IN ({own})) = 0"
     )
+    if marks := {slice.partition.number: slice.mark for slice in slices if slice.mark is not None}:
+        condition += f" AND (SELECT throwIf(count() != {len(marks)}, '{WENT_BACK}') FROM ({_marks(name, marks)})) = 0"
     comment = running_prefix(database, slices[0].partition.name) + numbers.replace(" ", "")
     # Nothing is remembered of an insert: what is in the tables is known without.
     return Guard(comment, condition, {"insert_deduplicate": 0})
+
+
+def marks_query(topic: str, marks: Mapping[int, int]) -> str:
+    """Selects those of the marks, by partition, that are in the log of inserts. They are found by its primary key."""
+    return _marks(_quoted(topic), marks)
+
+
+def _marks(quoted_topic: str, marks: Mapping[int, int]) -> str:
+    pairs = ", ".join(f"({number}, {lo})" for number, lo in marks.items())
+    where = f"_topic = {quoted_topic} AND (_partition, lo) IN ({pairs})"
+    return f"SELECT DISTINCT _partition, lo FROM ingest_log WHERE {where}"
 
 
 def running_prefix(database: str, topic: str) -> str:

@@ -157,8 +157,9 @@ class Fetching:
         """Until the partition goes on, or is not ours."""
         topic, number = buffer.partition.name, buffer.partition.number
         while not buffer.closed:
+            at = buffer.next
             try:
-                found = await self._read(buffer.tp, buffer.next)
+                found = await self._read(buffer.tp, at)
             except Exception as error:  # as above; and the network's
                 where = {"topic": topic, "partition": number, "offset": buffer.next}
                 what = "%s: offset %d cannot be read, trying again: %r"
@@ -166,6 +167,9 @@ class Fetching:
                 if not buffer.closed:
                     self._metrics.unreadable(topic, number, f"offset {buffer.next} cannot be read: {error!r:.500}")
                 await asyncio.sleep(RETRY_SECONDS)
+                continue
+            if not buffer.closed and (buffer.next != at or not buffer.reading):
+                await asyncio.sleep(POLL_MS / 1000)  # it was settled anew meanwhile, and wants others
                 continue
             if not buffer.closed:  # a buffer of its successor must not get them
                 self._apart_until = time.monotonic() + APART_SECONDS

@@ -67,6 +67,8 @@ class PartitionBuffer:
         self.settled = False
         """Whether it is known what the tables have of it, and that nobody else inserts there."""
         self.fence = ""
+        self.mark: int | None = None
+        """`lo` of an entry that the log of inserts has."""
         self.incarnation: Incarnation | None = None
         """Of the log, as it was when it was last settled."""
         self.try_at = 0.0
@@ -166,13 +168,17 @@ class PartitionBuffer:
 
     def settle(self, fence: str, begin: int, present: Mapping[int, int]) -> None:
         """What is known since the partition was fenced: everything below `begin` is done, and of the others `present`
-        are in tables. Raises IllegalStateError when it is not assigned any more."""
+        are in tables. Where they lack what was done, all from there on is read again. Raises IllegalStateError when it
+        is not assigned any more."""
         self.fence = fence
-        self._present = dict(present)
-        self.first = max(self.first, begin) if self._reading else begin
-        while self._is_there(self.first):
-            self._present.pop(self.first)
-            self.first += 1
+        self._present = left = dict(present)
+        first = begin
+        while self._is_there(first):
+            left.pop(first)
+            first += 1
+        if self._reading and first < self.first:
+            self.forget()
+        self._present, self.first = left, first
         self._next = max(self._next, self.first) if self._reading else self.first
         if not self._reading:
             self._consumer.seek(self.tp, self.first)
@@ -186,7 +192,7 @@ class PartitionBuffer:
         self.settled = self._reading = False
         self._budget.used -= self.bytes
         self._buffer.clear()
-        self._present.clear()
+        self._present = {}
         self.bytes = self.first = self._next = 0
         if not self._paused:
             self._paused = True
@@ -210,7 +216,7 @@ class PartitionBuffer:
         present = dict[int, int]()
         if self._present:
             present = {r.offset: self._present[r.offset] for r in self.taken if r.offset in self._present}
-        return Slice(self.partition, self.taken, present, self.fence)
+        return Slice(self.partition, self.taken, present, self.fence, self.mark)
 
     def done(self) -> tuple[int, int]:
         """What was taken is in the tables. Returns its first and last offset; behind the last everything that is

@@ -18,6 +18,7 @@ from aiokafka import ConsumerRebalanceListener, TopicPartition
 
 from fulgurite.consumers.materialiser.blocks import Partition
 from fulgurite.consumers.materialiser.errors import Unavailable
+from fulgurite.consumers.materialiser.fences import WENT_BACK
 from fulgurite.consumers.materialiser.fetch import Fetching
 from fulgurite.consumers.materialiser.history import History
 from fulgurite.consumers.materialiser.lag import LagMeter
@@ -239,6 +240,7 @@ class Materialiser(ConsumerRebalanceListener):
         self._check_at = time.monotonic() + CHECK_SECONDS
         ranges, self._to_check = self._to_check, {}
         try:
+            await self._look_for_marks()
             for tp, entry in ranges.items():
                 missing = await self._store.missing(entry.partition, entry.lo, entry.hi)
                 self.metrics.reconciled(tp.topic, tp.partition, entry.hi - entry.lo + 1, missing)
@@ -250,6 +252,17 @@ class Materialiser(ConsumerRebalanceListener):
                 self.metrics.dead_letters(await self._store.dead_letters())
         except Unavailable as error:
             logger.debug("reconciliation left out: %s", error)
+
+    async def _look_for_marks(self) -> None:
+        """Of partitions that nobody writes to: whether the database is still the one that they were logged in."""
+        for name, writer in list(self._writers.items()):
+            ours = [buffer for buffer in self._buffers.values() if buffer.partition.name == name and buffer.settled]
+            marks = {buffer.partition: buffer.mark for buffer in ours if buffer.mark is not None}
+            for partition in await self._store.lacking(marks) if marks else []:
+                buffer = self._buffers.get(TopicPartition(name, partition.number))
+                if buffer is not None and buffer.mark == marks[partition]:
+                    logger.error("%s: %s", partition, WENT_BACK, extra={"topic": name, "partition": partition.number})
+                    writer.unsettle(partition)
 
     def _kept_for_ever(self, topic: Topic) -> bool:
         """Whether an offset that is nowhere is an alarm: no markers of transactions, and nothing expires."""
@@ -271,9 +284,18 @@ class Materialiser(ConsumerRebalanceListener):
                 # 2
                 await self._store.log(entries)
             except Unavailable as error:
-                logger.warning("cannot log what was inserted, trying again: %s", error)
+                # What comes back need not be the database that had it: what is there, and not logged, is asked.
+                logger.warning("cannot log what was inserted, asking the tables again: %s", error)
+                del self._finished[: len(entries)]
+                for entry in entries:
+                    if (writer := self._writers.get(entry.partition.name)) is not None:
+                        writer.unsettle(entry.partition)
                 return
             del self._finished[: len(entries)]
+            for entry in entries:
+                buffer = self._buffers.get(TopicPartition(entry.partition.name, entry.partition.number))
+                if buffer is not None:
+                    buffer.mark = entry.lo
             for entry in entries:
                 # One range of each partition is checked: a sample under load, everything when there is little.
                 self._to_check[TopicPartition(entry.partition.name, entry.partition.number)] = entry

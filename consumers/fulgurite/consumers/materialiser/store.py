@@ -37,6 +37,7 @@ from fulgurite.consumers.materialiser.fences import (
     Guard,
     fenced,
     greater_fence,
+    marks_query,
     running_parameters,
 )
 from fulgurite.consumers.otlp import batches
@@ -192,6 +193,23 @@ class Store:
         )
         ends = {row[0]: row[1] for row in found}
         return {partition: ends.get(partition.number, 0) for partition in partitions}
+
+    async def marks(self, partitions: Collection[Partition]) -> dict[Partition, int]:
+        """Where the entry with the highest offset begins, of each partition that the log has one of. Raises
+        Unavailable."""
+        found = await self._query(
+            "SELECT _partition, argMax(lo, hi) FROM ingest_log WHERE _topic = {name:String} "
+            "AND _partition IN {numbers:Array(UInt32)} GROUP BY _partition",
+            _named(partitions),
+        )
+        marks = {row[0]: row[1] for row in found}
+        return {partition: marks[partition.number] for partition in partitions if partition.number in marks}
+
+    async def lacking(self, marks: Mapping[Partition, int]) -> list[Partition]:
+        """Those of one topic whose mark the log of inserts has no more. Raises Unavailable."""
+        query = marks_query(next(iter(marks)).name, {partition.number: lo for partition, lo in marks.items()})
+        found = {row[0] for row in await self._query(query, {})}
+        return [partition for partition in marks if partition.number not in found]
 
     async def fence(self, partitions: Collection[Partition]) -> str:
         """Writes a fence greater than all that these partitions of one topic have, and returns it. Raises

@@ -109,6 +109,12 @@ class TopicWriter:
                 self._shared.metrics.retried(*_labels(buffer.partition), why)
                 self._doubt.set()
 
+    def unsettle(self, partition: Partition) -> None:
+        """What the tables have of it is to be asked again."""
+        if (buffer := self._buffers.get(partition)) is not None:
+            buffer.settled = False
+            self._doubt.set()
+
     async def run(self) -> None:
         """Until cancelled."""
         for buffer in self._buffers.values():
@@ -152,8 +158,8 @@ class TopicWriter:
         if not buffers:
             return
         ours = [buffer.partition for buffer in buffers]
-        firsts = {buffer.partition: buffer.first if buffer.reading else 0 for buffer in buffers}
-        since = {partition: max(logged[partition], first) for partition, first in firsts.items()}
+        # Whatever we have inserted since: the database may be an older copy of what it was.
+        since = {partition: logged[partition] for partition in ours}
         # 0.2
         await self._shared.offsets.claim({buffer.tp: since[buffer.partition] for buffer in buffers})
         await self._at_checkpoint("claimed", ours)
@@ -165,6 +171,7 @@ class TopicWriter:
             await asyncio.sleep(QUIET_SECONDS)
         # 0.5
         present = await store.present(since)
+        marks = await store.marks(ours)
         begins, ends = await self._ends(buffers)
         for buffer in buffers:
             part = buffer.partition
@@ -176,7 +183,12 @@ class TopicWriter:
                 expired = (part, begins[buffer] - since[part])
                 logger.error("%s: %d offsets expired before they were read", *expired, extra=_place(part, since[part]))
             was = max(since[part], begins[buffer])
+            went_back = buffer.first - was if buffer.reading else 0
+            buffer.mark = marks.get(part)
             buffer.settle(fence, was, present[part])
+            if went_back > 0 and buffer.first == was:
+                what = "%s: the log of inserts ends %d offsets before what was inserted; read again from %d on"
+                logger.warning(what, part, went_back, was, extra=_place(part, was))
             if buffer.first > was:
                 # 2 and 3 of what was inserted: lag monitors would else see it until the next record.
                 self._shared.finished(LogEntry(part, was, buffer.first - 1, 0))
