@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import asyncio
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, cast
 
 import pytest
 from aiokafka import AIOKafkaConsumer, TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 
 from fulgurite.consumers.materialiser.lag import SILENT_SECONDS, LagMeter
 from fulgurite.consumers.materialiser.metrics import Metrics
@@ -93,6 +95,29 @@ async def test_a_rebalance_hides_nothing_of_what_waits() -> None:
     assert measured.consumer.committed_of == []
 
 
+async def test_old_times_of_records_that_are_kept_up_with_make_no_lag() -> None:
+    """A backfill: what counts is since when they are there, not what its producer says."""
+    measured = Measured(Asked(end=1))
+    buffer = measured.buffers[TP]
+    buffer.settle("fence", 0, {})
+    await measured.after(0)
+    day_old_ms = measured.now_ms - 86_400_000
+    buffer.append(cast(Any, [FakeRecord(0, timestamp=day_old_ms)]))
+    assert await measured.after(1) == (1, 86_401), "it was there before"
+    buffer.take(Room(4), at_least_one=True)
+    buffer.done()
+    for offset in range(1, 60):
+        measured.consumer.end = offset + 1
+        buffer.append(cast(Any, [FakeRecord(offset, timestamp=day_old_ms)]))
+        assert await measured.after(1) == (1, 0)
+        buffer.take(Room(4), at_least_one=True)
+        buffer.done()
+    measured.consumer.end = 61
+    buffer.append(cast(Any, [FakeRecord(60, timestamp=day_old_ms)]))
+    await measured.after(1)
+    assert await measured.after(40) == (1, 40)
+
+
 async def test_silence_is_told_from_having_nothing_to_say() -> None:
     measured = Measured(Asked(end=0, polled_ms=1_000_000))
     measured.buffers[TP].settle("fence", 0, {})
@@ -105,6 +130,20 @@ async def test_silence_is_told_from_having_nothing_to_say() -> None:
     measured.consumer.polled_ms = measured.now_ms
     await measured.after(1)
     assert measured.metrics.not_ready(1) == {}
+
+
+@pytest.mark.slow
+async def test_partitions_that_are_added_are_read_soon(settings: Settings, tmp_path: Path) -> None:
+    world = World(settings.model_copy(update={"materialiser": MaterialiserSettings(port=free_port())}), tmp_path)
+    async with running(world.settings) as http:
+        await ready(http, 200)
+        admin = AIOKafkaAdminClient(bootstrap_servers=settings.kafka.bootstrap_servers)
+        await admin.start()
+        await admin.create_partitions({world.name(topics.SPANS): NewPartitions(3)})
+        await admin.close()
+        await asyncio.sleep(1)
+        await world.produce(topics.SPANS, [span(span_id="added")], partition=2)
+        await world.until("SELECT count() FROM spans", lambda rows: rows == [(1,)], 25)
 
 
 @pytest.mark.slow

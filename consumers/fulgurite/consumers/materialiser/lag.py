@@ -3,6 +3,9 @@ that hangs hides nothing.
 
     lag        ends of the partitions, minus what is in the tables. Of a partition that is not settled yet: minus what
                was last known to be, by this process or by what the group committed (a hint, and at most too little)
+    age        of the oldest record that waits: since its Kafka time, which producers may set as they like, but no
+               longer than since its offset was first seen to be there. What was there before this process came has
+               only the former
     silence    a partition that is to be fetched from, and of which no fetch was answered for SILENT_SECONDS
 
 Promises: each is measured every MEASURE_SECONDS, and ASK_SECONDS later where Kafka does not say; lag is then by the
@@ -14,6 +17,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import time
+from collections import deque
 from collections.abc import Callable, Mapping
 from typing import Final, Protocol
 
@@ -26,6 +30,10 @@ from fulgurite.consumers.materialiser.partition import PartitionBuffer
 MEASURE_SECONDS: Final = 1.0
 ASK_SECONDS: Final = 3.0
 """An answer may wait for that of a fetch, half a second."""
+SEEN: Final = 3_600
+"""So many ends of a partition are remembered: an hour."""
+EVER_MS: Final = -(10**15)
+"""Before all times of records."""
 SILENT_SECONDS: Final = 10.0
 """A broker answers a fetch at least every half second, whether it has records or not."""
 
@@ -54,6 +62,8 @@ class LagMeter:
         self._metrics = metrics
         self._now_ms = now_ms
         self._ends: dict[TopicPartition, int] = {}
+        self._seen: dict[TopicPartition, deque[tuple[int, int]]] = {}
+        """When, in ms, and which end was seen, each greater than the one before; of those behind the first one."""
         self._done: dict[TopicPartition, int] = {}
         """All below is in the tables, as far as is known."""
         self._behind_ms: dict[TopicPartition, int] = {}
@@ -75,6 +85,10 @@ class LagMeter:
         if not tps:
             return
         self._ends |= await consumer.end_offsets(tps)
+        for tp in tps:
+            seen = self._seen.setdefault(tp, deque(maxlen=SEEN))
+            if not seen or self._ends[tp] > seen[-1][1]:
+                seen.append((self._now_ms() if seen else EVER_MS, self._ends[tp]))
         new = [tp for tp, buffer in self._buffers.items() if not buffer.reading and tp not in self._done]
         if new:
             begins = await consumer.beginning_offsets(new)
@@ -97,6 +111,7 @@ class LagMeter:
         end = self._ends.get(tp, 0)
         if buffer.reading:
             lag = buffer.lag(end, now_ms)
+            lag = Lag(lag.records, min(lag.seconds, self._seen_seconds(tp, buffer.oldest, now_ms)))
             stands = buffer.held and lag.records > 0
         else:
             lag = Lag(max(0, end - self._done.get(tp, end)), 0.0)
@@ -105,6 +120,11 @@ class LagMeter:
             self._behind_ms[tp] = now_ms - int(lag.seconds * 1000)
             return lag
         return Lag(lag.records, (now_ms - self._behind_ms.setdefault(tp, now_ms)) / 1000)
+
+    def _seen_seconds(self, tp: TopicPartition, offset: int, now_ms: int) -> float:
+        """Since when the offset is known to be there; since ever where it was when we came."""
+        since = next((at for at, end in self._seen.get(tp, ()) if end > offset), now_ms)
+        return (now_ms - since) / 1000
 
     def _silence(self, tp: TopicPartition, buffer: PartitionBuffer, answered_ms: int | None, now_ms: int) -> None:
         if not buffer.fetching:

@@ -131,6 +131,12 @@ class PartitionBuffer:
         """Lowest offset that is wanted."""
         return self._next
 
+    @property
+    def oldest(self) -> int:
+        """Of those that are not in the tables, the first that was read, else the next one."""
+        waiting = self.taken or self._buffer
+        return waiting[0].offset if waiting else self._next
+
     def append(self, records: Sequence[Record]) -> None:
         """Takes records in the order of the log. Never waits: beyond its bounds the partition is not fetched from."""
         if not self._reading:
