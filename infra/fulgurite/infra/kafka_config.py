@@ -60,8 +60,8 @@ def server_properties(
         # A broker killed and started again is let in only when its former session is over: by default after 9 s.
         "broker.session.timeout.ms": 3_000,
         "broker.heartbeat.interval.ms": 500,
-        # None of the records that say nothing, two a second, by which controllers elsewhere see how far they are: a third
-        # of what an idle broker costs.
+        # None of the empty records, two a second, by which controllers elsewhere see how far they are: they would be a
+        # third of what an idle broker costs.
         "metadata.max.idle.interval.ms": 0,
         # A small machine: few threads, small buffers and files.
         "num.network.threads": 2,
