@@ -76,7 +76,7 @@ def test_what_is_taken_means_one_thing(regex: str, inside: str, outside: str) ->
 )
 def test_what_is_refused_is_told(regex: str, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        portable(regex)
+        portable(regex, for_python=True)
 
 
 def test_a_glob_matches_whole_names() -> None:
@@ -86,3 +86,7 @@ def test_a_glob_matches_whole_names() -> None:
     assert not compiled.search("xhttp.request.auth1")
     assert not compiled.search("httpxrequest.auth1")
     assert glob("a*").compiled().search("a\nb")
+
+
+def test_what_is_slow_in_python_alone_is_taken_for_other_engines() -> None:
+    assert portable("(a+)+b").re2 == "(?:a+)+b"

@@ -3,8 +3,8 @@
 What both engines have and read alike is taken; what only one has, or reads otherwise, is refused with what to write
 instead, or rewritten: `.` is any character but a newline, `^` and `$` are the very beginning and end of the text,
 `\\s \\d \\w \\b` know ASCII, a leading `(?i)` is about ASCII letters. No lookaround, no backreferences: RE2 has none,
-which is why it is never slow. Python may be: what repeats without bound is not repeated many times itself. Knows
-nothing of what the expressions are for.
+which is why it is never slow. Python may be, so that for it what repeats without bound is not repeated many times
+itself. Knows nothing of what the expressions are for.
 """
 
 from __future__ import annotations
@@ -37,13 +37,14 @@ class Pattern:
         return re.compile(self.python, re.ASCII)
 
 
-def portable(regex: str) -> Pattern:
-    """Raises ValueError: what cannot be taken, and what to write instead."""
+def portable(regex: str, *, for_python: bool = False) -> Pattern:
+    """Raises ValueError: what cannot be taken, and what to write instead. `for_python`: its engine is going to run it
+    on texts of others."""
     if len(regex) > MAX_PATTERN_CHARS:
         raise ValueError(f"longer than {MAX_PATTERN_CHARS} characters")
     if "\0" in regex:
         raise ValueError("a NUL character")
-    rewritten = "".join(_Reader(regex).tokens())
+    rewritten = "".join(_Reader(regex, for_python).tokens())
     pattern = Pattern(rewritten.replace(_END, r"\Z"), rewritten.replace(_END, r"\z"))
     with warnings.catch_warnings():
         warnings.simplefilter("error")
@@ -70,7 +71,8 @@ def _literal(character: str) -> str:
 class _Reader:
     """Reads an expression token by token and gives it back in what both dialects share."""
 
-    def __init__(self, regex: str) -> None:
+    def __init__(self, regex: str, for_python: bool) -> None:
+        self._for_python = for_python
         self._ignore_case = regex.startswith("(?i)")
         self._text = regex.removeprefix("(?i)")
         self._at = 0
@@ -133,7 +135,7 @@ class _Reader:
 
     def _bound(self, repetition: str, most: int | None) -> None:
         """Raises where Python could need time that doubles with each character: (a+)+b on a text of a's."""
-        if self._last_endless and (most is None or most > MAX_NESTED_REPEAT):
+        if self._for_python and self._last_endless and (most is None or most > MAX_NESTED_REPEAT):
             raise ValueError(
                 f"{repetition} repeats what repeats without bound itself, which may take Python for ever: give the one "
                 f"within a bound, as in (?:x{{1,64}}y){repetition}"

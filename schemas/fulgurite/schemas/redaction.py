@@ -171,7 +171,7 @@ def is_protected(name: str) -> bool:
 def _checked(regex: str) -> str:
     if regex:
         try:
-            portable(regex)
+            portable(regex, for_python=True)
         except ValueError as error:
             raise ValueError(f"{regex!r} cannot be used: {error}") from None
     return regex
