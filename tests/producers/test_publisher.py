@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import json
-import os
-import signal
 import socket
 from pathlib import Path
 
@@ -55,31 +53,6 @@ async def test_an_acknowledgement_names_the_place_in_the_log(kafka_settings: Kaf
     (record,) = await read_topic(kafka_settings, REWARDS)
     assert (record.partition, record.offset) == (placed.partition, placed.offset)
     assert json.loads(record.value or b"")["value"] == 0.5
-
-
-async def test_no_partition_waits_for_the_acknowledgement_of_another(
-    kafka_server: EmbeddedKafka, kafka_settings: KafkaSettings
-) -> None:
-    assert kafka_server.pid
-    async with Publisher(kafka_settings) as publisher:
-        for key in ("r0", "r3"):  # which lie in two partitions
-            await (await publisher.publish_span(a_span(0, key)))
-        os.kill(kafka_server.pid, signal.SIGSTOP)
-        try:
-            sent: list[Acknowledgement] = []
-            on_their_way: list[int] = []
-            for number, key in enumerate(("r0", "r3", "r3"), 1):
-                sent.append(await publisher.publish_span(a_span(number, key)))
-                await asyncio.sleep(0.05)
-                on_their_way.append(len(publisher._producer._sender._muted_partitions))  # pyright: ignore
-            assert on_their_way == [1, 2, 2], "the third waits for the second: their order is their partition's"
-            assert not any(each.done() for each in sent)
-        finally:
-            os.kill(kafka_server.pid, signal.SIGCONT)
-        await publisher.flush()
-        assert (publisher.delivered, publisher.failed) == (5, 0)
-    mine = [r for r in await read_topic(kafka_settings, SPANS) if r.key == b"r3"]
-    assert [decode(Span, record.value).span_id for record in mine] == ["s0", "s2", "s3"]
 
 
 async def test_what_is_too_large_is_refused_before_it_is_sent(kafka_settings: KafkaSettings) -> None:

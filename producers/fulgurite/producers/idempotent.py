@@ -8,8 +8,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections import Counter
-from typing import Any, Final, cast
+from typing import Any, cast
 
 from aiokafka import AIOKafkaProducer
 from aiokafka.errors import KafkaError
@@ -31,31 +30,7 @@ FRAMING_BYTES = 4_096
 REQUEST_TIMEOUT_MS = 30_000
 """After this a silent connection counts as broken. Kafka's own default."""
 
-IN_FLIGHT: Final = 5
-"""Requests on their way to one broker: Kafka's own default, and the most that it takes of an idempotent producer."""
-
 _ABANDON_SECONDS = 2.0
-
-
-class _Busy(set[int]):
-    """Brokers that have IN_FLIGHT requests on their way.
-
-    aiokafka counts a broker as busy from its first request on, so that a record waits for the answer to the one before
-    it, whatever its partition. No partition's order hangs on that: those that have a batch on its way are passed over.
-    """
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._requests = Counter[int]()
-
-    def add(self, element: int) -> None:
-        self._requests[element] += 1
-        if self._requests[element] >= IN_FLIGHT:
-            super().add(element)
-
-    def remove(self, element: int) -> None:
-        self._requests[element] -= 1
-        super().discard(element)
 
 
 async def connect(kafka: KafkaSettings, settings: ProducerSettings, *, first: bool = False) -> AIOKafkaProducer:
@@ -91,7 +66,6 @@ async def connect(kafka: KafkaSettings, settings: ProducerSettings, *, first: bo
             await abandon(producer)
             raise
         else:
-            producer._sender._in_flight = _Busy()  # pyright: ignore[reportPrivateUsage]
             return producer
 
 
