@@ -32,10 +32,13 @@ CHUNK_BYTES: Final = {"cpu": 8 << 20, "cuda": 512 << 20}
 """Of the float32 logits that exist at once: what a processor's cache holds; what a GPU is busy with."""
 LEAST_CHUNK_TOKENS: Final = 64
 MOST_CHUNK_TOKENS: Final = 16_384
+_PROBE_TOKENS: Final = 8
+_PROBE_TOLERANCE: Final = 1e-2
+"""Half precision rounds; a soft cap or a scale differs by far more."""
 _PROBE_LENGTHS: Final = (7, 6)
-_PROBE_TOLERANCE: Final = 1e-3
-"""Of the largest logit: what rounding makes of it …"""
-_PROBE_TOLERANCE_BFLOAT16: Final = 0.1
+_LEAK_TOLERANCE: Final = 1e-3
+"""Of the largest logit: what another attention's rounding makes of it …"""
+_LEAK_TOLERANCE_BFLOAT16: Final = 0.1
 """… and in half precision, where it may choose other experts; what leaks makes as much as the logits themselves."""
 _BY_LENGTH: Final = frozenset({"dynamic", "longrope"})
 """Kinds of rotary positions that are others where a longer sequence lies beside."""
@@ -51,7 +54,13 @@ class Policy(nn.Module):
         self._chunk_tokens = chunk_tokens
         model.eval()  # no dropout: the sampler had none, and its logprobs are compared with ours
         self._refuse_positions_by_length()
-        self._refuse_other_scores()
+        try:
+            self._refuse_other_heads()
+            self._refuse_leaks()
+        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
+            raise SettingsError(
+                f"{type(model).__name__} cannot score packed sequences: {error!r}; such models cannot be trained here"
+            ) from error
 
     def forward(
         self, batch: PackedBatch, *, temperature: float = 1.0, entropy_gradient: bool = False
@@ -127,27 +136,40 @@ class Policy(nn.Module):
             )
 
     @torch.no_grad()
-    def _refuse_other_scores(self) -> None:
+    def _refuse_other_heads(self) -> None:
+        device = next(self.model.parameters()).device
+        size = min(_PROBE_TOKENS, int(self.model.config.get_text_config().vocab_size))
+        token_ids = torch.arange(size, device=device)
+        layout = layout_of([size]).to(device)
+        ours = self._head(self._hidden(token_ids, token_ids, layout)).float()
+        whole: Any = self.model
+        answer = whole(
+            input_ids=token_ids.unsqueeze(0), position_ids=token_ids.unsqueeze(0), use_cache=False, layout=layout
+        )
+        scale = max(1.0, ours.abs().max().item())
+        worst = (answer.logits.squeeze(0).float() - ours).abs().max().item()
+        if not worst <= _PROBE_TOLERANCE * scale:
+            raise SettingsError(
+                f"{type(self.model).__name__}: its logits are not its output layer of its hidden states (they differ "
+                f"by {worst:.3g}: a soft cap or a scale in its config?); such models cannot be trained here"
+            )
+
+    @torch.no_grad()
+    def _refuse_leaks(self) -> None:
         """Two sequences packed, against the plain model on each alone."""
         device = next(self.model.parameters()).device
         vocabulary = int(self.model.config.get_text_config().vocab_size)
         token_ids = torch.arange(sum(_PROBE_LENGTHS), device=device) % vocabulary
         position_ids = torch.cat([torch.arange(length, device=device) for length in _PROBE_LENGTHS])
-        try:
-            ours = self._head(self._hidden(token_ids, position_ids, layout_of(list(_PROBE_LENGTHS)).to(device)))
-            plain = torch.cat([self._plain_logits(each) for each in token_ids.split(_PROBE_LENGTHS)])
-        except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
-            raise SettingsError(
-                f"{type(self.model).__name__} cannot score packed sequences: {error!r}; such models cannot be trained "
-                "here"
-            ) from error
-        scale = max(1.0, plain.float().abs().max().item())
-        worst = (plain.float() - ours.float()).abs().max().item()
+        ours = self._head(self._hidden(token_ids, position_ids, layout_of(list(_PROBE_LENGTHS)).to(device))).float()
+        plain = torch.cat([self._plain_logits(each) for each in token_ids.split(_PROBE_LENGTHS)]).float()
+        scale = max(1.0, plain.abs().max().item())
+        worst = (plain - ours).abs().max().item()
         is_half = self.model.dtype is torch.bfloat16
-        if not worst <= (_PROBE_TOLERANCE_BFLOAT16 if is_half else _PROBE_TOLERANCE) * scale:
+        if not worst <= (_LEAK_TOLERANCE_BFLOAT16 if is_half else _LEAK_TOLERANCE) * scale:
             raise SettingsError(
                 f"{type(self.model).__name__}: its scores of packed sequences are not those of each alone (logits "
-                f"differ by {worst:.3g}: a soft cap, a scale, or layers that mix tokens as Mamba's do?); such models "
+                f"differ by {worst:.3g}: layers that mix tokens as Mamba's do, or another attention?); such models "
                 "cannot be trained here"
             )
 
