@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 from pathlib import Path
-from typing import Any
 
 import pytest
 from aiokafka import AIOKafkaProducer
@@ -14,22 +13,15 @@ from fulgurite.producers.kafka import connection_options
 from fulgurite.schemas.settings import KafkaSettings, Settings, SourceSettings, TrainerSettings
 from fulgurite.schemas.topics import TRAJECTORIES
 from fulgurite.schemas.training import RunFinished, TrainingStep
-from fulgurite.streams.learners import learner
 from fulgurite.streams.trainer import reader, serve
 from fulgurite.streams.trainer.log import partitions_of
 from tests.streams.test_trainer_kills import settings_of, weights
-from tests.streams.trainer_world import LOADING, World, all_once, build_model, training_events
+from tests.streams.trainer_world import World, all_once, build_model, load_one_at_a_time, training_events
 
 
 @pytest.fixture(autouse=True)
 def one_load_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    load_learner = learner.load_learner
-
-    def load(*arguments: Any) -> learner.Learner:
-        with LOADING:
-            return load_learner(*arguments)
-
-    monkeypatch.setattr(learner, "load_learner", load)
+    load_one_at_a_time(monkeypatch)
 
 
 async def add_partitions(kafka: KafkaSettings, count: int) -> None:
@@ -99,6 +91,13 @@ async def test_a_run_and_its_shadow_go_on_and_so_they_do_after_a_restart(
     assert weights(shadow) == weights(live), "not the same bits"
 
 
+async def next_values(trajectories: reader.TrajectoryReader) -> list[bytes | None]:
+    async with asyncio.timeout(20):
+        while not (found := await trajectories.poll(0.1)):
+            pass
+    return [record.value for record in found]
+
+
 async def test_nothing_is_over_while_it_may_lie_in_a_partition_that_was_just_added(
     kafka_settings: KafkaSettings,
 ) -> None:
@@ -113,11 +112,7 @@ async def test_nothing_is_over_while_it_may_lie_in_a_partition_that_was_just_add
     async with AIOKafkaProducer(**connection_options(kafka_settings)) as producer:
         await producer.send_and_wait(topic, b"late", partition=2)
     assert not await trajectories.caught_up()
-    async with asyncio.timeout(20):
-        found: list[reader.Record] = []
-        while not found:
-            found = await trajectories.poll(0.1)
-    assert [record.value for record in found] == [b"late"]
+    assert await next_values(trajectories) == [b"late"]
     assert trajectories.offsets == {0: 0, 1: 0, 2: 1}
     assert await trajectories.caught_up()
     await trajectories.close()
@@ -136,9 +131,5 @@ async def test_where_an_earlier_life_stood_in_a_partition_counts_also_when_it_is
         for value in (b"first", b"second"):
             await producer.send_and_wait(topic, value, partition=2)
     assert not await trajectories.caught_up()
-    async with asyncio.timeout(20):
-        found: list[reader.Record] = []
-        while not found:
-            found = await trajectories.poll(0.1)
-    assert [record.value for record in found] == [b"second"]
+    assert await next_values(trajectories) == [b"second"]
     await trajectories.close()

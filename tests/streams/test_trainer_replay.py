@@ -30,12 +30,19 @@ from fulgurite.schemas.settings import (
 from fulgurite.schemas.topics import RESOURCES, TRAJECTORIES
 from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
-from fulgurite.streams.learners import learner
 from fulgurite.streams.trainer import serve
 from fulgurite.streams.trainer.plan import make_plan
 from fulgurite.streams.trainer.source import adopt
 from tests.streams.test_trainer_metrics import free_port
-from tests.streams.trainer_world import LOADING, World, all_once, build_model, read_topic, sample, training_events
+from tests.streams.trainer_world import (
+    World,
+    all_once,
+    build_model,
+    load_one_at_a_time,
+    read_topic,
+    sample,
+    training_events,
+)
 
 STEPS = 4
 
@@ -47,13 +54,7 @@ def start_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(autouse=True)
 def one_load_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
-    load_learner = learner.load_learner
-
-    def load(*arguments: Any) -> learner.Learner:
-        with LOADING:
-            return load_learner(*arguments)
-
-    monkeypatch.setattr(learner, "load_learner", load)
+    load_one_at_a_time(monkeypatch)
 
 
 @pytest.fixture

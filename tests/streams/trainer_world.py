@@ -12,6 +12,7 @@ from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
 from typing import Any
 
+import pytest
 import torch
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from pydantic import BaseModel
@@ -28,6 +29,7 @@ from fulgurite.schemas.settings import KafkaSettings
 from fulgurite.schemas.topics import RESOURCES, ROLLOUTS, TRAINING, TRAJECTORIES, Topic
 from fulgurite.schemas.training import TRAINING_EVENT, TrainingEvent
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
+from fulgurite.streams.learners import learner
 
 RESOURCE = "policy"
 LIKED = 7
@@ -39,6 +41,18 @@ torch.set_num_threads(1)  # a thread's own setting; with two, threads spin while
 
 LOADING = threading.Lock()
 """transformers does not load two models at once in one process; for tests with several trainers in one."""
+
+
+def load_one_at_a_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Learners, too."""
+    load_learner = learner.load_learner
+
+    def load(*arguments: Any) -> learner.Learner:
+        with LOADING:
+            return load_learner(*arguments)
+
+    monkeypatch.setattr(learner, "load_learner", load)
+
 
 Alter = Callable[[Trajectory], Trajectory | None]
 

@@ -20,6 +20,11 @@ def folder_sha256(folder: Path) -> str:
     return digest.hexdigest()
 
 
+def file_sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
 def folder_of(uri: str) -> Path:
     """The local folder a file:// URI names.
 

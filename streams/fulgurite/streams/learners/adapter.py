@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from fulgurite.schemas.checksum import file_sha256
 from fulgurite.schemas.errors import SettingsError, StartError
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.trainer.samples import ADAPTER_CONFIG as CONFIG
@@ -115,8 +116,7 @@ def _sha256(base: Path) -> str:
     """Over names and contents of the files of weights, in their order: what else lies there may change."""
     digest = hashlib.sha256()
     for path in sorted(path for pattern in _BASE_FILES for path in base.glob(pattern)):
-        with path.open("rb") as file:
-            digest.update(f"{path.name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{path.name} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
 
 

@@ -26,7 +26,7 @@ from torch import Tensor, nn
 from torch.distributed.distributed_c10d import PrefixStore
 from torch.distributed.rendezvous import rendezvous
 
-from fulgurite.streams.learners.engine import AdamW, OptimizerState, check_names, trainable
+from fulgurite.streams.learners.engine import AdamW, OptimizerState, trainable
 from fulgurite.streams.learners.packing import PackedBatch
 from fulgurite.streams.learners.policy import Policy
 
@@ -134,7 +134,6 @@ class DeepSpeedEngine:
         return OptimizerState(self._updates, moments, masters) if self.rank == 0 else None
 
     def restore(self, state: OptimizerState) -> None:
-        check_names(state, self._named)
         if state.moments:
             self._make_moments(state.updates)
         for name, parameter in self._named.items():

@@ -111,7 +111,9 @@ class Engine(Protocol):
         """On rank 0; None elsewhere. Every rank calls it."""
         ...
 
-    def restore(self, state: OptimizerState) -> None: ...
+    def restore(self, state: OptimizerState) -> None:
+        """A state that `begin_with_masters` found to be of these parameters."""
+        ...
 
 
 class TorchEngine:
@@ -164,7 +166,6 @@ class TorchEngine:
         return OptimizerState(updates, moments, masters)
 
     def restore(self, state: OptimizerState) -> None:
-        check_names(state, self._named)
         for name, (first, second) in state.moments.items():
             parameter = self._named[name]
             self._optimizer.state[parameter] = {
@@ -180,8 +181,10 @@ def trainable(policy: nn.Module) -> dict[str, nn.Parameter]:
 
 def begin_with_masters(state: OptimizerState, policy: nn.Module, dtype: torch.dtype) -> None:
     """Before there is an engine: float32 weights that the state has become the policy's, whose own are rounded; where
-    it has none, as the policy was in float32 itself, and half precision begins now, the policy's become the state's."""
-    check_names(state, named := trainable(policy))
+    it has none, as the policy was in float32 itself, and half precision begins now, the policy's become the state's.
+
+    Raises StartError where the state is of other parameters."""
+    _check_names(state, named := trainable(policy))
     if not state.masters and dtype is not torch.float32:
         state.masters = {name: parameter.detach().float().clone() for name, parameter in named.items()}
     with torch.no_grad():
@@ -189,7 +192,7 @@ def begin_with_masters(state: OptimizerState, policy: nn.Module, dtype: torch.dt
             named[name].copy_(master)
 
 
-def check_names(state: OptimizerState, named: dict[str, nn.Parameter]) -> None:
+def _check_names(state: OptimizerState, named: dict[str, nn.Parameter]) -> None:
     """Raises StartError where the state is of other parameters."""
     names = set(state.moments) | set(state.masters)
     if names and names != set(named):

@@ -17,7 +17,6 @@ a callback.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
 import secrets
@@ -29,7 +28,7 @@ from typing import Any, NoReturn
 
 from pydantic import TypeAdapter
 
-from fulgurite.schemas.checksum import folder_sha256
+from fulgurite.schemas.checksum import file_sha256, folder_sha256
 from fulgurite.schemas.errors import Fenced, StartError
 from fulgurite.streams.trainer.run_state import OpenGroup as OpenGroup
 from fulgurite.streams.trainer.run_state import RunState as RunState
@@ -98,7 +97,7 @@ class Checkpoints:
                     file.write(line.model_dump_json() + "\n")
             written = {
                 "sha256": folder_sha256(temporary / WEIGHTS),
-                "files": {name: _sha256(temporary / name) for name in (GROUPS, SETTINGS)},
+                "files": {name: file_sha256(temporary / name) for name in (GROUPS, SETTINGS)},
                 "optimizer_bytes": _bytes(temporary / OPTIMIZER),
             }
             state = state.model_copy(update={**of_windows(windows), **written})
@@ -160,7 +159,7 @@ class Checkpoints:
                 f"{folder / WEIGHTS} has sha256 {found}; {state.sha256} was written: the files were changed"
             )
         for name, written in state.files.items():
-            _compare(folder / name, "sha256", written, _sha256)
+            _compare(folder / name, "sha256", written, file_sha256)
         if state.optimizer_bytes is not None:
             _compare(folder / OPTIMIZER, "length in bytes", state.optimizer_bytes, _bytes)
         return Checkpoint(folder, state)
@@ -253,11 +252,6 @@ def _compare(path: Path, what: str, written: str | int, measure: Callable[[Path]
 
 def _bytes(path: Path) -> int:
     return path.stat().st_size
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _fsync_tree(folder: Path) -> None:
