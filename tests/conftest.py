@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 import secrets
 import shutil
+import subprocess
 import tempfile
 from collections.abc import Iterator
 
@@ -19,6 +20,8 @@ from fulgurite.infra.kafka import EmbeddedKafka
 from fulgurite.infra.kafka_probe import run_in_thread
 from fulgurite.infra.topics import create_topics, delete_topics
 from fulgurite.schemas.settings import ClickHouseSettings, KafkaSettings, Settings
+from tests import broker_cache
+from tests.databases import Databases
 
 # A busy machine stops a test for longer than any deadline of an example.
 hypothesis_settings.register_profile("fulgurite", deadline=None)
@@ -30,9 +33,20 @@ HOME = tempfile.mkdtemp(prefix="fulgurite-tests-")
 for name in [name for name in os.environ if name.startswith("FULGURITE_")]:
     del os.environ[name]
 os.environ["FULGURITE_HOME"] = HOME
+broker_cache.use()
+BROKER_CACHE = pytest.StashKey[subprocess.Popen[bytes]]()
 
 
-def pytest_unconfigure() -> None:
+def pytest_configure(config: pytest.Config) -> None:
+    of_all_workers = config.getoption("numprocesses", None)
+    if of_all_workers and (process := broker_cache.make_beside()) is not None:
+        config.stash[BROKER_CACHE] = process
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if (process := config.stash.get(BROKER_CACHE, None)) is not None:
+        process.terminate()
+        process.wait()
     shutil.rmtree(HOME, ignore_errors=True)
 
 
@@ -93,7 +107,20 @@ def clickhouse_settings(clickhouse_server: EmbeddedClickHouse) -> Iterator[Click
     clickhouse_server.command(f"DROP DATABASE IF EXISTS {settings.database} SYNC")
 
 
+@pytest.fixture(scope="session")
+def databases(clickhouse_server: EmbeddedClickHouse) -> Databases:
+    return Databases(clickhouse_server)
+
+
 @pytest.fixture
-def settings(kafka_settings: KafkaSettings, clickhouse_settings: ClickHouseSettings) -> Settings:
-    """Both stores; other sections as by default."""
-    return Settings(kafka=kafka_settings, clickhouse=clickhouse_settings)
+def migrated_settings(databases: Databases) -> Iterator[ClickHouseSettings]:
+    """The session's engine with a database of this test's own, with all tables, empty."""
+    settings = databases.take()
+    yield settings
+    databases.give_back(settings)
+
+
+@pytest.fixture
+def settings(kafka_settings: KafkaSettings, migrated_settings: ClickHouseSettings) -> Settings:
+    """Both stores, with all tables; other sections as by default."""
+    return Settings(kafka=kafka_settings, clickhouse=migrated_settings)

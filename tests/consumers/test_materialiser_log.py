@@ -19,7 +19,6 @@ from fulgurite.consumers.materialiser import topic as topic_module
 from fulgurite.infra.kafka import EmbeddedKafka
 from fulgurite.infra.topics import create_topics
 from fulgurite.schemas import topics
-from fulgurite.schemas.migrations import apply_migrations
 from fulgurite.schemas.settings import ClickHouseSettings, KafkaSettings, MaterialiserSettings, Settings
 from tests.consumers.materialiser_fakes import FakeRecord, Member, Server
 from tests.consumers.test_materialiser_metrics import free_port, ready, running
@@ -156,7 +155,6 @@ def forget_from(world: World, offset: int) -> None:
 
 @pytest.fixture
 def world(settings: Settings, tmp_path: Path) -> World:
-    apply_migrations(settings.clickhouse)
     return World(settings.model_copy(update={"materialiser": with_port()}), tmp_path)
 
 

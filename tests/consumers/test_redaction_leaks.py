@@ -18,7 +18,7 @@ from fulgurite.consumers.materialiser.store import Store
 from fulgurite.consumers.redaction import VIEWS, apply_redaction, view_selects
 from fulgurite.producers.raw import Undecodable
 from fulgurite.producers.redaction import Redactor
-from fulgurite.schemas.migrations import apply_migrations, connection_options
+from fulgurite.schemas.migrations import connection_options
 from fulgurite.schemas.redaction import KeyRule, RedactionSettings, ValueRule
 from fulgurite.schemas.settings import ClickHouseSettings
 from fulgurite.schemas.topics import OTLP_SPANS, SPANS
@@ -37,18 +37,17 @@ VALUES = [ValueRule(name="email")]
 
 
 @pytest.fixture
-def client(clickhouse_settings: ClickHouseSettings) -> Iterator[Client]:
-    apply_migrations(clickhouse_settings)
-    options = connection_options(clickhouse_settings)
-    with clickhouse_connect.get_client(**options, database=clickhouse_settings.database) as found:
+def client(migrated_settings: ClickHouseSettings) -> Iterator[Client]:
+    options = connection_options(migrated_settings)
+    with clickhouse_connect.get_client(**options, database=migrated_settings.database) as found:
         yield found
 
 
 def test_columns_made_of_otlp_attributes_follow_the_rules_for_these(
-    clickhouse_settings: ClickHouseSettings, client: Client
+    migrated_settings: ClickHouseSettings, client: Client
 ) -> None:
     apply_redaction(client, RedactionSettings(keys=KEYS, values=VALUES, hash_salt=SecretStr("salt")))
-    row = Tables(client, clickhouse_settings).row(
+    row = Tables(client, migrated_settings).row(
         record(
             span(
                 {
@@ -82,9 +81,9 @@ def test_columns_made_of_otlp_attributes_follow_the_rules_for_these(
     assert not any(secret in str(row) for secret in ("SECRET", "alice", "ann@"))
 
 
-def test_what_is_dropped_was_never_there(clickhouse_settings: ClickHouseSettings, client: Client) -> None:
+def test_what_is_dropped_was_never_there(migrated_settings: ClickHouseSettings, client: Client) -> None:
     apply_redaction(client, RedactionSettings(keys=KEYS))
-    tables = Tables(client, clickhouse_settings)
+    tables = Tables(client, migrated_settings)
     row = tables.row(record(span({"gen_ai.input.messages": "SECRET", "gen_ai.prompt": "the next name"})))
     assert row["input"] == "the next name"
     numbered = {"gen_ai.prompt.0.content": "SECRET", "gen_ai.prompt.0.role": "user", "gen_ai.completion.0.content": "b"}
@@ -92,13 +91,13 @@ def test_what_is_dropped_was_never_there(clickhouse_settings: ClickHouseSettings
     assert (row["input"], json.loads(row["output"])) == ("", {"gen_ai.completion.0.content": "b"})
 
 
-def test_no_dead_letter_goes_past_the_rules(clickhouse_settings: ClickHouseSettings, client: Client) -> None:
+def test_no_dead_letter_goes_past_the_rules(migrated_settings: ClickHouseSettings, client: Client) -> None:
     apply_redaction(client, RedactionSettings(values=VALUES))
     packed = gzip.compress(b"carol@example.org", mtime=0)
     cut_off = record(span({"a": "bob@example.org", "pad": "x" * 50}))[:-20]
     refused = [b"\x1f\x8b carol@example.org", cut_off, packed]
     for at, value in enumerate(refused):
-        asyncio.run(_insert_dead(clickhouse_settings, at, value))
+        asyncio.run(_insert_dead(migrated_settings, at, value))
     for topic in ("rollouts", "trajectories", "resources", "training", "workers", "dead_letters"):
         columns = ["raw", "key", "headers", "_topic", "_partition", "_offset"]
         client.insert(f"in_{topic}", [["no JSON dave@example.org", "k", {}, topic, 0, 10]], column_names=columns)
@@ -106,8 +105,8 @@ def test_no_dead_letter_goes_past_the_rules(clickhouse_settings: ClickHouseSetti
         row = {"raw": "no JSON dave@example.org", "_topic": topic, "_offset": 10, "_into": 3}
         client.insert(f"in_{topic}", [list(row.values())], column_names=list(row))
     bad = record(span({"mail": "erin@example.org"}, start=START, end=START - 1))
-    Tables(client, clickhouse_settings).insert([Record(20, bad)])
-    asyncio.run(_insert_undecodable(clickhouse_settings, 30, b"\xff frank@example.org"))
+    Tables(client, migrated_settings).insert([Record(20, bad)])
+    asyncio.run(_insert_undecodable(migrated_settings, 30, b"\xff frank@example.org"))
     rows = client.query(
         "SELECT value, message FROM dead_letters ORDER BY _offset", column_formats={"value": "bytes"}
     ).result_rows
@@ -148,7 +147,7 @@ def test_every_view_that_writes_dead_letters_is_known(client: Client) -> None:
     assert writing <= VIEWS.keys() <= view_selects().keys()
 
 
-def test_a_replays_dead_letter_comes_once(clickhouse_settings: ClickHouseSettings, client: Client) -> None:
+def test_a_replays_dead_letter_comes_once(migrated_settings: ClickHouseSettings, client: Client) -> None:
     settings: dict[str, str | int] = {
         "insert_deduplication_token": "token",
         "insert_deduplicate": 1,
@@ -156,7 +155,7 @@ def test_a_replays_dead_letter_comes_once(clickhouse_settings: ClickHouseSetting
     }
 
     async def insert() -> None:
-        store = Store(clickhouse_settings, 30, "test")
+        store = Store(migrated_settings, 30, "test")
         await store.connect()
         one = Slice(Partition(SPANS, "spans", 0), [Record(1, b"x")])
         await store.insert_dead(one, "no", Guard("test", settings=settings))

@@ -43,7 +43,6 @@ from fulgurite.infra.kafka_security import BrokerSecurity
 from fulgurite.infra.topics import connected_admin, create_topics
 from fulgurite.producers.kafka import connection_options
 from fulgurite.schemas import topics
-from fulgurite.schemas.migrations import apply_migrations
 from fulgurite.schemas.migrations import connection_options as clickhouse_options
 from fulgurite.schemas.settings import KafkaSettings, Settings
 
@@ -389,7 +388,6 @@ def test_an_example_is_short_and_pinned(language: Language) -> None:
 
 def test_the_questions_of_the_contract_can_be_asked(settings: Settings) -> None:
     """The page's SQL, on the tables as they are."""
-    apply_migrations(settings.clickhouse)
     page = (ROOT / "docs" / "contract.md").read_text()
     statements = [text for block in re.findall(r"```sql\n(.*?)```", page, re.DOTALL) for text in block.split(";")]
     asked = [ask(settings, text) for text in statements if text.strip()]

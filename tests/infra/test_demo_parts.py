@@ -14,7 +14,6 @@ from fulgurite.infra.demo.report import report
 from fulgurite.infra.demo.screen import Figures, Screen, sparkline
 from fulgurite.infra.sql import connect
 from fulgurite.schemas.errors import SettingsError, StartError
-from fulgurite.schemas.migrations import apply_migrations
 from fulgurite.schemas.settings import ClickHouseSettings, load_settings
 
 POINTS = [
@@ -24,10 +23,9 @@ POINTS = [
 ]
 
 
-def test_every_question_is_one_that_the_tables_answer(clickhouse_settings: ClickHouseSettings, tmp_path: Path):
-    apply_migrations(clickhouse_settings)
+def test_every_question_is_one_that_the_tables_answer(migrated_settings: ClickHouseSettings, tmp_path: Path):
     parameters = {"run_id": "r", "mode": "train", "prefix": "r-g", "resource": "policy", "since_ns": 0}
-    with connect(clickhouse_settings) as client:
+    with connect(migrated_settings) as client:
         for name in (name for name in dir(questions) if name.isupper() and name != "TO_TRY"):
             client.query(getattr(questions, name), parameters)
         for sql in questions.TO_TRY:
@@ -37,10 +35,9 @@ def test_every_question_is_one_that_the_tables_answer(clickhouse_settings: Click
         console.file.close()
 
 
-def test_curve_counts_train_and_sampled_held_out_rollouts(clickhouse_settings: ClickHouseSettings):
-    apply_migrations(clickhouse_settings)
+def test_curve_counts_train_and_sampled_held_out_rollouts(migrated_settings: ClickHouseSettings):
     rows = [("a", "train", "", 1.0), ("b", "train", "", 0.0), ("c", "val", "sampled", 1.0), ("d", "val", "greedy", 1.0)]
-    with connect(clickhouse_settings) as client:
+    with connect(migrated_settings) as client:
         for offset, (rollout_id, mode, sampling, reward) in enumerate(rows):
             client.command(
                 "INSERT INTO rollout_events (event, rollout_id, run_id, mode, metadata, _offset) VALUES "

@@ -18,7 +18,6 @@ from fulgurite.infra.topics import create_topics
 from fulgurite.schemas import topics
 from fulgurite.schemas.codec import encode
 from fulgurite.schemas.dead_letters import DeadLetter
-from fulgurite.schemas.migrations import apply_migrations
 from fulgurite.schemas.rollouts import AttemptFinished, RolloutQueued
 from fulgurite.schemas.settings import ClickHouseSettings, Settings, load_settings
 from tests.consumers import otlp_encoding as otlp
@@ -29,7 +28,6 @@ BIG_NS = 1_700_000_000_123_456_789
 
 @pytest.fixture
 def world(settings: Settings, tmp_path: Path) -> World:
-    apply_migrations(settings.clickhouse)
     return World(settings, tmp_path)
 
 
@@ -280,16 +278,15 @@ async def test_two_replays_at_once_never_both_send(world: World) -> None:
 @pytest.mark.chaos
 @pytest.mark.slow
 async def test_kafka_dies_before_it_acknowledges(
-    clickhouse_settings: ClickHouseSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    migrated_settings: ClickHouseSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """What nobody acknowledged is neither called sent nor sent twice: the next run looks for it first."""
     monkeypatch.setattr(sending, "SEND_SECONDS", 3.0)
     monkeypatch.setattr(sending, "CHUNK_LETTERS", 1)
-    apply_migrations(clickhouse_settings)
     with EmbeddedKafka(tmp_path / "kafka") as broker:
         kafka = broker.settings()
         await create_topics(kafka)
-        world = World(Settings(kafka=kafka, clickhouse=clickhouse_settings), tmp_path)
+        world = World(Settings(kafka=kafka, clickhouse=migrated_settings), tmp_path)
         for offset in range(2):
             await asyncio.to_thread(refuse, world, span(span_id=f"s{offset}"), offset)
         steps: list[str] = []
@@ -299,7 +296,7 @@ async def test_kafka_dies_before_it_acknowledges(
             if steps.count("looked") == 2:  # the first letter is sent already
                 broker.kill()
 
-        with connect(clickhouse_settings) as client:
+        with connect(migrated_settings) as client:
             found = letters.matching(client, letters.Filter(), 10)
             plan = await replaying.plan(kafka, client, found, replaying.Wishes())
             with pytest.raises(sending.Unfinished, match="did not acknowledge 1 of 1 records"):

@@ -20,7 +20,6 @@ from fulgurite.infra.replay.run import Watch
 from fulgurite.infra.replay.store import ReplayStore
 from fulgurite.schemas import topics
 from fulgurite.schemas.codec import encode
-from fulgurite.schemas.migrations import apply_migrations
 from fulgurite.schemas.resources import ResourceVersion
 from fulgurite.schemas.settings import Settings, load_settings
 from tests.consumers.poison import plain_builder, send_poison
@@ -31,7 +30,6 @@ RECONCILED = "SELECT sum(rows), sum(dead), sum(duplicates), sum(gaps) FROM recon
 
 @pytest.fixture
 def world(settings: Settings, tmp_path: Path) -> World:
-    apply_migrations(settings.clickhouse)
     return World(settings, tmp_path)
 
 

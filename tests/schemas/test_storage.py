@@ -10,7 +10,7 @@ import pytest
 from clickhouse_connect.driver import Client
 
 from fulgurite.schemas.errors import StartError
-from fulgurite.schemas.migrations import apply_migrations, connection_options
+from fulgurite.schemas.migrations import connection_options
 from fulgurite.schemas.retention import RetentionSettings
 from fulgurite.schemas.settings import ClickHouseSettings
 from fulgurite.schemas.storage import TIMES, Table, apply_storage, storage_statements
@@ -20,10 +20,9 @@ MONTHS = "MergeTree PARTITION BY toYYYYMM(_ts) ORDER BY rollout_id"
 
 
 @pytest.fixture
-def client(clickhouse_settings: ClickHouseSettings) -> Generator[Client]:
-    apply_migrations(clickhouse_settings)
-    options = connection_options(clickhouse_settings)
-    with clickhouse_connect.get_client(**options, database=clickhouse_settings.database) as found:
+def client(migrated_settings: ClickHouseSettings) -> Generator[Client]:
+    options = connection_options(migrated_settings)
+    with clickhouse_connect.get_client(**options, database=migrated_settings.database) as found:
         yield found
 
 

@@ -11,7 +11,7 @@ import pytest
 from clickhouse_connect.driver import Client
 
 from fulgurite.schemas.codec import encode
-from fulgurite.schemas.migrations import apply_migrations, connection_options
+from fulgurite.schemas.migrations import connection_options
 from fulgurite.schemas.resources import ResourceVersion, prompt_version
 from fulgurite.schemas.settings import ClickHouseSettings
 
@@ -41,10 +41,9 @@ FROM numbers(100) ARRAY JOIN {late} AS late
 
 
 @pytest.fixture
-def client(clickhouse_settings: ClickHouseSettings) -> Iterator[Client]:
-    apply_migrations(clickhouse_settings)
-    options = connection_options(clickhouse_settings)
-    with clickhouse_connect.get_client(**options, database=clickhouse_settings.database) as found:
+def client(migrated_settings: ClickHouseSettings) -> Iterator[Client]:
+    options = connection_options(migrated_settings)
+    with clickhouse_connect.get_client(**options, database=migrated_settings.database) as found:
         yield found
 
 

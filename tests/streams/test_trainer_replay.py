@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 from fulgurite.schemas.codec import encode
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.event import VersionSpan
-from fulgurite.schemas.migrations import apply_migrations, connection_options
+from fulgurite.schemas.migrations import connection_options
 from fulgurite.schemas.settings import (
     ClickHouseSettings,
     KafkaSettings,
@@ -218,7 +218,6 @@ async def test_a_replay_from_an_offset_or_a_time_begins_with_the_first_whole_gro
 
 async def materialised(settings: Settings) -> None:
     """The rows that the materialiser makes of `trajectories`."""
-    apply_migrations(settings.clickhouse)
     options = connection_options(settings.clickhouse)
     with clickhouse_connect.get_client(**options, database=settings.clickhouse.database) as client:
         rows = [
