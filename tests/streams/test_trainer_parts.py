@@ -31,7 +31,7 @@ from fulgurite.streams.trainer.samples import (
     trained_sequences,
     training_set,
 )
-from fulgurite.streams.trainer.tasks import group_records, load_tasks
+from fulgurite.streams.trainer.tasks import group_records, load_tasks, task_input
 from fulgurite.streams.trainer.windows import FILLED, Group, Member, Shape, Window, Windows
 from tests.streams.trainer_world import build_model, sample
 
@@ -406,6 +406,11 @@ def test_groups_are_asked_for_with_the_same_ids_every_time() -> None:
     assert first[0].input == {"prompt": 1}
     again = group_records(settings, shape(), load_tasks(TASKS), 4)
     assert [q.event_id for q in first] == [q.event_id for q in again]
+
+
+def test_a_task_function_that_raises_says_which_task_and_what_is_expected() -> None:
+    with pytest.raises(SettingsError, match=r"IndexError.* for task 2: it is asked for .* without an end"):
+        task_input(["a", "b"].__getitem__, 2)
 
 
 @pytest.mark.parametrize(

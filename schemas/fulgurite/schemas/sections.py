@@ -1,8 +1,9 @@
 """What all sections of the settings share: they are frozen, refuse unknown names and what is no value for a field
-though pydantic would take it, and say what each field means."""
+though pydantic would take it, say what each field means, and have a word for what may be not set."""
 
 from __future__ import annotations
 
+from types import NoneType
 from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validator
@@ -10,6 +11,10 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationInfo, field_validat
 Seconds = Annotated[float, Field(gt=0, le=86_400)]
 Port = Annotated[int, Field(ge=0, le=65_535)]
 Url = Annotated[str, Field(pattern=r"^https?://[^\s/]+.*$")]
+
+
+UNSET = "none"
+"""For a field that may be not set: takes back what a file or a shadow's source sets. A path of that name is ./none."""
 
 
 class Section(BaseModel):
@@ -27,6 +32,13 @@ class Section(BaseModel):
         ):
             raise ValueError(f"must not be {str(value).lower()}: this is no switch")
         return value
+
+    @field_validator("*", mode="before")
+    @classmethod
+    def _word_for_unset(cls, value: Any, info: ValidationInfo) -> Any:
+        if value != UNSET or not info.field_name:
+            return value
+        return None if NoneType in get_args(cls.model_fields[info.field_name].annotation) else value
 
 
 def _takes_truth(annotation: Any) -> bool:

@@ -318,7 +318,7 @@ def to_environment(values: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
     for section, fields in values.items():
         for name, value in fields.items():
             if value is None:
-                continue  # the environment has no word for it: the default stands
+                continue  # what may be not set is not set by default
             text = value if isinstance(value, str) else str(value) if isinstance(value, Path) else json.dumps(value)
             found[f"{ENV_PREFIX}{section.upper()}__{name.upper()}"] = text
     return found

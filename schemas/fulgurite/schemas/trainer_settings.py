@@ -36,6 +36,11 @@ AdvantageName = Literal[
     "group_mean_batch_normalised",
     "one",
 ]
+MAX_COUNT = 2**31 - 1
+MAX_RATIO = 1e6
+MAX_WEIGHT = 1e6
+"""What float32 and int32 compute with still; what is beyond was a slip, or meant "no bound"."""
+
 RatioLevel = Literal["token", "sequence_mean", "sequence_product"]
 
 
@@ -55,7 +60,7 @@ GROUPS = {
 class TrainerSettings(Section):
     run_id: str = ""
     """Name of the run; a restart with the same name goes on where it stood. Required."""
-    resource: str = "policy"
+    resource: Annotated[str, Field(min_length=1)] = "policy"
     """Which policy it makes versions of."""
     model: Path | None = None
     """Folder of the model to start from (Hugging Face format)."""
@@ -65,9 +70,9 @@ class TrainerSettings(Section):
     """Where tasks come from, as module:function; function(index) gives the task's input as JSON-able value."""
     agent: str = ""
     """Recorded on its rollouts, for streams with several agents."""
-    agents: list[str] = Field(default_factory=list[str])
+    agents: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list[str])
     """Whose calls are trained on, where several agents act in a rollout: the names on their spans. Empty: all."""
-    steps: Annotated[int, Field(ge=1)] = 60
+    steps: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 60
     """Versions to make."""
     groups_per_step: Annotated[int, Field(ge=1, le=65_536)] = 16
     """Complete groups in a window."""
@@ -121,13 +126,13 @@ class TrainerSettings(Section):
     aggregation: Literal["recipe", "token_mean", "sequence_mean", "sequence_sum"] = "recipe"
     """How losses of tokens become the window's: every token counts the same, every sequence does, or sums of sequences
     over trainer.length_constant; recipe: as trainer.loss."""
-    length_constant: Annotated[int, Field(ge=1)] | None = None
+    length_constant: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     """Tokens: what sequence_sum (of dr_grpo) divides by, the most that can be sampled in a sequence. Required there."""
     clip_low: Annotated[float, Field(ge=0, le=1)] | None = None
     """Clip of the ratio below: ratio >= 1 - clip_low. Not set: as trainer.loss (dapo: 0.2)."""
-    clip_high: Annotated[float, Field(ge=0)] | None = None
+    clip_high: Annotated[float, Field(ge=0, le=MAX_RATIO)] | None = None
     """Clip of the ratio above: ratio <= 1 + clip_high. Not set: as trainer.loss (dapo: 0.28)."""
-    dual_clip: Annotated[float, Field(gt=1)] | None = None
+    dual_clip: Annotated[float, Field(gt=1, le=MAX_RATIO)] | None = None
     """Largest ratio that counts where the advantage is negative. Not set: as trainer.loss (ppo_dual_clip: 3, others
     have none)."""
     correction: Literal["clip", "truncate", "mask", "none"] = "clip"
@@ -139,11 +144,11 @@ class TrainerSettings(Section):
     product."""
     importance_gate: RatioLevel | None = None
     """For mask: the ratio that the bounds are for, where it is not the weight itself."""
-    importance_low: Annotated[float, Field(ge=0)] = 0.0
+    importance_low: Annotated[float, Field(ge=0, le=MAX_RATIO)] = 0.0
     """Bound of the weight below, for truncate and mask."""
-    importance_cap: Annotated[float, Field(gt=0)] = 2.0
+    importance_cap: Annotated[float, Field(gt=0, le=MAX_RATIO)] = 2.0
     """Bound of the weight above, for truncate and mask."""
-    kl_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    kl_coefficient: Annotated[float, Field(ge=0, le=MAX_WEIGHT)] = 0.0
     """Weight of the KL penalty against a frozen reference policy; 0: none, and no reference is loaded."""
     kl_in_reward: bool = False
     """Take it from the reward instead of adding it to the loss: kl_coefficient times the estimates of tokens, by the
@@ -158,14 +163,14 @@ class TrainerSettings(Section):
     the same on tokens of older ones too, as they are weighed by p / p_old."""
     reference: Path | None = None
     """Folder of the reference policy, whole on every rank. Not set: trainer.model."""
-    entropy_coefficient: Annotated[float, Field(ge=0)] = 0.0
+    entropy_coefficient: Annotated[float, Field(ge=0, le=MAX_WEIGHT)] = 0.0
     """Weight of the entropy bonus, in nats a token; 0: none."""
-    overlong_buffer_tokens: Annotated[int, Field(ge=0)] = 0
+    overlong_buffer_tokens: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 0
     """Over the last so many tokens before overlong_max_tokens the reward falls by up to overlong_penalty (DAPO); 0: it
     does not."""
-    overlong_max_tokens: Annotated[int, Field(ge=1)] | None = None
+    overlong_max_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] | None = None
     """Sampled tokens of a rollout at which it has fallen all the way. Required with overlong_buffer_tokens."""
-    overlong_penalty: Annotated[float, Field(gt=0)] = 1.0
+    overlong_penalty: Annotated[float, Field(gt=0, le=MAX_REWARD)] = 1.0
     """By how much, in units of the reward."""
     max_logprob_difference: Annotated[float, Field(gt=0)] | None = None
     """Largest |difference| of log p between trainer and sampler for tokens of the same version; beyond it the run
@@ -174,7 +179,7 @@ class TrainerSettings(Section):
     """A step whose loss or gradient is no number, or past one of the three bounds below, changes nothing. skip: it
     makes a version of the same weights, and the ledger names its rollouts and the reason; of several updates only that
     one is left out, with the rollouts that no other was made of. stop: the run ends with the reason."""
-    max_bad_steps: Annotated[int, Field(ge=1)] = 5
+    max_bad_steps: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 5
     """With skip: so many of them in a row, and the run ends after all."""
     grad_norm_limit: Annotated[float, Field(gt=0)] | None = None
     """Largest gradient norm, before it is clipped to max_grad_norm. Not set: any number."""
@@ -188,7 +193,7 @@ class TrainerSettings(Section):
     schedule: Literal["constant", "linear", "cosine"] = "constant"
     """Of the learning rate after the warm-up: how it falls to min_learning_rate_ratio until the updates of
     trainer.steps windows are done."""
-    warmup_steps: Annotated[int, Field(ge=0)] = 10
+    warmup_steps: Annotated[int, Field(ge=0, le=MAX_COUNT)] = 10
     """Updates over which the learning rate rises from 0, linearly."""
     min_learning_rate_ratio: Annotated[float, Field(ge=0, le=1)] = 0.0
     """What of learning_rate is left at the end, for linear and cosine."""
@@ -196,7 +201,7 @@ class TrainerSettings(Section):
     """AdamW's first."""
     adam_beta2: Annotated[float, Field(ge=0, lt=1)] = 0.99
     """AdamW's second."""
-    weight_decay: Annotated[float, Field(ge=0)] = 0.0
+    weight_decay: Annotated[float, Field(ge=0, le=100)] = 0.0
     """AdamW's."""
     max_grad_norm: Annotated[float, Field(gt=0)] = 1.0
     """Gradients are clipped to this norm."""
@@ -206,14 +211,14 @@ class TrainerSettings(Section):
     """Optimizer updates of one pass, each from as many of the window's rollouts, drawn anew for every pass. With more
     than one update a window, correction = truncate or mask is decoupled PPO: the clipped ratio is against the policy at
     the window's beginning, whose tokens are scored once more for it."""
-    micro_batch_tokens: Annotated[int, Field(ge=1)] = 16_384
+    micro_batch_tokens: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 16_384
     """Tokens of one forward pass."""
     share_prompts: bool = True
     """Compute a prompt that sequences have in common, as a group's have, once in a forward pass and not for each."""
     lora_rank: Annotated[int, Field(ge=0, le=4_096)] = 0
     """Rank of a LoRA adapter, which alone is trained and published; servers must have trainer.model as it is. 0: all
     weights are trained."""
-    lora_alpha: Annotated[float, Field(gt=0)] = 32.0
+    lora_alpha: Annotated[float, Field(gt=0, le=1e6)] = 32.0
     """What the adapter adds is multiplied by lora_alpha / lora_rank."""
     lora_target_modules: list[str] = Field(default_factory=list)
     """Names of the layers that get an adapter, for example q_proj, v_proj. Empty: all linear ones but the output
@@ -230,11 +235,11 @@ class TrainerSettings(Section):
     """For the agent's LLM calls. Temperature must be 1 for the recorded logprobs to be the policy's."""
     rollout_timeout_seconds: Seconds = 60.0
     """Longest one attempt may take."""
-    keep_versions: Annotated[int, Field(ge=2)] = 8
+    keep_versions: Annotated[int, Field(ge=2, le=MAX_COUNT)] = 8
     """Newest versions' files that are kept on disk."""
     threads: Annotated[int, Field(ge=1, le=256)] = 1
     """torch threads."""
-    seed: int = 1
+    seed: Annotated[int, Field(ge=0, lt=2**63)] = 1
     """Of everything random in the trainer."""
     metrics_host: str = "127.0.0.1"
     """Where /metrics and /health listen; under torchrun on rank 0 alone."""

@@ -7,11 +7,21 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from fractions import Fraction
 
 from fulgurite.schemas.settings import TrainerSettings
 
 NOT_CHOSEN = "not_best"
 """Why the others of a group are dropped."""
+
+
+def best_count(share: float, size: int) -> int:
+    """ceil(share * size), of the share as it is written: 0.07 of 100 are 7, though the product is above that.
+
+    >>> best_count(0.07, 100), best_count(0.25, 6)
+    (7, 2)
+    """
+    return math.ceil(Fraction(str(share)) * size)
 
 
 def best(rewards: Sequence[float], share: float, threshold: float | None) -> list[bool]:
@@ -25,7 +35,7 @@ def best(rewards: Sequence[float], share: float, threshold: float | None) -> lis
     [False, True, True, True]
     """
     order = sorted(range(len(rewards)), key=lambda member: (-rewards[member], member))
-    chosen = set(order[: math.ceil(share * len(rewards))])
+    chosen = set(order[: best_count(share, len(rewards))])
     return [member in chosen and (threshold is None or reward >= threshold) for member, reward in enumerate(rewards)]
 
 

@@ -25,7 +25,8 @@ def recipe_of(settings: TrainerSettings) -> PolicyLoss:
     try:
         recipe = recipe.with_clip(settings.clip_low, settings.clip_high, settings.dual_clip)
     except ValueError as error:
-        raise SettingsError(f"trainer.clip_low, trainer.clip_high, trainer.dual_clip: {error}") from None
+        name = "clip_high" if settings.dual_clip is None else "dual_clip"
+        raise SettingsError(f"trainer.{name} = {getattr(settings, name):g}: {error}") from None
     if settings.advantage != "recipe":
         recipe = replace(recipe, advantage=settings.advantage)
     if settings.aggregation != "recipe":
@@ -35,6 +36,8 @@ def recipe_of(settings: TrainerSettings) -> PolicyLoss:
 
 def check_objective(settings: TrainerSettings) -> None:
     """Raises SettingsError, naming the setting, for what would be ignored or could not be computed."""
+    if wrong := _dual_clip_fault(settings, find(settings.loss)):
+        raise SettingsError(wrong)
     recipe = recipe_of(settings)
     faults = _loss_fault(settings, recipe), _imitation_fault(settings), _correction_fault(settings, recipe)
     for wrong in (*faults, _terms_fault(settings), unused_setting(settings, recipe), idle_recipe(settings)):
@@ -52,6 +55,10 @@ def _loss_fault(settings: TrainerSettings, recipe: PolicyLoss) -> str:
         return (
             f"trainer.length_constant = {settings.length_constant}: aggregation {recipe.aggregation} has no such thing"
         )
+    return ""
+
+
+def _dual_clip_fault(settings: TrainerSettings, recipe: PolicyLoss) -> str:
     if settings.dual_clip is None:
         return ""
     if recipe.surrogate not in ("clipped", "sequence_clipped"):

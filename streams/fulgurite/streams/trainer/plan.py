@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import re
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,7 @@ from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.sampling import off_policy
 from fulgurite.schemas.settings import Settings, SourceSettings, TrainerSettings
 from fulgurite.schemas.topics import TRAJECTORIES
+from fulgurite.streams.trainer.imitation import best_count
 from fulgurite.streams.trainer.objective import check_objective
 from fulgurite.streams.trainer.surroundings import check_surroundings
 from fulgurite.streams.trainer.tasks import TaskFunction, load_tasks
@@ -104,9 +104,8 @@ def make_plan(settings: Settings) -> Plan:
             f"trainer.sampling_parameters: {fault}, otherwise the recorded logprobs are not the policy's and every "
             "rollout would be dropped as partial:sampling"
         )
-    check_objective(trainer)
+    check_together(trainer)
     check_source(settings)
-    _check_windows(trainer)
     is_replay = bool(settings.source.run_id) or settings.source.begin == "sql"
     shape = Shape(
         run_id=settings.source.run_id or run_id,
@@ -130,6 +129,18 @@ def make_plan(settings: Settings) -> Plan:
     check_surroundings(trainer)
     asks = not is_replay and trainer.demonstrations is None
     return Plan(settings, shape, load_tasks(trainer.tasks) if asks else None, trainer.model)
+
+
+def check_together(trainer: TrainerSettings) -> None:
+    """Raises SettingsError for settings that cannot go together; its text begins with the one to leave out."""
+    check_objective(trainer)
+    _check_windows(trainer)
+
+
+def at_fault(error: SettingsError) -> str:
+    """The setting with which an error of `check_together` begins."""
+    found = re.match(r"trainer\.(\w+)", str(error))
+    return found[1] if found else ""
 
 
 def check_source(settings: Settings) -> None:
@@ -167,7 +178,7 @@ def _rollouts_of_a_window(trainer: TrainerSettings) -> int:
     """The most that are trained on."""
     if trainer.demonstrations is not None:
         return trainer.groups_per_step
-    each = trainer.group_size if trainer.loss != "sft" else math.ceil(trainer.best_share * trainer.group_size)
+    each = trainer.group_size if trainer.loss != "sft" else best_count(trainer.best_share, trainer.group_size)
     return (trainer.groups_per_step + trainer.overlap_groups) * each
 
 

@@ -32,6 +32,8 @@ class Progress:
         self._steps_before = steps_before
         self._started = time.monotonic()
         self._marks: list[float] = []
+        self._last_event = 0.0
+        """When the record of the step before was made; 0: of none in this process."""
         self._window_start_ns = 0
         self._metrics = metrics
 
@@ -64,15 +66,20 @@ class Progress:
         reward_mean, reward_std = mean_and_std(training.rewards)
         behind_mean, behind_max = staleness(training, window)
         began, filled, optimized = self._marks
-        taken = max(time.monotonic() - began, 1e-9)
+        # The record is in the transaction that ends its step: how long that took only the next one can say. So a step
+        # goes from record to record, and steps add up to the time that they took.
+        now, before = time.monotonic(), self._last_event or began
+        self._last_event = now
+        taken = max(now - before, 1e-9)
         metrics = {
             **window_metrics(window, training, plan.sampling_resource, plan.trainer.agents),
             **(result.metrics if result else {}),
             "rollouts/late": float(windows.late),
             "rollouts/duplicate": float(windows.duplicates),
+            "timing_s/publish": began - before,
             "timing_s/wait": filled - began,
             "timing_s/update_actor": optimized - filled,
-            "timing_s/checkpoint": time.monotonic() - optimized,
+            "timing_s/checkpoint": now - optimized,
             "timing_s/step": taken,
             # As verl counts: prompts too, over the whole step, for each rank.
             "perf/throughput": sum(len(sample.token_ids) for sample in training.samples) / taken / launched_ranks(),

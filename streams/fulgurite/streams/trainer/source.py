@@ -27,6 +27,7 @@ from fulgurite.schemas.settings import KafkaSettings, Settings, SourceSettings, 
 from fulgurite.schemas.topics import TRAINING
 from fulgurite.schemas.training import TRAINING_EVENT, RunFinished, RunStarted, TrainingStep
 from fulgurite.streams.trainer.log import partitions_of, records_since
+from fulgurite.streams.trainer.plan import at_fault, check_together
 
 logger = logging.getLogger(__name__)
 
@@ -40,7 +41,8 @@ LedgerEvent = TrainingStep | RunFinished
 
 
 async def adopt(settings: Settings) -> Settings:
-    """Settings of `trainer` and `source` that were not set become those that the source run began with.
+    """Settings of `trainer` and `source` that were not set become those that the source run began with, but for those
+    that do not go together with what is set here, which are named in the log.
 
     Raises SettingsError where there is no such run, or where it is itself a replay: then its source is the one to name.
     """
@@ -62,21 +64,37 @@ async def adopt(settings: Settings) -> Settings:
         for name, value in config.items()
         if name in defaults and name not in OWN and name not in ours and value != defaults[name]
     }
-    try:
-        trainer = TrainerSettings.model_validate(taken | ours)
-    except ValidationError as error:
-        raise SettingsError(
-            f"source.run_id = {source.run_id}: its settings, with those set here, are no valid ones: {error}"
-        ) from None
+    trainer = fitting(source.run_id, taken, ours)
     if trainer.resource == started.resource:
         raise SettingsError(
             f"trainer.resource = {trainer.resource} is what the source run {source.run_id} makes versions of: set "
             "another one, which no server follows"
         )
     resource = source.resource or started.resource
-    # As set count those that were set here: what is the source's may have no effect with them, and that is no fault.
-    trainer = TrainerSettings.model_construct(set(ours), **{name: getattr(trainer, name) for name in defaults})
     return settings.model_copy(update={"trainer": trainer, "source": source.model_copy(update={"resource": resource})})
+
+
+def fitting(run_id: str, taken: dict[str, Any], ours: dict[str, Any]) -> TrainerSettings:
+    """Ours, and of the source's what can go with it: a dr_grpo's length_constant, say, would be refused with gspo."""
+    while True:
+        try:
+            trainer = TrainerSettings.model_validate(taken | ours)
+        except ValidationError as error:
+            raise SettingsError(
+                f"source.run_id = {run_id}: its settings, with those set here, are no valid ones: {error}"
+            ) from None
+        # As set count those that were set here: what is the source's may have no effect with them, which is no fault.
+        values = {name: getattr(trainer, name) for name in TrainerSettings.model_fields}
+        trainer = TrainerSettings.model_construct(set(ours), **values)
+        try:
+            check_together(trainer)
+        except SettingsError as error:
+            name = at_fault(error)
+            if name not in taken or name == "loss":  # another objective is no detail
+                return trainer  # the plan says what is wrong
+            logger.warning("trainer.%s = %s of the source run %s is left out: %s", name, taken.pop(name), run_id, error)
+        else:
+            return trainer
 
 
 async def _started(kafka: KafkaSettings, run_id: str) -> RunStarted:

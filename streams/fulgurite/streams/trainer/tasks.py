@@ -29,8 +29,15 @@ def load_tasks(spec: str, where: str = "trainer.tasks") -> TaskFunction:
 
 
 def task_input(tasks: TaskFunction, index: int) -> Any:
-    """The input of task `index`. Raises SettingsError where it is not JSON-able: it has to cross Kafka."""
-    value = tasks(index)
+    """The input of task `index`. Raises SettingsError where the function does, or gives what is not JSON-able: it has
+    to cross Kafka."""
+    try:
+        value = tasks(index)
+    except Exception as error:  # whatever a user's function raises
+        raise SettingsError(
+            f"the task function raised {error!r} for task {index}: it is asked for tasks 0, 1, 2, … without an end; of "
+            "a list give element index % len(list)"
+        ) from error
     try:
         json.dumps(value, allow_nan=False)
     except (TypeError, ValueError) as error:
