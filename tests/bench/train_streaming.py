@@ -9,7 +9,7 @@ trainer wants it and nothing is measured that waits for agents. Of each step are
 - samples: advantages, versions, masks of its rollouts
 - pack: micro-batches from samples (timing_s/pack)
 
-streaming_share is their sum over the whole step's time, which ends with its version committed. publish_seconds is from
+streaming_share is their sum over the whole step's time, a transaction included (timing_s/step). publish_seconds is from
 the end of the optimizer's update to the arrival of the version's record in the answering process.
 """
 
@@ -134,7 +134,7 @@ def _figures(steps: list[TrainingStep], timed: Timed, arrivals: list[dict[str, i
         if number < WARM_STEPS:
             continue
         metrics = step.metrics
-        total = sum(metrics[f"timing_s/{part}"] for part in ("wait", "update_actor", "checkpoint"))
+        total = metrics["timing_s/step"]
         published.append((arrived[step.version_out] - updated_ns) / 1e9)
         rows.append((metrics["timing_s/wait"], samples, metrics["timing_s/pack"], total))
     read, samples, pack, total = (sum(column) for column in zip(*rows, strict=True))
