@@ -10,6 +10,7 @@ import pytest
 
 from fulgurite.consumers.materialiser.blocks import OWN_TABLE, Partition, Slice
 from fulgurite.consumers.materialiser.errors import Fenced
+from fulgurite.consumers.materialiser.fences import greater_fence, renewed
 from fulgurite.consumers.materialiser.store import Store
 from fulgurite.schemas import topics
 from fulgurite.schemas.migrations import apply_migrations
@@ -68,6 +69,14 @@ async def test_fences_that_are_taken_at_once_differ(stores: list[Store]) -> None
     for fence in set(fences) - {max(fences)}:
         with pytest.raises(Fenced):
             await stores[0].insert(slices(PARTS, 0, fence), stores[0].guard(slices(PARTS, 0, fence)))
+
+
+def test_a_renewed_fence_gives_way_to_whoever_fenced_since() -> None:
+    own = greater_fence("", "replay")
+    later = greater_fence(own, "replay")
+    assert own < renewed(own) < renewed(renewed(own)) < later < renewed(later)
+    for low, high in [sorted((greater_fence("", "replay"), own))]:  # taken at once
+        assert renewed(low) < high
 
 
 async def test_an_insert_that_has_begun_is_seen_until_it_is_over(

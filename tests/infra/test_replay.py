@@ -6,20 +6,20 @@ import asyncio
 import os
 import signal
 import sys
-from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
-from fulgurite.consumers.materialiser.blocks import Partition, Record
+from fulgurite.consumers.materialiser.blocks import Slice
 from fulgurite.consumers.materialiser.errors import TooLarge
 from fulgurite.infra.replay import command, run
 from fulgurite.infra.replay.run import Watch
 from fulgurite.infra.replay.store import ReplayStore
 from fulgurite.schemas import topics
 from fulgurite.schemas.codec import encode
+from fulgurite.schemas.errors import FulguriteError
 from fulgurite.schemas.resources import ResourceVersion
 from fulgurite.schemas.settings import Settings, load_settings
 from tests.consumers.poison import plain_builder, send_poison
@@ -133,36 +133,41 @@ async def test_killed_after_a_step(world: World, step: str, rebuild: bool) -> No
 
 
 @pytest.mark.chaos
-async def test_one_frozen_and_one_that_goes_on(world: World) -> None:
-    """Frozen between asking and inserting; the same command elsewhere finishes the work; then the first one wakes."""
+@pytest.mark.parametrize(("rebuild", "abandoned"), [(True, False), (False, True)])
+async def test_one_frozen_and_one_that_goes_on(world: World, rebuild: bool, abandoned: bool) -> None:
+    """Frozen between asking and inserting; others finish or end its work; when it wakes, the database refuses it."""
+    words = ["replay", "spans", "--from-offset", "0", *(["--rebuild"] if rebuild else [])]
     async with world.materialiser():
         await fill(world)
         world.ask("TRUNCATE TABLE spans")
         child = await asyncio.create_subprocess_exec(
-            *(sys.executable, __file__, "stop:asked", "1"),
+            *(sys.executable, __file__, "stop:asked", str(int(rebuild))),
             env=world.environment,
+            stderr=asyncio.subprocess.PIPE,
         )
         await asyncio.to_thread(os.waitid, os.P_PID, child.pid, os.WSTOPPED | os.WNOWAIT)
-        assert (await world.cli("replay", "spans", "--from-offset", "0", "--rebuild")).code == 0
+        if abandoned:
+            assert (await world.cli("replay", "spans", "--abandon")).code == 0
+        # What is left to do for the sleeper when it wakes: all of it once more, were it not refused.
+        assert (await world.cli(*words)).code == 0
         child.send_signal(signal.SIGCONT)
-        assert await asyncio.wait_for(child.wait(), 60) == 0
+        _, said = await asyncio.wait_for(child.communicate(), 60)
+        assert (child.returncode, b"another `fulgurite replay`" in said) == (1, True), said
     assert world.ask(RECONCILED) == [(80, 40, 0, 0)]
 
 
 async def test_what_needs_too_much_memory_is_made_smaller(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
-    insert_once = ReplayStore.insert_once
+    insert_missing = ReplayStore.insert_missing
 
-    async def little_memory(
-        store: ReplayStore, partition: Partition, records: Sequence[Record], token: str, present: Mapping[int, int]
-    ) -> None:
-        tried.append(sum((record.value or b"").count(b"\n") + 1 for record in records))
-        if len(records) > 3:
+    async def little_memory(store: ReplayStore, part: Slice) -> None:
+        tried.append(sum((record.value or b"").count(b"\n") + 1 for record in part.records))
+        if len(part.records) > 3:
             raise TooLarge("memory limit exceeded")
-        await insert_once(store, partition, records, token, present)
+        await insert_missing(store, part)
 
     monkeypatch.setattr(run, "BATCH_LINES", 21)
-    monkeypatch.setattr(ReplayStore, "insert_once", little_memory)
+    monkeypatch.setattr(ReplayStore, "insert_missing", little_memory)
     async with world.materialiser():
         await fill(world)
         world.ask("TRUNCATE TABLE spans")
@@ -230,7 +235,10 @@ def _child() -> int:
             os.kill(os.getpid(), signal.SIGSTOP if what == "stop" else signal.SIGKILL)
 
     options = command.Options("spans", from_offset=0, rebuild=sys.argv[2] == "1")
-    return command.replay(load_settings(), options, as_json=True, watch=Watch(checkpoint=checkpoint))
+    try:
+        return command.replay(load_settings(), options, as_json=True, watch=Watch(checkpoint=checkpoint))
+    except FulguriteError as error:
+        sys.exit(str(error))
 
 
 if __name__ == "__main__":

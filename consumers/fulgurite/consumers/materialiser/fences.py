@@ -20,6 +20,9 @@ its older fence, and is such a Q. Two that take the same epoch differ in the res
 The guard also looks for an entry of each partition in the log of inserts, its mark, and throws where it is gone:
 then an older copy of the database was restored under its owner, who has to ask the tables again.
 
+`fulgurite replay` claims partitions in the same way, with fences and inserts under another name (its store.py): of
+replays only the last one that claimed inserts, and none keeps the materialiser from inserting.
+
 What that stands on. One server, or always the same replica of several: the next query must see fences, processes and
 rows of the last one, which no other replica promises, and a load balancer breaks it. One user for all materialisers, or
 one that may see the queries of others. An engine that crashes takes its running inserts with it. Should it forget
@@ -61,6 +64,12 @@ def greater_fence(greatest: str, consumer: str) -> str:
     """A fence of the next epoch. `greatest`: of those that are there, "" where there is none."""
     epoch = int(greatest[:12] or 0) + 1
     return f"{epoch:012d} {consumer} {secrets.token_hex(8)}"
+
+
+def renewed(fence: str) -> str:
+    """A greater one of the same epoch: whoever took a later one, or a greater one of this, keeps the partition."""
+    taken, _, number = fence.partition("+")
+    return f"{taken}+{int(number or 0) + 1:09d}"
 
 
 def fenced(database: str, slices: Sequence[Slice]) -> Guard:

@@ -220,14 +220,21 @@ class Store:
                 "AND _partition IN {numbers:Array(UInt32)}",
                 parameters=_named(partitions),
             )
-            fence = greater_fence(str(greatest.result_rows[0][0]), self._consumer)
-            rows = [[partition.name, partition.number, fence] for partition in partitions]
+        except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
+            raise Unavailable(first_line(error)) from error
+        fence = greater_fence(str(greatest.result_rows[0][0]), self._consumer)
+        await self.write_fence(partitions, fence)
+        return fence
+
+    async def write_fence(self, partitions: Collection[Partition], fence: str) -> None:
+        """Raises Unavailable: it may be there."""
+        rows = [[partition.name, partition.number, fence] for partition in partitions]
+        try:
             await self._connected.insert(
                 "ingest_fences", rows, column_names=["_topic", "_partition", "fence"], settings={"async_insert": 0}
             )
         except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
             raise Unavailable(first_line(error)) from error
-        return fence
 
     async def running(self, partitions: Sequence[Partition]) -> bool:
         """Whether the server is at an insert that has one of these partitions, ours or anybody's. Raises

@@ -13,19 +13,25 @@ now are ever deleted.
 
 The contract, for one partition. The code carries these numbers.
 
-    0  begin    `begun` in replay_log for every partition, with range and time (the server's clock). Then look: where
-                another unfinished replay of this topic is there, withdraw and refuse. The same command given again goes
-                on with its own unfinished replay, behind the last `part`.
-    1  read     A chunk, its bounds given by the log alone: the same ones whoever reads it.
-    2  ask      Wait until no insert of ours runs, ask which offsets are in which table. --rebuild: only rows ingested
-                since `begun` are there; older ones are to be replaced.
-    3  insert   What is missing: one block, token replay-partition-lo-hi. Each table takes its part wholly or not at
-                all. One that needs more memory than there is: both halves of its range by 2 and 3, each.
+    0  begin    0.1 `begun` in replay_log for every partition, with range and time (the server's clock).
+                0.2 Look: where another unfinished replay of this topic is there, withdraw and refuse. The same command
+                    given again goes on with its own unfinished replay, behind the last `part`.
+                0.3 Claim every partition: a fence as the materialiser's (its fences.py), of replays alone. From now on
+                    the server refuses each insert of a replay of them that begins with another one. `--abandon` claims,
+                    too, waits as 2 does, and then writes `abandoned`.
+    1  read     A chunk of records.
+    2  ask      Where nobody knows what became of an insert of ours, claim anew, lower than whoever claimed since: it
+                is refused if it comes now. Wait until no insert of a replay of the partition runs, ask which offsets
+                are in which table. --rebuild: only rows ingested since `begun` are there; older ones are to be
+                replaced.
+    3  insert   What is missing: one block, guarded by the claim. Each table takes its part wholly or not at all. One
+                that needs more memory than there is: both halves of its range by 2 and 3, each. Refused by its guard:
+                the partition is another replay's, and this process ends.
     4  delete   --rebuild, after some chunks: rows ingested before `begun`, of offsets that have rows since `begun`.
     5  log      `part`: lo..hi is done. After the last: `done`.
 
 A crash after
-    0           nothing was done; the same command goes on.
+    0           nothing was done; the same command goes on, with a greater claim.
     3           2 finds the rows. A chunk that reached one table of two is completed.
     3 (rebuild) old and new rows are both there: twice in the tables (`reconciliation` says so), once in the views,
                 until the same command has done 4. In the other order, rows would be missing meanwhile, and lost for
@@ -33,8 +39,9 @@ A crash after
     4           there is nothing left to delete: it is done again and finds nothing.
     5           nothing to do.
 
-Two at once: the same command twice does the same work twice, and each table refuses the second block by its token,
-unless memory made one of them halve just what the other inserted whole since it asked: then rows are there twice, which
-`reconciliation` says and the views do not count. A delete never meets a new row. Another range or mode is refused until
-the first is finished or abandoned.
+Two at once: of the same command given twice, the later one has the claim; the other ends at its next insert, whenever
+that is. So does a replay that was frozen anywhere, was ended with --abandon or finished by another process meanwhile,
+and wakes: whoever inserted since had claimed first, and asked only then. What it may still do is true or harmless:
+`part` and `done` of what was done, and a delete (4), which never meets a new row. Another range or mode is refused
+until the first is finished or abandoned.
 """

@@ -92,11 +92,13 @@ def abandon(settings: Settings, options: Options) -> int:
 
     async def work(found: Sequence[Mark], client: Client) -> None:
         async with _store(settings) as store:
+            # 0.3: where it sleeps, its next insert is refused.
+            await store.claim([Partition(topic, name, mark.partition) for mark in found])
             for mark in found:
+                where = Range(Partition(topic, name, mark.partition), mark.next, mark.hi)
+                await store.when_quiet(where.partition)
                 if mark.rebuild:
                     # 4, for what it inserted beyond its last part: no row stays twice.
-                    where = Range(Partition(topic, name, mark.partition), mark.next, mark.hi)
-                    await store.when_quiet(where.partition)
                     await store.delete_old(where, mark.begun_ms)
         marks.write(client, found, marks.ABANDONED)
 
@@ -141,6 +143,8 @@ async def _replay(settings: Settings, client: Client, topic: Topic, options: Opt
                 found = begin(client, name, asked, spans, watch.checkpoint)
             shown.begin(name, sum(mark.hi - mark.next for mark in found))
             if found:
+                # 0.3
+                await store.claim([Partition(topic, name, mark.partition) for mark in found])
                 async with Replayer(settings.kafka, client, store, watch) as replayer:
                     for mark in found:
                         total.add(await replayer.run(mark, Partition(topic, name, mark.partition)))
@@ -149,7 +153,7 @@ async def _replay(settings: Settings, client: Client, topic: Topic, options: Opt
 
 @contextlib.asynccontextmanager
 async def _store(settings: Settings) -> AsyncGenerator[ReplayStore]:
-    store = ReplayStore(settings.clickhouse, settings.materialiser.insert_seconds, "replay")
+    store = ReplayStore(settings.clickhouse, settings.materialiser.insert_seconds)
     try:
         await store.connect()
         yield store

@@ -16,15 +16,15 @@ from typing import TYPE_CHECKING, TypeVar
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from clickhouse_connect.driver.exceptions import OperationalError
 
-from fulgurite.consumers.materialiser.blocks import DEAD_LETTERS_TABLE, LINE_TOPICS, Partition, missing
-from fulgurite.consumers.materialiser.errors import Rejected, TooLarge, Unavailable
+from fulgurite.consumers.materialiser.blocks import LINE_TOPICS, Partition, Slice, halves, missing, parted
+from fulgurite.consumers.materialiser.errors import Fenced, Rejected, TooLarge, Unavailable
 from fulgurite.consumers.materialiser.lines import line_feeds
 from fulgurite.consumers.materialiser.partition import BATCH_LINES
 from fulgurite.infra.replay import marks
+from fulgurite.infra.replay.begin import Refused
 from fulgurite.infra.replay.marks import Mark
 from fulgurite.infra.replay.store import Range, ReplayStore
 from fulgurite.producers.kafka import connection_options
-from fulgurite.producers.raw import Undecodable
 from fulgurite.producers.reading import Fetched, fetch
 from fulgurite.schemas.settings import KafkaSettings
 
@@ -106,7 +106,7 @@ class Replayer:
         await self._consumer.stop()
 
     async def run(self, mark: Mark, partition: Partition) -> Counts:
-        """1 to 5 from where the mark says it stands, until its end."""
+        """1 to 5 from where the mark says it stands, until its end. The store has its claim. Raises Refused."""
         counts = Counts(offsets=mark.hi - mark.lo)
         reading = _Reading(TopicPartition(partition.name, partition.number), partition.topic in LINE_TOPICS)
         self._consumer.assign([reading.tp])
@@ -186,26 +186,28 @@ class Replayer:
     async def _fill(self, mark: Mark, where: Range, records: Sequence[Kafka]) -> Mapping[int, int]:
         """2 and 3. What was there before."""
         since_ms = mark.begun_ms if mark.rebuild else None
-        token = f"replay-{mark.replay_id}-{where.partition}-{where.lo}-{where.hi}"
         first: Mapping[int, int] | None = None
+        in_doubt = False
 
         async def attempt() -> bool:
             """False: it must be made smaller."""
-            nonlocal first
+            nonlocal first, in_doubt
             # 2
+            if in_doubt:
+                await self._store.claim_anew(where.partition)
+            in_doubt = True
             await self._store.when_quiet(where.partition)
             present = await self._store.present_in(where, since_ms)
             first = present if first is None else first
             lacking = [r for r in records if missing(where.partition.topic, present.get(r.offset, 0))]
             self._watch.checkpoint("asked")
             # 3
-            for record in [record for record in lacking if isinstance(record, Undecodable)]:
-                lacking.remove(record)
-                if not present.get(record.offset, 0) & DEAD_LETTERS_TABLE:
-                    await self._store.undecodable_once(where.partition, record, f"{token}-{record.offset}-undecodable")
-            if lacking:
+            whole, lost = parted([Slice(where.partition, lacking, present)]) if lacking else ([], [])
+            for part in lost:
+                await self._store.insert_lost(part)
+            for part in whole:
                 try:
-                    await self._insert(where, lacking, token, present)
+                    await self._insert(part)
                 except TooLarge as error:
                     if len(records) == 1:
                         raise
@@ -220,18 +222,16 @@ class Replayer:
         assert first is not None
         return first
 
-    async def _insert(self, where: Range, records: Sequence[Kafka], token: str, present: Mapping[int, int]) -> None:
+    async def _insert(self, part: Slice) -> None:
         """Halves what ClickHouse will not take, until the record that it refuses stands alone: a dead letter."""
         try:
-            await self._store.insert_once(where.partition, records, token, present)
+            await self._store.insert_missing(part)
         except Rejected as error:
-            if len(records) == 1:
-                await self._store.insert_refused(where.partition, records[0], str(error), f"{token}-dead")
+            if len(part.records) == 1:
+                await self._store.insert_refused(part, str(error))
                 return
-            # The range is halved, not what is missing of it: whoever goes on after a crash finds other records missing,
-            # and must arrive at the same halves, whose tokens refuse what its predecessor may still send.
-            for part, half in _halves(where, records):
-                await self._insert(part, half, f"{token}-{part.lo}-{part.hi - 1}", present)
+            for (half,) in halves([part]):
+                await self._insert(half)
 
     async def _mark(self, write: Callable[[], None]) -> None:
         await asyncio.to_thread(write)
@@ -241,6 +241,11 @@ class Replayer:
         while True:
             try:
                 return await ask()
+            except Fenced as error:
+                raise Refused(
+                    "another `fulgurite replay` has gone on with this one or ended it (--abandon): it has inserted "
+                    "nothing since, and does not go on"
+                ) from error
             except (Unavailable, OperationalError) as error:
                 self._complain(f"ClickHouse: cannot {what}, trying again: {str(error).splitlines()[0][:200]}")
                 await asyncio.sleep(pause)

@@ -6,17 +6,17 @@ Promises and errors as in the materialiser's store.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import aiohttp
 from clickhouse_connect.driver.exceptions import ClickHouseError
 
-from fulgurite.consumers.materialiser.blocks import DEAD_LETTERS_TABLE, OWN_TABLE, Partition, Record, Slice
+from fulgurite.consumers.materialiser.blocks import DEAD_LETTERS_TABLE, OWN_TABLE, Partition, Slice
 from fulgurite.consumers.materialiser.errors import Unavailable
-from fulgurite.consumers.materialiser.fences import Guard
+from fulgurite.consumers.materialiser.fences import Guard, fenced, renewed
 from fulgurite.consumers.materialiser.store import TABLES, Store
-from fulgurite.producers.raw import Undecodable
+from fulgurite.schemas.settings import ClickHouseSettings
 
 DEAD_LETTERS = "dead_letters"
 QUIET_SECONDS = 0.1
@@ -44,37 +44,39 @@ class Range:
         return found | ({"since_ms": since_ms} if since_ms is not None else {})
 
 
-_RUNNING = "SELECT count() FROM system.processes WHERE Settings['log_comment'] = {comment:String}"
-
-
 class ReplayStore(Store):
-    """The materialiser's store, whose inserts are guarded by tokens: a replay owns no partition, and fences nobody."""
+    """The materialiser's store, whose inserts are guarded by claims: its fences, under a name of replays' own, so that
+    neither refuses the other's inserts or waits for them."""
 
-    async def insert_once(
-        self, partition: Partition, records: Sequence[Record], token: str, present: Mapping[int, int]
-    ) -> None:
-        """One block, which each table takes once under this token. Raises Rejected or Unavailable."""
-        await self.insert([Slice(partition, records, present)], self._by_token(partition, token))
+    def __init__(self, settings: ClickHouseSettings, insert_seconds: float) -> None:
+        super().__init__(settings, insert_seconds, "replay")
+        self._claims: dict[Partition, str] = {}
 
-    async def insert_refused(self, partition: Partition, record: Record, message: str, token: str) -> None:
-        """A record no table takes, as a dead letter. Raises Unavailable."""
-        await self.insert_dead(Slice(partition, [record]), message, self._by_token(partition, token))
+    async def claim(self, partitions: Sequence[Partition]) -> None:
+        """0.3: no other replay inserts into these of one topic any more, once they are quiet. Raises Unavailable."""
+        fence = await self.fence([_claimed(partition) for partition in partitions])
+        self._claims.update(dict.fromkeys(partitions, fence))
 
-    async def undecodable_once(self, partition: Partition, record: Undecodable, token: str) -> None:
-        """A record that nobody can decode, as a dead letter. Raises Unavailable."""
-        await self.insert_undecodable(Slice(partition, [record]), self._by_token(partition, token))
+    async def claim_anew(self, partition: Partition) -> None:
+        """2: what is still on its way under our claim is refused. Nobody's who claimed since. Raises Unavailable."""
+        fence = renewed(self._claims[partition])
+        await self.write_fence([_claimed(partition)], fence)
+        self._claims[partition] = fence
 
-    def _by_token(self, partition: Partition, token: str) -> Guard:
-        settings: dict[str, str | int] = {
-            "insert_deduplication_token": token,
-            "insert_deduplicate": 1,
-            "deduplicate_blocks_in_dependent_materialized_views": 1,
-        }
-        return Guard(self._comment(partition), settings=settings)
+    async def insert_missing(self, part: Slice) -> None:
+        """One block. Raises Rejected, Fenced or Unavailable."""
+        await self.insert([part], self._by_claim(part.partition))
 
-    def _comment(self, partition: Partition) -> str:
-        """Another than the materialiser's: neither waits for the other's inserts."""
-        return f"fulgurite replay {self._settings.database} {partition}"
+    async def insert_refused(self, part: Slice, message: str) -> None:
+        """A record no table takes, as a dead letter. Raises Fenced or Unavailable."""
+        await self.insert_dead(part, message, self._by_claim(part.partition))
+
+    async def insert_lost(self, part: Slice) -> None:
+        """Records that nobody can decode, as dead letters. Raises Fenced or Unavailable."""
+        await self.insert_undecodable(part, self._by_claim(part.partition))
+
+    def _by_claim(self, partition: Partition) -> Guard:
+        return fenced(self._settings.database, [Slice(_claimed(partition), [], fence=self._claims[partition])])
 
     async def present_in(self, where: Range, since_ms: int | None) -> dict[int, int]:
         """The offsets of the range that are there, and in which tables; `since_ms`: rows ingested since then."""
@@ -87,9 +89,9 @@ class ReplayStore(Store):
         return found
 
     async def when_quiet(self, partition: Partition) -> None:
-        """Returns when no insert of a replay runs: what one of a process that is gone brings is there then."""
-        parameters: dict[str, object] = {"comment": self._comment(partition)}
-        while (await self._query(_RUNNING, parameters))[0][0]:  # noqa: ASYNC110 (the server has nothing to wait on)
+        """Returns when no insert of a replay runs: what one of a process that is gone brings is there then. Raises
+        Unavailable."""
+        while await self.running([_claimed(partition)]):  # noqa: ASYNC110 (the server has nothing to wait on)
             await asyncio.sleep(QUIET_SECONDS)
 
     async def delete_old(self, where: Range, since_ms: int) -> None:
@@ -118,3 +120,8 @@ class ReplayStore(Store):
             await self._connected.command(statement, parameters=parameters, settings=settings)
         except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
             raise Unavailable(str(error).splitlines()[0][:1_000]) from error
+
+
+def _claimed(partition: Partition) -> Partition:
+    """As it stands in ingest_fences: no topic's name has a space."""
+    return replace(partition, name=f"replay of {partition.name}")
