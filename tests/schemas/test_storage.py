@@ -16,6 +16,7 @@ from fulgurite.schemas.settings import ClickHouseSettings
 from fulgurite.schemas.storage import TIMES, Table, apply_storage, storage_statements
 
 FOR_EVER = RetentionSettings(worker_heartbeats_days=0)
+SINCE = "toDateTime(if(_ts > toDateTime64(0, 3), least(_ts, _ingested), _ingested))"
 MONTHS = "MergeTree PARTITION BY toYYYYMM(_ts) ORDER BY rollout_id"
 
 
@@ -35,23 +36,34 @@ def test_only_what_differs_is_altered() -> None:
     bare = table(f"{MONTHS} SETTINGS index_granularity = 8192")
     assert storage_statements([bare], thirty, fsync=False) == [
         "ALTER TABLE spans MODIFY SETTING ttl_only_drop_parts = 1, materialize_ttl_recalculate_only = 1",
-        "ALTER TABLE spans MODIFY TTL toDateTime(_ts) + toIntervalDay(30)",
+        f"ALTER TABLE spans MODIFY TTL {SINCE} + toIntervalDay(30)",
     ]
     done = table(
-        f"{MONTHS} TTL toDateTime(_ts) + toIntervalDay(30) SETTINGS index_granularity = 8192, "
+        f"{MONTHS} TTL {SINCE} + toIntervalDay(30) SETTINGS index_granularity = 8192, "
         "ttl_only_drop_parts = 1, materialize_ttl_recalculate_only = 1"
     )
     assert storage_statements([done], thirty, fsync=False) == []
     assert storage_statements([done], RetentionSettings(spans_days=90), fsync=False) == [
-        "ALTER TABLE spans MODIFY TTL toDateTime(_ts) + toIntervalDay(90)"
+        f"ALTER TABLE spans MODIFY TTL {SINCE} + toIntervalDay(90)"
     ]
     assert storage_statements([done], RetentionSettings(), fsync=False) == ["ALTER TABLE spans REMOVE TTL"]
+
+
+def test_the_form_of_before_is_replaced() -> None:
+    before = table(
+        f"{MONTHS} TTL toDateTime(_ts) + toIntervalDay(30) SETTINGS index_granularity = 8192, "
+        "ttl_only_drop_parts = 1, materialize_ttl_recalculate_only = 1"
+    )
+    assert storage_statements([before], RetentionSettings(spans_days=30), fsync=False) == [
+        f"ALTER TABLE spans MODIFY TTL {SINCE} + toIntervalDay(30)"
+    ]
+    assert storage_statements([before], RetentionSettings(), fsync=False) == ["ALTER TABLE spans REMOVE TTL"]
 
 
 def test_a_table_without_partitions_loses_rows_and_not_parts() -> None:
     letters = table("MergeTree ORDER BY _offset", "dead_letters", "")
     assert storage_statements([letters], RetentionSettings(dead_letters_days=365), fsync=False) == [
-        "ALTER TABLE dead_letters MODIFY TTL toDateTime(_ts) + toIntervalDay(365)"
+        f"ALTER TABLE dead_letters MODIFY TTL {SINCE} + toIntervalDay(365)"
     ]
 
 
@@ -109,6 +121,21 @@ def test_a_part_with_one_row_that_is_young_enough_stays(client: Client) -> None:
     )
     client.command("OPTIMIZE TABLE rewards FINAL")
     assert count(client) == 3
+
+
+def test_a_kafka_time_that_cannot_be_counts_from_the_insert(client: Client) -> None:
+    """Beyond 2106, where ClickHouse's seconds end, in microseconds, or none: kept as long as any other row."""
+    client.command("ALTER TABLE rewards MODIFY SETTING merge_with_ttl_timeout = 0")
+    apply_storage(client, RetentionSettings(rewards_days=30), fsync=False)
+    times_ms = (4_330_000_000_000, 5_680_000_000_000, 1_790_000_000_000_000, 0, -1, -2_000_000_000_000)
+    row = "'{}', fromUnixTimestamp64Milli(toInt64({}), 'UTC'), now64(3) - INTERVAL {} DAY"
+    for ingested_days_ago, name in ((0, "new"), (40, "old")):
+        rows = " UNION ALL SELECT ".join(row.format(name, time_ms, ingested_days_ago) for time_ms in times_ms)
+        client.command(f"INSERT INTO rewards (rollout_id, _ts, _ingested) SELECT {rows}")
+    until(client, len(times_ms))
+    client.command("OPTIMIZE TABLE rewards FINAL")
+    found = client.query("SELECT rollout_id, count() FROM rewards GROUP BY ALL").result_rows
+    assert found == [("new", len(times_ms))]
 
 
 def test_inserts_are_flushed(client: Client) -> None:

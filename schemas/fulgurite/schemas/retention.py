@@ -1,4 +1,5 @@
 """The section `retention`: for how many days ClickHouse keeps a row, counted from its record's Kafka time; 0: for ever.
+A Kafka time that lies after the insert, or is none, is not believed: it counts from the insert.
 
 For ever is the default of everything that cannot be made again: rewards, trajectories, rollouts and training are what
 was paid for, spans are the evidence, and dead letters are records that nobody has looked at yet. Deleting them is a
@@ -18,7 +19,8 @@ from pydantic import Field
 
 from fulgurite.schemas.sections import Section
 
-Days = Annotated[int, Field(ge=0, le=36_500)]
+Days = Annotated[int, Field(ge=0, le=18_250)]
+"""Up to 50 years: ClickHouse counts seconds up to 2106, and what should expire later would be gone at once."""
 
 
 class RetentionSettings(Section):

@@ -36,7 +36,12 @@ TIMES: Mapping[str, str] = {
 }
 """What has a retention, and from which time it is counted."""
 
-_OURS = re.compile(r"toDateTime\((?:_ts|_ingested)\) \+ toIntervalDay\(\d+\)")
+_KNOWN = "if(_ts > toDateTime64(0, 3), least(_ts, _ingested), _ingested)"
+"""Kafka's time, as its producer said. One after the insert, or none (0, -1), is no time to count from: seconds begin
+again at 1970 in 2106, and the rows would be gone at once."""
+
+_OURS = re.compile(rf"toDateTime\((?:{re.escape(_KNOWN)}|_ts|_ingested)\) \+ toIntervalDay\(\d+\)")
+"""Of an older version, too."""
 
 _WHOLE_PARTS: Mapping[str, str] = {
     "ttl_only_drop_parts": "1",
@@ -88,7 +93,8 @@ def _retention_statements(table: Table, retention: RetentionSettings) -> list[st
         return []
     name = f"{table.name}_days"
     days: int = getattr(retention, name)
-    wanted = f"toDateTime({time}) + toIntervalDay({days})" if days else ""
+    since = _KNOWN if time == "_ts" else time
+    wanted = f"toDateTime({since}) + toIntervalDay({days})" if days else ""
     if table.ttl == wanted:
         return []
     if table.ttl and not _OURS.fullmatch(table.ttl):
