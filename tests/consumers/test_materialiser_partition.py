@@ -110,3 +110,26 @@ def test_each_record_is_taken_until_it_is_there_and_then_no_more(
         pass
     assert reader.buffer.first >= reader.fetched
     assert {at for at, found in reader.tables.items() if found == BOTH_TABLES} >= set(range(reader.buffer.first))
+
+
+def test_each_range_at_which_no_record_came_is_said_once() -> None:
+    reader = Reader()
+    reader.settle()
+    buffer = reader.buffer
+    buffer.append(cast(Any, [FakeRecord(at) for at in (0, 3, 4, 9)]))
+    reader.take(2)
+    buffer.done()
+    assert buffer.gaps(3) == [(1, 2)]
+    reader.take(1)
+    buffer.give_back()
+    reader.tables = dict.fromkeys((0, 3, 4), BOTH_TABLES)
+    buffer.settle("fence", 1, reader.tables)
+    assert buffer.first == 1, "it reads again from what may be a marker"
+    buffer.append(cast(Any, [FakeRecord(at) for at in (3, 4, 9)]))
+    assert reader.take(5) == [9]
+    buffer.done()
+    assert buffer.gaps(9) == [(1, 2), (5, 8)]
+    buffer.hold()
+    buffer.release(12)
+    buffer.append(cast(Any, [FakeRecord(12)]))
+    assert (buffer.gaps(12), buffer.gaps(12)) == ([(10, 11)], [])

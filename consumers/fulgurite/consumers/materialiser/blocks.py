@@ -40,6 +40,10 @@ class TooManyLines(Exception):
     """Of a record, which says how many it has."""
 
 
+OffsetRange = tuple[int, int]
+"""First and last."""
+
+
 class Record(LogRecord, Protocol):
     """A record with its headers."""
 

@@ -3,6 +3,7 @@ lost its tail, or a topic that was made anew, gives the same ones to other recor
 
     incarnations   of a partition: its topic's id and its leader's epoch. A log changes under its readers only with one
                    of them, so whoever sees another one looks again
+    read           what lies from an offset on
     look           the times of records at those places where another log would differ: before the end of what the
                    tables have, and wherever a leader's epoch begins. A log that was cut grows again in a new epoch
 
@@ -33,7 +34,7 @@ from aiokafka.protocol.api import Request
 
 from fulgurite.consumers.materialiser.requests import EpochsRequest, TopicsRequest
 from fulgurite.producers.kafka import connection_options
-from fulgurite.producers.raw import fetched
+from fulgurite.producers.raw import Read, fetched
 from fulgurite.schemas.settings import KafkaSettings
 
 logger = logging.getLogger(__name__)
@@ -72,10 +73,13 @@ class History:
     def __init__(self, settings: KafkaSettings) -> None:
         self._settings = settings
         self._client: AIOKafkaClient | None = None
+        self._leaders: dict[TopicPartition, int] = {}
+        """As far as they were asked for."""
         self._asking = asyncio.Lock()
 
     async def close(self) -> None:
         client, self._client = self._client, None
+        self._leaders.clear()
         if client is not None:
             await client.close()
 
@@ -86,6 +90,19 @@ class History:
     async def look(self, places: Mapping[TopicPartition, int]) -> dict[TopicPartition, Look]:
         """At each partition from this offset on, and from where its epochs begin."""
         return await self._asked(self._look(places))
+
+    async def read(self, tp: TopicPartition, at: int) -> Read:
+        """What lies from this offset on, a little of it. Raises what codecs raise, too."""
+        return await self._asked(self._read(tp, at))
+
+    async def _read(self, tp: TopicPartition, at: int) -> Read:
+        leader = self._leaders.get(tp)
+        if leader is None:
+            known = await self._incarnations([tp.topic])
+            if tp not in known:
+                raise UnknownTopicOrPartitionError(f"{tp} is not there, or has no leader")
+            leader = known[tp].leader
+        return await fetched(await self._connected(), leader, tp, at, LOOK_BYTES, wait_ms=0)
 
     async def _asked(self, asking: Any) -> Any:
         try:
@@ -124,6 +141,7 @@ class History:
                 if not code and not failed and leader >= 0:
                     topic_id = f"{high & 2**64 - 1:016x}{low & 2**64 - 1:016x}"
                     found[TopicPartition(name, number)] = Incarnation(topic_id, epoch, leader)
+        self._leaders |= {tp: one.leader for tp, one in found.items()}
         return found
 
     async def _look(self, places: Mapping[TopicPartition, int]) -> dict[TopicPartition, Look]:

@@ -56,6 +56,7 @@ class Metrics:
         )
         self._checked = self._counter("checked_offsets", "offsets of finished ranges looked for in the tables", _WHERE)
         self._missing = self._counter("missing_offsets", "of those, neither a row nor a dead letter", _WHERE)
+        self._skipped = self._counter("skipped_offsets", "offsets at which Kafka has no record", _WHERE)
         self._last_insert = self._gauge("last_insert_timestamp_seconds", "when an insert last succeeded", ())
         self._waits_for: dict[str, str] = {}
         self.left()
@@ -160,6 +161,9 @@ class Metrics:
     def reconciled(self, topic: str, partition: int, offsets: int, missing: int) -> None:
         self._checked.labels(topic, partition).inc(offsets)
         self._missing.labels(topic, partition).inc(missing)
+
+    def skipped(self, topic: str, partition: int, offsets: int) -> None:
+        self._skipped.labels(topic, partition).inc(offsets)
 
     def not_ready(self, ready_lag_seconds: float) -> dict[str, str]:
         """Partition -> why it does not keep up. Empty: ready."""

@@ -15,7 +15,15 @@ from typing import Protocol
 
 from aiokafka import TopicPartition
 
-from fulgurite.consumers.materialiser.blocks import LINE_TOPICS, MAX_LINES, Partition, Record, Slice, missing
+from fulgurite.consumers.materialiser.blocks import (
+    LINE_TOPICS,
+    MAX_LINES,
+    OffsetRange,
+    Partition,
+    Record,
+    Slice,
+    missing,
+)
 from fulgurite.consumers.materialiser.history import Incarnation
 from fulgurite.consumers.materialiser.lines import line_feeds
 from fulgurite.consumers.materialiser.metrics import Lag
@@ -97,8 +105,10 @@ class PartitionBuffer:
         self._next = 0
         """Lowest offset that is wanted: neither fetched nor known to be in the tables. At least `first`, since what is
         in the tables below `first` is not remembered."""
+        self._gaps: list[OffsetRange] = []
+        """Where none was among those that came, in the order of the log."""
         self._present: dict[int, int] = {}
-        """Offsets from `first` on that are in the tables, and in which."""
+        """OffsetRange from `first` on that are in the tables, and in which."""
         self._seen_ms = 0
         """Kafka's time of the newest record read."""
 
@@ -145,6 +155,8 @@ class PartitionBuffer:
             self.waiting_since = time.monotonic()
         for record in records:
             if record.offset >= self._next:
+                if record.offset > self._next:
+                    self._gaps.append((self._next, record.offset - 1))
                 self._next = record.offset + 1
                 self._seen_ms = record.timestamp
                 if not self._present or not self._is_there(record.offset):
@@ -167,6 +179,8 @@ class PartitionBuffer:
     def release(self, at: int) -> None:
         """All below `at` was appended. Raises IllegalStateError as `settle` does."""
         self._held = False
+        if self._reading and at > self._next:
+            self._gaps.append((self._next, at - 1))
         self._next = max(self._next, at)
         self.rewind()
         if not self._paused:
@@ -199,6 +213,7 @@ class PartitionBuffer:
         self._budget.used -= self.bytes
         self._buffer.clear()
         self._present = {}
+        self._gaps = []
         self.bytes = self.first = self._next = 0
         if not self._paused:
             self._paused = True
@@ -236,6 +251,12 @@ class PartitionBuffer:
         self._release()
         return first, last
 
+    def gaps(self, before: int) -> list[OffsetRange]:
+        """Ranges of offsets before this one at which no record came; each is said once."""
+        found = [gap for gap in self._gaps if gap[1] < before]
+        self._gaps = self._gaps[len(found) :]
+        return found
+
     def give_back(self) -> None:
         """What was taken may be in the tables or not, or arrive there yet: until the partition is settled again."""
         if not self._buffer:
@@ -259,7 +280,7 @@ class PartitionBuffer:
         unread = max(0, (end or 0) - self._next) if self._reading else 0
         records = len(self.taken) + len(self._buffer) + unread
         oldest_ms = waiting[0].timestamp if waiting else self._seen_ms
-        # Offsets that only hold a transaction's marker are unread for ever; they come after everything seen.
+        # OffsetRange that only hold a transaction's marker are unread for ever; they come after everything seen.
         behind = bool(waiting) or (unread > 0 and self._paused)
         return Lag(records, max(0.0, (now_ms - oldest_ms) / 1000) if behind else 0.0)
 

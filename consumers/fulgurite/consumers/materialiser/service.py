@@ -25,6 +25,7 @@ from fulgurite.consumers.materialiser.lag import LagMeter
 from fulgurite.consumers.materialiser.metrics import Metrics
 from fulgurite.consumers.materialiser.offsets import Offsets
 from fulgurite.consumers.materialiser.partition import Budget, PartitionBuffer
+from fulgurite.consumers.materialiser.skipped import Skipped
 from fulgurite.consumers.materialiser.start import connected, tables_ready, topics_ready
 from fulgurite.consumers.materialiser.store import TABLES, LogEntry, Store
 from fulgurite.consumers.materialiser.stream import subscribe
@@ -121,6 +122,7 @@ class Materialiser(ConsumerRebalanceListener):
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._broker, self._subscriber = subscribe(settings, self._group, list(self._topics), self)
         self._history = History(settings.kafka)
+        self._skipped = Skipped(self._history.read)
         self._watch_logs = Watch(list(self._topics), self._buffers, self._history, self._doubt, metrics)
         self._fetching = Fetching(
             self._buffers,
@@ -166,6 +168,7 @@ class Materialiser(ConsumerRebalanceListener):
         self.metrics.left()
         await self._end_writers()
         await self._flush_within(self._settings.materialiser.session_seconds / 2)
+        self._skipped.forget()
 
     async def on_partitions_assigned(  # pyright: ignore[reportIncompatibleMethodOverride]  (aiokafka awaits it)
         self, assigned: set[TopicPartition]
@@ -208,6 +211,7 @@ class Materialiser(ConsumerRebalanceListener):
 
     def _doubt(self, tp: TopicPartition, why: str) -> None:
         if (writer := self._writers.get(tp.topic)) is not None:
+            self._skipped.forget(tp)
             writer.doubt(tp, why)
 
     async def _end_writers(self) -> None:
@@ -242,6 +246,9 @@ class Materialiser(ConsumerRebalanceListener):
         try:
             await self._look_for_marks()
             for tp, entry in ranges.items():
+                if not self._skipped.asked(tp):
+                    self._to_check.setdefault(tp, entry)
+                    continue
                 missing = await self._store.missing(entry.partition, entry.lo, entry.hi)
                 self.metrics.reconciled(tp.topic, tp.partition, entry.hi - entry.lo + 1, missing)
                 if missing and self._kept_for_ever(entry.partition.topic):
@@ -265,7 +272,7 @@ class Materialiser(ConsumerRebalanceListener):
                     writer.unsettle(partition)
 
     def _kept_for_ever(self, topic: Topic) -> bool:
-        """Whether an offset that is nowhere is an alarm: no markers of transactions, and nothing expires."""
+        """Whether an offset that is nowhere is an alarm: nothing expires."""
         days = {SPANS: self._settings.retention.spans_days, REWARDS: self._settings.retention.rewards_days}
         return days.get(topic, 1) == 0
 
@@ -280,6 +287,7 @@ class Materialiser(ConsumerRebalanceListener):
             entries = self._finished.copy()
             if not entries:
                 return
+            entries = await self._skipped.known(entries)
             try:
                 # 2
                 await self._store.log(entries)
@@ -297,6 +305,9 @@ class Materialiser(ConsumerRebalanceListener):
                 if buffer is not None:
                     buffer.mark = entry.lo
             for entry in entries:
+                if entry.skipped:
+                    count = sum(hi - lo + 1 for lo, hi in entry.skipped)
+                    self.metrics.skipped(entry.partition.name, entry.partition.number, count)
                 # One range of each partition is checked: a sample under load, everything when there is little.
                 self._to_check[TopicPartition(entry.partition.name, entry.partition.number)] = entry
             await self._at_checkpoint("logged", entries)

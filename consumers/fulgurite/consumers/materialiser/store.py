@@ -22,6 +22,7 @@ from clickhouse_connect.driver.exceptions import ClickHouseError
 from fulgurite.consumers.materialiser.blocks import (
     DEAD_LETTERS_TABLE,
     OWN_TABLE,
+    OffsetRange,
     Partition,
     Slice,
     TooManyLines,
@@ -67,6 +68,21 @@ _IN_DEAD_LETTERS = "in_rejected"
 
 _ONE_BLOCK = 2**40
 
+_SKIPPED = """
+SELECT sum(toInt64(till) - toInt64(greatest(since, least(till, before)))) FROM
+(
+    SELECT since, till, max(till) OVER (ORDER BY since, till ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before
+    FROM
+    (
+        SELECT greatest(s.lo, {lo:UInt64}) AS since, least(s.hi, {hi:UInt64}) + 1 AS till
+        FROM ingest_log ARRAY JOIN skipped AS s
+        WHERE _topic = {name:String} AND _partition = {number:UInt32} AND ingest_log.lo >= {lo:UInt64}
+            AND s.hi >= {lo:UInt64} AND s.lo <= {hi:UInt64}
+    )
+)
+"""
+"""How many offsets of lo..hi are skipped; ranges may overlap. They stand in its own entry or in later ones."""
+
 
 @dataclass(frozen=True, slots=True)
 class Body:
@@ -89,6 +105,10 @@ class LogEntry:
     lo: int
     hi: int
     records: int
+    gaps: Sequence[OffsetRange] = ()
+    """Before `hi`, where no record came."""
+    skipped: Sequence[OffsetRange] = ()
+    """Before `hi`, where Kafka has none."""
 
 
 class Store:
@@ -177,8 +197,11 @@ class Store:
 
     async def log(self, entries: Sequence[LogEntry]) -> None:
         """Says that these ranges are in. Raises Unavailable."""
-        columns = ["_topic", "_partition", "lo", "hi", "records", "consumer"]
-        rows = [[e.partition.name, e.partition.number, e.lo, e.hi, e.records, self._consumer] for e in entries]
+        columns = ["_topic", "_partition", "lo", "hi", "records", "consumer", "skipped"]
+        rows = [
+            [e.partition.name, e.partition.number, e.lo, e.hi, e.records, self._consumer, list(e.skipped)]
+            for e in entries
+        ]
         try:
             await self._connected.insert("ingest_log", rows, column_names=columns, settings={"async_insert": 0})
         except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
@@ -277,14 +300,15 @@ class Store:
         return found
 
     async def missing(self, partition: Partition, lo: int, hi: int) -> int:
-        """How many offsets of lo..hi are in no table. Raises Unavailable."""
+        """How many offsets of lo..hi, a range of the log of inserts, are in no table and not known to have no record.
+        Raises Unavailable."""
         where = (
             "_topic = {name:String} AND _partition = {number:UInt32} AND _offset BETWEEN {lo:UInt64} AND {hi:UInt64}"
         )
         parts = (f"SELECT _offset FROM {table} WHERE {where}" for table in (TABLES[partition.topic], "dead_letters"))
-        query = f"SELECT uniqExact(_offset) FROM ({' UNION ALL '.join(parts)})"
+        query = f"SELECT uniqExact(_offset), ({_SKIPPED}) FROM ({' UNION ALL '.join(parts)})"
         found = await self._query(query, {"name": partition.name, "number": partition.number, "lo": lo, "hi": hi})
-        return hi - lo + 1 - found[0][0]
+        return hi - lo + 1 - sum(found[0])
 
     async def dead_letters(self) -> dict[tuple[str, str], int]:
         """(reason, stage) -> rows. Raises Unavailable."""

@@ -315,7 +315,8 @@ class TopicWriter:
         self._shared.metrics.inserted(self._name, sizes, seconds)
         for part, buffer in zip(slices, buffers, strict=True):
             first, last = buffer.done()
-            self._shared.finished(LogEntry(part.partition, first, last, len(part.records)))
+            gaps = buffer.gaps(last)
+            self._shared.finished(LogEntry(part.partition, first, last, len(part.records), gaps))
 
     async def _insert(self, slices: Sequence[Slice]) -> None:
         store = self._shared.store

@@ -1,0 +1,118 @@
+"""Offsets without a record are told from lost records, by asking Kafka what lies there."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+from typing import Any, cast
+
+import pytest
+from aiokafka import AIOKafkaProducer, TopicPartition
+from aiokafka.errors import KafkaConnectionError, OffsetOutOfRangeError
+
+from fulgurite.consumers.materialiser import service
+from fulgurite.consumers.materialiser.blocks import OffsetRange
+from fulgurite.consumers.materialiser.skipped import Skipped
+from fulgurite.consumers.materialiser.store import LogEntry
+from fulgurite.producers.raw import Read
+from fulgurite.schemas import topics
+from fulgurite.schemas.migrations import apply_migrations
+from fulgurite.schemas.settings import Settings
+from tests.consumers.materialiser_fakes import FakeRecord, partition
+from tests.infra.dlq_world import World, span
+
+TP = TopicPartition(topics.SPANS.name, 0)
+
+
+class Log:
+    """Answers of at most 4 offsets, with records at some of them."""
+
+    def __init__(self, *offsets: int, end: int = 100) -> None:
+        self.offsets, self.end = offsets, end
+        self.asked: list[int] = []
+        self.errors: dict[int, Exception] = {}
+
+    async def read(self, tp: TopicPartition, at: int) -> Read:
+        self.asked.append(at)
+        if at in self.errors:
+            raise self.errors[at]
+        till = min(at + 4, self.end)
+        return Read([cast(Any, FakeRecord(offset)) for offset in self.offsets if at <= offset < till], max(at, till))
+
+
+def entry(lo: int, hi: int, *gaps: OffsetRange) -> LogEntry:
+    return LogEntry(partition(0, topics.SPANS), lo, hi, 1, gaps)
+
+
+async def skipped(found: Skipped, *entries: LogEntry) -> list[OffsetRange]:
+    *others, last = await found.known(entries)
+    assert not any(other.skipped for other in others)
+    return list(last.skipped)
+
+
+async def test_what_kafka_has_no_record_at_is_skipped_and_what_it_has_is_not(caplog: pytest.LogCaptureFixture) -> None:
+    log = Log(0, 2, 5, 8, 9, 20)
+    found = await skipped(Skipped(log.read), entry(0, 5, (1, 1), (3, 4)), entry(8, 20, (6, 7), (10, 19)))
+    assert found == [(1, 1), (3, 4), (6, 7), (10, 13), (14, 17), (18, 19)]
+    assert log.asked == [1, 6, 10, 14, 18], "an answer says about all gaps that it reaches"
+    assert not caplog.records
+    lost = await skipped(Skipped(log.read), entry(0, 9, (1, 8)), entry(20, 20, (10, 19)))
+    assert lost == [(1, 1), (3, 4), (6, 7), (10, 13), (14, 17), (18, 19)]
+    assert [record.getMessage() for record in caplog.records] == [
+        "spans-0: 1 records from offset 2 on were not given by Kafka's client",
+        "spans-0: 2 records from offset 5 on were not given by Kafka's client",
+    ]
+
+
+async def test_what_cannot_be_asked_now_is_asked_with_the_next_range() -> None:
+    log = Log(0, 3, 8)
+    log.errors[5] = KafkaConnectionError("gone")
+    found = Skipped(log.read)
+    assert await skipped(found, entry(0, 8, (1, 2), (4, 7))) == [(1, 2), (4, 4)]
+    assert not found.asked(TP)
+    log.errors = {5: OffsetOutOfRangeError({})}
+    assert await skipped(found, entry(9, 9)) == [], "expired before it was asked: never known"
+    assert found.asked(TP)
+    assert await skipped(found, entry(10, 30, (22, 29))) == [(22, 25), (26, 29)]
+
+
+async def test_behind_the_end_nothing_is_known() -> None:
+    assert await skipped(Skipped(Log(end=3).read), entry(0, 9, (1, 8))) == [(1, 2)]
+
+
+async def test_a_transactional_producer_leaves_no_gaps_and_a_lost_record_does(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(service, "CHECK_SECONDS", 0.5)
+    await asyncio.to_thread(apply_migrations, settings.clickhouse)
+    world = World(settings, tmp_path)
+    name = world.name(topics.SPANS)
+    async with AIOKafkaProducer(
+        bootstrap_servers=settings.kafka.bootstrap_servers, transactional_id=f"{name}-test"
+    ) as client:
+        for number in range(5):
+            await client.begin_transaction()
+            for copy in range(2):
+                value = span(span_id=f"{number}-{copy}") + b" " * 40_000
+                await client.send_and_wait(name, value, key=b"r", partition=0)
+            await (client.abort_transaction() if number % 2 else client.commit_transaction())
+    await world.produce(topics.SPANS, [span(span_id="last")])
+    view = "SELECT rows, highest, skipped, gaps FROM reconciliation"
+    async with world.materialiser():
+        await world.until("SELECT max(hi) FROM ingest_log", lambda rows: rows == [(15,)])
+        assert world.ask(view) == [(7, 15, 9, 0)]
+        await asyncio.sleep(1.7)  # the log of inserts is compared with the tables every half second
+        assert "nowhere" not in caplog.text
+    # Again from the beginning, as after a crash before step 2: the same ranges are logged once more.
+    world.ask("TRUNCATE TABLE ingest_log")
+    world.ask("DELETE FROM spans WHERE span_id = '4-1'")
+    world.ask(
+        f"INSERT INTO ingest_log (_topic, _partition, lo, hi, skipped) VALUES ('{name}', 0, 0, 0, [(2, 4), (4, 5)])"
+    )
+    assert world.ask(view) == [(6, 15, 4, 6)]
+    world.ask("TRUNCATE TABLE ingest_log")
+    async with world.materialiser():
+        await world.until("SELECT max(hi) FROM ingest_log", lambda rows: rows == [(15,)])
+        assert world.ask(view) == [(7, 15, 9, 0)]
+        world.ask("DELETE FROM spans WHERE span_id = '4-1'")
+        assert world.ask(view) == [(6, 15, 9, 1)], "a record that is nowhere is no marker"
