@@ -12,6 +12,10 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.producer import message_accumulator, producer
 from aiokafka.record import default_records
 
+from fulgurite.producers.kafka import connection_options
+from fulgurite.schemas.settings import KafkaSettings
+from fulgurite.schemas.topics import Topic
+
 BAD_NAME = b"\xff\xfe"
 
 Headers = list[tuple[str, bytes]]
@@ -60,6 +64,15 @@ async def send_poison(
     """Its offset. Within `plain_builder`."""
     sent = await client.send_and_wait(topic, value, key=key, partition=partition, headers=POISON)
     return sent.offset
+
+
+async def poison(kafka: KafkaSettings, topic: Topic | str, value: bytes = b"{}", key: bytes | None = b"k") -> None:
+    """A record that nobody can decode, to each partition of this topic, ours or the one of this name."""
+    name = topic if isinstance(topic, str) else kafka.topic(topic)
+    with plain_builder():
+        async with AIOKafkaProducer(**connection_options(kafka)) as client:
+            for partition in await client.partitions_for(name):
+                await send_poison(client, name, partition, value, key)
 
 
 @contextmanager

@@ -32,6 +32,7 @@ from fulgurite.schemas.rollouts import (
 )
 from fulgurite.schemas.settings import CoordinatorSettings, KafkaSettings, Settings
 from fulgurite.schemas.topics import DEAD_LETTERS, ROLLOUTS, WORKERS, Topic
+from tests.consumers.poison import poison
 
 Json = dict[str, Any]
 
@@ -380,12 +381,15 @@ async def test_an_invalid_record_is_one_dead_letter_however_often_the_log_is_rep
             await publish(kafka_settings, AttemptHeartbeat(rollout_id="nobody", attempt_id="a"))
             await until(lambda: _as_many(kafka_settings, 3))
             await api.enqueue({"rollout_id": "still-works"})
+            await poison(kafka_settings, ROLLOUTS, b'{"event": "attempt_heartbeat"}')
+            await until(lambda: _as_many(kafka_settings, 5))
+            await api.enqueue({"rollout_id": "works-on"})
         for _ in range(2):
             async with coordinator(kafka_settings):
                 await asyncio.sleep(0.2)
         await producer.send_and_wait(topic, None, key=b"empty")
         async with coordinator(kafka_settings):
-            await until(lambda: _as_many(kafka_settings, 4))
+            await until(lambda: _as_many(kafka_settings, 6))
     finally:
         await producer.stop()
     letters = await read_all(kafka_settings, DEAD_LETTERS)
@@ -395,10 +399,12 @@ async def test_an_invalid_record_is_one_dead_letter_however_often_the_log_is_rep
         b"bad_field": 1,
         b"unknown_rollout": 1,
         b"empty": 1,
+        b"undecodable": 2,
     }
     assert {each[HEADER_STAGE] for each in headers} == {b"coordinator"}
     assert all(each[HEADER_OFFSET].isdigit() for each in headers)
-    assert next(letter.value for letter in letters if letter.key == b"k") == b"{not json"
+    values = {letter.value for letter in letters if letter.key == b"k"}
+    assert values == {b"{not json", b'{"event": "attempt_heartbeat"}'}
 
 
 async def _as_many(kafka: KafkaSettings, count: int) -> bool:

@@ -30,6 +30,7 @@ from fulgurite.schemas.resources import ResourceVersion
 from fulgurite.schemas.settings import FollowerSettings, KafkaSettings, Settings
 from fulgurite.schemas.topics import DEAD_LETTERS, RESOURCES, TRAINING, Topic
 from fulgurite.schemas.training import VersionApplied
+from tests.consumers.poison import poison
 from tests.producers.fake_policy_server import FakePolicyServer, until
 
 
@@ -117,11 +118,18 @@ async def test_a_record_that_is_no_version_becomes_a_dead_letter_and_stops_nothi
             await until(lambda: server.label == "1")
             reused = make_version(tmp_path, 2).model_copy(update={"version": 1})
             await (await publisher.publish(RESOURCES, "policy", reused))
-            dead = await records(kafka_settings, DEAD_LETTERS, 3)
+            await records(kafka_settings, DEAD_LETTERS, 3)
+            await poison(kafka_settings, RESOURCES, b'{"resource": "policy", "version": 3}', b"policy")
+            dead = await records(kafka_settings, DEAD_LETTERS, 4)
     assert [record.value for record in dead][:2] == [b"{not json", b'{"resource": "policy", "version": -1}']
     headers = [{name: value.decode() for name, value in record.headers} for record in dead]
-    assert [h["__connect.errors.exception.class.name"] for h in headers] == ["not_json", "bad_field", "version_reused"]
-    assert [h["__connect.errors.offset"] for h in headers] == ["0", "1", "4"]
+    assert [h["__connect.errors.exception.class.name"] for h in headers] == [
+        "not_json",
+        "bad_field",
+        "version_reused",
+        "undecodable",
+    ]
+    assert [h["__connect.errors.offset"] for h in headers] == ["0", "1", "4", "5"]
     assert (server.label, server.weights) == ("1", 10)
     assert {h["__connect.errors.stage"] for h in headers} == {"follower"}
 

@@ -55,7 +55,7 @@ class Log(FakeConsumer):
             raise CorruptRecordException("Invalid CRC")
         record: Any = FakeRecord(offset)
         if (tp.partition, offset) in self.poison:
-            record = Undecodable(offset, 0, None, b"{}", "why")
+            record = Undecodable("t", 0, offset, 0, None, b"{}", "why")
         return Read([record], offset + 1)
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 from aiokafka import TopicPartition
+from aiokafka.consumer.fetcher import READ_UNCOMMITTED
 from aiokafka.errors import CorruptRecordException
 
 from fulgurite.producers.raw import Undecodable, unpacked
@@ -20,7 +21,8 @@ def test_only_the_record_that_cannot_be_decoded_is_undecodable(codec: int) -> No
     first, second, third, fourth = found.records
     assert (first.offset, first.key, first.value, first.headers) == (7, b"k", b"a", (("h", b"1"),))
     assert isinstance(second, Undecodable)
-    assert (second.offset, second.timestamp, second.key, second.value) == (8, 1001, b"k", b"b")
+    assert (second.topic, second.partition, second.offset, second.timestamp) == ("t", 0, 8, 1001)
+    assert (second.key, second.value) == (b"k", b"b")
     assert repr(BAD_NAME) in second.why
     assert (third.key, third.value, fourth.offset, fourth.value) == (None, None, 10, b"c")
 
@@ -35,6 +37,7 @@ def test_aborted_records_are_left_out_whatever_they_hold() -> None:
     found = unpacked(TP, 3, aborted + batch([(None, b"yes", [])], 4), [(5, 3)])
     assert [record.value for record in found.records] == [b"yes"]
     assert unpacked(TP, 3, aborted, [(5, 3)]).next == 4
+    assert [record.value for record in unpacked(TP, 3, aborted, None, READ_UNCOMMITTED).records] == [b"no"]
 
 
 def test_a_batch_that_cannot_be_read_ends_what_comes_before_it_and_raises_alone() -> None:

@@ -131,7 +131,7 @@ async def _insert_undecodable(settings: ClickHouseSettings, offset: int, value: 
     store = Store(settings, 30, "test")
     await store.connect()
     try:
-        lost = Undecodable(offset, 1, b"k", value, "a header's name is not UTF-8: frank@example.org")
+        lost = Undecodable("t", 0, offset, 1, b"k", value, "a header's name is not UTF-8: frank@example.org")
         await store.insert_undecodable(Slice(Partition(SPANS, "spans", 0), [lost]), Guard("test"))
     finally:
         await store.close()

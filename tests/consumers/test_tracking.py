@@ -19,6 +19,7 @@ from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.settings import KafkaSettings, Settings
 from fulgurite.schemas.topics import TRAINING
 from fulgurite.schemas.training import RunFinished, RunStarted, TrainingEvent, TrainingStep
+from tests.consumers.poison import poison
 
 
 def started(run_id: str) -> RunStarted:
@@ -70,6 +71,7 @@ async def test_a_runs_steps_are_written_also_by_a_second_life(kafka_settings: Ka
     with pytest.raises(TimeoutError):
         await tracked(kafka_settings, tmp_path, seconds=3.0)  # the run is not over: it waits
     assert points(tmp_path, "reward") == [(1, 0.1), (2, 0.2)]
+    await poison(kafka_settings, TRAINING, encode(step("first", 9)), b"first")
     await publish(kafka_settings, step("first", 3), finished("first"))
     await tracked(kafka_settings, tmp_path)
     assert points(tmp_path, "reward") == [(1, 0.1), (2, 0.2), (3, 0.3)], "not doubled"

@@ -19,6 +19,8 @@ from typer.testing import CliRunner
 from fulgurite.consumers.materialiser import serve
 from fulgurite.infra.cli import app
 from fulgurite.infra.settings_file import write_settings_file
+from fulgurite.producers.raw import Undecodable
+from fulgurite.producers.reading import fetch
 from fulgurite.schemas.migrations import connection_options
 from fulgurite.schemas.settings import ENV_HOME, MaterialiserSettings, Settings
 from fulgurite.schemas.topics import Topic
@@ -119,7 +121,7 @@ class World:
             await client.stop()
 
     async def records(self, topic: Topic) -> list[ConsumerRecord[bytes, bytes]]:
-        """All of a topic, as it is now."""
+        """All of a topic, as it is now, but what nobody can decode."""
         reader: AIOKafkaConsumer = AIOKafkaConsumer(bootstrap_servers=self.settings.kafka.bootstrap_servers)
         await reader.start()
         try:
@@ -129,8 +131,8 @@ class World:
             end = await reader.end_offsets(parts)
             found: list[ConsumerRecord[bytes, bytes]] = []
             while any([await reader.position(part) < end[part] for part in parts]):
-                for records in (await reader.getmany(timeout_ms=200)).values():
-                    found += records
+                for records in (await fetch(self.settings.kafka, reader, timeout_ms=200)).values():
+                    found += [record for record in records if not isinstance(record, Undecodable)]
             return found
         finally:
             await reader.stop()

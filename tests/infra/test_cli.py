@@ -25,6 +25,7 @@ from fulgurite.schemas.migrations import apply_migrations, connection_options
 from fulgurite.schemas.rewards import Reward
 from fulgurite.schemas.settings import ENV_HOME, ENV_PREFIX, ClickHouseSettings, KafkaSettings, Settings, load_settings
 from fulgurite.schemas.topics import REWARDS
+from tests.consumers.poison import poison
 
 ROLLOUT = "rollout-1"
 
@@ -94,6 +95,8 @@ def test_topics_and_tail(connected: Cli, kafka_settings: KafkaSettings) -> None:
             await producer.send_and_wait(topic, b"[" * 100_000, key=b"deep")
             await asyncio.sleep(0.005)  # the newest are found by their timestamps, in milliseconds
             await producer.send_and_wait(topic, b"not JSON", key=b"bad")
+        await asyncio.sleep(0.005)
+        await poison(kafka_settings, REWARDS, b"an odd header")
 
     run_in_thread(send())
     done = connected("topics", "list")
@@ -101,8 +104,9 @@ def test_topics_and_tail(connected: Cli, kafka_settings: KafkaSettings) -> None:
     assert f"{kafka_settings.topic_prefix}rewards" in done.stdout
     assert "All topics exist" in connected("topics", "create").stdout
 
-    newest = connected("tail", "rewards", "-n", "3").stdout.splitlines()
+    newest = connected("tail", "rewards", "-n", "5").stdout.splitlines()
     assert ["rollout-4" in newest[0], "(100000 bytes)" in newest[1], "not JSON" in newest[2]] == [True] * 3
+    assert all("cannot be decoded: a header's name is not UTF-8" in line for line in newest[3:])
     (line,) = connected("tail", "rewards", "--rollout", "rollout-1", "--full").stdout.splitlines()
     assert json.loads(line)["value"]["value"] == 1.0
 

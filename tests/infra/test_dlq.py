@@ -21,6 +21,7 @@ from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.rollouts import AttemptFinished, RolloutQueued
 from fulgurite.schemas.settings import ClickHouseSettings, Settings, load_settings
 from tests.consumers import otlp_encoding as otlp
+from tests.consumers.poison import poison
 from tests.infra.dlq_world import World, span
 
 BIG_NS = 1_700_000_000_123_456_789
@@ -306,6 +307,7 @@ async def test_kafka_dies_before_it_acknowledges(
             code, said = await world.cli_apart("dlq", "replay", "spans/0/0", "--again")
             assert (code, "Kafka" in said, "Traceback" in said) == (3, True, False), said
             await asyncio.to_thread(broker.start)
+            await poison(kafka, topics.SPANS)
             plan = await replaying.plan(kafka, client, found, replaying.Wishes(intent_seconds=0))
             await replaying.carry_out(kafka, client, plan, lambda _: None)
         assert sorted(r.value or b"" for r in await world.records(topics.SPANS)) == [one.value for one in found]

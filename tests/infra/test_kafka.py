@@ -18,12 +18,13 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 
 from fulgurite.infra.java import kafka_jars
 from fulgurite.infra.kafka import EmbeddedKafka
-from fulgurite.infra.kafka_probe import is_usable, run_in_thread
+from fulgurite.infra.kafka_probe import PROBE_TOPIC, is_usable, run_in_thread
 from fulgurite.infra.processes import wait_until
 from fulgurite.infra.topics import create_topics
 from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.settings import KafkaSettings
 from fulgurite.schemas.topics import RESOURCES, TOPICS
+from tests.consumers.poison import poison
 
 
 async def _send(settings: KafkaSettings, values: list[bytes], then: Callable[[], None] = lambda: None) -> None:
@@ -147,6 +148,12 @@ def test_a_refused_download_is_a_clear_error_and_leaves_nothing(
     with pytest.raises(StartError, match=rf"could not be downloaded from Maven Central into {tmp_path}"):
         kafka_jars(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["lock"]
+
+
+def test_what_nobody_can_decode_does_not_hide_that_a_broker_works(kafka_settings: KafkaSettings) -> None:
+    assert is_usable(kafka_settings)
+    run_in_thread(poison(kafka_settings, PROBE_TOPIC))
+    assert is_usable(kafka_settings)
 
 
 def test_a_probe_of_nothing_is_false() -> None:

@@ -23,7 +23,7 @@ from pydantic import SecretStr
 
 from fulgurite.consumers.coordinator.term import Term
 from fulgurite.consumers.follower.loading import Shared
-from fulgurite.consumers.follower.service import Follower, kafka_broker
+from fulgurite.consumers.follower.service import Follower, read_versions
 from fulgurite.consumers.materialiser.service import serve as materialise
 from fulgurite.consumers.security import broker_options
 from fulgurite.infra.java import java_program, kafka_jars
@@ -147,14 +147,14 @@ async def test_the_follower_reads_over_tls_and_scram(secured: EmbeddedKafka, aut
         follower = Follower(settings, publisher, Shared(settings.follower))
         version = ResourceVersion(resource="policy", version=7, uri="file:///nowhere", sha256="0" * 64)
         await (await publisher.publish(RESOURCES, "policy", version))
-        broker = kafka_broker(kafka, follower)
-        await broker.start()
+        reading = asyncio.create_task(read_versions(kafka, follower, asyncio.Event()))
         try:
             async with asyncio.timeout(30):
-                while follower.versions.newest is None:  # noqa: ASYNC110
+                while follower.versions.newest is None:
+                    assert not reading.done(), reading
                     await asyncio.sleep(0.1)
         finally:
-            await broker.stop()
+            reading.cancel()
 
 
 @pytest.mark.slow

@@ -20,6 +20,7 @@ from fulgurite.schemas.errors import FulguriteError
 from fulgurite.schemas.resources import ResourceVersion, prompt_version
 from fulgurite.schemas.settings import KafkaSettings
 from fulgurite.schemas.topics import RESOURCES
+from tests.consumers.poison import poison
 
 
 @asynccontextmanager
@@ -54,6 +55,8 @@ async def test_the_newest_unless_pinned(kafka_settings: KafkaSettings) -> None:
         assert (await prompts.get("support", "of-something-else")).text == "new"
         with pytest.raises(NoTemplate, match=r"no prompt template policy; there are: other, support, support\.c1"):
             await prompts.get("policy")
+        await poison(kafka_settings, RESOURCES, encode(prompt_version("support", 3, "nobody can decode it")))
+        assert (await prompts.get("support")).text == "new"
         # Published after the reader was there, asked for at once: found, whatever its lag.
         for version in range(6, 9):
             await publish(kafka_settings, candidate.model_copy(update={"version": version, "content": str(version)}))

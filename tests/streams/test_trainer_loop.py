@@ -15,12 +15,13 @@ from fulgurite.schemas.checksum import folder_of, folder_sha256
 from fulgurite.schemas.dead_letters import HEADER_REASON
 from fulgurite.schemas.errors import Fenced, LogprobMismatch, SettingsError
 from fulgurite.schemas.settings import CoordinatorSettings, KafkaSettings, Settings, TrainerSettings
-from fulgurite.schemas.topics import DEAD_LETTERS, RESOURCES
+from fulgurite.schemas.topics import DEAD_LETTERS, RESOURCES, TRAJECTORIES
 from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
 from fulgurite.schemas.trajectories import Trajectory
 from fulgurite.streams.learners.learner import BadStep
 from fulgurite.streams.trainer import asking, serve
 from fulgurite.streams.trainer.checkpoints import Checkpoint, Checkpoints, RunState
+from tests.consumers.poison import poison
 from tests.streams.trainer_world import RESPONSE, World, all_once, build_model, read_topic, training_events
 
 RUN = "run"
@@ -326,6 +327,7 @@ async def test_stragglers_poison_and_broken_groups_do_not_stop_it(
             running = asyncio.create_task(serve(settings, asyncio.Event()))
             await until(lambda: bool(world.queued))
             await world.send_bytes(f"{RUN}-g0", b'{"run_id": "run", "mode')
+            await poison(kafka_settings, TRAJECTORIES, b'{"run_id": "run"}', f"{RUN}-g0".encode())
             await running
 
     events = await training_events(kafka_settings, RUN)
@@ -337,7 +339,7 @@ async def test_stragglers_poison_and_broken_groups_do_not_stop_it(
     assert len(world.queued) == (2 * 3 + 1) * 4, "the failed group was asked for again"
     letters = await read_topic(kafka_settings, DEAD_LETTERS)
     reasons = sorted(dict(letter.headers)[HEADER_REASON].decode() for letter in letters)
-    assert reasons == ["bad_tokens", "not_json"]
+    assert reasons == ["bad_tokens", "not_json", "undecodable", "undecodable"]
     assert any(letter.value == b'{"run_id": "run", "mode' for letter in letters)
 
 

@@ -10,6 +10,7 @@ from fulgurite.schemas.settings import KafkaSettings, ProducerSettings
 from fulgurite.schemas.topics import RESOURCES
 from fulgurite.streams.trainer.events import version_event_id
 from fulgurite.streams.trainer.ownership import Ownership, ResourceTaken
+from tests.consumers.poison import poison
 
 
 async def announce(kafka: KafkaSettings, *versions: tuple[str, int, str], resource: str = "policy") -> None:
@@ -30,6 +31,7 @@ async def test_a_new_run_takes_over_and_is_alone_from_then_on(kafka_settings: Ka
     run = Ownership(kafka_settings, "policy", "new")
     assert await run.take_over() == 7
     await announce(kafka_settings, ("old", 30, ""), resource="another")
+    await poison(kafka_settings, RESOURCES, b"{}", b"policy")
     await run.check()
     await announce(kafka_settings, ("new", 8, ""), ("new", 9, ""))
     await run.check()

@@ -7,12 +7,14 @@ from collections.abc import Callable
 from datetime import datetime
 from typing import Any
 
-from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
+from aiokafka import AIOKafkaConsumer, TopicPartition
 from rich.markup import escape
 
 from fulgurite.infra.cli_common import console
 from fulgurite.infra.topics import partitions_of
 from fulgurite.producers.kafka import connection_options
+from fulgurite.producers.raw import Undecodable
+from fulgurite.producers.reading import Fetched, fetch
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.settings import KafkaSettings
 from fulgurite.schemas.topics import TOPICS, Topic
@@ -21,8 +23,7 @@ _POLL_MS = 500
 _MAX_LIST = 8
 _MAX_TEXT_CHARS = 160
 
-Record = ConsumerRecord[bytes, bytes]
-Wanted = Callable[[Record], bool]
+Wanted = Callable[[Fetched], bool]
 
 
 async def tail_topic(
@@ -39,10 +40,10 @@ async def tail_topic(
         parts = [TopicPartition(settings.topic(topic), number) for number in range(partitions)]
         consumer.assign(parts)
         wanted = _wanted(rollout)
-        for record in await _newest(consumer, parts, count, wanted, everything=bool(rollout)):
+        for record in await _newest(settings, consumer, parts, count, wanted, everything=bool(rollout)):
             _print(record, full)
         while follow:
-            for records in (await consumer.getmany(timeout_ms=_POLL_MS)).values():
+            for records in (await fetch(settings, consumer, timeout_ms=_POLL_MS)).values():
                 for record in filter(wanted, records):
                     _print(record, full)
     finally:
@@ -57,16 +58,22 @@ def _topic(settings: KafkaSettings, name: str) -> Topic:
 
 
 async def _newest(
-    consumer: AIOKafkaConsumer, parts: list[TopicPartition], count: int, wanted: Wanted, *, everything: bool
-) -> list[Record]:
+    settings: KafkaSettings,
+    consumer: AIOKafkaConsumer,
+    parts: list[TopicPartition],
+    count: int,
+    wanted: Wanted,
+    *,
+    everything: bool,
+) -> list[Fetched]:
     """Reads up to the ends as they are now. Keeps at most twice `count` records in memory."""
     begin, end = await consumer.beginning_offsets(parts), await consumer.end_offsets(parts)
     for part in parts:
         consumer.seek(part, begin[part] if everything else max(begin[part], end[part] - count))
-    found: list[Record] = []
+    found: list[Fetched] = []
     behind = {part for part in parts if end[part] > begin[part]}
     while behind:
-        for records in (await consumer.getmany(timeout_ms=_POLL_MS)).values():
+        for records in (await fetch(settings, consumer, timeout_ms=_POLL_MS)).values():
             found += filter(wanted, records)
             if len(found) > 2 * count:
                 found = sorted(found, key=_by_time)[-count:] if count else []
@@ -74,7 +81,7 @@ async def _newest(
     return sorted(found, key=_by_time)[-count:] if count else []
 
 
-def _by_time(record: Record) -> tuple[int, int]:
+def _by_time(record: Fetched) -> tuple[int, int]:
     return record.timestamp, record.offset
 
 
@@ -85,8 +92,8 @@ def _wanted(rollout: str) -> Wanted:
     return lambda record: record.key == key or inside in (record.value or b"")
 
 
-def _print(record: Record, full: bool) -> None:
-    value = _decoded(record.value)
+def _print(record: Fetched, full: bool) -> None:
+    value = _decoded(record)
     key = (record.key or b"").decode(errors="replace")
     if full:
         where = {"partition": record.partition, "offset": record.offset, "timestamp": record.timestamp, "key": key}
@@ -103,7 +110,10 @@ def _print(record: Record, full: bool) -> None:
     )
 
 
-def _decoded(data: bytes | None) -> Any:
+def _decoded(record: Fetched) -> Any:
+    data = record.value
+    if isinstance(record, Undecodable):
+        return f"(cannot be decoded: {record.why}) {(data or b'')[:_MAX_TEXT_CHARS]!r}"
     if data is None:
         return "(no value: a tombstone)"
     try:

@@ -25,6 +25,7 @@ from aiokafka.errors import KafkaError
 
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.kafka import connection_options
+from fulgurite.producers.reading import Fetched, fetch, value_of
 from fulgurite.schemas.codec import decode
 from fulgurite.schemas.errors import FulguriteError, InvalidEvent
 from fulgurite.schemas.resources import ResourceVersion
@@ -163,7 +164,7 @@ class PromptTemplates:
         try:
             while True:
                 try:
-                    found = await consumer.getmany(timeout_ms=_POLL_MS)
+                    found = await fetch(self._settings, consumer, timeout_ms=_POLL_MS)
                 except KafkaError as error:
                     logger.warning("reading prompt templates: %r; trying again", error)
                     await asyncio.sleep(_POLL_MS / 1000)
@@ -171,7 +172,7 @@ class PromptTemplates:
                 async with self._read:
                     for records in found.values():
                         for record in records:
-                            self._take(record.value)
+                            self._take(record)
                     self._read.notify_all()
         finally:
             self._consumer = None
@@ -205,9 +206,9 @@ class PromptTemplates:
                     self._read.notify_all()
                 return consumer
 
-    def _take(self, value: bytes | None) -> None:
+    def _take(self, record: Fetched) -> None:
         try:
-            version = decode(ResourceVersion, value)
+            version = decode(ResourceVersion, value_of(record))
         except InvalidEvent:
             return  # the materialiser keeps it as a dead letter
         if version.kind != "prompt_template":

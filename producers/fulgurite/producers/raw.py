@@ -1,6 +1,6 @@
 """Reads one place of a partition record by record, where aiokafka's consumer raises on one of them and gives none.
 
-Promises: of the batches from an offset on each record that a committed reader sees, once, in order. One that cannot be
+Promises: of the batches from an offset on each record that such a reader sees, once, in order. One that cannot be
 decoded (a header's name that is not UTF-8, lengths that do not fit) is `Undecodable`, with its original bytes: the
 value where it can be told, else all of the record. Raises when the first batch cannot be read at all: a checksum that
 is wrong, a codec that is not there, an answer that is an error. What is committed, aiokafka's own code decides.
@@ -16,7 +16,7 @@ from typing import Any, Final
 
 from aiokafka import ConsumerRecord, TopicPartition, codec
 from aiokafka.client import AIOKafkaClient
-from aiokafka.consumer.fetcher import READ_COMMITTED, PartitionRecords
+from aiokafka.consumer.fetcher import READ_COMMITTED, READ_UNCOMMITTED, PartitionRecords
 from aiokafka.errors import CorruptRecordException, LeaderNotAvailableError, UnsupportedCodecError, for_code
 from aiokafka.protocol.fetch import FetchRequest
 from aiokafka.record.default_records import DefaultRecordBatch
@@ -41,6 +41,8 @@ _DECODERS: Final = {1: codec.gzip_decode, 2: codec.snappy_decode, 3: codec.lz4_d
 class Undecodable:
     """A record that is none, for what is wrong with its bytes."""
 
+    topic: str
+    partition: int
     offset: int
     timestamp: int
     key: bytes | None
@@ -59,8 +61,8 @@ class Read:
     """Where to go on."""
 
 
-async def read(settings: KafkaSettings, tp: TopicPartition, offset: int) -> Read:
-    """By a connection of its own. Raises what aiokafka and its codecs raise."""
+async def read(settings: KafkaSettings, tp: TopicPartition, offset: int, *, committed: bool = True) -> Read:
+    """By a connection of its own; `committed`: only what is. Raises what aiokafka and its codecs raise."""
     async with asyncio.timeout(READ_SECONDS):
         client = AIOKafkaClient(**connection_options(settings), client_id="fulgurite-raw")
         try:
@@ -69,40 +71,55 @@ async def read(settings: KafkaSettings, tp: TopicPartition, offset: int) -> Read
             leader = client.cluster.leader_for_partition(tp)
             if leader is None or leader < 0:
                 raise LeaderNotAvailableError(tp)
-            return await fetched(client, leader, tp, offset, READ_BYTES)
+            return await fetched(client, leader, tp, offset, READ_BYTES, committed=committed)
         finally:
             await client.close()
 
 
 async def fetched(
-    client: AIOKafkaClient, leader: int, tp: TopicPartition, offset: int, most_bytes: int, wait_ms: int = 500
+    client: AIOKafkaClient,
+    leader: int,
+    tp: TopicPartition,
+    offset: int,
+    most_bytes: int,
+    wait_ms: int = 500,
+    *,
+    committed: bool = True,
 ) -> Read:
     """From this broker. Raises what aiokafka and its codecs raise."""
     wanted = [(tp.topic, [(tp.partition, offset, most_bytes)])]
-    answer: Any = await client.send(leader, FetchRequest(wait_ms, 1, most_bytes, READ_COMMITTED, wanted))
+    isolation = READ_COMMITTED if committed else READ_UNCOMMITTED
+    answer: Any = await client.send(leader, FetchRequest(wait_ms, 1, most_bytes, isolation, wanted))
     ((_, ((_, code, _, *more),)),) = answer.topics
     if code:
         raise for_code(code)(tp)
     aborted = more[2] if answer.API_VERSION >= 11 else more[-2]
-    return unpacked(tp, offset, more[-1] or b"", aborted)
+    return unpacked(tp, offset, more[-1] or b"", aborted, isolation)
 
 
-def unpacked(tp: TopicPartition, offset: int, data: bytes, aborted: list[tuple[int, int]] | None) -> Read:
+def unpacked(
+    tp: TopicPartition,
+    offset: int,
+    data: bytes,
+    aborted: list[tuple[int, int]] | None,
+    isolation: int = READ_COMMITTED,
+) -> Read:
     """Of an answer's bytes, up to the first batch that cannot be read; raises when that is the first of all."""
     batches = _Batches(data)
-    committed = PartitionRecords(tp, batches, aborted, offset, None, None, True, READ_COMMITTED)
+    visible = PartitionRecords(tp, batches, aborted, offset, None, None, True, isolation)
     found: list[ConsumerRecord[bytes, bytes] | Undecodable] = []
     try:
-        for record in committed:
+        for record in visible:
             why = batches.odd.get(record.offset)
             if why is None:
                 found.append(record)
             else:
-                found.append(Undecodable(record.offset, record.timestamp, record.key, record.value, why))
+                place = (tp.topic, tp.partition, record.offset)
+                found.append(Undecodable(*place, record.timestamp, record.key, record.value, why))
     except Exception:  # codecs raise errors of many kinds
-        if committed.next_fetch_offset == offset:
+        if visible.next_fetch_offset == offset:
             raise
-    return Read(found, committed.next_fetch_offset)
+    return Read(found, visible.next_fetch_offset)
 
 
 class _Batches:

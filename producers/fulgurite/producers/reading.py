@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Sequence
+from collections.abc import Awaitable, Callable, Sequence
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
@@ -26,7 +26,8 @@ from aiokafka.errors import (
     UnsupportedCodecError,
 )
 
-from fulgurite.producers.raw import Undecodable, read
+from fulgurite.producers.raw import Read, Undecodable, read
+from fulgurite.schemas.errors import InvalidEvent
 from fulgurite.schemas.settings import KafkaSettings
 
 logger = logging.getLogger(__name__)
@@ -47,9 +48,11 @@ async def fetch(
     *partitions: TopicPartition,
     timeout_ms: int,
     max_records: int | None = None,
+    committed: bool = True,
 ) -> Records:
-    """Of these partitions, or of all that are assigned now. `max_records` bounds what is read raw by partition. Raises
-    what getmany raises for another reason than a partition's bytes."""
+    """Of these partitions, or of all that are assigned now. `max_records` bounds what is read raw by partition;
+    `committed` says whether the consumer reads only that. Raises what getmany raises for another reason than a
+    partition's bytes."""
     before = await _positions(consumer, partitions or consumer.assignment())
     if not before:  # nothing is drained whose place is not known
         await asyncio.sleep(timeout_ms / 1000)
@@ -63,10 +66,22 @@ async def fetch(
             raise
         logger.warning("a fetch failed, and is made again record by record: %r", error)
     places = asyncio.Semaphore(_AT_ONCE)
-    found = await asyncio.gather(*(_raw(settings, consumer, tp, at, max_records, places) for tp, at in before.items()))
+
+    async def look(tp: TopicPartition, offset: int) -> Read:
+        async with places:
+            return await read(settings, tp, offset, committed=committed)
+
+    found = await asyncio.gather(*(_raw(look, consumer, tp, at, max_records) for tp, at in before.items()))
     if any(records is None for records in found):
         await asyncio.sleep(RETRY_SECONDS)
     return {tp: records for tp, records in zip(before, found, strict=True) if records}
+
+
+def value_of(record: Fetched) -> bytes | None:
+    """Raises InvalidEvent for a record that nobody can decode, as decoding its value would."""
+    if isinstance(record, Undecodable):
+        raise InvalidEvent("undecodable", record.why)
+    return record.value
 
 
 async def _positions(consumer: AIOKafkaConsumer, partitions: Any) -> dict[TopicPartition, int]:
@@ -80,20 +95,18 @@ async def _positions(consumer: AIOKafkaConsumer, partitions: Any) -> dict[TopicP
 
 
 async def _raw(
-    settings: KafkaSettings,
+    look: Callable[[TopicPartition, int], Awaitable[Read]],
     consumer: AIOKafkaConsumer,
     tp: TopicPartition,
     offset: int,
     max_records: int | None,
-    places: asyncio.Semaphore,
 ) -> Sequence[Fetched] | None:
     """None where it cannot be read now."""
     try:
         if tp not in consumer.assignment() or (consumer.highwater(tp) or 0) <= offset:
             return ()  # there was nothing to lose
         try:
-            async with places:
-                found = await read(settings, tp, offset)
+            found = await look(tp, offset)
         except Exception as error:  # as above; and the network's
             logger.error("%s-%d: offset %d cannot be read, trying again: %r", tp.topic, tp.partition, offset, error)
             consumer.seek(tp, offset)

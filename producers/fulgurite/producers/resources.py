@@ -13,6 +13,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from fulgurite.producers.kafka import connection_options
 from fulgurite.producers.publisher import Publisher
+from fulgurite.producers.reading import Fetched, fetch, value_of
 from fulgurite.schemas.checksum import folder_sha256
 from fulgurite.schemas.codec import decode
 from fulgurite.schemas.errors import InvalidEvent, SettingsError
@@ -38,9 +39,9 @@ async def newest_version(settings: KafkaSettings, resource: str) -> ResourceVers
         ends = await consumer.end_offsets(partitions)
         newest: ResourceVersion | None = None
         while any([await consumer.position(p) < ends[p] for p in partitions]):
-            for records in (await consumer.getmany(timeout_ms=200)).values():
+            for records in (await fetch(settings, consumer, timeout_ms=200)).values():
                 for record in records:
-                    found = _version_of(record.value, resource)
+                    found = _version_of(record, resource)
                     if found and (newest is None or found.version >= newest.version):
                         newest = found
         return newest
@@ -48,9 +49,9 @@ async def newest_version(settings: KafkaSettings, resource: str) -> ResourceVers
         await consumer.stop()
 
 
-def _version_of(value: bytes | None, resource: str) -> ResourceVersion | None:
+def _version_of(record: Fetched, resource: str) -> ResourceVersion | None:
     try:
-        version = decode(ResourceVersion, value)
+        version = decode(ResourceVersion, value_of(record))
     except InvalidEvent:
         return None  # the materialiser keeps it as a dead letter; here it is just not a version
     return version if version.resource == resource else None

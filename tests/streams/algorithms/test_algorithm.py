@@ -11,7 +11,7 @@ import pytest
 
 from examples.algorithms import best_of_group as example
 from fulgurite.schemas import topics
-from fulgurite.schemas.codec import decode
+from fulgurite.schemas.codec import decode, encode
 from fulgurite.schemas.dead_letters import HEADER_OFFSET, HEADER_REASON, HEADER_STAGE
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.rewards import HEADER_AFTER_END, Reward
@@ -21,6 +21,7 @@ from fulgurite.streams.algorithms import algorithm
 from fulgurite.streams.algorithms.definition import load_algorithm
 from fulgurite.streams.algorithms.memory import Start
 from fulgurite.streams.algorithms.work import AlgorithmFailed
+from tests.consumers.poison import poison
 from tests.streams.algorithms.algorithms_bus import at_work, send, trajectory, until
 from tests.streams.trainer_world import read_topic
 
@@ -127,12 +128,14 @@ async def test_what_fails_becomes_a_dead_letter_and_the_next_ones_turn_comes(kaf
         return None if given.rollout_id == "none" else Reward(rollout_id=given.rollout_id, value=1)
 
     sent = [trajectory("bad"), trajectory("none"), trajectory("good")]
+    await poison(kafka_settings, topics.TRAJECTORIES, encode(trajectory("undecodable")))
     await send(kafka_settings, topics.TRAJECTORIES, *sent)
+    await poison(kafka_settings, topics.ALGORITHM_STATE, b"{}", b"picky/group")
     async with at_work(kafka_settings, picky, tries=2):
         (letter,) = await until(kafka_settings, topics.DEAD_LETTERS, 1)
         assert [reward.rollout_id for reward in await rewards(kafka_settings, 1)] == ["good"]
     headers = dict(letter.headers)
-    assert tried.count("bad") == 2
+    assert sorted(tried) == ["bad", "bad", "good", "none"]
     assert headers[HEADER_REASON] == b"algorithm_failed"
     assert headers[HEADER_STAGE] == b"algorithm:picky"
     assert headers[HEADER_OFFSET].isdigit()

@@ -14,11 +14,12 @@ from dataclasses import dataclass
 from aiokafka import AIOKafkaConsumer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import KafkaConnectionError, KafkaError, RequestTimedOutError
-from aiokafka.structs import ConsumerRecord, TopicPartition
+from aiokafka.structs import TopicPartition
 
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.kafka import connection_options
 from fulgurite.producers.partitions import partition_of
+from fulgurite.producers.reading import Fetched, fetch, value_of
 from fulgurite.schemas.codec import decode_union
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import InvalidEvent
@@ -109,7 +110,7 @@ class RolloutLog:
     async def read(self, wait_ms: int = 250) -> Batch:
         """What is there, at most MAX_BATCH_RECORDS; waits up to `wait_ms` for the first record."""
         assert self._tail is not None
-        found = await self._tail.getmany(timeout_ms=wait_ms, max_records=MAX_BATCH_RECORDS)
+        found = await fetch(self._kafka, self._tail, timeout_ms=wait_ms, max_records=MAX_BATCH_RECORDS)
         entries: list[Entry] = []
         invalid: list[DeadLetter] = []
         for records in found.values():
@@ -125,12 +126,12 @@ class RolloutLog:
         assert self._tail is not None
         return {tp.partition: await self._tail.position(tp) for tp in self._partitions}
 
-    def _entry(self, record: ConsumerRecord[bytes, bytes]) -> Entry:
-        event = decode_union(ROLLOUT_EVENT, "RolloutEvent", record.value)
+    def _entry(self, record: Fetched) -> Entry:
+        event = decode_union(ROLLOUT_EVENT, "RolloutEvent", value_of(record))
         misrouted = partition_of(event.rollout_id.encode(), self.partitions) != record.partition
         return Entry(record.partition, record.offset, event, misrouted, record.key, record.value)
 
-    def _invalid(self, record: ConsumerRecord[bytes, bytes], error: InvalidEvent) -> DeadLetter:
+    def _invalid(self, record: Fetched, error: InvalidEvent) -> DeadLetter:
         return DeadLetter(
             topic=self.topic,
             partition=record.partition,

@@ -6,9 +6,9 @@
 Reads the topic from its beginning at every start, without a consumer group: its truth is the newest record, not an
 offset of its own, so there is nothing to commit and nothing to lose. It is compacted, so the beginning is near.
 
-FastStream, with what its defaults would break set explicitly: `auto_offset_reset` (latest), the acknowledgement policy
-(commit before handling), the parser (decodes every header as UTF-8 and every value as JSON; an error there is logged
-and the record lost), topic creation (on).
+FastStream connects, with what its defaults would break set explicitly: `auto_offset_reset` (latest), topic creation
+(on). It has no handler and so fetches nothing: its loop ends at a record that nobody can decode, its parser decodes
+every header as UTF-8 and every value as JSON; an error there is logged and the record lost.
 """
 
 from __future__ import annotations
@@ -20,9 +20,8 @@ from collections.abc import Coroutine
 from typing import Final
 
 import aiohttp
-from aiokafka import ConsumerRecord
 from aiokafka.errors import KafkaError
-from faststream import AckPolicy, StreamMessage
+from faststream import AckPolicy
 from faststream.kafka import KafkaBroker
 
 from fulgurite.consumers.follower.converge import Convergence
@@ -33,6 +32,7 @@ from fulgurite.consumers.follower.server import PolicyServer
 from fulgurite.consumers.security import broker_options
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.publisher import Publisher
+from fulgurite.producers.reading import Fetched, fetch, value_of
 from fulgurite.producers.service import serve_asgi
 from fulgurite.schemas.codec import decode
 from fulgurite.schemas.dead_letters import DeadLetter
@@ -43,8 +43,6 @@ from fulgurite.schemas.topics import RESOURCES
 
 logger = logging.getLogger(__name__)
 
-Record = ConsumerRecord[bytes | None, bytes | None]
-
 STAGE: Final = "follower"
 SILENCE_SECONDS: Final = 0.3
 """The log counts as read when nothing more came for this long: a start loads the newest version, not all of them."""
@@ -52,6 +50,7 @@ FIRST_READ_SECONDS: Final = 5.0
 """Longest that servers wait for the log at the start: one that was left paused waits for its next version no longer."""
 STOP_SECONDS: Final = 4.0
 """Longest that a stop waits for servers to be resumed."""
+POLL_MS: Final = 500
 
 
 class Follower:
@@ -62,18 +61,19 @@ class Follower:
         self._publisher = publisher
         self.versions = shared.versions
 
-    async def on_record(self, record: Record) -> None:
-        """One record of the topic. Never raises for what is in it: FastStream would log that and go on."""
-        if record.value is None:
-            return  # a tombstone: compaction's way to forget a resource; servers keep what they serve
+    async def on_record(self, record: Fetched) -> None:
+        """One record of the topic. Never raises for what is in it."""
         try:
-            version = decode(ResourceVersion, record.value)
+            value = value_of(record)
+            if value is None:
+                return  # a tombstone: compaction's way to forget a resource; servers keep what they serve
+            version = decode(ResourceVersion, value)
             if version.resource == self._settings.follower.resource:
                 self.versions.add(version)
         except InvalidEvent as error:
             await self._reject(record, error)
 
-    async def _reject(self, record: Record, error: InvalidEvent) -> None:
+    async def _reject(self, record: Fetched, error: InvalidEvent) -> None:
         """A dead letter; again at every start while the log has the record, with the same partition and offset."""
         dead = DeadLetter(
             topic=record.topic,
@@ -184,21 +184,20 @@ async def _read(settings: Settings, follower: Follower, publishing: asyncio.Task
     backoff = Backoff(logger)
     problem = ""
     while True:
-        broker = kafka_broker(settings.kafka, follower)
         try:
-            await broker.start()
-            await follower.versions.settled(SILENCE_SECONDS)
-            settled.set()
-            await asyncio.Event().wait()
+            await read_versions(settings.kafka, follower, settled)
         except (KafkaError, OSError) as error:
             problem = f"cannot read {settings.kafka.topic(RESOURCES)}: {error!r}"
-        finally:
-            await broker.stop()
         await backoff.wait(problem)
 
 
-def kafka_broker(settings: KafkaSettings, follower: Follower) -> KafkaBroker:
-    """FastStream's broker with the one subscriber."""
+async def read_versions(settings: KafkaSettings, follower: Follower, settled: asyncio.Event) -> None:
+    """By one connection, until it or this ends. Raises KafkaError or OSError."""
+
+    async def settle() -> None:
+        await follower.versions.settled(SILENCE_SECONDS)
+        settled.set()
+
     broker = KafkaBroker(
         settings.bootstrap_servers,
         **broker_options(settings),
@@ -216,16 +215,18 @@ def kafka_broker(settings: KafkaSettings, follower: Follower) -> KafkaBroker:
         isolation_level="read_committed",
         ack_policy=AckPolicy.MANUAL,
         max_partition_fetch_bytes=settings.max_record_bytes,
-        parser=_parse,
-        decoder=_decode,
     )
-    subscriber(follower.on_record)
-    return broker
-
-
-async def _parse(record: Record) -> StreamMessage[Record]:
-    return StreamMessage(raw_message=record, body=record.value or b"", headers={}, message_id=str(record.offset))
-
-
-async def _decode(message: StreamMessage[Record]) -> Record:
-    return message.raw_message
+    settling: asyncio.Task[None] | None = None
+    try:
+        await broker.start()
+        consumer = subscriber.consumer
+        assert consumer is not None, "FastStream makes it when it starts"
+        settling = asyncio.create_task(settle())
+        while True:
+            for records in (await fetch(settings, consumer, timeout_ms=POLL_MS)).values():
+                for record in records:
+                    await follower.on_record(record)
+    finally:
+        if settling is not None:
+            settling.cancel()
+        await broker.stop()

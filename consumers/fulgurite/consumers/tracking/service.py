@@ -16,6 +16,8 @@ from aiokafka.errors import KafkaError
 from fulgurite.consumers.tracking.writers import TensorBoard, WeightsAndBiases, Writer
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.kafka import connection_options
+from fulgurite.producers.raw import Undecodable
+from fulgurite.producers.reading import fetch
 from fulgurite.producers.service import run_service
 from fulgurite.schemas.codec import decode_union
 from fulgurite.schemas.errors import InvalidEvent, SettingsError
@@ -100,8 +102,9 @@ async def _follow(settings: KafkaSettings, tracker: Tracker, stop: asyncio.Event
     try:
         await consumer.start()
         while not (stop.is_set() or tracker.is_over):
-            for records in (await consumer.getmany(timeout_ms=_POLL_MS)).values():
+            for records in (await fetch(settings, consumer, timeout_ms=_POLL_MS)).values():
                 for record in records:
-                    tracker.take(record.key, record.value)
+                    if not isinstance(record, Undecodable):
+                        tracker.take(record.key, record.value)
     finally:
         await consumer.stop()

@@ -52,6 +52,7 @@ from fulgurite.infra.kafka_config import BATCH_OVERHEAD_BYTES
 from fulgurite.infra.topics import partitions_of
 from fulgurite.producers.idempotent import abandon
 from fulgurite.producers.kafka import connection_options
+from fulgurite.producers.reading import fetch
 from fulgurite.schemas.errors import FulguriteError
 from fulgurite.schemas.ids import new_id
 from fulgurite.schemas.settings import KafkaSettings
@@ -284,7 +285,8 @@ async def _find(kafka: KafkaSettings, replays: Sequence[Replay]) -> dict[str, Pl
             reader.assign([partition])
             reader.seek(partition, max(start, begin[partition]))
             while len(found) < len(wanted) and await reader.position(partition) < end[partition]:
-                for record in (await reader.getmany(partition, timeout_ms=500)).get(partition, []):
+                read = await fetch(kafka, reader, partition, timeout_ms=500, committed=False)
+                for record in read.get(partition, ()):
                     name = wanted.get(dict(record.headers).get(HEADER_REPLAY_ID, b""))
                     if name is not None:
                         found[name] = Place(partition.topic, partition.partition, record.offset)

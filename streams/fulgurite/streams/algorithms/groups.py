@@ -12,12 +12,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from aiokafka.structs import ConsumerRecord
 from pydantic import BaseModel, Field, ValidationError
 
+from fulgurite.producers.reading import Fetched
 from fulgurite.schemas.trajectories import Trajectory
 
-Record = ConsumerRecord[bytes | None, bytes | None]
+Record = Fetched
 
 MIN_MEMBERS = 2
 """A group with fewer is given to nobody: there is nothing to compare."""

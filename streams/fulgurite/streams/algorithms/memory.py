@@ -19,6 +19,8 @@ from aiokafka.errors import KafkaError
 
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.kafka import connection_options
+from fulgurite.producers.raw import Undecodable
+from fulgurite.producers.reading import fetch, value_of
 from fulgurite.schemas.algorithms import AlgorithmState
 from fulgurite.schemas.codec import decode, encode, encode_key
 from fulgurite.schemas.errors import InvalidEvent, SettingsError
@@ -106,14 +108,14 @@ async def remembered(settings: KafkaSettings, algorithm: str) -> dict[str, Any]:
     prefix = f"{algorithm}/".encode()
 
     async def read() -> dict[str, Any]:
-        found: dict[bytes, bytes | None] = {}
+        found: dict[bytes, Record] = {}
         async with connected(settings) as consumer:
             ends = await consumer.end_offsets(partitions)
             consumer.assign(partitions)
             while any([await consumer.position(tp) < ends[tp] for tp in partitions]):
-                for records in (await consumer.getmany(timeout_ms=_POLL_MS)).values():
-                    found.update({r.key: r.value for r in records if r.key is not None and r.key.startswith(prefix)})
-        return {key.removeprefix(prefix).decode(): _value(value) for key, value in found.items() if value is not None}
+                for records in (await fetch(settings, consumer, timeout_ms=_POLL_MS)).values():
+                    found.update({r.key: r for r in records if r.key is not None and r.key.startswith(prefix)})
+        return {key.removeprefix(prefix).decode(): _value(r) for key, r in found.items() if not _is_tombstone(r)}
 
     return await patiently(f"what {algorithm} remembers", read)
 
@@ -171,15 +173,23 @@ async def _read(
         consumer.assign([tp])
         consumer.seek(tp, min(offsets))
         while await consumer.position(tp) <= max(offsets):
-            for record in (await consumer.getmany(tp, timeout_ms=_POLL_MS)).get(tp, []):
-                if record.offset in offsets:
-                    found[tp.partition, record.offset] = (record, decode(Trajectory, record.value))
+            for record in (await fetch(settings, consumer, tp, timeout_ms=_POLL_MS)).get(tp, []):
+                if record.offset not in offsets:
+                    continue
+                try:
+                    found[tp.partition, record.offset] = (record, decode(Trajectory, value_of(record)))
+                except InvalidEvent as error:
+                    logger.error("%s-%d offset %d is no trajectory: %s", tp.topic, tp.partition, record.offset, error)
     return found
 
 
-def _value(raw: bytes) -> Any:
+def _is_tombstone(record: Record) -> bool:
+    return record.value is None and not isinstance(record, Undecodable)
+
+
+def _value(record: Record) -> Any:
     try:
-        return decode(AlgorithmState, raw).value
+        return decode(AlgorithmState, value_of(record)).value
     except InvalidEvent as error:
         logger.error("a record of algorithm_state cannot be read and is taken for nothing: %s", error)
         return None

@@ -15,6 +15,7 @@ from typing import Any, cast
 from pydantic import BaseModel
 
 from fulgurite.producers.backoff import Backoff
+from fulgurite.producers.raw import Undecodable
 from fulgurite.producers.redaction import redactor
 from fulgurite.schemas import topics
 from fulgurite.schemas.codec import decode_union, split_lines
@@ -57,6 +58,9 @@ class Worker:
     def events_of(self, record: Record) -> tuple[list[tuple[int, BaseModel]], list[Outgoing]]:
         """The events of a record that are wanted, with their lines; and dead letters of those that are none."""
         topic = self._algorithm.topic
+        if isinstance(record, Undecodable):
+            lost = self._dead(record, 0, record.value or b"", "undecodable", record.why)
+            return [], [lost] if topic in _ONLY_READER else []
         values = [record.value or b""]
         numbers: Sequence[int] = (0,)
         if topic in _LINES:

@@ -65,7 +65,7 @@ from aiokafka import AIOKafkaConsumer
 from aiokafka.structs import TopicPartition
 
 from fulgurite.producers.raw import Undecodable
-from fulgurite.producers.reading import Records, fetch
+from fulgurite.producers.reading import Records, fetch, value_of
 from fulgurite.producers.service import run_service
 from fulgurite.schemas.codec import decode_union
 from fulgurite.schemas.errors import InvalidEvent
@@ -266,9 +266,7 @@ class Assembler:
         for tp, batch in found.items():
             for record in batch:
                 try:
-                    if isinstance(record, Undecodable):
-                        raise InvalidEvent("undecodable", record.why)
-                    event = decode_union(ROLLOUT_EVENT, "RolloutEvent", record.value)
+                    event = decode_union(ROLLOUT_EVENT, "RolloutEvent", value_of(record))
                 except InvalidEvent:
                     self.state.counts["invalid"] += 1
                     continue

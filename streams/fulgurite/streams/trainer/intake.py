@@ -7,6 +7,7 @@ from collections.abc import Mapping
 
 from pydantic import BaseModel, ValidationError
 
+from fulgurite.producers.reading import value_of
 from fulgurite.schemas.codec import decode
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import InvalidEvent
@@ -64,7 +65,7 @@ class Intake:
         if self._needle not in (record.value or b"") and self._needle not in (record.key or b""):
             return
         try:
-            trajectory = decode(Trajectory, record.value)
+            trajectory = decode(Trajectory, value_of(record))
         except InvalidEvent as error:
             self._take_in_undecodable(record, now_ns, error)
             return
@@ -74,7 +75,7 @@ class Intake:
     def member(self, record: Record) -> Member | None:
         """The record as a member of its group, whatever its run; None where it is none."""
         try:
-            return self._judged(record, decode(Trajectory, record.value))
+            return self._judged(record, decode(Trajectory, value_of(record)))
         except InvalidEvent as error:
             self._bury_undecodable(record, error)
             return None

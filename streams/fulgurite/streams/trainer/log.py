@@ -16,6 +16,8 @@ from aiokafka.errors import KafkaError
 
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.kafka import connection_options
+from fulgurite.producers.raw import Undecodable
+from fulgurite.producers.reading import fetch
 from fulgurite.schemas.codec import decode_union
 from fulgurite.schemas.errors import InvalidEvent
 from fulgurite.schemas.settings import KafkaSettings
@@ -72,7 +74,8 @@ async def records_since(
 ) -> tuple[list[bytes | None], dict[TopicPartition, int]]:
     """Committed values with this key, in the order of each partition, up to the end as it is now; and where that is.
 
-    From `since`, or from the beginning where it is empty. Kafka's errors are the caller's.
+    From `since`, or from the beginning where it is empty; records that nobody can decode are left out. Kafka's errors
+    are the caller's.
     """
     # Not `seek_to_beginning`: the client's own search for a position, begun by `assign` (default: the end), may be
     # answered after it and win; then the topic seems empty.
@@ -93,8 +96,9 @@ async def records_since(
         for tp in since:
             consumer.seek(tp, since[tp])
         while any([await consumer.position(tp) < ends[tp] for tp in partitions]):
-            for records in (await consumer.getmany(timeout_ms=_POLL_MS)).values():
-                found += [record.value for record in records if record.key == key]
+            for records in (await fetch(settings, consumer, timeout_ms=_POLL_MS)).values():
+                known = [record for record in records if not isinstance(record, Undecodable)]
+                found += [record.value for record in known if record.key == key]
         return found, {tp: await consumer.position(tp) for tp in partitions}
     finally:
         await consumer.stop()

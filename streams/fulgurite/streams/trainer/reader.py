@@ -1,5 +1,7 @@
 """The consumer of `trajectories`: all partitions, assigned by hand, from offsets that the checkpoint holds.
 
+A record that nobody can decode comes as `Undecodable`: its reader says what becomes of it, `offsets` lie behind it.
+
 No group membership: a rebalance must not take partitions away in the middle of a step. The group's name only carries
 the committed offsets, so that lag can be seen with Kafka's own tools.
 
@@ -17,10 +19,10 @@ from typing import TypeVar
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.errors import KafkaError, OffsetOutOfRangeError
-from aiokafka.structs import ConsumerRecord
 
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.kafka import connection_options
+from fulgurite.producers.reading import Fetched, Records, fetch
 from fulgurite.schemas.errors import SettingsError, StartError
 from fulgurite.schemas.settings import KafkaSettings, SourceSettings
 from fulgurite.streams.trainer.log import partitions_of
@@ -29,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 T = TypeVar("T")
 
-Record = ConsumerRecord[bytes | None, bytes | None]
+Record = Fetched
 
 POLL_SECONDS = 0.25
 """How long one look for trajectories waits; a deadline is noticed within it."""
@@ -115,7 +117,7 @@ class TrajectoryReader:
         while wanted:
             self._client.seek(tp, wanted[0])
             try:
-                records = await self._client.getmany(tp, timeout_ms=int(POLL_SECONDS * 1000), max_records=POLL_RECORDS)
+                records = await self._fetch(POLL_SECONDS, tp)
             except OffsetOutOfRangeError as error:
                 raise self._forgotten(error) from error
             for record in records.get(tp, []):
@@ -130,7 +132,7 @@ class TrajectoryReader:
         """The next records, oldest first by the broker's clock; `offsets` then lie behind them."""
         await self._take_up(self._client.partitions_for_topic(self._topic) or ())
         try:
-            found = await self._client.getmany(timeout_ms=int(timeout_seconds * 1000), max_records=POLL_RECORDS)
+            found = await self._fetch(timeout_seconds)
         except OffsetOutOfRangeError as error:
             raise self._forgotten(error) from error
         for tp in self.partitions:
@@ -190,6 +192,10 @@ class TrajectoryReader:
         found = await self._asked(lambda: self._client.offsets_for_times(dict.fromkeys(self.partitions, milliseconds)))
         ends = await self.ends()
         return {tp.partition: at.offset if (at := found.get(tp)) else ends[tp] for tp in self.partitions}
+
+    async def _fetch(self, timeout_seconds: float, *partitions: TopicPartition) -> Records:
+        timeout_ms = int(timeout_seconds * 1000)
+        return await fetch(self._settings, self._client, *partitions, timeout_ms=timeout_ms, max_records=POLL_RECORDS)
 
     @property
     def _client(self) -> AIOKafkaConsumer:

@@ -21,6 +21,8 @@ from pydantic import ValidationError
 
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.kafka import connection_options
+from fulgurite.producers.raw import Undecodable
+from fulgurite.producers.reading import fetch
 from fulgurite.schemas.codec import decode_union
 from fulgurite.schemas.errors import InvalidEvent, SettingsError, StartError
 from fulgurite.schemas.settings import KafkaSettings, Settings, SourceSettings, TrainerSettings
@@ -185,7 +187,9 @@ class SourceLedger:
     async def _fetch(self, timeout_seconds: float) -> None:
         assert self._consumer is not None, "start() comes first"
         try:
-            found = await self._consumer.getmany(timeout_ms=int(timeout_seconds * 1000), max_records=FETCH_RECORDS)
+            found = await fetch(
+                self._settings, self._consumer, timeout_ms=int(timeout_seconds * 1000), max_records=FETCH_RECORDS
+            )
         except OffsetOutOfRangeError as error:
             raise StartError(
                 f"{self._topic} no longer holds what this replay has to read next ({error}): its retention is over"
@@ -193,7 +197,8 @@ class SourceLedger:
         key = self._run_id.encode()
         for records in found.values():
             for record in records:
-                event = _event(record.value) if record.key == key else None
+                is_event = record.key == key and not isinstance(record, Undecodable)
+                event = _event(record.value) if is_event else None
                 wanted = event if isinstance(event, TrainingStep | RunFinished) else None
                 self._fetched.append((record.partition, record.offset, wanted))
 

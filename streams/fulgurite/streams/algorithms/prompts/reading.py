@@ -13,6 +13,8 @@ from collections.abc import Mapping, Sequence
 
 from aiokafka import TopicPartition
 
+from fulgurite.producers.raw import Undecodable
+from fulgurite.producers.reading import fetch, value_of
 from fulgurite.schemas.codec import decode, split_lines
 from fulgurite.schemas.errors import InvalidEvent
 from fulgurite.schemas.settings import KafkaSettings
@@ -21,7 +23,7 @@ from fulgurite.schemas.topics import SPANS
 from fulgurite.schemas.trajectories import Trajectory
 from fulgurite.streams.algorithms.memory import connected
 from fulgurite.streams.trainer.log import partitions_of
-from fulgurite.streams.trainer.reader import TrajectoryReader
+from fulgurite.streams.trainer.reader import Record, TrajectoryReader
 from fulgurite.streams.transactions import patiently
 
 logger = logging.getLogger(__name__)
@@ -44,7 +46,7 @@ async def results_of(
     begun = reported = time.monotonic()
     while missing:
         for record in await reader.poll(_POLL_SECONDS):
-            trajectory = _trajectory(record.value) if needle in (record.value or b"") else None
+            trajectory = _trajectory(record) if needle in (record.value or b"") else None
             if trajectory is not None and trajectory.rollout_id in missing:
                 missing.discard(trajectory.rollout_id)
                 found[trajectory.rollout_id] = trajectory
@@ -84,9 +86,10 @@ async def spans_of(
             for tp in partitions:
                 consumer.seek(tp, min(max(since[tp.partition], begins[tp]), ends[tp]))
             while any([await consumer.position(tp) < ends[tp] for tp in partitions]):
-                for records in (await consumer.getmany(timeout_ms=_POLL_MS)).values():
+                for records in (await fetch(settings, consumer, timeout_ms=_POLL_MS)).values():
                     for record in records:
-                        _take(record.value or b"", run_id.encode(), attempts, found)
+                        if not isinstance(record, Undecodable):
+                            _take(record.value or b"", run_id.encode(), attempts, found)
         return {rollout_id: sorted(spans, key=lambda span: span.start_ns) for rollout_id, spans in found.items()}
 
     return await patiently("what was said", read)
@@ -106,8 +109,8 @@ def _take(value: bytes, needle: bytes, attempts: Mapping[str, str], found: dict[
             found[span.rollout_id].append(span.model_copy(update=nothing))
 
 
-def _trajectory(value: bytes | None) -> Trajectory | None:
+def _trajectory(record: Record) -> Trajectory | None:
     try:
-        return decode(Trajectory, value)
+        return decode(Trajectory, value_of(record))
     except InvalidEvent:
         return None  # the materialiser keeps it as a dead letter
