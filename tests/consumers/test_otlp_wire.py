@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from fulgurite.consumers.otlp.batches import body, otlp, scopes
 from fulgurite.consumers.otlp.mend import mended
 from fulgurite.consumers.otlp.spans import decode
+from fulgurite.consumers.otlp.to_json import to_json
 from fulgurite.consumers.otlp.wire import Malformed, fields, read_varint
 from tests.consumers.otlp_encoding import Record, event, link, record, resource_spans, scope_spans, span, traces
 
@@ -159,3 +160,36 @@ def test_json_says_the_same_as_protobuf() -> None:
     }
     assert (found.events[0].time_ns, found.events[0].attributes) == (5, {"text": "ä"})
     assert (found.links[0].span_id, found.links[0].attributes) == ("01" * 8, {"text": "ä"})
+
+
+def test_as_json_and_back_a_record_is_the_same() -> None:
+    values = {
+        "text": 'ü"\n',
+        "empty": "",
+        "none": None,
+        "yes": True,
+        "least": -(2**63),
+        "double": 0.1,
+        "endless": float("inf"),
+        "bytes": b"\x00\xff",
+        "list": [1, [2, {"x": [b"y"]}], None],
+        "tree": {"a": {"b": {"c": []}}, "d": {}},
+    }
+    one = span(values, events=[event("e", values, 2**64 - 1)], links=[link(values)], kind=77)
+    scope = scope_spans([one, span()], "scope", "2", {"s": 1})
+    value = traces(resource_spans(values, scope, scope_spans([])), resource_spans({"r": 2}, scope_spans([span()])))
+    assert decode(otlp(to_json(value))) == decode(value)
+    for number, wanted in enumerate(decode(value)):
+        (alone,) = decode(otlp(to_json(value, number)))
+        wanted.index = 0
+        assert alone == wanted
+    assert scopes(otlp(to_json(value, 1)))[0][1] == scopes(value)[0][1], "attributes of its scope are there, too"
+
+
+def test_a_value_as_deep_as_may_be_is_written_as_json_and_a_deeper_one_is_not() -> None:
+    value: Any = "x"
+    for _ in range(63):
+        value = {"k": value}
+    assert decode(otlp(to_json(record(span({"a": value}))))) == decode(record(span({"a": value})))
+    with pytest.raises(Malformed, match="nested too deeply"):
+        to_json(record(span({"a": {"b": {"c": value}}})))

@@ -15,6 +15,8 @@ from pydantic import SecretStr
 from fulgurite.consumers.materialiser.blocks import Partition, Slice
 from fulgurite.consumers.materialiser.fences import Guard
 from fulgurite.consumers.materialiser.store import Store
+from fulgurite.consumers.otlp.batches import otlp
+from fulgurite.consumers.otlp.spans import decode
 from fulgurite.consumers.redaction import VIEWS, apply_redaction, view_selects
 from fulgurite.producers.raw import Undecodable
 from fulgurite.producers.redaction import Redactor
@@ -117,8 +119,25 @@ def test_no_dead_letter_goes_past_the_rules(migrated_settings: ClickHouseSetting
     assert not any(b"@example.org" in row[0] or "@example.org" in row[1] for row in rows)
 
 
-async def _insert_dead(settings: ClickHouseSettings, offset: int, value: bytes) -> None:
-    store = Store(settings, 30, "test")
+def test_protobuf_of_which_a_rule_takes_out_parts_can_be_read_all_the_same(
+    clickhouse_settings: ClickHouseSettings, client: Client
+) -> None:
+    rules = RedactionSettings(values=VALUES)
+    apply_redaction(client, rules)
+    spoilt, untouched = record(span({"mail": "erin@example.org"})), record(span({"mail": "nobody"}))
+    for offset, value in enumerate((spoilt, untouched)):
+        asyncio.run(_insert_dead(clickhouse_settings, offset, value, rules))
+    rows = client.query("SELECT value, message FROM dead_letters ORDER BY _offset", column_formats={"value": "bytes"})
+    (first, said), (second, _) = rows.result_rows
+    assert decode(otlp(first)) == decode(record(span({"mail": "[redacted:email]"})))
+    assert "kept as OTLP JSON" in said
+    assert second == untouched
+
+
+async def _insert_dead(
+    settings: ClickHouseSettings, offset: int, value: bytes, rules: RedactionSettings | None = None
+) -> None:
+    store = Store(settings, 30, "test", rules)
     await store.connect()
     try:
         one = Slice(Partition(OTLP_SPANS, "otlp_spans", 0), [Record(offset, value)])

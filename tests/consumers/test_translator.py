@@ -11,6 +11,7 @@ import pytest
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
 
+from fulgurite.consumers.otlp.batches import otlp
 from fulgurite.consumers.otlp.spans import decode
 from fulgurite.consumers.otlp.wire import Malformed
 from fulgurite.consumers.translator.rewards import TELL_TALES, Refused, rewards_of
@@ -18,12 +19,14 @@ from fulgurite.consumers.translator.service import serve, spans_of
 from fulgurite.producers.kafka import connection_options
 from fulgurite.producers.redaction import Redactor
 from fulgurite.schemas.codec import decode as decode_event
-from fulgurite.schemas.redaction import KeyRule, RedactionSettings
+from fulgurite.schemas.dead_letters import HEADER_LINE, HEADER_MESSAGE
+from fulgurite.schemas.redaction import KeyRule, RedactionSettings, ValueRule
 from fulgurite.schemas.rewards import Reward
 from fulgurite.schemas.settings import KafkaSettings, Settings
 from fulgurite.schemas.topics import DEAD_LETTERS, OTLP_SPANS, REWARDS, Topic
 from tests.consumers.otlp_encoding import SPAN, START, event, record, span
 from tests.consumers.poison import plain_builder, send_poison
+from tests.producers.reading import read_topic
 
 ROLLOUT = {"agentlightning.rollout_id": "r", "agentlightning.attempt_id": "a"}
 AGL = {"agentlightning.reward.0.name": "correct", "agentlightning.reward.0.value": 0.5}
@@ -113,11 +116,16 @@ def test_nobody_is_rewarded_without_a_rollout() -> None:
     assert rewards(record(span(AGL))) == []
 
 
-@pytest.mark.parametrize("value", ["many", float("nan"), float("inf"), [1.0], "1e999"])
+@pytest.mark.parametrize("value", ["many", float("nan"), float("inf"), [1.0], "1e999", "1_0", "١", "nan", "0x1"])
 def test_what_is_no_finite_number_is_refused(value: Any) -> None:
     (found,) = rewards(record(span({"agentlightning.reward.0.value": value}), resource=ROLLOUT))
     assert isinstance(found, Refused)
     assert "value" in found.message
+
+
+@pytest.mark.parametrize(("text", "value"), [("1", 1), (" -.5\n", -0.5), ("+1.E2", 100)])
+def test_a_text_of_a_number_counts(text: str, value: float) -> None:
+    assert only(record(span({"agentlightning.reward.0.value": text}), resource=ROLLOUT)).value == value
 
 
 async def send(kafka: KafkaSettings, *values: bytes) -> None:
@@ -162,13 +170,28 @@ def from_test(prefix: str, values: list[bytes]) -> list[Reward]:
 
 async def test_rewards_reach_their_topic_and_what_is_none_the_dead_letters(kafka_settings: KafkaSettings) -> None:
     prefix = kafka_settings.topic_prefix.strip(".")
-    bad = record(span({"agentlightning.reward.0.value": "many"}), resource={"fulgurite.rollout_id": f"{prefix}-bad"})
+    score = {"gen_ai.evaluation.score.value": "1_0"}
+    bad = record(
+        span(AGL, name="good"),
+        span({"agentlightning.reward.0.value": "many", "mail": "ann@example.org"}, name="one"),
+        span(events=[event("gen_ai.evaluation.result", score), event("gen_ai.evaluation.result", score)], name="two"),
+        resource={"fulgurite.rollout_id": f"{prefix}-bad"},
+    )
     await send(kafka_settings, record(span()), b"reward, but no protobuf", bad, mine(prefix, 1), mine(prefix, 2))
-    async with translating(Settings(kafka=kafka_settings)):
-        values = await read(kafka_settings, REWARDS, 2)
-        dead = await read(kafka_settings, DEAD_LETTERS, 1)
-    assert {reward.rollout_id for reward in from_test(prefix, values)} == {f"{prefix}-1", f"{prefix}-2"}
-    assert dead[-1] == bad
+    rules = RedactionSettings(values=[ValueRule(name="email")])
+    async with translating(Settings(kafka=kafka_settings, redaction=rules)):
+        values = await read(kafka_settings, REWARDS, 3)
+        await read(kafka_settings, DEAD_LETTERS, 2)
+    rewarded = {reward.rollout_id for reward in from_test(prefix, values)}
+    assert rewarded == {f"{prefix}-1", f"{prefix}-2", f"{prefix}-bad"}
+    letters = await read_topic(kafka_settings, DEAD_LETTERS)
+    assert [dict(letter.headers)[HEADER_LINE] for letter in letters] == [b"1", b"2"]
+    assert dict(letters[1].headers)[HEADER_MESSAGE].count(b"should be a finite number") == 2
+    (first,), (second,) = (decode(otlp(letter.value)) for letter in letters)
+    assert (first.name, second.name) == ("one", "two")
+    assert first.attributes["mail"] == "[redacted:email]", "the span is a whole one all the same"
+    assert first.resource == second.resource == {"fulgurite.rollout_id": f"{prefix}-bad"}
+    assert [event.attributes for event in second.events] == [score, score]
 
 
 async def test_what_nobody_can_decode_is_passed(kafka_settings: KafkaSettings) -> None:

@@ -70,12 +70,14 @@ class Redactor:
     def dead_letter(self, dead: DeadLetter) -> DeadLetter:
         """What value rules match is taken out of the bytes, be they text or not, and of the message; the rest is kept
         to be looked at."""
-        if not self._values:
-            return dead
-        message, value = self.parts(dead.message), dead.value
-        if value is not None:
-            value = self.parts(value.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+        message, value = self.parts(dead.message), self.letter(dead.value)
         return dead if (message, value) == (dead.message, dead.value) else replace(dead, message=message, value=value)
+
+    def letter(self, value: bytes | None) -> bytes | None:
+        """The bytes of a dead letter."""
+        if value is None or not self._values:
+            return value
+        return self.parts(value.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
 
     def text(self, text: str) -> str:
         """Parts taken out, then cut to max_text_chars."""

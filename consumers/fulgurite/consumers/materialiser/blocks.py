@@ -215,8 +215,10 @@ def _records_block(slices: Sequence[Slice]) -> pa.Table:
     )
 
 
-def dead_block(partition: Partition, record: Record, message: str, reason: str = "rejected") -> pa.Table:
-    """A record that ClickHouse refused, or never saw, as its row of dead_letters."""
+def dead_block(
+    partition: Partition, record: Record, message: str, reason: str = "rejected", value: bytes | None = None
+) -> pa.Table:
+    """A record that ClickHouse refused, or never saw, as its row of dead_letters; `value`: in place of its own."""
     fields: dict[str, tuple[object, pa.DataType]] = {
         "topic": (partition.name, pa.string()),
         "partition": (partition.number, pa.int32()),
@@ -225,7 +227,7 @@ def dead_block(partition: Partition, record: Record, message: str, reason: str =
         "reason": (reason, pa.string()),
         "message": (message, pa.string()),
         "key": (record.key or b"", pa.binary()),
-        "value": (record.value or b"", pa.binary()),
+        "value": (value or record.value or b"", pa.binary()),
         "_topic": (partition.name, pa.string()),
         "_partition": (partition.number, pa.uint32()),
         "_offset": (record.offset, pa.uint64()),

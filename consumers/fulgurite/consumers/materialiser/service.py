@@ -68,7 +68,7 @@ async def _serve(settings: Settings, metrics: Metrics, stop: asyncio.Event, chec
     if not await tables_ready(settings, stop):
         return
     name = f"{socket.gethostname()}-{os.getpid()}"
-    store = Store(settings.clickhouse, settings.materialiser.insert_seconds, name)
+    store = Store(settings.clickhouse, settings.materialiser.insert_seconds, name, settings.redaction)
     try:
         if await topics_ready(settings, stop) and await connected(store, settings, stop):
             await Materialiser(settings, store, metrics, checkpoint).run(stop)

@@ -24,6 +24,7 @@ from fulgurite.consumers.materialiser.blocks import (
     OWN_TABLE,
     OffsetRange,
     Partition,
+    Record,
     Slice,
     TooManyLines,
     arrow,
@@ -42,10 +43,13 @@ from fulgurite.consumers.materialiser.fences import (
     running_parameters,
 )
 from fulgurite.consumers.otlp import batches
+from fulgurite.consumers.otlp.to_json import to_json
 from fulgurite.consumers.otlp.wire import Malformed
 from fulgurite.producers.raw import Undecodable
+from fulgurite.producers.redaction import Redactor, redactor
 from fulgurite.schemas import topics
 from fulgurite.schemas.migrations import connection_options
+from fulgurite.schemas.redaction import RedactionSettings
 from fulgurite.schemas.settings import ClickHouseSettings
 from fulgurite.schemas.topics import Topic
 
@@ -114,8 +118,16 @@ class LogEntry:
 class Store:
     """One connection pool. `connect` first, `close` at the end."""
 
-    def __init__(self, settings: ClickHouseSettings, insert_seconds: float, consumer: str) -> None:
+    def __init__(
+        self,
+        settings: ClickHouseSettings,
+        insert_seconds: float,
+        consumer: str,
+        redaction: RedactionSettings | None = None,
+    ) -> None:
+        """`redaction`: the rules of the views, to find out which bytes they would spoil."""
         self._settings = settings
+        self._redactor = redactor(redaction) if redaction is not None else None
         self._insert_seconds = insert_seconds
         self._consumer = consumer
         self._client: AsyncClient | None = None
@@ -158,12 +170,12 @@ class Store:
 
     async def insert_dead(self, one: Slice, message: str, guard: Guard) -> None:
         """A record no table takes, as a dead letter. Raises Fenced or Unavailable."""
-        body = arrow_body(dead_block(one.partition, one.records[0], message))
-        await self._insert(_IN_DEAD_LETTERS, body, guard)
+        kept = await asyncio.to_thread(_kept, one.partition, one.records[0], message, "rejected", self._redactor)
+        await self._insert(_IN_DEAD_LETTERS, arrow_body(kept), guard)
 
     async def insert_undecodable(self, part: Slice, guard: Guard) -> None:
         """Records that are `Undecodable`, as dead letters. Raises Fenced or Unavailable."""
-        await self._insert(_IN_DEAD_LETTERS, await asyncio.to_thread(_undecodable, part), guard)
+        await self._insert(_IN_DEAD_LETTERS, await asyncio.to_thread(_undecodable, part, self._redactor), guard)
 
     async def _insert(self, into: str, body: Body, guard: Guard) -> None:
         settings: dict[str, Any] = {
@@ -345,11 +357,26 @@ def _body(slices: Sequence[Slice], *, mend: bool = False) -> Body:
     return Body(batches.COLUMNS, data, batches.FORMAT, batches.insert_settings(), REJECTED_CODES | batches.REFUSALS)
 
 
-def _undecodable(part: Slice) -> Body:
+def _undecodable(part: Slice, redactor: Redactor | None) -> Body:
     lost = [record for record in part.records if isinstance(record, Undecodable)]
     return arrow_body(
-        pa.concat_tables([dead_block(part.partition, record, record.why, "undecodable") for record in lost])
+        pa.concat_tables([_kept(part.partition, record, record.why, "undecodable", redactor) for record in lost])
     )
+
+
+def _kept(partition: Partition, record: Record, message: str, reason: str, redactor: Redactor | None) -> pa.Table:
+    """A record as its row of dead_letters. Parts that rules take out of protobuf leave bytes that nobody can read:
+    there it is kept as OTLP JSON, of which the view takes them out."""
+    value = record.value
+    if redactor is not None and value and partition.topic is topics.OTLP_SPANS and not value.startswith(b"{"):
+        try:
+            text = to_json(value)
+        except Malformed:
+            text = b""  # nobody can read it as it is
+        if text and (redactor.letter(value) != value or redactor.letter(text) != text):
+            said = f"{message} (kept as OTLP JSON: rules of redaction take out parts of it)"
+            return dead_block(partition, record, said, reason, text)
+    return dead_block(partition, record, message, reason)
 
 
 def _otlp(part: Slice, *, mend: bool) -> bytes:

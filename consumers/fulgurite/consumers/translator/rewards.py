@@ -37,6 +37,8 @@ EVALUATION: Final = "gen_ai.evaluation.result"
 
 _DIMENSION = re.compile(r"agentlightning\.reward\.(\d{1,4})\.(name|value)")
 _LINK = re.compile(r"agentlightning\.link\.(\d{1,4})\.(key_match|value_match)")
+_NUMBER = re.compile(r"[ \t\r\n]*[+-]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][+-]?[0-9]+)?[ \t\r\n]*")
+"""As JSON and XML write one: Python's float() would read 1_0 as 10, and digits of any script."""
 _AGENTOPS = ("agentops.task.output", "agentops.entity.output")
 _MAX_CHARS = 4_096
 
@@ -151,7 +153,4 @@ def _number(value: object) -> float:
     """Not a number where it is none, which the event refuses. A text of a number counts: some SDKs know texts only."""
     if isinstance(value, bool | int | float):
         return float(value) if abs(value) < 2**1000 else math.nan
-    try:
-        return float(value) if isinstance(value, str) else math.nan
-    except ValueError:
-        return math.nan
+    return float(value) if isinstance(value, str) and _NUMBER.fullmatch(value) else math.nan

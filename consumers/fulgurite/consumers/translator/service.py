@@ -14,6 +14,7 @@ from aiokafka.errors import CommitFailedError, IllegalStateError, KafkaError
 from fulgurite.consumers.otlp.batches import otlp
 from fulgurite.consumers.otlp.mend import mended
 from fulgurite.consumers.otlp.spans import OtlpSpan, decode
+from fulgurite.consumers.otlp.to_json import to_json
 from fulgurite.consumers.otlp.wire import Malformed
 from fulgurite.consumers.translator.rewards import TELL_TALES, Refused, rewards_of
 from fulgurite.producers.backoff import Backoff
@@ -118,13 +119,17 @@ def _events(record: Record, redactor: Redactor | None) -> list[Reward | DeadLett
     if record.value is None or not any(name in record.value for name in TELL_TALES):
         return []
     try:
-        spans = spans_of(otlp(record.value))
+        value = otlp(record.value)
+        spans = spans_of(value)
     except Malformed:
         return []  # the materialiser's to tell, once
     events: list[Reward | DeadLetter] = []
     for span in spans:
-        for reward in rewards_of(span, redactor):
-            events.append(_dead(record, reward.message) if isinstance(reward, Refused) else reward)
+        found = rewards_of(span, redactor)
+        events += [reward for reward in found if isinstance(reward, Reward)]
+        refused = [reward.message for reward in found if isinstance(reward, Refused)]
+        if refused:
+            events.append(_dead(record, value, span.index, "; ".join(refused)))
     return events
 
 
@@ -136,8 +141,13 @@ def spans_of(value: bytes) -> list[OtlpSpan]:
         return decode(mended(value))
 
 
-def _dead(record: Record, message: str) -> DeadLetter:
-    logger.warning("%s-%d offset %d: %s", record.topic, record.partition, record.offset, message)
+def _dead(record: Record, value: bytes, index: int, message: str) -> DeadLetter:
+    """One span alone, in the form in which the materialiser keeps those that it refuses."""
+    logger.warning("%s-%d offset %d, span %d: %s", record.topic, record.partition, record.offset, index, message)
+    try:
+        alone = to_json(value, index)
+    except Malformed:  # another span of the record is broken
+        alone = to_json(mended(value), index)
     return DeadLetter(
         topic=record.topic,
         partition=record.partition,
@@ -146,7 +156,8 @@ def _dead(record: Record, message: str) -> DeadLetter:
         reason="bad_field",
         message=message,
         key=record.key,
-        value=record.value,
+        value=alone,
+        line=index,
     )
 
 

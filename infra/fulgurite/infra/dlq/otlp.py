@@ -1,4 +1,4 @@
-"""Whether bytes of OTLP would become rows: what the tables ask of each span, before it is sent again."""
+"""Whether bytes of OTLP would be refused: what tables and translator ask of each span, before it is sent again."""
 
 from __future__ import annotations
 
@@ -6,6 +6,7 @@ from fulgurite.consumers.otlp.batches import otlp
 from fulgurite.consumers.otlp.mend import BROKEN, mended
 from fulgurite.consumers.otlp.spans import OtlpSpan, decode
 from fulgurite.consumers.otlp.wire import Malformed
+from fulgurite.consumers.translator.rewards import Refused, rewards_of
 from fulgurite.schemas.errors import InvalidEvent
 
 _TIMES_END = 2**63
@@ -22,6 +23,9 @@ def checked_spans(data: bytes) -> list[OtlpSpan]:
     for span in spans:
         if (why := _wrong(span)) is not None:
             raise InvalidEvent("bad_field", f"span {span.index}: {why}" if len(spans) > 1 else why)
+        for reward in rewards_of(span):
+            if isinstance(reward, Refused):
+                raise InvalidEvent("bad_field", reward.message)
     return spans
 
 

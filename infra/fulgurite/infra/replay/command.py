@@ -153,7 +153,7 @@ async def _replay(settings: Settings, client: Client, topic: Topic, options: Opt
 
 @contextlib.asynccontextmanager
 async def _store(settings: Settings) -> AsyncGenerator[ReplayStore]:
-    store = ReplayStore(settings.clickhouse, settings.materialiser.insert_seconds)
+    store = ReplayStore(settings.clickhouse, settings.materialiser.insert_seconds, settings.redaction)
     try:
         await store.connect()
         yield store

@@ -16,6 +16,7 @@ from fulgurite.consumers.materialiser.blocks import DEAD_LETTERS_TABLE, OWN_TABL
 from fulgurite.consumers.materialiser.errors import Unavailable
 from fulgurite.consumers.materialiser.fences import Guard, fenced, renewed
 from fulgurite.consumers.materialiser.store import TABLES, Store
+from fulgurite.schemas.redaction import RedactionSettings
 from fulgurite.schemas.settings import ClickHouseSettings
 
 DEAD_LETTERS = "dead_letters"
@@ -48,8 +49,8 @@ class ReplayStore(Store):
     """The materialiser's store, whose inserts are guarded by claims: its fences, under a name of replays' own, so that
     neither refuses the other's inserts or waits for them."""
 
-    def __init__(self, settings: ClickHouseSettings, insert_seconds: float) -> None:
-        super().__init__(settings, insert_seconds, "replay")
+    def __init__(self, settings: ClickHouseSettings, insert_seconds: float, redaction: RedactionSettings) -> None:
+        super().__init__(settings, insert_seconds, "replay", redaction)
         self._claims: dict[Partition, str] = {}
 
     async def claim(self, partitions: Sequence[Partition]) -> None:
