@@ -121,15 +121,18 @@ def test_a_span_that_cannot_be_used_is_a_dead_letter_and_the_others_are_rows(tab
         (span({"why": "x"}, span_id=b""), "span_id: must not be empty"),
         (span(start=START, end=START - 1), "end_time_unix_nano: is before start_time_unix_nano"),
         (span(start=2**63, end=2**63), "start_time_unix_nano, end_time_unix_nano: must be below 2^63"),
+        (span(events=[event("e", {}), event("e", {}, 2**64 - 1)]), "events: time_unix_nano: must be below 2^63"),
     ]
     tables.insert([Record(9, record(span(), *(value for value, _ in bad), span()))])
-    assert [row["_index"] for row in tables.rows("spans")] == [0, 4]
+    assert [row["_index"] for row in tables.rows("spans")] == [0, 5]
     dead = tables.rows("dead_letters")
     assert [(d["_offset"], d["_index"], d["reason"], d["message"]) for d in dead] == [
         (9, at + 1, "bad_field", message) for at, (_, message) in enumerate(bad)
     ]
     (kept,) = json.loads(dead[0]["value"])["resourceSpans"][0]["scopeSpans"][0]["spans"]
     assert kept["attributes"] == [{"key": "why", "value": {"stringValue": "x"}}]
+    (late,) = json.loads(dead[3]["value"])["resourceSpans"][0]["scopeSpans"][0]["spans"]
+    assert int(late["events"][1]["timeUnixNano"]) == 2**64 - 1
     assert (dead[0]["stage"], dead[0]["key"], dead[0]["topic"]) == ("materialiser", "k", "otlp_spans")
 
 

@@ -162,6 +162,41 @@ def test_json_says_the_same_as_protobuf() -> None:
     assert (found.links[0].span_id, found.links[0].attributes) == ("01" * 8, {"text": "ä"})
 
 
+@pytest.mark.parametrize(
+    ("text", "wanted"),
+    [
+        (rb"a\ud83d", "a\ufffd"),
+        (rb"\ude00\ud83d\ude00", "\ufffd\U0001f600"),
+        (rb"\ud83d\ud83d\ude00\\ud83d\"", '\ufffd\U0001f600\\ud83d"'),
+        (b"a\xff\\uDBFF\n", None),
+        (b"a\xff\\uDBFF", "a\ufffd\ufffd"),
+    ],
+)
+def test_text_that_is_no_unicode_is_replaced_as_in_protobuf(text: bytes, wanted: str | None) -> None:
+    value = b'{"resourceSpans":[{"scopeSpans":[{"spans":[{"name":"%s"},{"name":"n"}]}]}]}' % text
+    if wanted is None:
+        with pytest.raises(Malformed, match="no JSON"):
+            otlp(value)
+        return
+    assert [one.name for one in decode(otlp(value))] == [wanted, "n"]
+
+
+def test_an_integer_that_no_int64_holds_stays_what_it_is() -> None:
+    def spans_of(value: Any) -> list[Any]:
+        attributes = [{"key": "a", "value": {"intValue": value}}]
+        tree = {"resourceSpans": [{"scopeSpans": [{"spans": [{"spanId": "01" * 8, "attributes": attributes}]}]}]}
+        return decode(otlp(json.dumps(tree).encode()))
+
+    for value, wanted in ((2**63 - 1, 2**63 - 1), (str(2**64 - 1), str(2**64 - 1)), (2**63, str(2**63)), (-1, -1)):
+        (one,) = spans_of(value)
+        assert one.attributes == {"a": wanted}
+    (broken,) = spans_of(str(2**64))
+    assert (broken.span_id, broken.status_message) == (
+        "",
+        "the span cannot be read: attributes.value.intValue: the number does not fit into 64 bits",
+    )
+
+
 def test_as_json_and_back_a_record_is_the_same() -> None:
     values = {
         "text": 'ü"\n',

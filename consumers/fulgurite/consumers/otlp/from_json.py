@@ -2,14 +2,16 @@
 has one form to read. JSON is for trying things out, protobuf for volume.
 
 Promises: the same spans, field by field: ids from hex (or base64, as protobuf's own JSON has them), 64-bit numbers from
-texts or numbers; fields this version does not know are left out, as protobuf's own JSON readers do. A span that cannot
-be read, or whose resource or scope cannot be, comes as a broken one (mend.py) and leaves the others alone. Raises
-Malformed where there are no spans to tell apart: what is wrong, and where.
+texts or numbers, an attribute's that no int64 holds as a text; half a surrogate pair and bytes that are no UTF-8 become
+the replacement character, as in protobuf; fields this version does not know are left out, as protobuf's own JSON
+readers do. A span that cannot be read, or whose resource or scope cannot be, comes as a broken one (mend.py) and leaves
+the others alone. Raises Malformed where there are no spans to tell apart: what is wrong, and where.
 """
 
 from __future__ import annotations
 
 import binascii
+import re
 import struct
 from base64 import b64decode
 from collections.abc import Callable, Mapping
@@ -24,6 +26,11 @@ _Write = Callable[[int, Any], bytes]
 _Schema = Mapping[str, tuple[int, _Write]]
 """Name of a field -> its number, and what writes it."""
 
+_ESCAPES: Final = re.compile(
+    rb"(\\(?:[^u]|u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}))|\\u[dD][89a-fA-F][0-9a-fA-F]{2}", re.DOTALL
+)
+"""The second: half a surrogate pair."""
+
 _KINDS = ("UNSPECIFIED", "INTERNAL", "SERVER", "CLIENT", "PRODUCER", "CONSUMER")
 _CODES = ("UNSET", "OK", "ERROR")
 
@@ -31,9 +38,17 @@ _CODES = ("UNSET", "OK", "ERROR")
 def from_json(value: bytes) -> bytes:
     """The record's value as protobuf."""
     try:
-        return _message(_TRACES, orjson.loads(value))
+        return _message(_TRACES, _loaded(value))
     except orjson.JSONDecodeError as error:
         raise Malformed(f"the record is no JSON: {error}") from None
+
+
+def _loaded(value: bytes) -> Any:
+    try:
+        return orjson.loads(value)
+    except orjson.JSONDecodeError:
+        text = _ESCAPES.sub(lambda found: found[1] or b"\\ufffd", value).decode(errors="replace")
+        return orjson.loads(text)
 
 
 def _resource_spans(number: int, value: Any) -> bytes:
@@ -176,6 +191,11 @@ def _enum(prefix: str, names: tuple[str, ...]) -> _Write:
     return write
 
 
+def _int(number: int, value: Any) -> bytes:
+    found = _integer(value)
+    return number_field(number, found) if found < 2**63 else _text(_STRING_VALUE, str(found))
+
+
 def _any(number: int, value: Any) -> bytes:
     return length_field(number, _message(_ANY, value))
 
@@ -184,11 +204,12 @@ def _attribute(number: int, value: Any) -> bytes:
     return length_field(number, _message(_KEY_VALUE, value))
 
 
+_STRING_VALUE: Final = 1
 _KEY_VALUE: Final[_Schema] = {"key": (1, _text), "value": (2, _any)}
 _ANY: Final[_Schema] = {
-    "stringValue": (1, _text),
+    "stringValue": (_STRING_VALUE, _text),
     "boolValue": (2, _bool),
-    "intValue": (3, _number),
+    "intValue": (3, _int),
     "doubleValue": (4, _double),
     "arrayValue": (5, _sub({"values": (1, _many(_any))})),
     "kvlistValue": (6, _sub({"values": (1, _many(_attribute))})),

@@ -38,4 +38,6 @@ def _wrong(span: OtlpSpan) -> str | None:
         return "startTimeUnixNano, endTimeUnixNano: must be below 2^63"
     if span.end_ns < span.start_ns:
         return "endTimeUnixNano: is before startTimeUnixNano"
+    if any(event.time_ns >= _TIMES_END for event in span.events):
+        return "events: timeUnixNano: must be below 2^63"
     return None
