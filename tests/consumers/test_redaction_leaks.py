@@ -24,7 +24,7 @@ from fulgurite.schemas.migrations import connection_options
 from fulgurite.schemas.redaction import KeyRule, RedactionSettings, ValueRule
 from fulgurite.schemas.settings import ClickHouseSettings
 from fulgurite.schemas.topics import OTLP_SPANS, SPANS
-from tests.consumers.otlp_encoding import START, Record, record, span
+from tests.consumers.otlp_encoding import START, Record, event, record, span
 from tests.consumers.otlp_tables import Tables
 
 KEYS = [
@@ -132,6 +132,37 @@ def test_protobuf_of_which_a_rule_takes_out_parts_can_be_read_all_the_same(
     assert decode(otlp(first)) == decode(record(span({"mail": "[redacted:email]"})))
     assert "kept as OTLP JSON" in said
     assert second == untouched
+
+
+def test_keys_are_found_within_attributes_and_dead_letters(
+    clickhouse_settings: ClickHouseSettings, client: Client
+) -> None:
+    rules = RedactionSettings(keys=[KeyRule(regex="(?i)password", action="mask")])
+    apply_redaction(client, rules)
+    secret = {"password": "SECRET", "user": {"password": "SECRET", "kept": 1}}
+    spans = [
+        {"events": [{"name": "e", "time_ns": 1, "attributes": secret}], "attributes": secret, "more": secret},
+        {"kind": "odd", "attributes": secret},
+    ]
+    tables = Tables(client, clickhouse_settings)
+    for offset, one in enumerate(spans):
+        known = {"rollout_id": "r", "span_id": "s", "name": "n", "start_ns": 1, "end_ns": 2}
+        row = {"raw": json.dumps({**known, **one}), "_topic": "spans", "_offset": offset, "_into": 3}
+        client.insert("in_spans", [list(row.values())], column_names=list(row))
+    arguments = {"gen_ai.tool.call.arguments": json.dumps(secret), **secret}
+    tables.insert([Record(2, record(span(arguments, events=[event("e", secret)])))])
+    tables.insert([Record(3, record(span(secret, start=START, end=START - 1)))])
+    asyncio.run(_insert_dead(clickhouse_settings, 4, record(span(secret)), rules))
+    nested = '{"password":"[redacted]","kept":1}'
+    native, otlp_row = tables.rows("spans")
+    assert native["attributes"]["user"] == native["events"][0]["attributes"]["user"] == nested
+    assert otlp_row["attributes"]["user"] == otlp_row["events"][0]["attributes"]["user"] == nested
+    assert json.loads(native["extra"]["more"])["user"] == json.loads(nested)
+    assert json.loads(otlp_row["input"])["user"] == json.loads(nested)
+    letters = [row["value"] for row in tables.rows("dead_letters")]
+    assert len(letters) == 3
+    assert all("redacted" in letter and json.loads(letter) for letter in letters)
+    assert "SECRET" not in str((native, otlp_row, letters))
 
 
 async def _insert_dead(

@@ -22,6 +22,7 @@ from fulgurite.schemas.redaction import KNOWN_VALUES, KeyRule, RedactionSettings
 from fulgurite.schemas.redaction_sql import (
     attributes_sql,
     column_sql,
+    nested_sql,
     redacted_select,
     text_sql,
 )
@@ -120,6 +121,40 @@ def test_attributes_come_out_the_same(engine: Client, rules: RedactionSettings, 
             parameters={"all": document},
         ).result_rows
         assert rows[0][0] == Redactor(rules).attributes(attributes)
+
+
+_NESTED = st.recursive(
+    st.one_of(st.sampled_from(['a"}', "\\", "{[", "é\n", "plain"]), st.integers(-9, 9), st.booleans(), st.none()),
+    lambda inner: st.one_of(
+        st.lists(inner, max_size=3),
+        st.dictionaries(st.sampled_from(["password", "Secret", "user", 'a"secret', "p\\x", "ü"]), inner, max_size=3),
+        st.builds(json.dumps, inner),
+    ),
+    max_leaves=12,
+)
+_MASKING = RedactionSettings(
+    keys=[KeyRule(name="ü", action="cut", chars=64), KeyRule(regex="(?i)secret|^pass|^p.x|ü", action="drop")]
+)
+
+
+@_QUICK
+@given(trees=st.lists(_NESTED, min_size=1, max_size=30), escape=st.booleans(), at=st.integers(0, 60))
+def test_keys_within_json_come_out_the_same(engine: Client, trees: list[Any], escape: bool, at: int) -> None:
+    """Whole and cut off somewhere, as an attribute and as a dead letter."""
+    texts = [json.dumps({"user": tree}, ensure_ascii=escape, separators=(", ", ":")) for tree in trees]
+    texts += [text[:at] for text in texts]
+    redact = Redactor(_MASKING)
+    attribute, letter = nested_sql(_MASKING, "v"), nested_sql(_MASKING, "v", of_letter=True)
+    rows = engine.query(
+        f"SELECT {attribute}, {letter} FROM "
+        "(SELECT arrayJoin(JSONExtract({all:String}, 'Array(String)')) AS v) "
+        "SETTINGS short_circuit_function_evaluation = 'disable'",
+        parameters={"all": json.dumps(texts)},
+    ).result_rows
+    for text, (attributed, kept) in zip(texts, rows, strict=True):
+        assert attributed == redact.attributes({"x": text})["x"]
+        assert kept.encode() == redact.letter(text.encode())
+        assert redact.letter(kept.encode()) == kept.encode(), "twice is once"
 
 
 @pytest.mark.parametrize("regex", _REGEXES)

@@ -37,6 +37,83 @@ def a_span(**fields: object) -> Span:
     return Span.model_validate(known | fields)
 
 
+NESTED = Redactor(RedactionSettings(keys=[KeyRule(regex="(?i)password", action="drop")]))
+
+
+@pytest.mark.parametrize(
+    ("text", "found"),
+    [
+        ('{"password":"h\\"x","a":1}', '{"password":"[redacted]","a":1}'),
+        ('[{"a":{"Password" : {"b":[1,{"c":"}"}]}},"z":2}]', '[{"a":{"Password" :"[redacted]"},"z":2}]'),
+        ('{"password":12.5,"x":["password"]}', '{"password":"[redacted]","x":["password"]}'),
+        ('{"fulgurite.password":1}', '{"fulgurite.password":1}'),
+        ('see "password":"x"', 'see "password":"x"'),
+        ("[" * 9 + '{"password":' + "[" * 9 + "1" + "]" * 9 + "}", "[" * 9 + '{"password":"[redacted]"'),
+    ],
+)
+def test_keys_within_json_text_are_masked(text: str, found: str) -> None:
+    assert NESTED.attributes({"x": text}) == {"x": found}
+    assert NESTED.sources({"x": text}) == {"x": found}
+    assert NESTED.attributes({"x": found}) == {"x": found}
+
+
+def test_keys_within_objects_are_masked_and_the_object_becomes_its_text() -> None:
+    given = {"user": {"password": "hunter2", "n": 1}, "plain": {"n": [1]}, "password": {"n": 1}}
+    found = {"user": '{"password":"[redacted]","n":1}', "plain": {"n": [1]}}
+    span = NESTED.event(a_span(attributes=given, unknown=given, events=[SpanEvent(name="e", attributes=given)]))
+    assert span.attributes == span.events[0].attributes == found
+    assert span.model_extra == {
+        "unknown": '{"user":{"password":"[redacted]","n":1},"plain":{"n":[1]},"password":"[redacted]"}'
+    }
+
+
+@pytest.mark.parametrize(
+    ("value", "found"),
+    [
+        (b'{"name":1,"attributes":{"password":"x"}', b'{"name":1,"attributes":{"password":"[redacted]"}'),
+        (b'{"password":"cut of', b'{"password":"[redacted]"'),
+        (b'\xff {"password":"x"}', b'\xff {"password":"[redacted]"}'),
+        (
+            b'{"attributes":[{"key":"password","value":{"stringValue":"x"}},{"key":"b","value":{"intValue":"1"}}]}',
+            b'{"attributes":[{"key":"password","value":{"stringValue":"[redacted]"}},{"key":"b","value":{"intValue":"1"}}]}',
+        ),
+        (b"password is no JSON", b"password is no JSON"),
+    ],
+)
+def test_keys_within_dead_letters_are_masked(value: bytes, found: bytes) -> None:
+    dead = DeadLetter("spans", 0, 1, "s", "not_json", "m", b"k", value)
+    assert NESTED.dead_letter(dead) == replace(dead, value=found)
+    assert NESTED.dead_letter(replace(dead, value=found)).value == found
+
+
+def test_fields_of_events_are_no_keys_of_a_dead_letter() -> None:
+    rules = Redactor(RedactionSettings(keys=[KeyRule(regex="(?i)key|name|token", action="mask")]))
+    kept = b'{"name":"n","prompt_token_ids":[1],"key":"k","value":{}}'
+    assert rules.letter(kept) == kept
+    otlp = b'{"key":"api_key","value":{"stringValue":"x"}}'
+    assert rules.letter(otlp) == b'{"key":"api_key","value":{"stringValue":"[redacted]"}}'
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        '"' * 10**6,
+        '{"password":' * 10**5,
+        '{"password":{"a":' * 10**5,
+        '"a\\' * 10**5,
+        '\\"' * 10**5,
+        '{"password":[{{{"a",' * 50_000,
+        '"key":"' * 10**5,
+        "{" + "".join(f'"password{number}":' for number in range(50_000)),
+    ],
+)
+def test_no_text_takes_long_to_be_searched_for_keys(text: str) -> None:
+    started = time.process_time()
+    NESTED.attributes({"x": "{" + text})
+    NESTED.letter(text.encode())
+    assert time.process_time() - started < 8
+
+
 def test_the_first_matching_key_decides() -> None:
     found = Redactor(RULES).attributes(
         {

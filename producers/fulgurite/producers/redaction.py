@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from pydantic import BaseModel
 from pydantic_core import to_json
 
+from fulgurite.producers.nested_keys import NestedKeys
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.redaction import (
     HASH_DIGITS,
@@ -56,6 +57,7 @@ class Redactor:
         self._rules = rules
         self._keys = [(rule.pattern.compiled().search, rule) for rule in rules.keys]
         self._values = [(rule.part, _substitute(rule)) for rule in rules.values]
+        self._nested = NestedKeys(self._is_masked) if any(rule.action != "cut" for rule in rules.keys) else None
         self._by_name: dict[str, Change | None] = {}
         self._sources: dict[str, Change | None] = {}
 
@@ -68,16 +70,19 @@ class Redactor:
         return event
 
     def dead_letter(self, dead: DeadLetter) -> DeadLetter:
-        """What value rules match is taken out of the bytes, be they text or not, and of the message; the rest is kept
-        to be looked at."""
+        """What value rules match is taken out of the bytes, be they text or not, and of the message, and of JSON the
+        values of keys that have a rule; the rest is kept to be looked at."""
         message, value = self.parts(dead.message), self.letter(dead.value)
         return dead if (message, value) == (dead.message, dead.value) else replace(dead, message=message, value=value)
 
     def letter(self, value: bytes | None) -> bytes | None:
         """The bytes of a dead letter."""
-        if value is None or not self._values:
+        if value is None or not (self._values or self._nested):
             return value
-        return self.parts(value.decode("utf-8", "surrogateescape")).encode("utf-8", "surrogateescape")
+        text = self.parts(value.decode("utf-8", "surrogateescape"))
+        if self._nested is not None:
+            text = self._nested.of_letter(text)
+        return text.encode("utf-8", "surrogateescape")
 
     def text(self, text: str) -> str:
         """Parts taken out, then cut to max_text_chars."""
@@ -159,8 +164,12 @@ class Redactor:
         """As `_change_of` where a rule names the attribute; otherwise it stays as it is."""
         if name in self._sources:
             return self._sources[name]
-        ruled = not is_protected(name) and any(search(name) for search, _ in self._keys)
-        change = self._change_of(name) if ruled else _kept
+        if is_protected(name):
+            change = _kept
+        elif any(search(name) for search, _ in self._keys):
+            change = self._change_of(name)
+        else:
+            change = self._nested.of_attribute if self._nested is not None else _kept
         if len(self._sources) < MAX_NAMES:
             self._sources[name] = change
         return change
@@ -182,8 +191,15 @@ class Redactor:
             return _masked
         if rule is not None and rule.action == "hash":
             return self._hashed
-        chars = _least(rule, self._rules.max_value_chars)
+        chars, nested = _least(rule, self._rules.max_value_chars), self._nested
+        if nested is not None:
+            return lambda text: cut(nested.of_attribute(self.parts(text)), chars)
         return (lambda text: cut(self.parts(text), chars)) if self._values or chars else _kept
+
+    def _is_masked(self, name: str) -> bool:
+        """Whether a rule takes away the value of an attribute of this name."""
+        rule = next((rule for search, rule in self._keys if search(name)), None)
+        return rule is not None and rule.action != "cut" and not is_protected(name)
 
     def _hashed(self, text: str) -> str:
         if _HASHED.fullmatch(text):

@@ -16,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping
 from typing import Literal
 
+from fulgurite.schemas.nested_keys import FIRST, MARK, Form, field_names, forms
 from fulgurite.schemas.redaction import (
     HASH_DIGITS,
     HASH_PREFIX,
@@ -27,8 +28,9 @@ from fulgurite.schemas.redaction import (
     RedactionSettings,
 )
 
-Kind = Literal["text", "original", "attributes", "events", "links"]
-"""What a column holds. `original`: bytes kept to be looked at, of which only parts are taken out, nothing cut."""
+Kind = Literal["text", "original", "letter", "attributes", "events", "links"]
+"""What a column holds. `original`: bytes kept to be looked at, of which only parts are taken out, nothing cut;
+`letter`: those of a dead letter, of which keys are searched, too."""
 
 _Of = Callable[[KeyRule], str]
 
@@ -51,7 +53,7 @@ SPAN_COLUMNS: Mapping[str, Kind] = {
     "links": "links",
 }
 REWARD_COLUMNS: Mapping[str, Kind] = {"metadata": "attributes", "extra": "attributes"}
-DEAD_LETTER_COLUMNS: Mapping[str, Kind] = {"value": "original", "message": "original"}
+DEAD_LETTER_COLUMNS: Mapping[str, Kind] = {"value": "letter", "message": "original"}
 
 _ATTRIBUTES_TABLE = "FROM otlp_rows AS o"
 """Where parse_otlp finds a span's attributes, as the arrays `names`, `texts` and `bits`."""
@@ -80,13 +82,16 @@ def derived_select(rules: RedactionSettings, select: str) -> str:
     there = _by_rule(rules, lambda rule: "0" if rule.action == "drop" else "1", "1", "1", kept)
     cut = {rule: _cut("t", str(_least(rule.chars, rules.max_value_chars))) for rule in rules.keys if rule.chars}
     actions = {"drop": "v", "mask": _string(MASK), "hash": _hash(rules, "v")}
+    nested = nested_sql(rules, "v")
     text = _by_rule(
         rules,
         lambda rule: (
-            f"arrayMap(t -> {cut[rule]}, [{parts_sql(rules, 'v')}])[1]" if rule in cut else actions[rule.action]
+            f"arrayMap(t -> {cut[rule]}, [{nested_sql(rules, parts_sql(rules, 'v'))}])[1]"
+            if rule in cut
+            else actions[rule.action]
         ),
         "v",
-        "v",
+        nested,
         kept,
     )
     redacted = f"""FROM (
@@ -111,6 +116,8 @@ def column_sql(rules: RedactionSettings, kind: Kind, expression: str) -> str:
         return text_sql(rules, expression)
     if kind == "original":
         return parts_sql(rules, expression)
+    if kind == "letter":
+        return nested_sql(rules, parts_sql(rules, expression), of_letter=True)
     if kind == "attributes":
         return attributes_sql(rules, expression)
     attributes = attributes_sql(rules, "e.3")
@@ -144,7 +151,7 @@ def attributes_sql(rules: RedactionSettings, expression: str) -> str:
     if any(rule.action == "drop" for rule in rules.keys):
         kept = _by_rule(rules, lambda rule: "0" if rule.action == "drop" else "1", "1", "1")
         expression = f"mapFilter((k, v) -> {kept}, {expression})"
-    parts = parts_sql(rules, "v")
+    parts = nested_sql(rules, parts_sql(rules, "v"))
     actions = {"drop": "v", "mask": _string(MASK), "hash": _hash(rules, "v"), "cut": parts}
     changed = _by_rule(rules, lambda rule: actions[rule.action], "v", parts)
     if changed != "v":
@@ -154,6 +161,35 @@ def attributes_sql(rules: RedactionSettings, expression: str) -> str:
     if bound != "0":
         expression = f"mapApply((k, v) -> (k, {_cut('v', bound)}), {expression})"
     return expression
+
+
+def nested_sql(rules: RedactionSettings, expression: str, *, of_letter: bool = False) -> str:
+    """JSON text with the values of keys masked that a rule takes away (schemas/nested_keys.py). What costs is asked
+    only of what needs it, by arrays without others: ClickHouse may evaluate both branches of an `if` for every row."""
+    hit = _by_rule(rules, lambda rule: "0" if rule.action == "cut" else "1", "0", "0")
+    if hit == "0":
+        return expression
+    otlp, plain = forms(python=False)
+    if not of_letter:
+        begins = ", ".join(_string(character) for character in FIRST)
+        return _masked_sql(plain, hit, expression, f"substring(t, 1, 1) IN ({begins})")
+    names = ", ".join(_string(name) for name in sorted(field_names()))
+    return _masked_sql(plain, f"({hit} AND k NOT IN ({names}))", _masked_sql(otlp, hit, expression, "1"), "1")
+
+
+def _masked_sql(form: Form, hit: str, expression: str, condition: str) -> str:
+    """One form of a key with its value; `hit`: whether the name `k` is masked; `condition`: whether the text `t` is
+    searched. As short as can be: every insert analyses it anew."""
+    key, mark = _string(form.key), _string(MARK)
+    # Text, a key, text, a key, …
+    around = _string(f"{MARK}\\0{MARK}")
+    parts = f"splitByString({mark}, replaceRegexpAll(replaceAll(t, {mark}, ''), {key}, {around}))"
+    chosen = f"arrayMap(t -> {parts}, arrayFilter(t -> {condition}, [s]))"
+    hits = f"arrayMap((p, i) -> i % 2 = 0 AND arrayExists(k -> {hit}, [extract(p, {key})]), ps, arrayEnumerate(ps))"
+    found = f"arrayFilter(x -> has(x.2, 1), arrayMap(ps -> (ps, {hits}), {chosen}))"
+    marked = f"toValidUTF8(arrayStringConcat(arrayMap((p, h) -> if(h, concat(p, {mark}), p), x.1, x.2)))"
+    done = f"replaceAll(replaceRegexpAll({marked}, {_string(form.value)}, {_string(form.masked)}), {mark}, '')"
+    return f"arrayMap(s -> arrayConcat(arrayMap(x -> {done}, {found}), [s])[1], [{expression}])[1]"
 
 
 def _by_rule(rules: RedactionSettings, of: _Of, protected: str, otherwise: str, kept: str = "") -> str:
