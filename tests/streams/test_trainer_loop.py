@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -96,7 +97,7 @@ async def test_reward_rises_and_every_rollout_is_accounted_for(
     assert max(step.staleness_max for step in steps) <= 1
     assert max(step.metrics["sampling/sampling_logp_difference/max"] for step in steps[:1]) < 1e-5
 
-    for before, step in zip(steps, steps[1:], strict=False):  # no time is left out: transactions are a step's, too
+    for before, step in itertools.pairwise(steps):  # no time is left out: transactions are a step's, too
         assert step.metrics["timing_s/publish"] > 0
         since_s = (step.window_end_ns - before.window_end_ns) / 1e9
         assert step.metrics["timing_s/step"] == pytest.approx(since_s, abs=0.1)

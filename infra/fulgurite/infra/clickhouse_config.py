@@ -14,6 +14,10 @@ MERGE_NICE = 10
 """Merges yield to inserts and questions, which somebody waits for: they get a tenth of a core that others want, and all
 of one that nobody does. They never starve: too many parts slow inserts down. The engine does so only as root or with
 CAP_SYS_NICE, for a thread must come back from it."""
+_JOINS = """<enable_join_runtime_filters>1</enable_join_runtime_filters>
+            <enable_join_runtime_filters_index_analysis>1</enable_join_runtime_filters_index_analysis>"""
+"""What one side of a join has found limits what is read for the other: views join spans with their earlier copies."""
+
 _MIB = 1024 * 1024
 _OPENING_BYTES = 16 * _MIB
 _FOR_EVER_SECONDS = 2**31 - 1
@@ -65,6 +69,7 @@ def users_xml(password: str, reader_password: str, readable_database: str, max_q
     <profiles>
         <default>
             <max_memory_usage>{max_query_memory_bytes}</max_memory_usage>
+            {_JOINS}
         </default>
         <opening>
             <max_concurrent_queries_for_user>1</max_concurrent_queries_for_user>
@@ -79,6 +84,7 @@ def users_xml(password: str, reader_password: str, readable_database: str, max_q
         <readonly>
             <readonly>2</readonly>
             <max_memory_usage>{max_query_memory_bytes}</max_memory_usage>
+            {_JOINS}
         </readonly>
     </profiles>
     <quotas>

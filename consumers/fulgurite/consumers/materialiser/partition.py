@@ -108,7 +108,7 @@ class PartitionBuffer:
         self._gaps: list[OffsetRange] = []
         """Where none was among those that came, in the order of the log."""
         self._present: dict[int, int] = {}
-        """OffsetRange from `first` on that are in the tables, and in which."""
+        """Offsets from `first` on that are in the tables, and in which."""
         self._seen_ms = 0
         """Kafka's time of the newest record read."""
 
@@ -280,7 +280,7 @@ class PartitionBuffer:
         unread = max(0, (end or 0) - self._next) if self._reading else 0
         records = len(self.taken) + len(self._buffer) + unread
         oldest_ms = waiting[0].timestamp if waiting else self._seen_ms
-        # OffsetRange that only hold a transaction's marker are unread for ever; they come after everything seen.
+        # Offsets that only hold a transaction's marker are unread for ever; they come after everything seen.
         behind = bool(waiting) or (unread > 0 and self._paused)
         return Lag(records, max(0.0, (now_ms - oldest_ms) / 1000) if behind else 0.0)
 
