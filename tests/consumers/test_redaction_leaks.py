@@ -120,13 +120,13 @@ def test_no_dead_letter_goes_past_the_rules(migrated_settings: ClickHouseSetting
 
 
 def test_protobuf_of_which_a_rule_takes_out_parts_can_be_read_all_the_same(
-    clickhouse_settings: ClickHouseSettings, client: Client
+    migrated_settings: ClickHouseSettings, client: Client
 ) -> None:
     rules = RedactionSettings(values=VALUES)
     apply_redaction(client, rules)
     spoilt, untouched = record(span({"mail": "erin@example.org"})), record(span({"mail": "nobody"}))
     for offset, value in enumerate((spoilt, untouched)):
-        asyncio.run(_insert_dead(clickhouse_settings, offset, value, rules))
+        asyncio.run(_insert_dead(migrated_settings, offset, value, rules))
     rows = client.query("SELECT value, message FROM dead_letters ORDER BY _offset", column_formats={"value": "bytes"})
     (first, said), (second, _) = rows.result_rows
     assert decode(otlp(first)) == decode(record(span({"mail": "[redacted:email]"})))
@@ -135,7 +135,7 @@ def test_protobuf_of_which_a_rule_takes_out_parts_can_be_read_all_the_same(
 
 
 def test_keys_are_found_within_attributes_and_dead_letters(
-    clickhouse_settings: ClickHouseSettings, client: Client
+    migrated_settings: ClickHouseSettings, client: Client
 ) -> None:
     rules = RedactionSettings(keys=[KeyRule(regex="(?i)password", action="mask")])
     apply_redaction(client, rules)
@@ -144,7 +144,7 @@ def test_keys_are_found_within_attributes_and_dead_letters(
         {"events": [{"name": "e", "time_ns": 1, "attributes": secret}], "attributes": secret, "more": secret},
         {"kind": "odd", "attributes": secret},
     ]
-    tables = Tables(client, clickhouse_settings)
+    tables = Tables(client, migrated_settings)
     for offset, one in enumerate(spans):
         known = {"rollout_id": "r", "span_id": "s", "name": "n", "start_ns": 1, "end_ns": 2}
         row = {"raw": json.dumps({**known, **one}), "_topic": "spans", "_offset": offset, "_into": 3}
@@ -152,7 +152,7 @@ def test_keys_are_found_within_attributes_and_dead_letters(
     arguments = {"gen_ai.tool.call.arguments": json.dumps(secret), **secret}
     tables.insert([Record(2, record(span(arguments, events=[event("e", secret)])))])
     tables.insert([Record(3, record(span(secret, start=START, end=START - 1)))])
-    asyncio.run(_insert_dead(clickhouse_settings, 4, record(span(secret)), rules))
+    asyncio.run(_insert_dead(migrated_settings, 4, record(span(secret)), rules))
     nested = '{"password":"[redacted]","kept":1}'
     native, otlp_row = tables.rows("spans")
     assert native["attributes"]["user"] == native["events"][0]["attributes"]["user"] == nested
