@@ -71,6 +71,7 @@ def tensor(**about: Any) -> dict[str, Any]:
         (b"no weights", "no safetensors file"),
         (struct.pack("<Q", 1 << 60) + b"{}", "cut off in its header"),
         (with_header(b"{]"), "not JSON"),
+        pytest.param(with_header(b"[" * 200_000), "not JSON", id="deep"),
         (with_header([]), "no JSON object"),
         (with_header(tensor(), tensors=3), "was cut off"),
         (with_header(tensor(), tensors=5), "holds 5 bytes"),

@@ -76,6 +76,20 @@ async def test_old_adapters_are_unloaded_but_never_pinned_ones(
         assert (Path(path) / "weights.txt").read_text() == str(version * 10)
 
 
+async def test_adapters_of_a_log_that_was_begun_anew_give_way_to_its_first(
+    server: FakeVllm, session: aiohttp.ClientSession, tmp_path: Path
+):
+    """Whoever asks for the newest name would ask for theirs for ever."""
+    server.adapters = {f"policy-v{number}": f"/old/v{number}" for number in (50, 51, 52)}
+    follower = follower_of(server, session, tmp_path, lora(tmp_path, 2))
+    await follower.loop.step()
+    assert sorted(server.adapters) == ["policy-v2"]
+    await follower.loop.step()
+    await follower.shared.files.close()
+    assert server.log.count("/v1/load_lora_adapter") == 1
+    assert follower.outcome == [(2, True)]
+
+
 async def test_the_files_of_a_loaded_adapter_outlive_the_trainers(
     server: FakeVllm, session: aiohttp.ClientSession, tmp_path: Path
 ):

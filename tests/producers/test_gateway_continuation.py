@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
 from fulgurite.producers.gateway.continuation import NotContinued, Turn, splice, tokens
-from fulgurite.producers.gateway.conversations import Conversations
+from fulgurite.producers.gateway.conversations import MAX_TURNS, OF_A_TURN, OF_AN_ATTEMPT, Conversations
 from fulgurite.schemas.spans import Span
 from fulgurite.streams.assembler.join import merge_calls
 
@@ -262,16 +262,23 @@ def test_attempts_and_models_are_strangers_to_each_other():
 
 
 def test_memory_is_bounded_and_the_attempt_silent_for_longest_goes_first():
-    conversations = Conversations(max_tokens=100)
+    most = 4 * (OF_AN_ATTEMPT + OF_A_TURN + 9)
+    conversations = Conversations(max_tokens=most)
     for number in range(50):
         conversations.remember(
             (str(number),), [QUESTION], ANSWER, rendered=[9] * 8, prompt=[9] * 8, response=[END], end_text=END_TEXT
         )
-        assert conversations.tokens <= 100
+        assert conversations.tokens <= most
         assert conversations.find(("0",), [QUESTION, ANSWER]), number  # asked for, so not silent
     assert conversations.find(("1",), [QUESTION, ANSWER]) is None
     for number in range(2_000):
         conversations.remember(
             ("0",), [QUESTION], {"content": number}, rendered=[9], prompt=[9], response=[8], end_text=None
         )
-    assert conversations.tokens <= 100
+    assert conversations.tokens <= OF_AN_ATTEMPT + MAX_TURNS * (OF_A_TURN + 2)
+    for number in range(50):  # attempts of which no turn can be remembered count, too
+        spelled = {"role": "assistant", "content": f"so {END_TEXT}"}
+        conversations.remember(
+            (f"spelled-{number}",), [QUESTION], spelled, rendered=[9], prompt=[9], response=[END], end_text=END_TEXT
+        )
+        assert conversations.tokens <= most

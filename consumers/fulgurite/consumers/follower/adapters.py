@@ -5,8 +5,9 @@ ask for the newest name on the server's own list. So the list is the truth, also
 of an adapter says its content (see `cache.py`), so one that is on the list with the path it ought to have is served,
 also when another process loaded it.
 
-Old ones are unloaded by the retention rule, never the newest or a pinned one. Requests that run on one when it is
-unloaded go on; a new one that names it is refused by the server.
+Old ones are unloaded by the retention rule, never the one that is followed or a pinned one. So is what has a higher
+number than any on the log, as after a log was begun anew: the next requests would ask for it for ever. Requests that
+run on one when it is unloaded go on; a new one that names it is refused by the server.
 """
 
 from __future__ import annotations
@@ -66,11 +67,13 @@ class Adapters:
         if not self.serves(wanted):
             raise LoadFailed(f"{name} was loaded, but is not among the served models", answered=True)
         clock.end("check")
-        await self._unload_old()
+        await self._unload_old(wanted)
         clock.end("unload")
 
-    async def _unload_old(self) -> None:
-        kept = {*sorted(self.versions)[-self._settings.keep_versions :], *self._settings.pinned_versions}
+    async def _unload_old(self, wanted: ResourceVersion) -> None:
+        newest = max(wanted.version, *(version.version for version in self._known.all()))
+        follow = sorted(version for version in self.versions if version <= newest)
+        kept = {wanted.version, *follow[-self._settings.keep_versions :], *self._settings.pinned_versions}
         for version in sorted(self.versions - kept):
             name = adapter_name(self._settings.resource, version)
             try:

@@ -71,7 +71,7 @@ def is_tied(folder: Path) -> bool:
     """Whether config.json says that the output layer is the embedding."""
     try:
         config: Any = json.loads((folder / "config.json").read_bytes())
-    except (OSError, ValueError):
+    except (OSError, ValueError, RecursionError):
         return False
     return isinstance(config, dict) and cast(dict[str, Any], config).get("tie_word_embeddings") is True
 
@@ -89,7 +89,7 @@ def _indexed(folder: Path, index: Path) -> Layout:
         raise Unusable(f"{index} is larger than {MAX_INDEX_BYTES} bytes")
     try:
         found: Any = json.loads(index.read_bytes())
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Unusable(f"{index} is not JSON: {error}") from None
     mapped = cast(dict[str, Any], found).get("weight_map") if isinstance(found, dict) else None
     if not isinstance(mapped, dict) or not mapped:
@@ -115,7 +115,7 @@ def _header(path: Path) -> Layout:
         text = file.read(length)
     try:
         found: Any = json.loads(text)
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise Unusable(f"{path}: its header is not JSON: {error}") from None
     if not isinstance(found, dict):
         raise Unusable(f"{path}: its header is no JSON object")

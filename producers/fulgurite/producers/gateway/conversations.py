@@ -27,6 +27,9 @@ from fulgurite.producers.gateway.continuation import Form, Turn, tokens
 
 MAX_TOKENS: Final = 64_000_000
 """Over all attempts: 256 MB."""
+OF_AN_ATTEMPT: Final = 256
+OF_A_TURN: Final = 256
+"""What remembering one takes beside its tokens, in tokens of four bytes: short turns are many."""
 MAX_TURNS: Final = 256
 """Of one attempt; the oldest is forgotten first."""
 
@@ -52,7 +55,7 @@ class Conversations:
 
     @property
     def tokens(self) -> int:
-        """Remembered now."""
+        """What all that is remembered takes."""
         return self._tokens
 
     def find(self, attempt: tuple[str, ...], messages: Messages) -> Turn | None:
@@ -80,8 +83,8 @@ class Conversations:
     ) -> None:
         """One choice's answer, as the agent got it. `end_text` is how the response's last token is written, where that
         ended the turn; None for a response that was cut off. `ends`: what is known of such tokens otherwise."""
-        known = self._attempts.setdefault(attempt, _Attempt())
-        self._attempts.move_to_end(attempt)
+        known = self._attempt(attempt)
+        self._shrink()
         known.ends.update(ends)
         if end_text and response:
             known.ends[response[-1]] = end_text
@@ -105,7 +108,20 @@ class Conversations:
         self._count(known, _size(turn))
         if len(known.turns) > MAX_TURNS:
             self._forget(known, next(iter(known.turns)))
-        while self._tokens > self._max_tokens and self._attempts:
+        self._shrink()
+
+    def _attempt(self, attempt: tuple[str, ...]) -> _Attempt:
+        """It counts from here on, also where nothing of it is remembered but how it writes the ends of turns."""
+        known = self._attempts.get(attempt)
+        if known is None:
+            known = self._attempts[attempt] = _Attempt()
+            self._count(known, OF_AN_ATTEMPT)
+        self._attempts.move_to_end(attempt)
+        return known
+
+    def _shrink(self) -> None:
+        """The attempt that was used last stays until another one is."""
+        while self._tokens > self._max_tokens and len(self._attempts) > 1:
             _, oldest = self._attempts.popitem(last=False)
             self._tokens -= oldest.tokens
 
@@ -125,7 +141,8 @@ def _form(answer: Mapping[str, Any]) -> Form:
 
 
 def _size(turn: Turn) -> int:
-    return len(turn.rendered) + len(turn.response) + (0 if turn.prompt is turn.rendered else len(turn.prompt))
+    prompt = 0 if turn.prompt is turn.rendered else len(turn.prompt)
+    return OF_A_TURN + len(turn.rendered) + len(turn.response) + prompt
 
 
 def _digests(messages: Messages) -> Iterator[bytes]:
