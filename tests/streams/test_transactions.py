@@ -6,10 +6,11 @@ import asyncio
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from aiokafka.admin import AIOKafkaAdminClient, NewTopic
-from aiokafka.errors import KafkaConnectionError
+from aiokafka.errors import IllegalOperation, KafkaConnectionError
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 from fulgurite.infra.kafka import EmbeddedKafka
@@ -93,6 +94,36 @@ async def test_a_rival_fences_and_nothing_of_the_loser_is_seen(
         assert await texts(bus) == ["a", "b"]
     await first.close()
     await second.close()
+
+
+async def test_a_rival_that_the_background_sender_meets_first_fences_too(
+    kafka_settings: KafkaSettings, input_topic: None
+) -> None:
+    """aiokafka then calls the next record illegal, as it does a record outside of a transaction: that stays an error of
+    whoever sends it."""
+    first = await started(kafka_settings)
+    await first.claim([INPUT])
+    producer: Any = first._producer  # pyright: ignore[reportPrivateUsage]
+    send, begin = producer.send, producer.begin_transaction
+
+    async def send_slowly(*arguments: Any, **options: Any) -> Any:
+        sent = await send(*arguments, **options)
+        await asyncio.sleep(0.2)
+        return sent
+
+    async def forget_to_begin() -> None: ...
+
+    producer.begin_transaction = forget_to_begin
+    with pytest.raises(IllegalOperation, match="not in transaction"):
+        await first.commit(outgoing(kafka_settings, "too early"), at(2))
+    producer.begin_transaction, producer.send = begin, send_slowly
+    second = await started(kafka_settings)
+    with pytest.raises(Fenced, match="another process uses the transactional id"):
+        await first.commit(2 * outgoing(kafka_settings, "lost"), at(2))
+    async with connected(kafka_settings) as bus:
+        assert await texts(bus) == []
+    for each in (first, second):
+        await each.close()
 
 
 @pytest.mark.parametrize("step", ["begun", "sent", "committed"])

@@ -51,12 +51,13 @@ def _ssl_context(settings: KafkaSettings) -> ssl.SSLContext:
     return context
 
 
-def take_failure(producer: AIOKafkaProducer) -> None:
-    """Before a transactional producer is closed: takes note of the failure that aiokafka leaves in a future of its own.
+def take_failure(producer: AIOKafkaProducer) -> BaseException | None:
+    """What the background sender of a transactional producer failed with, None where it did not.
 
-    It tells the caller the same error by another future; nobody ever asks this one, so asyncio would complain of it in
-    the log, at a moment of the garbage collector's choosing.
+    To be asked before the producer is closed: aiokafka leaves it in a future of its own that nobody ever asks, so
+    asyncio would complain of it in the log, at a moment of the garbage collector's choosing.
     """
     waiter = getattr(getattr(producer, "_txn_manager", None), "_transaction_waiter", None)
     if isinstance(waiter, asyncio.Future) and waiter.done() and not waiter.cancelled():
-        waiter.exception()
+        return waiter.exception()
+    return None

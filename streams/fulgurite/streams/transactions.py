@@ -39,6 +39,7 @@ from aiokafka import AIOKafkaProducer
 from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.errors import (
     GroupAuthorizationFailedError,
+    IllegalOperation,
     InvalidProducerEpoch,
     KafkaError,
     MessageSizeTooLargeError,
@@ -204,13 +205,17 @@ class Transactions:
             self._hook("sent")
             await producer.commit_transaction()
             self._hook("committed")
-        except _HOPELESS:
-            raise
-        except KafkaError as error:
+        except (KafkaError, IllegalOperation) as error:
+            # What send() says as soon as the background sender has failed; where it has not, the call is out of turn.
+            failure = take_failure(producer) if isinstance(error, IllegalOperation) else error
+            if not isinstance(failure, KafkaError):
+                raise
+            if isinstance(failure, _HOPELESS):
+                raise failure from None
             young = time.monotonic() - begun < self._timeout_ms / 1000
-            if young and isinstance(_root(error), ProducerFenced | InvalidProducerEpoch):
-                raise Fenced(f"another process uses the transactional id {self._transactional_id}") from error
-            return error
+            if young and isinstance(_root(failure), ProducerFenced | InvalidProducerEpoch):
+                raise Fenced(f"another process uses the transactional id {self._transactional_id}") from failure
+            return failure
         return None
 
     async def _look_for_heir(self, partitions: Iterable[TopicPartition], stamp: str) -> None:
