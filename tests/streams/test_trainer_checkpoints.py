@@ -3,18 +3,22 @@
 from __future__ import annotations
 
 import json
+import os
 import resource
+import shutil
 from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
-from fulgurite.schemas.errors import StartError
+from fulgurite.schemas.errors import Fenced, StartError
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.learner import load_learner
 from fulgurite.streams.trainer.checkpoints import Checkpoint, Checkpoints, RunState
+from fulgurite.streams.trainer.occupied import Occupied
 from fulgurite.streams.trainer.sample import Sample
 from fulgurite.streams.trainer.windows import Windows
 from tests.streams.test_windows import SHAPE, add_group, stranger, taken
@@ -37,6 +41,95 @@ def written(output: Path) -> tuple[Checkpoints, Checkpoint]:
         to.write_text("optimizer")
 
     return folder, folder.write(STATE, windows, weights, optimizer)
+
+
+def first(output: Path, by: str, lineage: str = "log", then: Callable[[], None] = lambda: None) -> Checkpoint:
+    """A run's first version, as whoever writes it; `then` comes when its weights are written."""
+    state = STATE.model_copy(update={"version": 1, "step": 0, "lineage": lineage})
+
+    def weights(to: Path) -> None:
+        (to / "w").write_text(by)
+        then()
+
+    return Checkpoints(output, "r").write(state, Windows(SHAPE), weights, Path.touch)
+
+
+def writer(output: Path) -> str:
+    assert [path.name for path in (output / "r").iterdir()] == ["v000001"]
+    return (Checkpoints(output, "r").load(1).weights / "w").read_text()
+
+
+def test_who_owns_the_run_takes_the_place_of_what_a_predecessor_wrote(tmp_path: Path) -> None:
+    first(tmp_path, "predecessor")
+    with pytest.raises(Occupied) as found:
+        first(tmp_path, "owner")
+    Checkpoints(tmp_path, "r").replace(found.value)
+    assert writer(tmp_path) == "owner"
+
+
+@pytest.mark.parametrize("written_for", ["another log", ""])
+def test_a_version_that_another_log_may_have_committed_is_not_replaced(tmp_path: Path, written_for: str) -> None:
+    first(tmp_path, "other", written_for)
+    with pytest.raises(Fenced, match="another process wrote") as found:
+        first(tmp_path, "owner", "log" if written_for else "")
+    assert not isinstance(found.value, Occupied)
+    assert (tmp_path / "r" / "v000001" / "weights" / "w").read_text() == "other"
+
+
+@pytest.mark.parametrize("left", ["another", "empty", "none"])
+def test_one_that_sleeps_before_it_empties_a_folder_harms_no_successors(tmp_path: Path, left: str) -> None:
+    first(tmp_path, "predecessor")
+    with pytest.raises(Occupied) as found:
+        first(tmp_path, "sleeper")
+    folder = Checkpoints(tmp_path, "r")
+    assert len(folder.discard_uncommitted(None)) == 2
+    if left == "another":
+        first(tmp_path, "successor")
+    elif left == "empty":
+        (tmp_path / "r" / "v000001").mkdir()
+    with pytest.raises(Fenced, match="another process") as then:
+        folder.replace(found.value)
+    if isinstance(then.value, Occupied):
+        then.value.close()
+    assert left != "another" or writer(tmp_path) == "successor"
+
+
+@pytest.mark.parametrize("done", range(7))
+def test_a_crash_while_a_folder_is_emptied_leaves_what_a_start_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
+    left = {"steps": done}
+
+    def mortal(act: Callable[..., None]) -> Callable[..., None]:
+        def until_dead(*arguments: Any, **options: Any) -> None:
+            if left["steps"] == 0:
+                raise KeyboardInterrupt
+            left["steps"] -= "dir_fd" in options
+            act(*arguments, **options)
+
+        return until_dead
+
+    first(tmp_path, "predecessor")
+    with pytest.raises(Occupied) as found:
+        first(tmp_path, "owner")
+    folder = Checkpoints(tmp_path, "r")
+    with monkeypatch.context() as patched:
+        for module, name in ((shutil, "rmtree"), (os, "unlink"), (Path, "rename")):
+            patched.setattr(module, name, mortal(getattr(module, name)))
+        with pytest.raises(KeyboardInterrupt):
+            folder.replace(found.value)
+    assert len(folder.discard_uncommitted(None)) == 2
+    first(tmp_path, "heir")
+    assert writer(tmp_path) == "heir"
+
+
+def test_one_whose_half_written_folder_a_successor_removed_is_fenced(tmp_path: Path) -> None:
+    def start() -> None:
+        Checkpoints(tmp_path, "r").discard_uncommitted(None)
+
+    with pytest.raises(Fenced, match=r"another process removed .*: it owns run r now"):
+        first(tmp_path, "predecessor", then=start)
+    assert list((tmp_path / "r").iterdir()) == []
 
 
 @contextmanager

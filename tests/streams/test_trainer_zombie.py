@@ -1,4 +1,4 @@
-"""A trainer that sleeps in the middle of its transaction and wakes up while its successor still loads the model."""
+"""Two trainers of one run at a time: exactly one goes on, the one that fenced the other, wherever that one was."""
 
 from __future__ import annotations
 
@@ -20,6 +20,51 @@ TRANSACTION = 3
 """In which the first trainer sleeps: behind its claim and the starting weights the one of its first step."""
 LOADS = 2
 """The second one's."""
+
+
+def settings_of(kafka: KafkaSettings, folder: Path, steps: int) -> Settings:
+    trainer = TrainerSettings(
+        run_id="run",
+        model=build_model(folder / "model", seed=3),
+        output=folder / "policy",
+        tasks="tests.streams.trainer_world:bandit",
+        steps=steps,
+        groups_per_step=2,
+        group_size=2,
+        zero_variance="keep",
+    )
+    return Settings(kafka=kafka, trainer=trainer)
+
+
+async def test_of_two_starts_during_one_load_the_later_one_goes_on(
+    kafka_settings: KafkaSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The first one learns of the second with its first transaction, when it has written the version's folder."""
+    begun = [asyncio.Event(), asyncio.Event()]
+    wait_for = [begun[1], asyncio.Event()]
+    load, loads = recovery._load, iter((0, 1))  # pyright: ignore[reportPrivateUsage]
+
+    async def load_slowly(*arguments: Any) -> Any:
+        number = next(loads)
+        begun[number].set()
+        await wait_for[number].wait()
+        return await load(*arguments)
+
+    monkeypatch.setattr(recovery, "_load", load_slowly)
+    settings = settings_of(kafka_settings, tmp_path, steps=1)
+    async with World(kafka_settings).running(), asyncio.timeout(120):
+        first = asyncio.create_task(serve(settings, asyncio.Event()))
+        await begun[0].wait()
+        second = asyncio.create_task(serve(settings, asyncio.Event()))
+        with pytest.raises(Fenced, match="another process uses"):
+            await first
+        assert [folder.name for folder in (settings.trainer.output / "run").glob("v*")] == ["v000001"]
+        wait_for[1].set()
+        await second
+    assert "v000001: a predecessor wrote it" in caplog.text
+    events = await training_events(kafka_settings, "run")
+    assert [type(event).__name__ for event in events] == ["RunStarted", "TrainingStep", "RunFinished"]
+    assert all_once(events)
 
 
 @pytest.mark.slow
@@ -47,17 +92,7 @@ async def test_it_does_not_commit_a_version_whose_files_its_successor_has_remove
 
     monkeypatch.setattr(AIOKafkaProducer, "send_offsets_to_transaction", sleep_once)
     monkeypatch.setattr(recovery, "_load", load_slowly)
-    trainer = TrainerSettings(
-        run_id="run",
-        model=build_model(tmp_path / "model", seed=3),
-        output=tmp_path / "policy",
-        tasks="tests.streams.trainer_world:bandit",
-        steps=2,
-        groups_per_step=2,
-        group_size=2,
-        zero_variance="keep",
-    )
-    settings = Settings(kafka=kafka_settings, trainer=trainer)
+    settings = settings_of(kafka_settings, tmp_path, steps=2)
     async with World(kafka_settings).running(), asyncio.timeout(120):
         first = asyncio.create_task(serve(settings, asyncio.Event()))
         await asleep.wait()
@@ -73,5 +108,9 @@ async def test_it_does_not_commit_a_version_whose_files_its_successor_has_remove
     steps = [(event.step, event.version_out) for event in events if isinstance(event, TrainingStep)]
     assert steps == [(1, 2), (2, 3)]
     assert sum(isinstance(event, RunFinished) for event in events) == 1
-    assert sorted(folder.name for folder in (trainer.output / "run").glob("v*")) == ["v000001", "v000002", "v000003"]
+    assert sorted(folder.name for folder in (settings.trainer.output / "run").glob("v*")) == [
+        "v000001",
+        "v000002",
+        "v000003",
+    ]
     assert all_once(events)

@@ -199,6 +199,12 @@ async def test_a_predecessor_that_wakes_up_neither_commits_nor_fences_who_claime
     woken.set()
     with pytest.raises(Fenced, match="another process committed"):
         await commit
+    with pytest.raises(Fenced, match="another process committed"):
+        await predecessor.confirm()
+    await heir.confirm()
+    await heir.start()
+    assert await heir.committed([INPUT]) == before, "and so does what it confirms"
+    assert heir.lineage == predecessor.lineage
     await heir.commit(outgoing(kafka_settings, "heir"), at(3))
     async with connected(kafka_settings) as bus:
         assert await texts(bus) == ["first", "heir"]

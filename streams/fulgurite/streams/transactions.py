@@ -5,6 +5,7 @@
     before = await transactions.committed(partitions)       # 2. offsets as the last committed transaction left them
     before = await transactions.claim(partitions)           #    … and no predecessor that wakes up commits any more
     await transactions.commit(records, offsets)             # 3. records and offsets become visible together, or Fenced
+    await transactions.confirm()                            #    … nothing does, but Fenced where another one has begun
     await transactions.close()
 
 Promises
@@ -124,6 +125,15 @@ class Transactions:
         self._admin: AIOKafkaAdminClient | None = None
         self._stamps: dict[TopicPartition, str] = {}
         """The commit id last seen on each partition's offset: what a commit of nobody else leaves there."""
+        self._last: dict[TopicPartition, OffsetAndMetadata] = {}
+        """What this process last committed, without the stamps."""
+        self._lineage = ""
+
+    @property
+    def lineage(self) -> str:
+        """Of these offsets on this broker: the same for everyone who ever commits them, another one elsewhere, be it
+        under the same name. Known after `committed` or `claim`, for good after the first commit."""
+        return self._lineage
 
     async def start(self) -> None:
         """Waits for the broker, for as long as it takes; then predecessors are fenced and their transactions ended."""
@@ -137,6 +147,8 @@ class Transactions:
         """
         found = await self._read(partitions)
         self._stamps.update({tp: _stamp(at) for tp, at in found.items()})
+        inherited = (stamp.partition(".")[0] for stamp in self._stamps.values() if stamp)
+        self._lineage = self._lineage or next(inherited, "") or new_id()
         return {tp: None if at is None else OffsetAndMetadata(at.offset, _plain(at)) for tp, at in found.items()}
 
     async def claim(self, partitions: Iterable[TopicPartition]) -> dict[TopicPartition, OffsetAndMetadata | None]:
@@ -157,7 +169,7 @@ class Transactions:
         """
         assert offsets, "without offsets nothing would tell whether a lost answer meant committed"
         assert all(tp in self._stamps for tp in offsets), "committed() must have been asked about every partition"
-        stamp = new_id()
+        stamp = f"{self._lineage}.{new_id()}"
         stamped = {tp: OffsetAndMetadata(at.offset, f"{stamp} {at.metadata}") for tp, at in offsets.items()}
         while True:
             attempt = asyncio.ensure_future(self._attempt(records, stamped))
@@ -170,6 +182,15 @@ class Transactions:
             if await self._is_committed(stamped, stamp):
                 break
         self._stamps.update(dict.fromkeys(stamped, stamp))
+        self._last.update(offsets)
+
+    async def confirm(self) -> None:
+        """A commit of nothing: the offsets stay where this process's last commit or claim left them.
+
+        Raises Fenced as `commit` does. Where it does not, nothing that another process has written outside of Kafka up
+        to now will ever be committed by it: it is a predecessor, and fenced.
+        """
+        await self.commit([], dict(self._last))
 
     async def close(self) -> None:
         """Closes within seconds, the broker there or not. An open transaction is left to the broker to abort."""

@@ -9,14 +9,17 @@
         settings.json                   what the version was made with
     <output>/<run_id>/choice.json       the groups of the window that is being trained on
 
-A folder that exists was completely written. Whether its version is *committed* the log alone knows: a folder one newer
-than the last committed version is a leftover of a crash and is removed before it can be mistaken for one. Anything more
-was committed once, on a log that this one is not: it is never removed. Torch-free: the learner writes its files through
-a callback.
+A folder that has anything in it was completely written. Whether its version is *committed* the log alone knows: a
+folder one newer than the last committed version is a leftover of a crash and is removed before it can be mistaken for
+one. Anything more was committed once, on a log that this one is not: it is never removed.
+
+Where a predecessor that is fenced, and does not know it yet, was first with the next version: `occupied.py`.
+Torch-free: the learner writes its files through a callback.
 """
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import secrets
@@ -29,17 +32,17 @@ from typing import Any, NoReturn
 from pydantic import TypeAdapter
 
 from fulgurite.schemas.checksum import file_sha256, folder_sha256
-from fulgurite.schemas.errors import Fenced, StartError
+from fulgurite.schemas.errors import Fenced, FulguriteError, StartError
+from fulgurite.streams.trainer.occupied import Occupied, occupied
+from fulgurite.streams.trainer.run_state import STATE, member_lines, of_windows, restored
 from fulgurite.streams.trainer.run_state import OpenGroup as OpenGroup
 from fulgurite.streams.trainer.run_state import RunState as RunState
 from fulgurite.streams.trainer.run_state import SourceState as SourceState
-from fulgurite.streams.trainer.run_state import member_lines, of_windows, restored
 from fulgurite.streams.trainer.samples import ADAPTER_CONFIG
 from fulgurite.streams.trainer.windows import Choice, Shape, Windows
 
 WEIGHTS = "weights"
 OPTIMIZER = "optimizer.pt"
-STATE = "state.json"
 GROUPS = "groups.jsonl"
 SETTINGS = "settings.json"
 CHOICE = "choice.json"
@@ -84,11 +87,15 @@ class Checkpoints:
         save_state: Callable[[Path], None],
     ) -> Checkpoint:
         """Raises StartError where the disk refuses; then nothing but a temporary folder is left, which the next start
-        removes. Both callbacks say OSError then."""
+        removes. Both callbacks say OSError then. Raises Fenced where a successor has removed that folder already,
+        Occupied where another process was first."""
         final = self.folder(state.version)
         temporary = self._root / f"{_TEMPORARY}{final.name}-{secrets.token_hex(4)}"
         try:
             (temporary / WEIGHTS).mkdir(parents=True)
+        except OSError as error:
+            raise _refused(final, error) from error
+        try:
             save_weights(temporary / WEIGHTS)
             save_state(temporary / OPTIMIZER)
             (temporary / SETTINGS).write_text(json.dumps(self._settings, indent=1) + "\n")
@@ -103,18 +110,35 @@ class Checkpoints:
             state = state.model_copy(update={**of_windows(windows), **written})
             (temporary / STATE).write_text(state.model_dump_json(indent=1))
             _fsync_tree(temporary)
-            temporary.rename(final)
-            _fsync(self._root)
+        except OSError as error:
+            raise _interrupted(final, temporary, error) from error
+        return self._publish(Checkpoint(final, state), temporary)
+
+    def replace(self, found: Occupied) -> Checkpoint:
+        """What `write` could not finish. Only for who has confirmed, since that was raised, that it owns the run: the
+        folder in its way was then a predecessor's, which never commits it."""
+        try:
+            found.empty()
+        except OSError as error:
+            raise _refused(found.folder, error) from error
+        finally:
+            found.close()
+        return self._publish(Checkpoint(found.folder, found.state), found.temporary)
+
+    def _publish(self, checkpoint: Checkpoint, temporary: Path) -> Checkpoint:
+        final = checkpoint.folder
+        try:
+            temporary.rename(final)  # an empty folder gives way, no other one does
         except OSError as error:
             if final.exists():
-                # Leftovers were removed at the start, so another process of this run wrote it since. A folder once
-                # there is never replaced: it may be committed. Whoever owns the run starts again and removes it if not.
-                raise Fenced(f"another process wrote {final}: it may own run {state.run_id} now") from error
-            raise StartError(
-                f"cannot write the checkpoint {final}: {error}. Make room or set trainer.output elsewhere; nothing was "
-                "announced, the run goes on from the version before"
-            ) from error
-        return Checkpoint(final, state)
+                # Leftovers were removed at the start, so another process of this run wrote it since.
+                raise occupied(final, checkpoint.state, temporary) from error
+            raise _interrupted(final, temporary, error) from error
+        try:
+            _fsync(self._root)
+        except OSError as error:
+            raise _refused(final, error) from error
+        return checkpoint
 
     def choose(self, choice: Choice) -> None:
         """Keeps which groups a window has, in place of the last window's. Raises StartError where the disk refuses."""
@@ -185,7 +209,8 @@ class Checkpoints:
         """
         newer = [(version, folder) for version, folder in self._versions() if committed is None or version > committed]
         for version, folder in newer:
-            if committed is None and (step := _step(folder)) != 0:
+            is_empty = not any(folder.iterdir())  # about to be replaced
+            if committed is None and not is_empty and (step := _step(folder)) != 0:
                 self._refuse(folder, f"step {'unknown' if step is None else step}", "does not know this run")
             if committed is not None and version > committed + 1:
                 self._refuse(folder, f"version {version}", f"knows this run only up to version {committed}")
@@ -193,8 +218,11 @@ class Checkpoints:
             half_written.unlink(missing_ok=True)
         gone = [*self._root.glob(f"{_TEMPORARY}*"), *(folder for _, folder in newer)]
         for folder in gone:
-            # Renamed first: half of a version, after a crash in here, would be taken for one whose log is missing.
-            shutil.rmtree(_set_aside(folder))
+            # Renamed first: half of a version, after a crash in here, would be taken for one whose log is missing; and
+            # a predecessor that still writes into it would put a file where none must be left.
+            aside = self._root / f"{_TEMPORARY}{folder.name.removeprefix(_TEMPORARY)}-{secrets.token_hex(4)}"
+            with contextlib.suppress(FileNotFoundError):  # it has just got its own name, or was emptied and replaced
+                shutil.rmtree(folder.rename(aside))
         return gone
 
     def _refuse(self, folder: Path, found: str, what_the_log_knows: str) -> NoReturn:
@@ -217,10 +245,18 @@ class Checkpoints:
         return sorted((int(folder.name[1:]), folder) for folder in self._root.glob("v[0-9]*") if folder.is_dir())
 
 
-def _set_aside(folder: Path) -> Path:
-    if folder.name.startswith(_TEMPORARY):
-        return folder
-    return folder.rename(folder.with_name(f"{_TEMPORARY}{folder.name}-{secrets.token_hex(4)}"))
+def _refused(folder: Path, error: OSError) -> StartError:
+    return StartError(
+        f"cannot write the checkpoint {folder}: {error}. Make room or set trainer.output elsewhere; nothing was "
+        "announced, the run goes on from the version before"
+    )
+
+
+def _interrupted(folder: Path, temporary: Path, error: OSError) -> FulguriteError:
+    """Only a start of the same run removes a temporary folder."""
+    if temporary.is_dir():
+        return _refused(folder, error)
+    return Fenced(f"another process removed {temporary}: it owns run {folder.parent.name} now")
 
 
 def copy_companions(model: Path, weights: Path) -> None:

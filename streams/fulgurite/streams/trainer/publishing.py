@@ -25,6 +25,14 @@ class Publishing:
         self._transactions = transactions
         self._claimed = set(claimed)
 
+    @property
+    def lineage(self) -> str:
+        return self._transactions.lineage
+
+    async def confirm(self) -> None:
+        """Nothing. Raises Fenced where this process does not own the run any more."""
+        await self._transactions.confirm()
+
     async def version(
         self, checkpoint: Checkpoint, event: RunStarted | TrainingStep, groups: range, dead_letters: list[Outgoing]
     ) -> None:

@@ -15,6 +15,8 @@ from fulgurite.schemas.trajectories import Trajectory
 from fulgurite.streams.trainer.groups import Group, Member, Shape
 from fulgurite.streams.trainer.windows import Windows
 
+STATE = "state.json"
+
 
 class OpenGroup(BaseModel):
     index: int
@@ -45,6 +47,8 @@ class RunState(BaseModel):
     step: int
     sha256: str = ""
     """Of weights/, filled in when it is written."""
+    lineage: str = ""
+    """Of the offsets that are committed with it (`Transactions.lineage`); empty in checkpoints of before."""
     offsets: dict[int, int]
     """Next offset per partition of `trajectories`."""
     asked: int

@@ -27,9 +27,11 @@ What a crash leaves, between
   done.
 - 5 and 6: old files, removed after the next step.
 
-So what a version was made of is read again exactly, and becomes the same bits. A zombie is
-fenced: the transactional id names the run, and its checkpoint cannot replace a committed one. Another writer of the
-same resource ends the run before step 3 (`ownership.py`).
+So what a version was made of is read again exactly, and becomes the same bits. A zombie is fenced: the transactional id
+names the run. It may learn that no sooner than in 4, behind a checkpoint; whose run it is takes that one's place, once
+an empty transaction has shown whose it is (`occupied.py`), and no zombie's can replace a committed one. So of two
+starts at a time one goes on, the one that fenced the other. Another writer of the same resource ends the run before
+step 3 (`ownership.py`).
 
 Between versions a group dropped as a whole may be replaced: a transaction of `queued` and the marker, offsets
 unchanged. The first transaction of a run publishes the starting weights, `run_started` and the first groups; the last
@@ -44,6 +46,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import functools
 import logging
 import os
 import signal
@@ -62,6 +65,7 @@ from fulgurite.streams.trainer.demonstrating import Demonstrating, without_sampl
 from fulgurite.streams.trainer.events import outgoing, started_event
 from fulgurite.streams.trainer.intake import Intake
 from fulgurite.streams.trainer.metrics import Metrics
+from fulgurite.streams.trainer.occupied import Occupied
 from fulgurite.streams.trainer.ownership import Ownership
 from fulgurite.streams.trainer.plan import Plan, check_source, make_plan
 from fulgurite.streams.trainer.progress import Progress
@@ -292,6 +296,7 @@ class Trainer:
             resource=self._plan.trainer.resource,
             version=version,
             step=step,
+            lineage=self._publishing.lineage,
             offsets=dict(self._reader.offsets),
             asked=run.windows.asked,
             source=self._supply.state(),
@@ -301,9 +306,19 @@ class Trainer:
             run.learner.save_weights(folder)
             copy_companions(run.companions, folder)
 
-        return await asyncio.to_thread(
-            self._checkpoints.write, state, run.windows, save_weights, run.learner.save_state
-        )
+        write = functools.partial(self._checkpoints.write, state, run.windows, save_weights, run.learner.save_state)
+        while True:
+            try:
+                return await asyncio.to_thread(write)
+            except Occupied as other:
+                occupied = other
+            try:
+                await self._publishing.confirm()
+            except BaseException:
+                occupied.close()
+                raise
+            logger.warning("%s: a predecessor wrote it and will not commit it", occupied.folder)
+            write = functools.partial(self._checkpoints.replace, occupied)
 
     async def remove_old(self) -> None:
         """6. What no server needs any more."""
