@@ -62,14 +62,14 @@ def log_p(model: Any, sample: Sample) -> Tensor:
     return scores[places - 1, torch.tensor(sample.token_ids)[places]]
 
 
-def decoupled_ppo(folder: Path, settings: TrainerSettings, window: list[Sample], version_in: int) -> Any:
+def decoupled_ppo(folder: Path, settings: TrainerSettings, window: list[Sample]) -> Any:
     """The paper's update (arXiv:2505.24298, equation 5) by a plain loop, one sequence at a time."""
     model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
     betas = (settings.adam_beta1, settings.adam_beta2)
     optimizer = torch.optim.AdamW(model.parameters(), lr=settings.learning_rate, betas=betas, weight_decay=0.0)
     with torch.no_grad():
         proximal = [log_p(model, sample) for sample in window]
-    for members in update_plan(window, settings, version_in):
+    for members in update_plan(window, settings, 0):
         tokens = sum(sum(window[member].loss_mask) for member in members)
         for member in members:
             sample = window[member]
@@ -86,14 +86,14 @@ def decoupled_ppo(folder: Path, settings: TrainerSettings, window: list[Sample],
 
 @given(st.lists(st.integers(0, 5), min_size=1, max_size=30), st.integers(1, 4), st.integers(1, 6), st.integers(0, 3))
 def test_every_sample_is_in_one_update_of_each_epoch_with_its_rollout(
-    rollouts: list[int], epochs: int, minibatches: int, version: int
+    rollouts: list[int], epochs: int, minibatches: int, done: int
 ) -> None:
     settings = settings_of(epochs=epochs, minibatches=minibatches)
     window = [replace(samples(1)[0], rollout_id=f"r{rollout}") for rollout in rollouts]
-    plan = update_plan(window, settings, version)
+    plan = update_plan(window, settings, done)
     parts = min(minibatches, len(set(rollouts)))
     assert len(plan) == epochs * parts
-    assert plan == update_plan(window, settings, version)
+    assert plan == update_plan(window, settings, done)
     for epoch in range(epochs):
         updates = plan[epoch * parts : (epoch + 1) * parts]
         assert sorted(number for update in updates for number in update) == list(range(len(window)))
@@ -105,7 +105,7 @@ def test_every_sample_is_in_one_update_of_each_epoch_with_its_rollout(
 
 def test_each_window_and_epoch_is_split_anew() -> None:
     window = [replace(samples(1)[0], rollout_id=f"r{number}") for number in range(24)]
-    plans = [update_plan(window, settings_of(), version) for version in (1, 2)]
+    plans = [update_plan(window, settings_of(), done) for done in (0, 4)]
     assert len({tuple(map(tuple, plan)) for plan in plans}) == 2
     assert plans[0][:2] != plans[0][2:]
 
@@ -115,7 +115,7 @@ def test_updates_with_a_correction_are_decoupled_ppo(folder: Path, minibatches: 
     settings = settings_of(minibatches=minibatches)
     learner = load_learner(folder, settings)
     result = learner.step(samples(), 2)
-    expected = decoupled_ppo(folder, settings, samples(), 2)
+    expected = decoupled_ppo(folder, settings, samples())
     for name, parameter in expected.named_parameters():
         assert (weights(learner)[name] - parameter).abs().max().item() < 2e-5, name
     assert result.metrics["actor/updates"] == 2 * minibatches
@@ -123,6 +123,15 @@ def test_updates_with_a_correction_are_decoupled_ppo(folder: Path, minibatches: 
     assert abs(result.metrics[f"update/{2 * minibatches}/ppo_kl"]) > 1e-4
     assert result.metrics["rollout_corr/kl"] != result.metrics["actor/ppo_kl"]
     assert result.tokens == sum(sum(sample.loss_mask) for sample in samples())
+
+
+def test_the_numbers_of_versions_say_nothing_of_who_is_in_which_update(folder: Path) -> None:
+    """A replay begins with version 1, its source with one more than the resource had."""
+    source, replay = load_learner(folder, settings_of()), load_learner(folder, settings_of())
+    for number in range(2):
+        source.step(samples(), 6 + number)
+        replay.step(samples(), 2 + number)
+    assert all(torch.equal(tensor, weights(replay)[name]) for name, tensor in weights(source).items())
 
 
 def test_a_run_with_several_updates_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:

@@ -120,7 +120,7 @@ class Learner:
             samples, penalty = self._penalised(samples, compared)
         else:
             penalty = {}
-        updates = update_plan(samples, self._settings, version_in)
+        updates = update_plan(samples, self._settings, self._updates)
         result = (
             self._one_update(samples, version_in)
             if len(updates) == 1

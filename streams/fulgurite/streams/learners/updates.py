@@ -1,7 +1,8 @@
 """Which samples each optimizer update of a window is made of: trainer.epochs passes, each in trainer.minibatches parts.
 
-Promises: every sample once an epoch; all sequences of a rollout in one part; the same window of the same version is
-split the same way, on every rank and after a restart. And what came of them: who was trained on. Pure, no torch.
+Promises: every sample once an epoch; all sequences of a rollout in one part; the same window behind the same updates is
+split the same way, on every rank, after a restart, and in a replay, whose versions have other numbers. And what came of
+them: who was trained on. Pure, no torch.
 """
 
 from __future__ import annotations
@@ -13,9 +14,9 @@ from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.trainer.sample import Sample
 
 
-def update_plan(samples: Sequence[Sample], settings: TrainerSettings, version_in: int) -> list[list[int]]:
-    """Numbers of samples by update, in the order of the updates. A window with fewer rollouts than parts has as many
-    parts as rollouts."""
+def update_plan(samples: Sequence[Sample], settings: TrainerSettings, done: int) -> list[list[int]]:
+    """Numbers of samples by update, in the order of the updates; `done`: how many the run has made. A window with fewer
+    rollouts than parts has as many parts as rollouts."""
     of_rollout: dict[str, list[int]] = {}
     for number, sample in enumerate(samples):
         of_rollout.setdefault(sample.rollout_id, []).append(number)
@@ -25,7 +26,7 @@ def update_plan(samples: Sequence[Sample], settings: TrainerSettings, version_in
     plan: list[list[int]] = []
     for epoch in range(settings.epochs):
         order = list(of_rollout)
-        random.Random(f"{settings.seed} {version_in} {epoch}").shuffle(order)
+        random.Random(f"{settings.seed} {done} {epoch}").shuffle(order)
         for part in range(parts):
             chosen = order[part * len(order) // parts : (part + 1) * len(order) // parts]
             plan.append(sorted(number for rollout_id in chosen for number in of_rollout[rollout_id]))
