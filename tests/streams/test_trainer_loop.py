@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import itertools
+import shutil
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -369,11 +370,17 @@ async def fake_coordinator(port: int, cancel: Callable[[str], Awaitable[None]]) 
 
 @pytest.mark.parametrize("crashes", [False, True])
 async def test_a_crash_while_training_does_not_change_what_is_trained_on(
-    kafka_settings: KafkaSettings, trainer_settings: TrainerSettings, monkeypatch: pytest.MonkeyPatch, crashes: bool
+    kafka_settings: KafkaSettings,
+    trainer_settings: TrainerSettings,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    crashes: bool,
 ) -> None:
-    """Groups 0 and 3 come while 1 and 2 are trained on: a restart finds all four."""
+    """Groups 0 and 3 come while 1 and 2 are trained on: a restart finds all four. And it keeps the reference it
+    began with, which has been moved."""
     held: list[Trajectory] = []
     reached = asyncio.Event()
+    other = build_model(tmp_path / "other", seed=9)
     loop, write = asyncio.get_running_loop(), Checkpoints.write
 
     def alter(trajectory: Trajectory) -> Trajectory | None:
@@ -391,7 +398,9 @@ async def test_a_crash_while_training_does_not_change_what_is_trained_on(
 
     monkeypatch.setattr(Checkpoints, "write", write_or_die)
     small = {"steps": 2, "groups_per_step": 2, "group_size": 2, "pacing_staleness": 1, "zero_variance": "keep"}
-    trainer = trainer_settings.model_copy(update=small)
+    trainer = trainer_settings.model_copy(update={**small, "kl_coefficient": 0.1})
+    assert trainer.model
+    moved = trainer.model_copy(update={"model": shutil.copytree(trainer.model, tmp_path / "moved")})
     async with World(kafka_settings, alter).running() as world:
         training = asyncio.create_task(train(kafka_settings, trainer))
         await reached.wait()
@@ -400,9 +409,12 @@ async def test_a_crash_while_training_does_not_change_what_is_trained_on(
                 await training
             with pytest.raises(SettingsError, match="began with 2: groups are on their way"):
                 await train(kafka_settings, trainer.model_copy(update={"group_size": 4}))
+            for name in ("model", "reference"):
+                with pytest.raises(SettingsError, match=rf"trainer\.{name} = .* is the reference of the KL penalty"):
+                    await train(kafka_settings, trainer.model_copy(update={name: other}))
         for trajectory in held:
             await world.send(trajectory)
-        await (train(kafka_settings, trainer) if crashes else training)
+        await (train(kafka_settings, moved) if crashes else training)
     steps = [event for event in await training_events(kafka_settings, RUN) if isinstance(event, TrainingStep)]
     groups = [sorted({rollout_id.rpartition("-")[0] for rollout_id in event.rollout_ids}) for event in steps]
     assert groups == [[f"{RUN}-g1", f"{RUN}-g2"], [f"{RUN}-g0", f"{RUN}-g3"]]

@@ -1,4 +1,4 @@
-"""The checksum of a version's files: written by the trainer, verified by the follower and by servers."""
+"""Checksums: of a version's files, written by the trainer, verified by the follower and by servers; of a model's."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from pathlib import Path
 from urllib.parse import unquote, urlparse
 
 _CHUNK_BYTES = 1 << 20
+_WEIGHTS_FILES = ("*.safetensors", "*.bin")
 
 
 def folder_sha256(folder: Path) -> str:
@@ -17,6 +18,15 @@ def folder_sha256(folder: Path) -> str:
         with path.open("rb") as file:
             while chunk := file.read(_CHUNK_BYTES):
                 digest.update(chunk)
+    return digest.hexdigest()
+
+
+def weights_sha256(model: Path) -> str:
+    """Of a model: SHA-256 over names and contents of its files of weights, in their order. What else lies there may
+    change."""
+    digest = hashlib.sha256()
+    for path in sorted(path for pattern in _WEIGHTS_FILES for path in model.glob(pattern)):
+        digest.update(f"{path.name} {file_sha256(path)}\n".encode())
     return digest.hexdigest()
 
 

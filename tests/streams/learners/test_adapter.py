@@ -12,6 +12,7 @@ from peft import PeftModel
 from torch import Tensor
 from transformers import AutoModelForCausalLM
 
+from fulgurite.schemas.checksum import weights_sha256
 from fulgurite.schemas.errors import SettingsError, StartError
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.learner import Learner, load_learner
@@ -119,6 +120,8 @@ def test_the_reference_is_the_model_without_its_adapter(folder: Path) -> None:
     beside = trained(folder, 3, kl_coefficient=0.5, reference=folder)
     assert torch.equal(logprobs(inside), logprobs(beside))
     assert inside.step(samples(), 2).metrics["actor/kl_loss"] > 1e-6
+    assert inside.reference_sha256() == beside.reference_sha256() == weights_sha256(folder)
+    assert trained(folder, 0).reference_sha256() == ""
 
 
 def test_half_precision_keeps_float32_adapters(folder: Path, tmp_path: Path) -> None:

@@ -10,7 +10,6 @@ a KL penalty against the base needs no second model. No dropout: the sampler has
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
@@ -22,7 +21,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from fulgurite.schemas.checksum import file_sha256
+from fulgurite.schemas.checksum import weights_sha256
 from fulgurite.schemas.errors import SettingsError, StartError
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.trainer.samples import ADAPTER_CONFIG as CONFIG
@@ -30,7 +29,6 @@ from fulgurite.streams.trainer.samples import ADAPTER_CONFIG as CONFIG
 WEIGHTS: Final = "adapter_model.safetensors"
 BASE: Final = "base_sha256"
 """Of the base's weights, among the file's metadata."""
-_BASE_FILES: Final = ("*.safetensors", "*.bin")
 _NAME: Final = "default"
 """peft's name of the only adapter; the files do not have it."""
 _PREFIX: Final = "base_model.model."
@@ -64,7 +62,7 @@ def attach(model: Any, base: Path, settings: TrainerSettings) -> None:
     except ValueError as error:
         raise SettingsError(f"trainer.lora_target_modules = {settings.lora_target_modules}: {error}") from None
     model.peft_config = {_NAME: config}
-    model.base_sha256 = _sha256(base)
+    model.base_sha256 = weights_sha256(base)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:
@@ -110,14 +108,6 @@ def save(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
     (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True, default=str) + "\n")
     files = {file_name(name): tensor.contiguous() for name, tensor in sorted(tensors.items())}
     save_file(files, folder / WEIGHTS, metadata={"format": "pt", BASE: model.base_sha256})
-
-
-def _sha256(base: Path) -> str:
-    """Over names and contents of the files of weights, in their order: what else lies there may change."""
-    digest = hashlib.sha256()
-    for path in sorted(path for pattern in _BASE_FILES for path in base.glob(pattern)):
-        digest.update(f"{path.name} {file_sha256(path)}\n".encode())
-    return digest.hexdigest()
 
 
 def file_name(name: str) -> str:

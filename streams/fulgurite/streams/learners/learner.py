@@ -27,6 +27,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
+from fulgurite.schemas.checksum import weights_sha256
 from fulgurite.schemas.errors import FulguriteError, LogprobMismatch
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.allocator import give_back_blocks_of
@@ -106,6 +107,13 @@ class Learner:
         state = self.engine.state()
         if state is not None:
             state.save(path)
+
+    def reference_sha256(self) -> str:
+        """Of the weights that a KL penalty compares with; empty where there is none. It reads them all."""
+        if isinstance(self._reference, Base):
+            return self._reference.sha256
+        folder = self._settings.reference or self._settings.model
+        return weights_sha256(folder) if self._reference is not None and folder is not None else ""
 
     def close(self) -> None:
         """Nothing to give back."""

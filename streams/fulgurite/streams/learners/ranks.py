@@ -35,6 +35,7 @@ class AnyLearner(Protocol):
     def step(self, samples: list[Sample], version_in: int, compared: Sequence[Sample] = ()) -> StepResult: ...
     def save_weights(self, folder: Path) -> None: ...
     def save_state(self, path: Path) -> None: ...
+    def reference_sha256(self) -> str: ...
     def close(self) -> None: ...
 
 
@@ -58,6 +59,9 @@ class Lead:
     def save_state(self, path: Path) -> None:
         self._tell("save_state", path)
         self._learner.save_state(path)
+
+    def reference_sha256(self) -> str:
+        return self._learner.reference_sha256()  # the same on every rank
 
     def close(self) -> None:
         self._tell("close")

@@ -32,6 +32,11 @@ class Base:
         self._engine = engine
         self._policy = policy
 
+    @property
+    def sha256(self) -> str:
+        """Of its weights."""
+        return str(self._policy.model.base_sha256)
+
     @torch.no_grad()
     def logprobs(self, batch: PackedBatch) -> Tensor:
         """[M] log p_base of each sampled token. Not between a forward pass and its backward pass."""

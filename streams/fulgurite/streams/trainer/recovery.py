@@ -58,6 +58,8 @@ class Run:
     committed_offsets: dict[int, int]
     """As of `version`: what a transaction that makes no version repeats."""
     is_new: bool
+    reference_sha256: str = ""
+    """Of what a KL penalty compares with, since the first start that had one."""
     source: SourceState | None = None
     """How far a replay that goes on has read its source; None for other runs."""
     buried: dict[int, int] = field(default_factory=dict[int, int])
@@ -100,6 +102,8 @@ async def recover(
     windows.asked = max([windows.asked, *(marker.asked for marker in markers.values())])
     windows.choice = checkpoints.choice()
     learner = await _load(plan, checkpoint.weights, checkpoint.folder / OPTIMIZER)
+    reference_sha256 = await asyncio.to_thread(learner.reference_sha256)
+    _check_reference(plan, checkpoint.state.reference_sha256, reference_sha256)
     await reader.seek(checkpoint.state.offsets)
     logger.info("run %s goes on at step %d, version %d", plan.run_id, committed.step, committed.version)
     return Run(
@@ -110,6 +114,7 @@ async def recover(
         companions=checkpoint.weights,
         committed_offsets=dict(checkpoint.state.offsets),
         is_new=False,
+        reference_sha256=checkpoint.state.reference_sha256 or reference_sha256,
         source=checkpoint.state.source,
         buried={number: each.buried for number, each in markers.items() if each.version == committed.version},
     )
@@ -145,6 +150,19 @@ def _check_unchanged(plan: Plan, before: Mapping[str, Any]) -> None:
             )
 
 
+def _check_reference(plan: Plan, before: str, now: str) -> None:
+    """Raises SettingsError where a KL penalty would compare with another policy from here on."""
+    if not before or not now or before == now:
+        return
+    trainer = plan.trainer
+    name, folder = ("reference", trainer.reference) if trainer.reference else ("model", trainer.model)
+    raise SettingsError(
+        f"trainer.{name} = {folder} is the reference of the KL penalty, and its weights have sha256 {now}; those that "
+        f"run {plan.run_id} began with have {before}: set trainer.reference to the folder that has them, wherever it "
+        "lies now; or, for another reference, trainer.run_id to a new name and trainer.model to a version's weights/"
+    )
+
+
 async def _begin(plan: Plan, reader: TrajectoryReader, checkpoints: Checkpoints, ownership: Ownership) -> Run:
     if plan.start_model is None:
         raise SettingsError("trainer.model is empty: name the folder of the model to start from (Hugging Face format)")
@@ -170,6 +188,7 @@ async def _begin(plan: Plan, reader: TrajectoryReader, checkpoints: Checkpoints,
         companions=plan.start_model,
         committed_offsets=dict(reader.offsets),
         is_new=True,
+        reference_sha256=await asyncio.to_thread(learner.reference_sha256),
     )
 
 

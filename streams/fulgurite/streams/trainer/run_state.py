@@ -47,6 +47,8 @@ class RunState(BaseModel):
     step: int
     sha256: str = ""
     """Of weights/, filled in when it is written."""
+    reference_sha256: str = ""
+    """Of the weights that a KL penalty compares with; empty where there was none yet, and in checkpoints of before."""
     lineage: str = ""
     """Of the offsets that are committed with it (`Transactions.lineage`); empty in checkpoints of before."""
     offsets: dict[int, int]

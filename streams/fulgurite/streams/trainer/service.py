@@ -296,6 +296,7 @@ class Trainer:
             resource=self._plan.trainer.resource,
             version=version,
             step=step,
+            reference_sha256=run.reference_sha256,
             lineage=self._publishing.lineage,
             offsets=dict(self._reader.offsets),
             asked=run.windows.asked,
