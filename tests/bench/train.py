@@ -45,8 +45,9 @@ from typing import Any, Final
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from transformers import Qwen3Config, Qwen3ForCausalLM
 
-from fulgurite.streams.learners.flops import model_flops, peak_flops
+from fulgurite.streams.learners.flops import peak_flops, work_of
 from tests.bench.train_batch import MODEL, SIZES, Sizes, prepare, read_window
 
 OUT: Final = Path("build/bench/train.json")
@@ -156,7 +157,9 @@ def _show_steps(folder: Path, sizes: Sizes, lengths: str, found: dict[str, Conte
         f"\n{lengths} lengths: {len(samples)} sequences, {sum(totals):,} tokens, {sampled:,} of them trained on; "
         f"padded to the longest, {sum(totals) / rows:.0%} of the positions are tokens"
     )
-    flops = model_flops(sizes.config, totals, sampled)
+    with torch.device("meta"):
+        work = work_of(Qwen3ForCausalLM(Qwen3Config(**sizes.config)))
+    flops = work.flops(totals, sampled)
     peak = peak_flops(torch.cuda.get_device_name()) if torch.cuda.is_available() else None
     for name, contender in found.items():
         best = min(contender.seconds)

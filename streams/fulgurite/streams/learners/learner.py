@@ -18,10 +18,10 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import Any, Final
+from typing import Final
 
 import torch
 from safetensors import SafetensorError
@@ -40,7 +40,7 @@ from fulgurite.streams.learners.engine import (
     begin_with_masters,
     refused_by_disk,
 )
-from fulgurite.streams.learners.flops import model_flops, peak_flops
+from fulgurite.streams.learners.flops import Meter, meter_of
 from fulgurite.streams.learners.metrics import (
     SAME_VERSION_TOKENS,
     Seen,
@@ -85,15 +85,15 @@ class Learner:
         settings: TrainerSettings,
         updates: int = 0,
         reference: Reference | Base | None = None,
-        model: Mapping[str, Any] | None = None,
+        meter: Meter | None = None,
     ) -> None:
-        """`reference` is needed where trainer.kl_coefficient is not 0; `model`, a text model's config, where the step's
-        utilisation of a GPU is wanted."""
+        """`reference` is needed where trainer.kl_coefficient is not 0; `meter` where the step's utilisation of a GPU is
+        wanted."""
         self.engine = engine
         self._settings = settings
         self._updates = updates
         self._reference = reference
-        self._model = model
+        self._meter = meter
         self._watch = ComparisonWatch()
 
     def save_weights(self, folder: Path) -> None:
@@ -142,16 +142,14 @@ class Learner:
         return self.engine.score(batch.to(self.engine.device), temperature=1.0, entropy_gradient=False)
 
     def _utilisation(self, samples: list[Sample], seconds: float) -> dict[str, float]:
-        """What common prompts save; on a GPU MFU: the updates' operations over what it could have done meanwhile."""
+        """What common prompts save; on a known GPU MFU: the updates' operations over what it could do meanwhile."""
         lengths, sampled = [len(s.token_ids) for s in samples], sum(sum(s.loss_mask) for s in samples)
         once = tokens_once(samples, self._together(samples))
         found = {"perf/shared_prompt_share": 1.0 - once / sum(lengths)}
-        device = self.engine.device
-        peak = peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
-        if peak is None or self._model is None:
+        if self._meter is None:
             return found
-        flops = model_flops(self._model, lengths, sampled, once) * self._settings.epochs
-        return found | {"perf/mfu/actor": flops / (seconds * peak * self.engine.ranks)}
+        flops = self._meter.work.flops(lengths, sampled, once) * self._settings.epochs
+        return found | {"perf/mfu/actor": flops / (seconds * self._meter.peak * self.engine.ranks)}
 
     def _one_update(self, samples: list[Sample], version_in: int) -> StepResult:
         totals = window_totals(sum(sample.loss_mask) for sample in samples)
@@ -332,13 +330,14 @@ def load_learner(folder: Path, settings: TrainerSettings, state: Path | None = N
     policy = load_trained_policy(folder, settings)
     if saved is not None:
         begin_with_masters(saved, policy, _dtype(settings))
+    # Before there is an engine: ZeRO takes weights apart.
+    meter = meter_of(policy.model, torch.cuda.get_device_name() if torch.cuda.is_available() else None)
     engine = _engine(policy, settings)
     if engine.device.type == "cpu":
         give_back_blocks_of(CHUNK_BYTES["cpu"] // 2)  # a chunk of whole positions can be a little smaller
     if saved is not None:
         engine.restore(saved)
-    model = policy.model.config.get_text_config().to_dict()
-    return Learner(engine, settings, saved.updates if saved else 0, _reference(engine, policy, settings), model)
+    return Learner(engine, settings, saved.updates if saved else 0, _reference(engine, policy, settings), meter)
 
 
 def _reference(engine: Engine, policy: Policy, settings: TrainerSettings) -> Reference | Base | None:
