@@ -473,3 +473,12 @@ async def test_rollouts_of_another_policy_are_dead_letters_and_replaced_ever_mor
     reasons = [dict(record.headers)[HEADER_REASON] for record in await read_topic(kafka_settings, DEAD_LETTERS)]
     assert set(reasons) == {b"wrong_model"}
     assert len(reasons) == sum(each.reason == "wrong_model" for each in steps[0].dropped) >= 8
+
+
+async def test_a_model_that_cannot_be_trained_is_told_before_it_is_loaded(
+    kafka_settings: KafkaSettings, trainer_settings: TrainerSettings, tmp_path: Path
+) -> None:
+    """There are no weights to load: to try would be another error."""
+    (tmp_path / "config.json").write_text('{"model_type": "bloom"}')
+    with pytest.raises(SettingsError, match=r"None positions .* cannot be trained here"):
+        await train(kafka_settings, trainer_settings.model_copy(update={"model": tmp_path}))

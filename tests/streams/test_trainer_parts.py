@@ -458,23 +458,36 @@ def test_parameters_that_leave_the_policy_as_it_is_are_accepted() -> None:
 
 def test_a_folder_that_is_no_model_says_so(tmp_path: Path, model_folder: Path) -> None:
     assert read_limits(model_folder) == ModelLimits(16, 32)
-    (tmp_path / "config.json").write_text(json.dumps([1]))
-    for folder in (tmp_path, tmp_path / "missing"):
-        with pytest.raises(SettingsError, match="is no model folder"):
-            read_limits(folder)
+    for wrong in ([1], {"model_type": "nonesuch"}, {"model_type": "llama", "vocab_size": "many"}):
+        (tmp_path / "config.json").write_text(json.dumps(wrong))
+        for folder in (tmp_path, tmp_path / "missing"):
+            with pytest.raises(SettingsError, match="is no model folder"):
+                read_limits(folder)
+
+
+def test_a_config_that_rests_on_its_class_is_read_with_it(tmp_path: Path) -> None:
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gpt2", "vocab_size": 16, "n_positions": 32}))
+    assert read_limits(tmp_path) == ModelLimits(16, 32)
+    # As Gemma 3's own files.
+    text = {"model_type": "gemma3_text", "hidden_size": 2560, "num_hidden_layers": 34, "sliding_window": 1024}
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "gemma3", "text_config": text}))
+    assert read_limits(tmp_path) == ModelLimits(262_208, 1024)
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": "bloom"}))
+    with pytest.raises(SettingsError, match=r"None positions .*cannot be trained here"):
+        read_limits(tmp_path)
 
 
 @pytest.mark.parametrize(
     ("fields", "positions"),
     [
-        ({"sliding_window": 16}, 16),
-        ({"sliding_window": None}, 32),
-        ({"sliding_window": 64}, 32),
-        ({"sliding_window": 16, "layer_types": ["full_attention", "sliding_attention"]}, 16),
-        ({"sliding_window": 16, "layer_types": ["full_attention"]}, 32),
-        ({"sliding_window": 16, "use_sliding_window": False}, 32),
-        ({"sliding_window": 16, "model_type": "qwen2"}, 32),
-        ({"sliding_window": 16, "model_type": "qwen2", "use_sliding_window": True}, 16),
+        ({"model_type": "mistral", "sliding_window": 16}, 16),
+        ({"model_type": "mistral", "sliding_window": None}, 32),
+        ({"model_type": "mistral", "sliding_window": 64}, 32),
+        ({"model_type": "qwen3", "sliding_window": 16}, 32),
+        ({"model_type": "qwen3", "sliding_window": 16, "use_sliding_window": True}, 16),
+        ({"model_type": "gemma3_text", "sliding_window": 16}, 16),
+        ({"model_type": "gemma3_text", "sliding_window": 16, "layer_types": ["full_attention"] * 26}, 32),
+        ({"model_type": "gemma3", "text_config": {"sliding_window": 16, "vocab_size": 16}}, 16),
     ],
 )
 def test_a_sequence_longer_than_a_layer_looks_back_is_none_to_train_on(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -15,7 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
     AutoModelForCausalLM,
+    FalconConfig,
     Gemma2Config,
+    GPTJConfig,
     GptOssConfig,
     Lfm2Config,
     LlamaConfig,
@@ -30,7 +33,7 @@ from transformers import (
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.streams.learners.attention import NAME, layout_of
 from fulgurite.streams.learners.packing import LEAST_SHARED_TOKENS, pack, plan, shared_prompts, tokens_once
-from fulgurite.streams.learners.policy import Policy
+from fulgurite.streams.learners.policy import Policy, load_policy
 from fulgurite.streams.learners.scoring import token_scores
 from fulgurite.streams.trainer.sample import Sample
 
@@ -205,6 +208,19 @@ def test_sinks_caps_states_and_lengths_that_leak_are_refused(config: PreTrainedC
     config.initializer_range = 0.3  # what leaks, shows
     with pytest.raises(SettingsError, match=said):
         Policy(model_of(config))
+
+
+@pytest.mark.parametrize(
+    "config",
+    [
+        FalconConfig(vocab_size=VOCABULARY, hidden_size=32, num_hidden_layers=1, num_attention_heads=4),
+        GPTJConfig(vocab_size=VOCABULARY, n_embd=32, n_layer=1, n_head=4, rotary_dim=4),
+    ],
+)
+def test_a_model_with_a_list_of_attentions_of_its_own_is_refused(config: PreTrainedConfig, tmp_path: Path) -> None:
+    model_of(config, "eager").save_pretrained(tmp_path)
+    with pytest.raises(SettingsError, match=r"attentions of its own, .* cannot be trained here"):
+        load_policy(tmp_path)
 
 
 @given(st.lists(st.integers(2, 300), min_size=1, max_size=60), st.integers(1, 5), st.integers(100, 700))

@@ -202,7 +202,17 @@ def load_policy(folder: Path, *, dtype: torch.dtype = torch.float32) -> Policy:
     if is_adapter(folder):
         raise SettingsError(f"{folder} is a LoRA adapter, not a model: merge it into its base first (peft can)")
     transformers_logging.disable_progress_bar()
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, local_files_only=True, attn_implementation=NAME)
+    try:
+        model = AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, local_files_only=True, attn_implementation=NAME
+        )
+    except KeyError as error:
+        if error.args != (NAME,):
+            raise
+        raise SettingsError(
+            f"{folder}: its model chooses among attentions of its own, and packed sequences need another one; such "
+            "models cannot be trained here"
+        ) from None
     return Policy(model)
 
 

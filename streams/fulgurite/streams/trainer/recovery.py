@@ -34,6 +34,7 @@ from fulgurite.streams.trainer.log import committed_run
 from fulgurite.streams.trainer.ownership import Ownership
 from fulgurite.streams.trainer.plan import Plan
 from fulgurite.streams.trainer.reader import TrajectoryReader
+from fulgurite.streams.trainer.samples import ModelLimits, read_limits
 from fulgurite.streams.trainer.selection import select
 from fulgurite.streams.trainer.windows import Windows
 from fulgurite.streams.transactions import Transactions
@@ -53,6 +54,7 @@ class Run:
     step: int
     windows: Windows
     learner: AnyLearner
+    limits: ModelLimits
     companions: Path
     """Where tokenizer and chat template are copied from: the start model, or the last version."""
     committed_offsets: dict[int, int]
@@ -101,6 +103,7 @@ async def recover(
     markers = _markers(before)
     windows.asked = max([windows.asked, *(marker.asked for marker in markers.values())])
     windows.choice = checkpoints.choice()
+    limits = await _limits(plan, checkpoint.weights)
     learner = await _load(plan, checkpoint.weights, checkpoint.folder / OPTIMIZER)
     reference_sha256 = await asyncio.to_thread(learner.reference_sha256)
     _check_reference(plan, checkpoint.state.reference_sha256, reference_sha256)
@@ -111,6 +114,7 @@ async def recover(
         step=committed.step,
         windows=windows,
         learner=learner,
+        limits=limits,
         companions=checkpoint.weights,
         committed_offsets=dict(checkpoint.state.offsets),
         is_new=False,
@@ -168,6 +172,7 @@ async def _begin(plan: Plan, reader: TrajectoryReader, checkpoints: Checkpoints,
         raise SettingsError("trainer.model is empty: name the folder of the model to start from (Hugging Face format)")
     if not await asyncio.to_thread((plan.start_model / "config.json").is_file):
         raise SettingsError(f"trainer.model = {plan.start_model}: no model there (a folder with config.json is needed)")
+    limits = await _limits(plan, plan.start_model)
     checkpoints.discard_uncommitted(None)
     if plan.source.begin == "sql":
         await asyncio.to_thread(select, plan, await reader.first_offsets())
@@ -185,11 +190,19 @@ async def _begin(plan: Plan, reader: TrajectoryReader, checkpoints: Checkpoints,
         step=0,
         windows=Windows(plan.shape),
         learner=learner,
+        limits=limits,
         companions=plan.start_model,
         committed_offsets=dict(reader.offsets),
         is_new=True,
         reference_sha256=await asyncio.to_thread(learner.reference_sha256),
     )
+
+
+async def _limits(plan: Plan, weights: Path) -> ModelLimits:
+    """Before the model is loaded: one that cannot be trained is refused in seconds."""
+    # An adapter's folder has no config of a model.
+    model = plan.start_model if plan.start_model and plan.trainer.lora_rank else weights
+    return await asyncio.to_thread(read_limits, model)
 
 
 async def _load(plan: Plan, folder: Path, state: Path | None) -> AnyLearner:

@@ -92,26 +92,38 @@ class TrainingSet:
 
 
 def read_limits(model: Path) -> ModelLimits:
-    """From a Hugging Face folder's config.json. Raises SettingsError where it is no such folder."""
+    """From a Hugging Face folder's config.json, as transformers reads it: with its classes' names and defaults. Raises
+    SettingsError where it is no such folder."""
+    # Here and not at the top: they bring torch, and nothing else here needs it.
+    from huggingface_hub.errors import StrictDataclassError
+    from transformers import AutoConfig
+
     path = model / "config.json"
     try:
-        config = json.loads(path.read_text())
-        inner = config.get("text_config", config)
-        positions = int(inner["max_position_embeddings"])
-        return ModelLimits(int(inner["vocab_size"]), min(positions, _sliding_window(inner) or positions))
-    except (OSError, ValueError, KeyError, AttributeError, TypeError) as error:
+        json.loads(path.read_text())  # else transformers would look for the model elsewhere
+        whole = AutoConfig.from_pretrained(model, local_files_only=True, trust_remote_code=False)
+        config: Any = whole.get_text_config()
+        vocab_size, positions = config.vocab_size, getattr(config, "max_position_embeddings", None)
+    except (OSError, ValueError, LookupError, AttributeError, TypeError, RuntimeError, StrictDataclassError) as error:
         raise SettingsError(f"trainer.model: {model} is no model folder: {path}: {error!r}") from None
+    if not isinstance(vocab_size, int) or not isinstance(positions, int):
+        raise SettingsError(
+            f"trainer.model: {path} says {vocab_size} tokens and {positions} positions (vocab_size, "
+            "max_position_embeddings): models without a bound on either cannot be trained here"
+        )
+    return ModelLimits(vocab_size, min([positions, *_windows(config)]))
 
 
-def _sliding_window(config: Mapping[str, Any]) -> int | None:
-    """How many tokens back the layers look that look least far back; None where all look all the way. A longer sequence
-    cannot be trained on: packed attention is full attention."""
-    # Qwen's configs name a window that is not used unless they say so.
-    is_used = config.get("use_sliding_window", not str(config.get("model_type", "")).startswith("qwen"))
-    kinds = config.get("layer_types")
-    if not is_used or (kinds is not None and "sliding_attention" not in kinds):
-        return None
-    return int(config["sliding_window"]) if config.get("sliding_window") else None
+def _windows(config: Any) -> list[int]:
+    """How many tokens back those layers look that do not look all the way. A longer sequence cannot be trained on:
+    packed attention is full attention."""
+    kinds = getattr(config, "layer_types", None)
+    found: list[int] = []
+    for kind, name in (("sliding_attention", "sliding_window"), ("chunked_attention", "attention_chunk_size")):
+        is_used = kinds is None or kind in kinds
+        if is_used and getattr(config, f"use_{name}", True) and (window := getattr(config, name, None)):
+            found.append(int(window))
+    return found
 
 
 def member_of(

@@ -73,7 +73,7 @@ from fulgurite.streams.trainer.publishing import Publishing
 from fulgurite.streams.trainer.reader import TrajectoryReader
 from fulgurite.streams.trainer.recovery import Run, recover
 from fulgurite.streams.trainer.replaying import Replaying, Selected
-from fulgurite.streams.trainer.samples import TrainingSet, of_others, read_limits, training_set
+from fulgurite.streams.trainer.samples import TrainingSet, of_others, training_set
 from fulgurite.streams.trainer.source import SourceLedger, adopt
 from fulgurite.streams.trainer.windows import Window
 from fulgurite.streams.transactions import Transactions
@@ -141,9 +141,7 @@ async def _train(plan: Plan, metrics: Metrics) -> None:
         run = await recover(plan, transactions, reader, checkpoints, ownership)
         if run is not None:
             publishing = Publishing(plan, transactions, reader.partitions)
-            # An adapter's folder has no config of a model.
-            model = plan.start_model if plan.start_model and plan.trainer.lora_rank else run.companions
-            intake = Intake(plan, read_limits(model), run.windows, run.buried)
+            intake = Intake(plan, run.limits, run.windows, run.buried)
             supply = await _supply(plan, run, publishing, reader, intake)
             await Trainer(plan, run, publishing, reader, checkpoints, ownership, intake, supply, metrics).train()
         await _release_ranks(run)
