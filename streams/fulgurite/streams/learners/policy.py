@@ -16,8 +16,9 @@ from typing import Any, Final
 
 import torch
 from torch import Tensor, nn
-from transformers import AutoModelForCausalLM, PreTrainedModel
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
 from fulgurite.schemas.errors import SettingsError
@@ -77,12 +78,15 @@ class Policy(nn.Module):
         )
 
     def save(self, folder: Path, dtype: torch.dtype | None = None) -> None:
-        """What servers load: the model, or its adapter where it has one. `dtype`: what numbers are written in; None: in
-        what they are."""
+        """What servers load: the model, or its adapter where it has one; not its generation_config.json, which is the
+        start model's own file as it is there. `dtype`: what numbers are written in; None: in what they are."""
         if self.has_adapter:
             mine = {n.removeprefix("model."): p.detach() for n, p in self.named_parameters() if p.requires_grad}
             adapter.save(self.model, folder, mine if dtype is None else _in_type(mine, dtype))
-        elif dtype is None:
+            return
+        # transformers writes one that it made itself, and refuses some that it has read: a temperature alone.
+        self.model.generation_config = GenerationConfig()
+        if dtype is None:
             self.model.save_pretrained(folder)
         else:
             # A tied weight would not be seen to be one: its copy is another tensor.
@@ -90,6 +94,7 @@ class Policy(nn.Module):
             own = {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied}
             self.model.save_pretrained(folder, state_dict=_in_type(own, dtype))
             _name_type(folder / "config.json", dtype)
+        (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
 
     @property
     def has_adapter(self) -> bool:
