@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import shutil
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -391,9 +392,18 @@ def test_a_disk_that_refuses_is_a_clear_error(tmp_path: Path) -> None:
 
 
 def test_companions_are_copied_weights_are_not(model_folder: Path, tmp_path: Path) -> None:
-    copy_companions(model_folder, tmp_path)
-    assert "tokenizer.json" in {path.name for path in tmp_path.iterdir()}
-    assert not {"model.safetensors", "config.json"} & {path.name for path in tmp_path.iterdir()}
+    folder, version = tmp_path / "model", tmp_path / "version"
+    shutil.copytree(model_folder, folder)
+    version.mkdir()
+    companions = {"chat_template.jinja", "tokenizer.model", "merges.txt", "modeling_own.py", "LICENSE", "vocab.json"}
+    others = {"tf_model.h5", "flax_model.msgpack", "rust_model.ot", "model.onnx", "model-q4.gguf", "pytorch_model.bin"}
+    others |= {"pytorch_model.bin.index.json", "consolidated.00.pth", "model.safetensors.index.json", "x.npz"}
+    for name in companions | others:
+        (folder / name).write_text(name)
+    (folder / "original").mkdir()
+    (folder / "original" / "consolidated.00.pth").write_text("")
+    copy_companions(folder, version)
+    assert {path.name for path in version.iterdir()} == companions | {"generation_config.json", "tokenizer.json"}
 
 
 def test_groups_are_asked_for_with_the_same_ids_every_time() -> None:

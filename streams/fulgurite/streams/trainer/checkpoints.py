@@ -27,7 +27,7 @@ import shutil
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, Final, NoReturn
 
 from pydantic import TypeAdapter
 
@@ -52,6 +52,7 @@ _REMEDY = (
     "put it back as it was written, or start a new run from a version's weights/ (another trainer.run_id, "
     "trainer.model set to that folder)"
 )
+_COMPANIONS: Final = frozenset({".jinja", ".json", ".md", ".model", ".py", ".spm", ".tiktoken", ".txt", ".vocab"})
 _CHOICE: TypeAdapter[Choice] = TypeAdapter(Choice)
 
 
@@ -260,11 +261,13 @@ def _interrupted(folder: Path, temporary: Path, error: OSError) -> FulguriteErro
 
 
 def copy_companions(model: Path, weights: Path) -> None:
-    """Tokenizer, chat template, generation config: what lies beside the weights in a model folder, unchanged."""
+    """What belongs to a policy beside its weights, unchanged: tokenizer, chat template, generation and processors'
+    configs, a model's own code, its licence and card. By what such files are called and not by what weights are: a
+    model's folder may hold them in the formats of ten other frameworks, each as large as the model. No subfolders."""
     for path in sorted(model.iterdir()):
-        is_weights = path.suffix in (".safetensors", ".bin", ".pt", ".pth") or path.name.endswith(".index.json")
-        is_own = path.name in ("config.json", ADAPTER_CONFIG)
-        if path.is_file() and not (is_own or is_weights):
+        belongs = path.suffix in _COMPANIONS or path.name.startswith(("LICENSE", "NOTICE"))
+        is_own = path.name in ("config.json", ADAPTER_CONFIG) or path.name.endswith(".index.json")
+        if path.is_file() and belongs and not is_own:
             shutil.copyfile(path, weights / path.name)
 
 
