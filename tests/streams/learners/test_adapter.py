@@ -114,10 +114,11 @@ def test_a_run_goes_on_beside_the_base_it_began_with_wherever_that_lies(folder: 
         load_learner(tmp_path / "weights", settings_of(other))
 
 
-def test_the_reference_is_the_model_without_its_adapter(folder: Path) -> None:
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_the_reference_is_the_model_without_its_adapter(folder: Path, dtype: str) -> None:
     """The same penalty as against a second copy of the base, after steps that moved the policy away from it."""
-    inside = trained(folder, 3, kl_coefficient=0.5)
-    beside = trained(folder, 3, kl_coefficient=0.5, reference=folder)
+    inside = trained(folder, 3, kl_coefficient=0.5, dtype=dtype)
+    beside = trained(folder, 3, kl_coefficient=0.5, reference=folder, dtype=dtype)
     assert torch.equal(logprobs(inside), logprobs(beside))
     assert inside.step(samples(), 2).metrics["actor/kl_loss"] > 1e-6
     assert inside.reference_sha256() == beside.reference_sha256() == weights_sha256(folder)

@@ -71,7 +71,7 @@ def test_operations_are_those_that_torch_counts(config: PreTrainedConfig) -> Non
 
 def test_frozen_weights_have_no_gradient_of_their_own(tmp_path: Path) -> None:
     settings = TrainerSettings(model=build_model(tmp_path / "base"), lora_rank=2, lora_target_modules=["q_proj"])
-    sizes = SIZES | {"num_hidden_layers": 6}
+    sizes: dict[str, Any] = SIZES | {"num_hidden_layers": 6}
     model = model_of(Qwen3Config(**sizes), "eager")
     everything = ours(work_of(model))
     adapter.attach(model, tmp_path / "base", settings)

@@ -11,7 +11,7 @@ from typing import Any, cast
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, MixtralConfig
 
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.event import VersionSpan
@@ -24,6 +24,7 @@ from fulgurite.streams.learners.schedule import learning_rate
 from fulgurite.streams.trainer.checkpoints import copy_companions
 from fulgurite.streams.trainer.samples import TrainingSet, training_set
 from fulgurite.streams.trainer.windows import Member, Window
+from tests.streams.learners.test_packed_scoring import SIZES, model_of
 from tests.streams.trainer_world import build_model
 
 REWARDS = [[1.0, 0.0, 0.25], [0.5, 0.5], [2.0, 0.0]]
@@ -268,6 +269,17 @@ def test_a_penalty_holds_the_policy_to_the_reference(folder: Path, other: Path) 
     scale = max(gradient.abs().max().item() for gradient in expected.values())
     assert all((gradients[name] - expected[name]).abs().max().item() < 2e-5 * max(1, scale) for name in expected)
     assert trained(learner).keys() == {f"model.{name}" for name in expected}, "the reference is not trained"
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_the_same_weights_have_no_kl_to_each_other_in_half_precision(tmp_path: Path, tied: bool) -> None:
+    sizes: dict[str, Any] = SIZES | {"vocab_size": 16, "initializer_range": 0.3, "num_local_experts": 2}
+    model_of(MixtralConfig(**sizes, tie_word_embeddings=tied)).save_pretrained(tmp_path)
+    settings = settings_of(dtype="bfloat16", kl_coefficient=0.5, model=tmp_path, max_logprob_difference=1e9)
+    learner = load_learner(tmp_path, settings)
+    training = training_set(window(tmp_path), settings)
+    assert learner.step(training.samples, 2).metrics["actor/kl_loss"] == pytest.approx(0.0, abs=1e-9)
+    assert learner.step(training.samples, 2).metrics["actor/kl_loss"] > 1e-7
 
 
 @pytest.mark.parametrize("changes", [{"entropy_coefficient": 0.5}, {"kl_coefficient": 5.0}, {"minibatches": 2}])

@@ -348,7 +348,7 @@ def _reference(engine: Engine, policy: Policy, settings: TrainerSettings) -> Ref
     folder = settings.reference or settings.model
     assert folder is not None, "make_plan refuses a KL penalty without a reference"
     vocab_size = int(policy.model.config.get_text_config().vocab_size)
-    return load_reference(folder, device=engine.device, dtype=_dtype(settings), vocab_size=vocab_size)
+    return load_reference(folder, settings, device=engine.device, vocab_size=vocab_size)
 
 
 def _dtype(settings: TrainerSettings) -> torch.dtype:
