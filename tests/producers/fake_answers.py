@@ -133,6 +133,7 @@ def _piece(text: str, at: int, last: int) -> str:
 
 
 def completion(asked: Json, sampled: Sampled) -> Json:
+    sampled = _hidden(asked, sampled)
     count = prompts(asked) * (asked.get("n") or 1)
     choices = [_text_choice(asked, sampled, index, range(len(sampled.ids))) for index in range(count)]
     for choice in choices:
@@ -144,6 +145,7 @@ def completion(asked: Json, sampled: Sampled) -> Json:
 
 
 def completion_events(asked: Json, sampled: Sampled) -> Iterator[bytes]:
+    sampled = _hidden(asked, sampled)
     count = prompts(asked) * (asked.get("n") or 1)
     base: Json = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "policy"}
     for at in range(len(sampled.ids)):
@@ -164,14 +166,22 @@ def prompts(asked: Json) -> int:
     return 1 if isinstance(prompt, str) or isinstance(prompt[0], int) else len(prompt)
 
 
+def _hidden(asked: Json, sampled: Sampled) -> Sampled:
+    """Asked for the prompt alone, vLLM samples one token all the same: it gives its id, and counts it."""
+    if not asked.get("echo") or asked.get("max_tokens") != 0:
+        return sampled
+    return Sampled(sampled.ids[:1], sampled.label, sampled.gives_versions)
+
+
 def _text_choice(asked: Json, sampled: Sampled, index: int, places: range) -> Json:
     echoed = len(PROMPT_IDS) if asked.get("echo") and places.start == 0 else 0
     last = len(sampled.ids) - 1
-    text = "".join(_piece(f"answer {index}", at, last) for at in places)
+    shown = range(0) if asked.get("echo") and asked.get("max_tokens") == 0 else places
+    text = "".join(_piece(f"answer {index}", at, last) for at in shown)
     choice: Json = {"index": index, "text": ("prompt " if echoed else "") + text, "finish_reason": None}
     choice["logprobs"] = None
     if asked.get("logprobs") is not None:
-        found = [None, *[-9.0] * (echoed - 1)][:echoed] + [sampled.logprob(at) for at in places]
+        found = [None, *[-9.0] * (echoed - 1)][:echoed] + [sampled.logprob(at) for at in shown]
         choice["logprobs"] = {"token_logprobs": found, "tokens": ["x"] * len(found), "top_logprobs": [{}] * len(found)}
     if asked.get("return_token_ids"):
         choice["token_ids"] = [sampled.ids[at] for at in places]

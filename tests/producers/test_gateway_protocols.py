@@ -79,6 +79,49 @@ async def test_each_prompt_of_a_list_is_a_span_with_its_own_input(stream: bool):
     assert not publisher.dead
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_asked_back_alone_has_no_tokens_to_train_on(stream: bool):
+    """vLLM samples a token then, and gives its id beside logprobs that are all of the prompt."""
+    publisher = FakePublisher()
+    asked = {"model": "policy", "prompt": "2+2?", "max_tokens": 0, "echo": True, "logprobs": 1, "stream": stream}
+    async with (
+        FakePolicyServer(weights=7, label="1") as backend,
+        gateway(publisher, backend.url) as url,
+        posted(url, f"{BASE}/v1/completions", asked) as response,
+    ):
+        body = await response.read()
+    first = data_of(body)[0] if stream else json.loads(body)
+    assert first["choices"][0]["logprobs"]["token_logprobs"] == [None, -9.0, -9.0, -9.0], "what the agent asked for"
+    (span,) = publisher.spans
+    assert (span.status, span.prompt_token_ids, span.response_token_ids) == ("ok", [1, 2, 3, 4], [])
+    assert (span.logprobs, span.weight_versions, span.output_tokens) == ([], [], 0)
+    assert not publisher.dead
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_logprobs_of_an_echo_that_are_not_one_a_token_are_a_dead_letter(stream: bool):
+    """As many as the answer has tokens may be the prompt's."""
+    publisher = FakePublisher()
+    asked = {"model": "policy", "prompt": "2+2?", "echo": True, "stream": stream}
+
+    def mend(body: Any) -> Any:
+        del body["choices"][0]["logprobs"]["token_logprobs"][3:]
+        return body
+
+    def mend_event(number: int, event: bytes) -> bytes:
+        return event.replace(b"[null, -9.0, -9.0, -9.0, -0.125]", b"[null]")
+
+    async with (
+        FakePolicyServer(weights=7, label="1", mend=mend, mend_event=mend_event) as backend,
+        gateway(publisher, backend.url) as url,
+        posted(url, f"{BASE}/v1/completions", asked) as response,
+    ):
+        assert response.status == 200
+        await response.read()
+    assert [(span.status, span.response_token_ids) for span in publisher.spans] == [("error", [])]
+    assert len(publisher.dead) == 1
+
+
 @pytest.mark.parametrize("prompt", [None, "", [], {}, [[1]] * 2_000])
 async def test_what_is_no_prompt_is_refused(prompt: Any):
     async with (

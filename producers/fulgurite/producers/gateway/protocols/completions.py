@@ -1,10 +1,15 @@
-"""POST /v1/completions: a prompt as text or token ids goes on; a list of prompts is a call with that many answers."""
+"""POST /v1/completions: a prompt as text or token ids goes on; a list of prompts is a call with that many answers.
+
+With `echo` the prompt's logprobs stand before the answer's. With `max_tokens` 0 as well, vLLM samples a token that it
+shows nobody the logprob of: no answer, and none is recorded.
+"""
 
 from __future__ import annotations
 
 from typing import Any, ClassVar, Final
 
 from fulgurite.producers.gateway.errors import ApiError
+from fulgurite.producers.gateway.outcome import Outcome
 from fulgurite.producers.gateway.protocols.base import Json, Stream, to_json
 from fulgurite.producers.gateway.protocols.choices import ChoicesApi, ChoicesStream, number_of_choices
 
@@ -43,10 +48,17 @@ class CompletionsApi(ChoicesApi):
         found = given.get("token_logprobs") if isinstance(given, dict) else None
         if not isinstance(found, list):
             return None
-        ids = choice.get("token_ids")
-        if body.get("echo") and isinstance(ids, list):
-            return found[len(found) - len(ids) :] if len(found) >= len(ids) else found  # the prompt's come first
-        return found
+        ids, prompt_ids = choice.get("token_ids"), choice.get("prompt_token_ids")
+        if not body.get("echo") or not isinstance(ids, list) or not isinstance(prompt_ids, list):
+            return found
+        # The prompt's come first: in a stream with the first chunk, which has its ids.
+        return found[len(prompt_ids) :] if len(found) == len(prompt_ids) + len(ids) else None
+
+    def read(self, body: Json, response: Any) -> Outcome:
+        outcome = super().read(body, response)
+        if samples_nothing(body):
+            leave_out_tokens(outcome)
+        return outcome
 
     def output(self, choice: Json) -> Any:
         return choice.get("text")
@@ -73,6 +85,21 @@ class _CompletionsStream(ChoicesStream):
     def close(self) -> None:
         for index, texts in self._texts.items():
             self.outcome.choice(index).output = "".join(texts)
+        if samples_nothing(self._body):
+            leave_out_tokens(self.outcome)
+
+
+def samples_nothing(body: Json) -> bool:
+    """Whether only the prompt is asked back, with its logprobs."""
+    return bool(body.get("echo")) and body.get("max_tokens") == 0
+
+
+def leave_out_tokens(outcome: Outcome) -> None:
+    """What was sampled though nobody asked for it, and is counted by vLLM."""
+    for choice in outcome.choices.values():
+        if choice.token_ids is not None:
+            choice.token_ids, choice.logprobs, choice.versions = [], [], None
+            outcome.output_tokens = 0
 
 
 def _prompts(body: Json) -> list[Any]:
