@@ -138,6 +138,8 @@ def completion(asked: Json, sampled: Sampled) -> Json:
     choices = [_text_choice(asked, sampled, index, range(len(sampled.ids))) for index in range(count)]
     for choice in choices:
         choice["finish_reason"] = "length"
+        if asked.get("echo") and asked.get("logprobs") is not None:
+            choice["prompt_logprobs"] = [None, *[{"1": {"logprob": -9.0}}] * (len(PROMPT_IDS) - 1)]
         if asked.get("return_weight_versions") and sampled.gives_versions:
             choice["weight_versions"] = sampled.versions
     base: Json = {"id": "cmpl-1", "object": "text_completion", "created": 1, "model": "policy"}
@@ -173,12 +175,22 @@ def _hidden(asked: Json, sampled: Sampled) -> Sampled:
     return Sampled(sampled.ids[:1], sampled.label, sampled.gives_versions)
 
 
+def _echoed_text(asked: Json, index: int) -> str:
+    """Token ids are written as the words of their numbers."""
+    prompt = asked["prompt"]
+    several = isinstance(prompt, list) and not isinstance(prompt[0], int)
+    own = prompt[index // (asked.get("n") or 1)] if several else prompt
+    return own if isinstance(own, str) else "".join(f"token {token} " for token in own)
+
+
 def _text_choice(asked: Json, sampled: Sampled, index: int, places: range) -> Json:
     echoed = len(PROMPT_IDS) if asked.get("echo") and places.start == 0 else 0
     last = len(sampled.ids) - 1
     shown = range(0) if asked.get("echo") and asked.get("max_tokens") == 0 else places
     text = "".join(_piece(f"answer {index}", at, last) for at in shown)
-    choice: Json = {"index": index, "text": ("prompt " if echoed else "") + text, "finish_reason": None}
+    # vLLM takes token ids for enough.
+    prompt = _echoed_text(asked, index) if echoed and not asked.get("return_token_ids") else ""
+    choice: Json = {"index": index, "text": prompt + text, "finish_reason": None}
     choice["logprobs"] = None
     if asked.get("logprobs") is not None:
         found = [None, *[-9.0] * (echoed - 1)][:echoed] + [sampled.logprob(at) for at in shown]

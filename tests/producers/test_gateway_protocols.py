@@ -80,6 +80,40 @@ async def test_each_prompt_of_a_list_is_a_span_with_its_own_input(stream: bool):
 
 
 @pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize(
+    ("asked", "has_ids"),
+    [
+        ({"prompt": ["one ", "two "], "n": 2}, True),
+        ({"prompt": "one ", "max_tokens": 0, "logprobs": 1}, True),
+        ({"prompt": [5, 6]}, False),
+        ({"prompt": [[5], [6, 7]], "logprobs": 1}, False),
+        ({"prompt": [5, 6], "return_token_ids": True}, True),
+    ],
+)
+async def test_an_echo_is_what_the_backend_echoes_without_us(asked: Any, has_ids: bool, stream: bool):
+    publisher = FakePublisher()
+    asked = asked | {"model": "policy", "echo": True, "stream": stream}
+    async with FakePolicyServer(weights=7, label="1") as backend, gateway(publisher, backend.url) as url:
+        async with posted(url, f"{BASE}/v1/completions", asked) as response:
+            through = await response.read()
+        async with posted(backend.url, "/v1/completions", asked) as response:
+            past = await response.read()
+    if stream:
+        assert [_told(chunk) for chunk in data_of(through)] == [_told(chunk) for chunk in data_of(past)]
+    else:
+        assert _told(json.loads(through)) == _told(json.loads(past))
+    assert [(span.status, bool(span.prompt_token_ids)) for span in publisher.spans] == [("ok", has_ids)] * len(
+        publisher.spans
+    )
+    assert not publisher.dead
+
+
+def _told(answer: Any) -> Any:
+    """Of an answer or a chunk what is not null: clients read both alike."""
+    return [{name: value for name, value in choice.items() if value is not None} for choice in answer["choices"]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
 async def test_a_prompt_asked_back_alone_has_no_tokens_to_train_on(stream: bool):
     """vLLM samples a token then, and gives its id beside logprobs that are all of the prompt."""
     publisher = FakePublisher()

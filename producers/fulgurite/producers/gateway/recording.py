@@ -150,7 +150,7 @@ def _span(call: Call, served: Served, outcome: Outcome, given: _Input, end_ns: i
                 "no_choice", f"the backend gave {len(outcome.choices)} choices, number {index} is not there"
             )
         choice = Choice()
-    ids_expected = served.kind == "vllm" and call.api.gives_ids
+    ids_expected = served.kind == "vllm" and call.api.gives_ids(call.body)
     tokens = Tokens.of(choice, served, required=ids_expected and not broken)
     attributes = request_attributes(call) | served_attributes(served) | given.attributes
     if broken:

@@ -57,9 +57,11 @@ class Api(ABC):
 
     route: ClassVar[str]
     operation: ClassVar[str] = OPERATION_CHAT
-    gives_ids: ClassVar[bool]
-    """Whether the policy's server gives token ids and logprobs on this route: without them an answer of it cannot be
-    recorded as it must be. Where it does not, the call is recorded by its texts."""
+
+    @abstractmethod
+    def gives_ids(self, body: Json) -> bool:
+        """Whether the policy's server gives token ids and logprobs for this: without them an answer of it cannot be
+        recorded as it must be. Where it does not, the call is recorded by its texts."""
 
     @abstractmethod
     def choices(self, body: Json) -> int:

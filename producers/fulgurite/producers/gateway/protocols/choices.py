@@ -29,9 +29,11 @@ DONE: Final = b"[DONE]"
 
 
 class ChoicesApi(Api):
-    gives_ids: ClassVar[bool] = True
     logprobs_asked: ClassVar[Any]
     """What `logprobs` must at least be for one logprob a token."""
+
+    def gives_ids(self, body: Json) -> bool:
+        return True
 
     def for_policy(self, body: Json) -> Json:
         asked = without_seed(body)

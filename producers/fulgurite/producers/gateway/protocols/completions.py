@@ -1,7 +1,8 @@
 """POST /v1/completions: a prompt as text or token ids goes on; a list of prompts is a call with that many answers.
 
-With `echo` the prompt's logprobs stand before the answer's. With `max_tokens` 0 as well, vLLM samples a token that it
-shows nobody the logprob of: no answer, and none is recorded.
+With `echo` the prompt stands before the answer, its logprobs before the answer's. vLLM leaves its text out for who asks
+for token ids: it is put back where it is known, and ids are not asked for where only vLLM knows it. With `max_tokens` 0
+as well, vLLM samples a token that it shows nobody the logprob of: no answer, and none is recorded.
 """
 
 from __future__ import annotations
@@ -32,6 +33,29 @@ class CompletionsApi(ChoicesApi):
         if count > MAX_ANSWERS:
             raise ApiError(400, "invalid_prompt", f"{count} answers; at most {MAX_ANSWERS} a call", param="prompt")
         return count
+
+    def gives_ids(self, body: Json) -> bool:
+        if not body.get("echo") or body.get("return_token_ids"):
+            return True
+        return all(isinstance(prompt, str) for prompt in _prompts(body))
+
+    def for_policy(self, body: Json) -> Json:
+        asked = super().for_policy(body)
+        if not self.gives_ids(body):
+            for name in ("return_token_ids", "logprobs"):
+                del asked[name]
+                if name in body:
+                    asked[name] = body[name]
+        return asked
+
+    def strip_choice(self, body: Json, choice: Json) -> None:
+        # In a stream it is the first chunk of a choice that has the prompt.
+        if body.get("echo") and not body.get("return_token_ids") and choice.get("prompt_token_ids") is not None:
+            prompt = _prompts(body)[choice.get("index", 0) // number_of_choices(body)]
+            choice["text"] = prompt + choice["text"]
+        if "prompt_logprobs" in choice and body.get("prompt_logprobs") is None and not self.wants_logprobs(body):
+            choice["prompt_logprobs"] = None  # an echo has them where logprobs are asked for: we did
+        super().strip_choice(body, choice)
 
     def wants_logprobs(self, body: Json) -> bool:
         return body.get("logprobs") is not None

@@ -46,7 +46,9 @@ _PIECES: Final = {
 
 class MessagesApi(Api):
     route: ClassVar[str] = "/v1/messages"
-    gives_ids: ClassVar[bool] = False
+
+    def gives_ids(self, body: Json) -> bool:
+        return False
 
     def choices(self, body: Json) -> int:
         messages = body.get("messages")

@@ -39,7 +39,9 @@ _CALLS: Final = frozenset({"function_call", "custom_tool_call", "mcp_call"})
 
 class ResponsesApi(Api):
     route: ClassVar[str] = "/v1/responses"
-    gives_ids: ClassVar[bool] = False
+
+    def gives_ids(self, body: Json) -> bool:
+        return False
 
     def choices(self, body: Json) -> int:
         if not isinstance(body.get("input"), str | list):
