@@ -57,6 +57,7 @@ async def test_what_shapes_the_sampled_distribution_is_recorded():
     publisher = FakePublisher()
     asked = {"temperature": 0.7, "top_p": 0.9, "presence_penalty": 0.1, "frequency_penalty": 0.2}
     extra = {"top_k": 5, "min_p": 0.05, "repetition_penalty": 1.1}
+    extra |= {"stop_token_ids": [5], "ignore_eos": True, "length_penalty": 2.0, "reasoning_effort": "low"}
     async with FakePolicyServer(label="1") as backend, gateway(publisher, backend.url) as url:
         await ask(url, **asked, extra_body=extra)
         await ask(url)

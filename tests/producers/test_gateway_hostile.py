@@ -49,6 +49,8 @@ class TokenServer(FakePolicyServer):
     missing: frozenset[str] = frozenset()
     served: int = 0
     """Derenderings that go well before it is missing."""
+    structured: dict[str, Any] | None = None
+    """The grammar that answers are held to."""
 
     def more_routes(self) -> list[tuple[str, str, Callable[[Request], Any]]]:
         def route(answer: dict[str, Any]) -> Callable[[Request], Any]:
@@ -61,7 +63,8 @@ class TokenServer(FakePolicyServer):
 
             return handler
 
-        rendered = {"request_id": "x", "token_ids": [1, 2], "sampling_params": {"max_tokens": 5}, "model": "policy"}
+        sampling = {"max_tokens": 5, "structured_outputs": self.structured}
+        rendered = {"request_id": "x", "token_ids": [1, 2], "sampling_params": sampling, "model": "policy"}
         entry = {"token": "y", "token_id": 5, "logprob": -1.0, "bytes": [], "top_logprobs": []}
         choice = {
             "index": 0,

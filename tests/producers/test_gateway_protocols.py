@@ -338,6 +338,8 @@ async def test_an_external_provider_is_asked_what_the_agent_asked_and_is_no_dead
         ({"response_format": {"type": "json_object"}}, ["response_format"]),
         ({"response_format": {"type": "text"}, "tool_choice": "auto", "logit_bias": {}}, None),
         ({"tool_choice": "required", "logit_bias": {"5": 1}}, ["tool_choice", "logit_bias"]),
+        ({"use_beam_search": True, "vllm_xargs": {"own": 1}}, ["use_beam_search", "vllm_xargs"]),
+        ({"tools": [{"type": "function", "function": {"name": "f", "strict": True}}]}, ["tools"]),
     ],
 )
 async def test_what_forbids_tokens_is_named(changes: Any, constraints: list[str] | None):

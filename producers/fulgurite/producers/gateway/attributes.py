@@ -11,7 +11,7 @@ from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.outcome import Served
 from fulgurite.producers.gateway.protocols.base import to_json
-from fulgurite.schemas.sampling import constrains
+from fulgurite.schemas.sampling import constraints
 
 REQUEST_ATTRIBUTES: Final = {
     "temperature": "gen_ai.request.temperature",
@@ -26,14 +26,20 @@ REQUEST_ATTRIBUTES: Final = {
     "repetition_penalty": "gen_ai.request.repetition_penalty",
     "stop": "gen_ai.request.stop_sequences",
     "stop_sequences": "gen_ai.request.stop_sequences",
+    "stop_token_ids": "gen_ai.request.stop_token_ids",
+    "ignore_eos": "gen_ai.request.ignore_eos",
+    "length_penalty": "gen_ai.request.length_penalty",
+    "reasoning_effort": "gen_ai.request.reasoning_effort",
     "n": "gen_ai.request.choice.count",
 }
-"""Field of the request -> OpenTelemetry's name; min_p and repetition_penalty, which it does not know, in its manner.
+"""Field of the request -> OpenTelemetry's name; those it does not know (min_p, ignore_eos, …) in its manner.
 
 Logprobs are the policy's only where those that shape the distribution are neutral: the assembler reads them here."""
 
 ATTRIBUTE_CONSTRAINTS: Final = "fulgurite.request.constraints"
-"""Which fields of the request forbid or shift tokens."""
+"""Which fields of the request forbid or shift tokens, or may. The assembler reads it."""
+GRAMMAR: Final = "structured_outputs"
+"""Named there as well where the server says that it held an answer to one, whatever the request said."""
 ATTRIBUTE_STREAM: Final = "gen_ai.request.stream"
 ATTRIBUTE_FIRST_CHUNK: Final = "gen_ai.response.time_to_first_chunk"
 ATTRIBUTE_TOOLS: Final = "gen_ai.tool.definitions"
@@ -50,18 +56,18 @@ ATTRIBUTE_VERSION_LABELS: Final = "fulgurite.weight_version_labels"
 """Labels that could not be recorded as the version: not numbers, or different before and after the call."""
 
 
-def request_attributes(call: Call) -> dict[str, Any]:
+def request_attributes(call: Call, *, grammar: bool | None = None) -> dict[str, Any]:
+    """`grammar`: whether the server held the answer to one, where it says so."""
     found: dict[str, Any] = {}
-    constraints: list[str] = []
     for key, value in call.body.items():
-        if value is None:
-            continue
-        if name := REQUEST_ATTRIBUTES.get(key):
+        if value is not None and (name := REQUEST_ATTRIBUTES.get(key)):
             found[name] = value
-        elif constrains(key, value):
-            constraints.append(key)
-    if constraints:
-        found[ATTRIBUTE_CONSTRAINTS] = constraints
+    names = constraints(call.body)
+    if grammar is not None:  # it knows better what became of strict tools
+        names = [name for name in names if name != "tools"]
+        names += [GRAMMAR] if grammar and GRAMMAR not in names else []
+    if names:
+        found[ATTRIBUTE_CONSTRAINTS] = names
     if call.retry_count:
         found[ATTRIBUTE_RETRY] = call.retry_count
     if call.streamed:

@@ -63,6 +63,8 @@ class Served:
     """Of a stream: until its first event with text, tokens or a tool's call. None: there was none."""
     adapter_version: int | None = None
     """Of the adapter that answered: what a label says, and the answer's own versions, is of the weights below it."""
+    grammar: bool | None = None
+    """Whether it held the answer to a grammar. None: it does not say."""
     version_before: str | None = None
     version_after: str | None = None
     """Labels around the call, where the server does not put versions into its answers."""

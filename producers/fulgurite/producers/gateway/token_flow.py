@@ -40,6 +40,7 @@ from fulgurite.producers.gateway.token_route import (
     derender_request,
     ends_turn,
     generate_request,
+    is_held_to_grammar,
     is_plain,
 )
 from fulgurite.producers.gateway.token_stream import Translation
@@ -173,6 +174,8 @@ class TokenRoute:
         generated = await self._asker.ask(call, GENERATE, prepared.request, deadline, asked)
         if generated is None:
             return None
+        if asked.served:
+            asked.served.grammar = is_held_to_grammar(prepared.rendered)
         derendered = await self._put_into_words(call, prepared, generated, deadline)
         ends = self._ends.known(call.model)
         response = chat_completion(call.body, prepared.rendered, prepared.prompt, generated, derendered, ends)

@@ -60,6 +60,12 @@ def is_plain(body: dict[str, Any], rendered: dict[str, Any]) -> bool:
     return not body.get("tools") and rendered.get("reasoning_parser_kwargs") is None
 
 
+def is_held_to_grammar(rendered: dict[str, Any]) -> bool:
+    """Whether GENERATE is asked to: for a format, for a tool that is strict or must be called, or for every tool where
+    the server is set so (vLLM's --tool-strict-level)."""
+    return bool(rendered["sampling_params"].get("structured_outputs"))
+
+
 def ends_turn(body: dict[str, Any], choice: dict[str, Any]) -> bool:
     """Whether the response closes with the policy's own end of a turn, not with what the agent asked to stop at."""
     reason = choice.get("stop_reason")
