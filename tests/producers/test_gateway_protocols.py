@@ -351,6 +351,50 @@ async def test_what_forbids_tokens_is_named(changes: Any, constraints: list[str]
     assert publisher.spans[0].attributes.get("fulgurite.request.constraints") == constraints
 
 
+@pytest.mark.parametrize(
+    ("route", "change", "told"),
+    [
+        ("chat/completions", {"choices": {"finish_reason": None}}, "finish reason is ''"),
+        ("chat/completions", {"choices": {"finish_reason": "error"}}, "finish reason is 'error'"),
+        ("chat/completions", {"error": {"message": "the engine died"}}, "the engine died"),
+        ("completions", {"choices": {"finish_reason": "made_up"}}, "finish reason is 'made_up'"),
+        ("responses", {"status": "failed"}, "'failed'"),
+        ("responses", {"status": "queued"}, "'queued'"),
+        ("responses", {"status": "incomplete", "incomplete_details": None}, "'incomplete'"),
+        ("messages", {"stop_reason": None}, "finish reason is ''"),
+    ],
+)
+async def test_an_answer_that_does_not_say_it_ended_is_given_and_recorded_as_an_error(
+    route: str, change: Any, told: str
+):
+    publisher = FakePublisher()
+
+    def mend(body: Any) -> Any:
+        for choice in body.get("choices", ()):
+            choice |= change.get("choices", {})
+        return body | {name: value for name, value in change.items() if name != "choices"}
+
+    asked: dict[str, Any] = {"model": "policy", "prompt": "2+2?", "input": "2+2?", "messages": MESSAGE["messages"]}
+    async with FakePolicyServer(label="1", mend=mend) as backend, gateway(publisher, backend.url) as url:
+        await answered(url, f"{BASE}/v1/{route}", asked)
+    (span,) = publisher.spans
+    assert (span.status, span.finish_reason, span.attributes["error.type"]) == ("error", "", "backend_error")
+    assert told in span.status_message
+    assert "answer 0" in span.output
+
+
+@pytest.mark.parametrize(("reason", "status"), [("error", "error"), ("length", "ok")])
+async def test_a_stream_that_ends_with_an_error_is_recorded_as_one(reason: str, status: str):
+    publisher = FakePublisher()
+
+    def mend(_: int, event: bytes) -> bytes:
+        return event.replace(b'"finish_reason": "stop"', f'"finish_reason": "{reason}"'.encode())
+
+    async with FakePolicyServer(label="1", mend_event=mend) as backend, gateway(publisher, backend.url) as url:
+        await raw(url, f"{BASE}/v1/chat/completions")
+    assert [span.status for span in publisher.spans] == [status]
+
+
 async def test_nothing_but_the_models_routes_is_reached():
     async with (
         FakePolicyServer() as backend,

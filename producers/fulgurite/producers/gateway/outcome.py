@@ -26,6 +26,8 @@ class Choice:
     """[{version, start, end}] over token_ids, as given."""
     finish_reason: str = ""
     """Empty: it did not come to its end."""
+    failed: str = ""
+    """Why it is no finished answer, though it came whole."""
 
 
 @dataclass(slots=True)

@@ -4,8 +4,9 @@ Promises: a span carries exactly the ids, logprobs and versions that the backend
 nothing is re-tokenised and nothing guessed. What does not add up (no ids, wrong lengths, a logprob that is no number)
 gives an error span without tokens, and a dead letter with the original answer. Knows neither HTTP nor Kafka.
 
-Of an answer that did not come to its end (the agent hung up, the backend broke off) the span has status `error` and an
-empty finish_reason, and the tokens that came, as far as they add up: whoever trains must leave error spans out.
+Of an answer that did not come to its end (the agent hung up, the backend broke off or says so itself) the span has
+status `error` and an empty finish_reason, and the tokens that came, as far as they add up: whoever trains must leave
+error spans out.
 
 An external provider, and a route on which the policy's server gives no ids, is recorded by texts, usage and finish
 reason: a span without tokens, which is nothing to train on and no dead letter.
@@ -28,7 +29,7 @@ from fulgurite.producers.gateway.attributes import (
     served_attributes,
 )
 from fulgurite.producers.gateway.calls import Call
-from fulgurite.producers.gateway.errors import AgentGone, ApiError
+from fulgurite.producers.gateway.errors import BACKEND_ERROR, AgentGone, ApiError
 from fulgurite.producers.gateway.outcome import Choice, Outcome, Served
 from fulgurite.producers.gateway.protocols.base import to_json, written
 from fulgurite.producers.gateway.tokens import Tokens, check_count, counted
@@ -155,6 +156,9 @@ def _span(call: Call, served: Served, outcome: Outcome, given: _Input, end_ns: i
     attributes = request_attributes(call, grammar=served.grammar) | served_attributes(served) | given.attributes
     if broken:
         attributes |= error_attributes(broken, served)
+    elif choice.failed:
+        attributes[ATTRIBUTE_ERROR] = BACKEND_ERROR
+    failed = broken.message if broken else choice.failed
     if call.choices > 1:
         attributes[ATTRIBUTE_CHOICE] = index
     if tokens.labels:
@@ -168,8 +172,8 @@ def _span(call: Call, served: Served, outcome: Outcome, given: _Input, end_ns: i
             **_identity(call, index),
             name=_name(call),
             kind="client",
-            status="error" if broken else "ok",
-            status_message=broken.message[:MAX_ERROR_CHARS] if broken else "",
+            status="error" if failed else "ok",
+            status_message=failed[:MAX_ERROR_CHARS],
             start_ns=call.start_ns,
             end_ns=end_ns,
             agent=call.agent,
@@ -181,7 +185,7 @@ def _span(call: Call, served: Served, outcome: Outcome, given: _Input, end_ns: i
             response_token_ids=tokens.ids,
             logprobs=tokens.logprobs,
             weight_versions=tokens.versions,
-            finish_reason="" if broken else choice.finish_reason,
+            finish_reason="" if failed else choice.finish_reason,
             input=given.text,
             output=choice.output if isinstance(choice.output, str) else to_json(choice.output),
             input_tokens=len(tokens.prompt_ids) or counted[0],

@@ -24,6 +24,16 @@ Json = dict[str, Any]
 
 INVALID: Final = "backend_invalid"
 """Code of an ApiError: what the backend said is no answer. Such a call is a dead letter."""
+ENDS: Final = frozenset(
+    {
+        *("stop", "length", "tool_calls", "function_call", "content_filter"),  # OpenAI's
+        *("abort", "repetition"),  # vLLM's
+        *("end_turn", "max_tokens", "stop_sequence", "tool_use", "pause_turn", "refusal"),  # Anthropic's
+        *("model_context_window_exceeded", "compaction"),
+        *("eos", "eos_token", "model_length", "safety", "recitation"),  # other providers'
+    }
+)
+"""What says that an answer came to an end. Of any other word nobody knows that, and `error` says that it did not."""
 MAX_CHOICES: Final = 128
 """Of one call (`n`), as OpenAI bounds it."""
 
@@ -141,6 +151,13 @@ def parse_data(event: sse.Event) -> Json:
 def without_seed(body: Json) -> Json:
     """A copy. A seed makes the samples of a group alike, and vLLM's CPU engine dies of it (chunked prefill)."""
     return {name: value for name, value in body.items() if name != "seed"}
+
+
+def unfinished(reason: str) -> str:
+    """What is wrong with an answer that ended so; empty for nothing."""
+    return (
+        "" if reason.lower() in ENDS else f"the answer did not come to its end: its finish reason is {reason[:100]!r}"
+    )
 
 
 def whole_number(value: Any) -> int | None:

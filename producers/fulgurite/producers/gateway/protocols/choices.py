@@ -21,6 +21,7 @@ from fulgurite.producers.gateway.protocols.base import (
     parse_data,
     reported,
     to_bytes,
+    unfinished,
     whole_number,
     without_seed,
 )
@@ -71,6 +72,9 @@ class ChoicesApi(Api):
                 choice.logprobs = self.logprobs(body, given)
                 choice.versions = given.get("weight_versions")
                 choice.finish_reason = str(given.get("finish_reason") or "")
+                choice.failed = unfinished(choice.finish_reason)
+                if response.get("error"):
+                    choice.failed = reported(response["error"]).message
                 choice.output = self.output(given)
         return outcome
 
@@ -160,6 +164,7 @@ class ChoicesStream(Stream):
             self.speaks = bool(given.get("token_ids")) or self.says_something(given)
         if given.get("finish_reason"):
             choice.finish_reason = str(given["finish_reason"])
+            choice.failed = unfinished(choice.finish_reason)
             self._finished.add(index)
         return index in self._finished
 

@@ -21,6 +21,7 @@ from fulgurite.producers.gateway.protocols.base import (
     parse_data,
     picked,
     reported,
+    unfinished,
     whole_number,
     without_seed,
 )
@@ -68,9 +69,11 @@ class MessagesApi(Api):
             raise invalid("has no content")
         outcome = Outcome()
         _read_message(outcome, response)
+        reason = str(response.get("stop_reason") or "")
         outcome.choices[0] = Choice(
             output={"role": response.get("role") or "assistant", "content": response["content"]},
-            finish_reason=str(response.get("stop_reason") or ""),
+            finish_reason=reason,
+            failed=unfinished(reason),
         )
         return outcome
 
@@ -124,7 +127,8 @@ class _MessagesStream(Stream):
                 delta = data.get("delta")
                 reason = delta.get("stop_reason") if isinstance(delta, dict) else None
                 if reason:
-                    self.outcome.choice(0).finish_reason = str(reason)
+                    choice = self.outcome.choice(0)
+                    choice.finish_reason, choice.failed = str(reason), unfinished(str(reason))
                     self._stopping = True
             case "message_stop":
                 self.ended = True

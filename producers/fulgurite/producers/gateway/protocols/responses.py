@@ -27,6 +27,7 @@ from fulgurite.producers.gateway.protocols.base import (
     picked,
     reported,
     to_bytes,
+    unfinished,
     whole_number,
     without_seed,
 )
@@ -155,7 +156,8 @@ def _read_response(outcome: Outcome, response: Json, streamed_logprobs: list[flo
     if isinstance(usage, dict):
         outcome.input_tokens = whole_number(usage.get("input_tokens"))
         outcome.output_tokens = whole_number(usage.get("output_tokens"))
-    choice = Choice(output=response["output"], finish_reason=_finish_reason(response))
+    reason = _finish_reason(response)
+    choice = Choice(output=response["output"], finish_reason=reason, failed=unfinished(reason))
     prompt, sampled = _tokens(response.get("input_messages")), _tokens(response.get("output_messages"))
     # More than one entry is a server that ran tools between several answers: what was sampled is not told apart.
     if len(prompt) == len(sampled) == 1:
