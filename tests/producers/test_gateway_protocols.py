@@ -395,6 +395,47 @@ async def test_a_stream_that_ends_with_an_error_is_recorded_as_one(reason: str, 
     assert [span.status for span in publisher.spans] == [status]
 
 
+HALVES = (b'{"content": "\\ud83d"}', b'{"content": "\\ude00"}')
+
+
+@pytest.mark.parametrize(
+    ("found", "given", "output"),
+    [
+        (b'{"content": "an"}', HALVES[0], "?swer 0"),
+        (b'"index": 0', b'"index": null', "answer 0"),
+        (b'"choices": [], "usage"', b'"choices": null, "usage"', "answer 0"),
+        (b'"logprobs": null', b'"logprobs": {"content": [{"token": "x", "logprob": -Infinity}]}', "answer 0"),
+    ],
+)
+async def test_a_providers_stream_that_its_clients_read_passes_and_is_recorded(found: bytes, given: bytes, output: str):
+    """Halves of characters, numbers that are none, nulls in place of lists."""
+    publisher = FakePublisher()
+
+    def mend(_: int, event: bytes) -> bytes:
+        return event.replace(found, given)
+
+    options = {"include_usage": True}
+    async with FakePolicyServer(mend_event=mend) as provider:
+        backends = [BackendSettings(url=provider.url, kind="openai", models=["gpt"])]
+        async with gateway(publisher, provider.url, backends=backends) as url:
+            _, through = await raw(url, f"{BASE}/v1/chat/completions", model="gpt", stream_options=options)
+        _, past = await raw(provider.url, "/v1/chat/completions", model="gpt", stream_options=options)
+    assert through == past
+    assert given in through
+    (span,) = publisher.spans
+    assert (span.status, span.finish_reason, span.input_tokens, span.output_tokens) == ("ok", "stop", 4, 3)
+    assert json.loads(span.output)["content"] == output
+    assert not publisher.dead
+
+
+def test_a_character_that_comes_in_halves_is_whole_in_the_record():
+    stream = BY_ROUTE["/v1/chat/completions"].stream({"messages": []}, strip=False)
+    for half in HALVES:
+        stream.feed(sse.Event(b"", b'{"choices": [{"index": 0, "delta": ' + half + b"}]}"))
+    stream.close()
+    assert stream.outcome.choices[0].output["content"] == "\U0001f600"
+
+
 async def test_nothing_but_the_models_routes_is_reached():
     async with (
         FakePolicyServer() as backend,

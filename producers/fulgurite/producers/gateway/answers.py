@@ -2,14 +2,11 @@
 
 from __future__ import annotations
 
-import json
 from typing import Any
-
-import orjson
 
 from fulgurite.producers.gateway.errors import BACKEND_ERROR, ApiError, Headers, ProviderError
 from fulgurite.producers.gateway.exchange import Exchange
-from fulgurite.producers.gateway.protocols.base import invalid
+from fulgurite.producers.gateway.protocols.base import invalid, loads_lenient
 
 MAX_MESSAGE_CHARS = 2_000
 MAX_WORD_CHARS = 200
@@ -70,15 +67,3 @@ def refusal_of(exchange: Exchange, answer: bytes) -> ApiError:
         code[:MAX_WORD_CHARS] if isinstance(code, str) else code if isinstance(code, int) else None,
         found,
     )
-
-
-def loads_lenient(data: bytes) -> Any:
-    """JSON as Python's json module writes it: NaN, Infinity and half surrogate pairs included. Raises ValueError."""
-    try:
-        return orjson.loads(data)
-    except orjson.JSONDecodeError:
-        pass
-    try:
-        return json.loads(json.dumps(json.loads(data), ensure_ascii=False).encode("utf-8", "replace"))
-    except RecursionError:
-        raise ValueError("nested too deep") from None

@@ -9,6 +9,7 @@ import json
 import logging
 import traceback
 from abc import ABC, abstractmethod
+from collections.abc import Iterable
 from typing import Any, ClassVar, Final
 
 import orjson
@@ -138,14 +139,46 @@ def reported(error: Any) -> ApiError:
 
 
 def parse_data(event: sse.Event) -> Json:
-    """The event's object. Raises ApiError(502)."""
+    """The event's object, read as leniently as a whole answer; halves of characters stay in its texts, for
+    `whole_text`. Raises ApiError(502)."""
     try:
-        data = orjson.loads(event.data)
-    except orjson.JSONDecodeError:
+        data = _loads(event.data)
+    except ValueError:
         raise invalid("has an event that is not JSON") from None
     if not isinstance(data, dict):
         raise invalid("has an event that is no object")
     return data
+
+
+def loads_lenient(data: bytes) -> Any:
+    """JSON as Python's json module writes it: NaN, Infinity and half surrogate pairs included. Raises ValueError."""
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        return json.loads(json.dumps(_loads(data), ensure_ascii=False).encode("utf-8", "replace"))
+
+
+def _loads(data: bytes) -> Any:
+    try:
+        return orjson.loads(data)
+    except orjson.JSONDecodeError:
+        pass
+    try:
+        return json.loads(data)
+    except RecursionError:
+        raise ValueError("nested too deep") from None
+
+
+def whole_text(pieces: Iterable[str]) -> str:
+    """Pieces of a text put together, also where a character came in two halves; a half that stays alone is a ?."""
+    text = "".join(pieces)
+    if text.isascii():
+        return text
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace").replace("\ufffd", "?")
+    return text
 
 
 def without_seed(body: Json) -> Json:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any, ClassVar, Final
 
 from fulgurite.producers.gateway.errors import ApiError
-from fulgurite.producers.gateway.protocols.base import Json, Stream, to_json
+from fulgurite.producers.gateway.protocols.base import Json, Stream, to_json, whole_text
 from fulgurite.producers.gateway.protocols.choices import ChoicesApi, ChoicesStream, number_of_choices
 
 _ONCE: Final = frozenset({"role", "id", "type", "index", "name"})
@@ -94,6 +94,6 @@ class _Pieces:
 
     def joined(self) -> Json:
         found = {name: value for name, value in self._whole.items() if name != "index"}
-        found |= {name: "".join(texts) for name, texts in self._texts.items()}
+        found |= {name: whole_text(texts) for name, texts in self._texts.items()}
         found |= {name: pieces.joined() for name, pieces in self._objects.items()}
         return found | {name: [calls[at].joined() for at in sorted(calls)] for name, calls in self._lists.items()}

@@ -64,7 +64,8 @@ class ChoicesApi(Api):
         read_header(outcome, response)
         prompt_ids = a_list(response.get("prompt_token_ids"))
         for position, given in enumerate(choices):
-            index = given.get("index", position)
+            index = given.get("index")
+            index = position if index is None else index
             if isinstance(index, int) and index not in outcome.choices:
                 choice = outcome.choice(index)
                 choice.prompt_ids = a_list(given.get("prompt_token_ids")) or prompt_ids
@@ -132,9 +133,11 @@ class ChoicesStream(Stream):
         chunk = parse_data(event)
         if chunk.get("error"):
             raise reported(chunk["error"])
-        if "choices" not in chunk and not self._ours:
-            return (b"", event.raw) if self._finished else (event.raw, b"")  # a provider's own: a ping
         choices = chunk.get("choices")
+        if choices is None and not self._ours:
+            if not isinstance(chunk.get("usage"), dict):
+                return (b"", event.raw) if self._finished else (event.raw, b"")  # a provider's own: a ping
+            choices = []
         if not isinstance(choices, list) or not all(isinstance(choice, dict) for choice in choices):
             raise invalid("has an event without choices")
         read_header(self.outcome, chunk)
@@ -149,7 +152,8 @@ class ChoicesStream(Stream):
 
     def _fold(self, given: Json, prompt_ids: Any) -> bool:
         """Whether the choice is at its end."""
-        index = given.get("index", 0)
+        index = given.get("index")
+        index = 0 if index is None else index  # some providers leave it out
         if not isinstance(index, int) or not 0 <= index < self._count:
             raise invalid(f"has a choice {index!r:.40}; {self._count} were asked for")
         choice = self.outcome.choice(index)

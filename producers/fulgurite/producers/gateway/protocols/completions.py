@@ -11,7 +11,7 @@ from typing import Any, ClassVar, Final
 
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.outcome import Outcome
-from fulgurite.producers.gateway.protocols.base import Json, Stream, to_json
+from fulgurite.producers.gateway.protocols.base import Json, Stream, to_json, whole_text
 from fulgurite.producers.gateway.protocols.choices import ChoicesApi, ChoicesStream, number_of_choices
 
 MAX_ANSWERS: Final = 1_024
@@ -108,7 +108,7 @@ class _CompletionsStream(ChoicesStream):
 
     def close(self) -> None:
         for index, texts in self._texts.items():
-            self.outcome.choice(index).output = "".join(texts)
+            self.outcome.choice(index).output = whole_text(texts)
         if samples_nothing(self._body):
             leave_out_tokens(self.outcome)
 

@@ -23,6 +23,7 @@ from fulgurite.producers.gateway.protocols.base import (
     reported,
     unfinished,
     whole_number,
+    whole_text,
     without_seed,
 )
 
@@ -141,7 +142,7 @@ class _MessagesStream(Stream):
     def close(self) -> None:
         content: list[Json] = []
         for index, block in sorted(self._blocks.items()):
-            texts = {name: "".join(texts) for (at, name), texts in self._pieces.items() if at == index}
+            texts = {name: whole_text(texts) for (at, name), texts in self._pieces.items() if at == index}
             arguments = texts.pop("partial_json", "")
             cited = self._citations.get(index)
             content.append(

@@ -29,6 +29,7 @@ from fulgurite.producers.gateway.protocols.base import (
     to_bytes,
     unfinished,
     whole_number,
+    whole_text,
     without_seed,
 )
 
@@ -141,7 +142,7 @@ class _ResponsesStream(Stream):
 
     def close(self) -> None:
         if not self.ended:
-            self.outcome.choice(0).output = "".join(self._texts)
+            self.outcome.choice(0).output = whole_text(self._texts)
 
 
 def _wants_logprobs(body: Json) -> bool:
