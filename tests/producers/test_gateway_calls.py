@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 import orjson
 import pytest
 
+from fulgurite.producers.gateway.attributes import request_attributes
 from fulgurite.producers.gateway.calls import Call, Sequences, identify, parse_call
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.protocols import BY_ROUTE
@@ -38,6 +40,33 @@ def test_the_backend_is_asked_for_everything_that_is_recorded_and_never_for_a_se
         "return_token_ids": True,
         "return_weight_versions": True,
     }
+
+
+LONG = 123456789012345678901
+
+
+def test_whole_numbers_of_more_than_64_bits_stay_whole():
+    schema = {"type": "object", "properties": {"n": {"type": "integer", "maximum": 2**64, "minimum": -(2**63) - 1}}}
+    tools = [{"type": "function", "function": {"name": "f", "parameters": schema}}]
+    call = parse(json.dumps(BODY | {"tools": tools, "max_tokens": LONG}).encode())
+    assert json.loads(call.policy_body)["tools"] == tools
+    assert json.loads(call.body_for("openai"))["tools"] == tools
+    recorded = request_attributes(call)
+    assert json.loads(recorded["gen_ai.tool.definitions"]) == tools
+    assert recorded["gen_ai.request.max_tokens"] == str(LONG)
+
+
+def test_a_number_without_end_breaks_nothing():
+    assert parse(b'{"model": "policy", "messages": [1' + b"0" * 200 + b"]}").policy_body
+
+
+def test_what_is_asked_unchanged_is_asked_byte_for_byte():
+    body = (
+        b'{ "model":"policy", "max_tokens": 5, "messages": [{"role": "user", "content": "\\u00e4 1.10"}], "x": 1.10 }'
+    )
+    caller = identify(IDS, {})
+    for kind in ("vllm", "openai"):
+        assert parse_call(BY_ROUTE["/v1/messages"], caller, {}, body, Sequences()).body_for(kind) == body
 
 
 @pytest.mark.parametrize(

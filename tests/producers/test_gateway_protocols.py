@@ -270,6 +270,25 @@ async def test_a_message_that_uses_a_tool_is_put_together():
     ]
 
 
+async def test_a_message_passes_byte_for_byte_and_long_numbers_are_recorded_whole():
+    publisher = FakePublisher()
+    used = {"type": "tool_use", "id": "t", "name": "f", "input": {"account": 123456789012345678901, "x": 1.0}}
+    tool = {"name": "f", "input_schema": {"type": "object"}}
+    partial = b'"partial_json": "{\\"account\\":123456789012345678901}"'
+
+    def mend_event(_: int, event: bytes) -> bytes:
+        return event.replace(b'"partial_json": "{\\"city\\":"', partial).replace(b'"\\"Bern\\"}"', b'""')
+
+    backend = FakePolicyServer(label="1", mend=lambda body: body | {"content": [used]}, mend_event=mend_event)
+    async with backend, gateway(publisher, backend.url) as url:
+        async with posted(url, f"{BASE}/v1/messages", MESSAGE) as response:
+            assert await response.read() == json.dumps(json.loads(await response.read())).encode()
+        await raw(url, f"{BASE}/v1/messages", tools=[tool], max_tokens=9)
+    whole, streamed = (json.loads(span.output)["content"][0] for span in publisher.spans)
+    assert whole == used
+    assert streamed["input"] == {"account": 123456789012345678901}
+
+
 async def test_anthropics_clients_get_errors_in_their_shape():
     async with FakePolicyServer(cut_after=3) as backend, gateway(FakePublisher(), backend.url) as url:
         async with posted(url, f"{BASE}/v1/messages", {"model": "policy", "messages": []}) as response:

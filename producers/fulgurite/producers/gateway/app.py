@@ -218,9 +218,10 @@ class Gateway:
         try:
             response = sampled.response if sampled else parse_answer(answer)
             outcome = call.api.read(call.body, response)
-            if served.kind == "vllm":
+            for_agent = answer
+            if served.kind == "vllm" and not call.api.passes:
                 call.api.strip(call.body, response)
-            for_agent = to_bytes(response) if served.kind == "vllm" else answer
+                for_agent = to_bytes(response)
             recording = self._recorder.answered(call, served, outcome, answer)  # 3
         except Exception as error:
             failure = error if isinstance(error, ApiError) else unreadable(error)

@@ -61,7 +61,7 @@ def request_attributes(call: Call, *, grammar: bool | None = None) -> dict[str, 
     found: dict[str, Any] = {}
     for key, value in call.body.items():
         if value is not None and (name := REQUEST_ATTRIBUTES.get(key)):
-            found[name] = value
+            found[name] = value if _fits(value) else to_json(value)
     names = constraints(call.body)
     if grammar is not None:  # it knows better what became of strict tools
         names = [name for name in names if name != "tools"]
@@ -75,6 +75,13 @@ def request_attributes(call: Call, *, grammar: bool | None = None) -> dict[str, 
     if call.body.get("tools"):
         found[ATTRIBUTE_TOOLS] = to_json(call.body["tools"])
     return found
+
+
+def _fits(value: Any) -> bool:
+    """Whether tables take the value as a number: of more than 64 bits it is recorded as text."""
+    if isinstance(value, list):
+        return all(_fits(each) for each in value)
+    return not isinstance(value, int) or -(2**63) <= value < 2**63
 
 
 def served_attributes(served: Served) -> dict[str, Any]:

@@ -9,6 +9,7 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -17,7 +18,7 @@ import orjson
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.exchange import BackendKind
 from fulgurite.producers.gateway.keys import parse_bearer
-from fulgurite.producers.gateway.protocols.base import Api
+from fulgurite.producers.gateway.protocols.base import Api, loads, to_bytes
 from fulgurite.schemas.ids import MAX_ID_CHARS, attempt_trace_id, new_span_id, new_trace_id, now_ns
 
 HEADER_ROLLOUT = "x-rollout-id"
@@ -102,7 +103,7 @@ class Call:
         if kind == "vllm":
             return self.policy_body
         asked = self.api.for_provider(self.body) if self.streamed else None
-        return self.agent_body if asked is None else orjson.dumps(asked)
+        return self.agent_body if asked is None else to_bytes(asked)
 
     def unchanged_for(self, kind: BackendKind) -> bytes:
         """The same for a provider that refused what was added to it."""
@@ -155,7 +156,7 @@ def parse_call(api: Api, caller: Caller, headers: Mapping[str, str], body: bytes
     if stream is not None and stream is not True and stream is not False:
         raise ApiError(400, "invalid_stream", "stream must be true or false", param="stream")
     count = api.choices(request)
-    policy_body = _policy_body(api, request)
+    policy_body = _policy_body(api, request, body)
     trace_id, parent_span_id = _trace(headers, caller.rollout_id, caller.attempt_id)
     return Call(
         api=api,
@@ -193,7 +194,7 @@ def _check_ids(rollout_id: str, attempt_id: str) -> None:
 
 def _request(body: bytes) -> dict[str, Any]:
     try:
-        request = orjson.loads(body)
+        request = loads(body)
     except orjson.JSONDecodeError as error:
         raise ApiError(400, "invalid_json", f"the body is not JSON: {error}") from None
     if not isinstance(request, dict):
@@ -203,10 +204,16 @@ def _request(body: bytes) -> dict[str, Any]:
     return request
 
 
-def _policy_body(api: Api, request: dict[str, Any]) -> bytes:
+def _policy_body(api: Api, request: dict[str, Any], body: bytes) -> bytes:
+    asked = api.for_policy(request)
+    if asked == request:
+        return body
     try:
-        return orjson.dumps(api.for_policy(request))
+        return orjson.dumps(asked)
     except orjson.JSONEncodeError as error:
+        if "64-bit" in str(error):  # a long number, not nesting without end
+            with suppress(RecursionError):
+                return to_bytes(asked)
         raise ApiError(400, "invalid_json", f"the body cannot be handed on: {error}") from None
 
 

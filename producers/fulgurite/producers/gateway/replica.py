@@ -20,6 +20,7 @@ from fulgurite.producers.gateway.http_exchange import HttpExchange
 from fulgurite.producers.gateway.keys import parse_bearer
 from fulgurite.producers.gateway.labels import Labels, NoSuchRoute, Seen
 from fulgurite.producers.gateway.places import Capacity, Seat
+from fulgurite.producers.gateway.protocols.base import loads, to_bytes
 from fulgurite.producers.gateway.routing import LOST_ADAPTERS, UNVERSIONED
 from fulgurite.schemas.resources import adapter_name, adapter_version
 from fulgurite.schemas.settings import BackendSettings
@@ -143,7 +144,7 @@ class Replica:
         before = await self._labels.before() if asks_version and adapter is None else None
         body = ask.body_for(self.kind)
         if model != ask.model:
-            body = orjson.dumps(orjson.loads(body) | {"model": model})
+            body = to_bytes(loads(body) | {"model": model})
         try:
             response = await self._client.post(
                 ask.route.removeprefix(self._skipped), body, self._authorization(ask.authorization)

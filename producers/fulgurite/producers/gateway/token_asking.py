@@ -11,13 +11,11 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final
 
-import orjson
-
 from fulgurite.producers.gateway.answers import backend_error, parse_answer
 from fulgurite.producers.gateway.asking import Asked, read_all, served_by
 from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.exchange import Ask, Backends, Exchange
-from fulgurite.producers.gateway.protocols.base import Json, invalid
+from fulgurite.producers.gateway.protocols.base import Json, invalid, to_bytes
 from fulgurite.producers.gateway.token_route import DERENDER, DETOKENIZE, GENERATE, RENDER
 from fulgurite.producers.gateway.tokens import are_ids
 
@@ -75,7 +73,7 @@ class TokenAsker:
 
 
 def ask_for(call: Call, route: str, body: Mapping[str, Any], deadline: float) -> Ask:
-    data = orjson.dumps(body)
+    data = to_bytes(body)
     return Ask(
         model=call.model,
         route=route,

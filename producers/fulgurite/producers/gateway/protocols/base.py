@@ -35,6 +35,9 @@ ENDS: Final = frozenset(
     }
 )
 """What says that an answer came to an end. Of any other word nobody knows that, and `error` says that it did not."""
+_TO_ZERO: Final = bytes.maketrans(b"123456789", b"000000000")
+_LONG_NUMBER: Final = b"0" * 19
+"""As many digits as a number of 64 bits may have, or one less, once all are zeros."""
 MAX_CHOICES: Final = 128
 """Of one call (`n`), as OpenAI bounds it."""
 
@@ -68,6 +71,8 @@ class Api(ABC):
 
     route: ClassVar[str]
     operation: ClassVar[str] = OPERATION_CHAT
+    passes: ClassVar[bool] = False
+    """Whether a whole answer of the policy's server goes to the agent byte for byte."""
 
     @abstractmethod
     def gives_ids(self, body: Json) -> bool:
@@ -150,17 +155,28 @@ def parse_data(event: sse.Event) -> Json:
     return data
 
 
+def loads(data: bytes) -> Any:
+    """JSON, in which whole numbers of more than 64 bits stay whole: orjson makes floats of them. Raises ValueError."""
+    found = orjson.loads(data)
+    if _LONG_NUMBER in data.translate(_TO_ZERO):
+        try:
+            return json.loads(data)
+        except (ValueError, RecursionError):  # thousands of digits: nobody means them
+            pass
+    return found
+
+
 def loads_lenient(data: bytes) -> Any:
     """JSON as Python's json module writes it: NaN, Infinity and half surrogate pairs included. Raises ValueError."""
     try:
-        return orjson.loads(data)
+        return loads(data)
     except orjson.JSONDecodeError:
         return json.loads(json.dumps(_loads(data), ensure_ascii=False).encode("utf-8", "replace"))
 
 
 def _loads(data: bytes) -> Any:
     try:
-        return orjson.loads(data)
+        return loads(data)
     except orjson.JSONDecodeError:
         pass
     try:
@@ -194,7 +210,7 @@ def unfinished(reason: str) -> str:
 
 
 def whole_number(value: Any) -> int | None:
-    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+    return value if isinstance(value, int) and not isinstance(value, bool) and 0 <= value < 2**63 else None
 
 
 def to_bytes(value: Any) -> bytes:

@@ -18,6 +18,7 @@ from fulgurite.producers.gateway.protocols.base import (
     Json,
     Stream,
     invalid,
+    loads,
     parse_data,
     picked,
     reported,
@@ -48,6 +49,7 @@ _PIECES: Final = {
 
 class MessagesApi(Api):
     route: ClassVar[str] = "/v1/messages"
+    passes: ClassVar[bool] = True
 
     def gives_ids(self, body: Json) -> bool:
         return False
@@ -157,8 +159,8 @@ class _MessagesStream(Stream):
 def _arguments(text: str) -> Any:
     """Of a tool, as an object; as the text itself where it is cut off or is none."""
     try:
-        return orjson.loads(text)
-    except orjson.JSONDecodeError:
+        return loads(text.encode())
+    except ValueError:
         return text
 
 
