@@ -106,6 +106,12 @@ def test_text_becomes_a_message_and_the_tokens_stay_beside_it():
     assert [token["top_logprobs"] for token in choice["logprobs"]["content"]] == [[], []]
 
 
+def test_a_fingerprint_is_the_servers():
+    said = generated([END], text="") | {"system_fingerprint": "vllm-1"}
+    assert chat_completion(BODY, RENDERED, [3], said, None, {})["system_fingerprint"] == "vllm-1"
+    assert "system_fingerprint" not in chat_completion(BODY, RENDERED, [3], generated([END], text=""), None, {})
+
+
 def test_the_end_of_a_turn_is_kept_from_the_parser_and_put_back_into_the_tokens():
     engine = generated([5, END])
     asked = derender_request(WITH_TOOLS | {"stream": False}, engine, [3, 4])

@@ -35,6 +35,7 @@ from fulgurite.producers.gateway.token_route import (
     DETOKENIZE,
     GENERATE,
     RENDER,
+    can_answer,
     can_splice,
     chat_completion,
     derender_request,
@@ -78,10 +79,11 @@ class TokenRoute:
         self._ends = TurnEnds(self._asker)
 
     async def takes(self, call: Call, deadline: float) -> bool:
-        """Calls that may be trained on. Not streams with tools: a parser would see all tokens anew with each event."""
+        """Calls that may be trained on, as far as these routes give all that they ask. Not streams with tools: a parser
+        would see all tokens anew with each event."""
         if not self._enabled or call.api is not CHAT or not call.rollout_id:
             return False
-        if call.streamed and call.body.get("tools"):
+        if (call.streamed and call.body.get("tools")) or not can_answer(call.body):
             return False
         until = self._unserved_until.get(_kind(call), 0.0)
         if until >= asyncio.get_running_loop().time():

@@ -26,7 +26,38 @@ GENERATE: Final = "/inference/v1/generate"
 DERENDER: Final = "/v1/chat/completions/derender"
 DETOKENIZE: Final = "/detokenize"
 
+_HONOURED: Final = """
+model messages documents chat_template chat_template_kwargs add_special_tokens media_io_kwargs mm_processor_kwargs
+truncate_prompt_tokens truncation_side tools tool_choice parallel_tool_calls reasoning_effort include_reasoning
+temperature top_p top_k min_p presence_penalty frequency_penalty repetition_penalty seed n
+logit_bias bad_words allowed_token_ids min_tokens structured_outputs response_format thinking_token_budget watermarking
+vllm_xargs repetition_detection length_penalty
+max_tokens max_completion_tokens stop stop_token_ids ignore_eos include_stop_str_in_output
+skip_special_tokens spaces_between_special_tokens
+stream stream_options logprobs top_logprobs logprob_token_ids return_token_ids return_weight_versions
+request_id session_id priority cache_salt
+user metadata store service_tier safety_identifier prompt_cache_key prompt_cache_retention prediction verbosity
+modalities
+"""
+HONOURED: Final = frozenset(_HONOURED.split())
+"""Fields of a chat completion that come to the same on these routes, or that vLLM passes over on any. With others
+(prompt logprobs, an echo, the prompt's text, tokens written as ids, …) what the agent asked for would be missing."""
+
 _EMPTY_MESSAGE: Final = {"role": "assistant", "content": "", "refusal": None}
+
+
+def can_answer(body: dict[str, Any]) -> bool:
+    """Whether these routes give all that is asked."""
+    if any(_asks(value) for name, value in body.items() if name not in HONOURED):
+        return False
+    options = body.get("stream_options")
+    return not isinstance(options, dict) or not any(
+        _asks(value) for name, value in options.items() if name != "include_usage"
+    )
+
+
+def _asks(value: Any) -> bool:
+    return value is not None and value is not False and value not in ("", [], {})
 
 
 def after_answer(one: list[int], other: list[int]) -> list[int]:
@@ -120,7 +151,7 @@ def chat_completion(
         "choices": choices,
         "usage": generated.get("usage"),
         "prompt_token_ids": prompt,
-    }
+    } | _fingerprint(generated)
 
 
 def streamed_request(request: dict[str, Any]) -> dict[str, Any]:
@@ -150,7 +181,14 @@ def chat_chunk(
         "model": rendered.get("model") or "",
         "choices": choices,
     }
+    chunk |= _fingerprint(generated)
     return chunk | {name: generated[name] for name in ("prompt_token_ids", "usage") if generated.get(name)}
+
+
+def _fingerprint(generated: dict[str, Any]) -> dict[str, Any]:
+    """Where a server says it: vLLM 0.32 does so on the chat route alone."""
+    found = generated.get("system_fingerprint")
+    return {} if found is None else {"system_fingerprint": found}
 
 
 def _logprobs(body: dict[str, Any], choice: dict[str, Any]) -> dict[str, Any] | None:
