@@ -17,6 +17,7 @@ from fulgurite.producers.gateway.app import Gateway
 from fulgurite.producers.gateway.pool import Pool
 from fulgurite.producers.gateway.replica import MAX_BROKEN_TRIES, MAX_PROVIDER_TRIES
 from fulgurite.schemas.settings import BackendSettings, GatewaySettings
+from tests.producers.fake_answers import Sampled, chat_events
 from tests.producers.fake_backend import FakeBackend, breaks_at_once, with_status
 from tests.producers.fake_policy_server import until
 from tests.producers.gateway_support import MESSAGES, FakePublisher, ask, serving, well
@@ -374,3 +375,98 @@ async def test_the_first_token_is_text_or_a_tools_call(route: str, before: list[
     (span,) = gateway.publisher.spans
     took, whole = span.attributes["gen_ai.response.time_to_first_chunk"], span.attributes["fulgurite.backend_seconds"]
     assert 0.3 <= took < whole - 0.1
+
+
+class dying:
+    """A stream that gives these parts and breaks off, or ends."""
+
+    def __init__(self, *parts: bytes, breaks: bool) -> None:
+        self._parts = parts
+        self._breaks = breaks
+
+    async def __call__(self, request: web.Request) -> web.StreamResponse:
+        response = web.StreamResponse(headers={"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for part in self._parts:
+            await response.write(part)
+        if self._breaks:
+            await asyncio.sleep(0.02)
+            assert request.transport is not None
+            request.transport.abort()
+        return response
+
+
+def reported(code: int) -> bytes:
+    return _data({"error": {"message": "EngineCore died", "type": "InternalServerError", "code": code}}) + DONE
+
+
+UNSEEN = _data({"choices": [{"index": 0, "delta": {}, "token_ids": []}]})
+"""Nothing of it is the agent's."""
+BROKEN_STREAMS = {
+    "breaks": dying(breaks=True),
+    "breaks after what is not passed on": dying(UNSEEN, breaks=True),
+    "reports an error": dying(reported(500), breaks=False),
+    "ends without an answer": dying(breaks=False),
+}
+
+
+async def well_streamed(request: web.Request) -> web.StreamResponse:
+    asked = json.loads(await request.text())
+    return await streamed(*chat_events(asked, Sampled([7, 7, 7], "1", gives_versions=True)))(request)
+
+
+async def streams_of(url: str, count: int) -> list[tuple[int, bytes]]:
+    """One rollout each, so that every replica has some."""
+
+    async def one(session: aiohttp.ClientSession, number: int) -> tuple[int, bytes]:
+        path = f"{url}/rollout/r{number}/attempt/a/v1/chat/completions"
+        async with session.post(path, json=CALL | {"stream": True}) as response:
+            return response.status, await response.read()
+
+    async with aiohttp.ClientSession() as session:
+        return [await one(session, number) for number in range(count)]
+
+
+@pytest.mark.parametrize(
+    ("how", "kind"), [*((how, "vllm") for how in BROKEN_STREAMS), ("breaks", "openai"), ("reports an error", "openai")]
+)
+async def test_a_stream_of_which_the_agent_has_nothing_is_asked_of_another_replica(how: str, kind: Any):
+    async with fakes(2) as (bad, good):
+        bad.answer, good.answer = BROKEN_STREAMS[how], well_streamed
+        gateway = behind(*(fake.settings(kind=kind) for fake in (bad, good)), exact_prompts=False)
+        async with gateway as url:
+            await until(lambda: kind != "vllm" or all(state["models"] for state in gateway.pool.state()))
+            answers = await streams_of(url, 8)
+        assert {status for status, _ in answers} == {200}
+        assert all(body.endswith(DONE) and b"error" not in body for _, body in answers)
+        assert 0 < bad.completions < 8
+        assert gateway.pool.state()[0]["in_flight"] == 0
+    spans = gateway.publisher.spans
+    assert {(span.endpoint, json.loads(span.output)["content"]) for span in spans} == {(good.url, "answer 0")}
+    assert len(spans) == 8, "a try that was given up left something on the log"
+    tries = [span.attributes.get("fulgurite.backend_tries", 1) for span in spans]
+    assert tries.count(2) == bad.completions
+
+
+@pytest.mark.parametrize(
+    ("answer", "asked", "code"),
+    [
+        (dying(EVENT % (b"a", b"null"), breaks=True), 1, "backend_broken"),  # the agent has some of it
+        (dying(reported(400), breaks=False), 1, "backend_error"),  # another would say the same
+        (dying(reported(500), breaks=False), 2, "backend_error"),  # both said so
+        (dying(breaks=True), MAX_BROKEN_TRIES, "backend_broken"),
+    ],
+)
+async def test_what_no_replica_can_stream_is_told_once_and_recorded_once(answer: Any, asked: int, code: str):
+    async with fakes(2) as servers:
+        for fake in servers:
+            fake.answer = answer
+        gateway = behind(*(fake.settings() for fake in servers), exact_prompts=False)
+        async with gateway as url:
+            await until(lambda: all(state["models"] for state in gateway.pool.state()))
+            ((_, body),) = await streams_of(url, 1)
+        assert sum(fake.completions for fake in servers) == asked
+        assert code.encode() in body
+    (span,) = gateway.publisher.spans
+    assert (span.status, span.attributes["error.type"]) == ("error", code)
+    assert span.attributes.get("fulgurite.backend_tries", 1) == asked

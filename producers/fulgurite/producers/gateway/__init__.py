@@ -11,7 +11,7 @@ fg-<rollout_id>/<attempt_id>, it is the same; without any the call is recorded a
 | file | holds |
 |---|---|
 | `app.py` | the contract, the flow of one call, the routes |
-| `streaming.py`, `sse.py` | the flow of a streamed call; server-sent events |
+| `streaming.py`, `stream_run.py`, `sse.py` | the flow of a streamed call; server-sent events |
 | `calls.py`, `keys.py`, `budgets.py` | who asks, what a request may be, how much one may ask |
 | `protocols/` | chat completions, completions, responses, messages: what to ask, how to read it, what to strip |
 | `token_flow.py`, `token_asking.py`, `token_route.py`, `token_stream.py` | chat completions by token ids |

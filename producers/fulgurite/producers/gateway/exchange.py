@@ -7,7 +7,6 @@ often, and which of them is well. Neither knows the other's inside.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
-from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -36,7 +35,8 @@ class Ask:
 
 
 class Exchange(Protocol):
-    """One try that was answered: the status is known, the body is still coming. No other replica is tried any more."""
+    """One try that was answered: the status is known, the body is still coming. Another replica is tried only where its
+    reader says so, see `Answers`."""
 
     @property
     def status(self) -> int: ...
@@ -83,13 +83,33 @@ class Exchange(Protocol):
         """As `version_before`, asked again after the body was read."""
         ...
 
+    def failed(self, why: str) -> None:
+        """Its body was no answer, which only the reader can tell: an error within a stream, a stream without an end."""
+        ...
+
+
+class Answers(Protocol):
+    """The block of `Backends.open`: gives an Exchange, and another one while nothing of it has reached the agent."""
+
+    async def __aenter__(self) -> Exchange: ...
+
+    async def __aexit__(self, *_: object) -> None: ...
+
+    def may_ask_again(self, why: str, *, reported: bool) -> bool:
+        """Gives the Exchange up, whose body broke off, or `reported` that it failed. Whether `again` may be called."""
+        ...
+
+    async def again(self) -> Exchange:
+        """Another try's. Raises ApiError as `open`."""
+        ...
+
 
 class Backends(Protocol):
     """The pool. `open` raises ApiError: 404 for a model nobody serves, 429 where a bound is reached, 502 when backends
     broke their connection over this request again and again, 503 when nobody could answer until the deadline, 504 when
     somebody was still at it."""
 
-    def open(self, ask: Ask) -> AbstractAsyncContextManager[Exchange]: ...
+    def open(self, ask: Ask) -> Answers: ...
 
     async def follows_policy(self, model: str, deadline: float) -> bool:
         """Whether only the policy's own servers are known to serve the model, once all were asked what they serve."""

@@ -15,7 +15,7 @@ from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.exchange import BackendKind
 from fulgurite.producers.gateway.http_connection import Broken, Response
 from fulgurite.producers.gateway.labels import Seen
-from fulgurite.producers.gateway.places import Seat
+from fulgurite.producers.gateway.places import Capacity, Seat
 
 if TYPE_CHECKING:
     from fulgurite.producers.gateway.replica import Replica
@@ -49,6 +49,7 @@ class HttpExchange:
         self._clock = asyncio.get_running_loop().time
         self._ends_at = self._clock() + replica.answer_seconds
         self._says_versions = False
+        self._has_failed = False
         self._before = before
         self.adapter_version = adapter_version
         self.tries = tries
@@ -64,6 +65,10 @@ class HttpExchange:
     @property
     def kind(self) -> BackendKind:
         return self._replica.kind
+
+    @property
+    def capacity(self) -> Capacity:
+        return self._seat.capacity
 
     @property
     def endpoint(self) -> str:
@@ -89,11 +94,11 @@ class HttpExchange:
                     async with asyncio.timeout_at(min(self._clock() + self._silence_seconds, self._ends_at)):
                         chunk = await response.read()
             except Broken as error:
-                self._failed(str(error))
+                self.failed(str(error))
                 raise ApiError(502, "backend_broken", "the backend broke off in the middle of its answer") from None
             except TimeoutError:
                 self._ensure_in_time()
-                self._failed("silence")
+                self.failed("silence")
                 message = f"the backend said nothing for {self._silence_seconds:g} s (gateway.silence_seconds)"
                 raise ApiError(504, "backend_timeout", message) from None
             if not chunk:
@@ -116,6 +121,13 @@ class HttpExchange:
             self._replica.learned(self._route, gives_versions=self._says_versions)
         return None if self._says_versions else await self._replica.label(self._before)
 
+    def failed(self, why: str) -> None:
+        """See `Exchange`. Once is enough."""
+        if not self._has_failed:
+            self._has_failed = True
+            logger.warning("backend %s broke off in the middle of an answer (%s)", self.endpoint, why)
+            self._seat.capacity.breaker.failed(self._clock(), self._seat.era)
+
     def close(self) -> None:
         """Ends it: what the backend has not said yet is not wanted."""
         if not self._is_whole():
@@ -131,7 +143,3 @@ class HttpExchange:
 
     def _is_whole(self) -> bool:
         return self._response.at_eof
-
-    def _failed(self, why: str) -> None:
-        logger.warning("backend %s broke off in the middle of an answer (%s)", self.endpoint, why)
-        self._seat.capacity.breaker.failed(self._clock(), self._seat.era)

@@ -8,12 +8,13 @@ The parts: members.py and routing.py (who serves a model), places.py (who takes 
 (who is left alone), replica.py (HTTP), labels.py (versions).
 
 Asked again, on another backend first, or after a pause: refused and broken connections, 502, 503, 504 (a swap, a
-restart, a full queue), and a 500 of a vLLM: its engine died. That is safe: no byte of an answer has reached the agent,
-so what a dying server sampled is seen by nobody and recorded nowhere. Everything else is the model's answer to this
-request. A request that a backend had when it broke may be what killed it: after MAX_BROKEN_TRIES of those it is given
-up, before it kills the rest, and as soon as every replica said 500. An external provider is paid for what it worked on:
-after its 502 or 504, or a broken connection, it is asked once more. Whoever is given up on so has the last word: its
-error is the agent's.
+restart, a full queue), and a 500 of a vLLM: its engine died. So are streams that break off or report an error before
+the first event has passed on (`Answers.again`): a vLLM sends their head before it has looked at the request. That is
+safe: no byte of an answer has reached the agent, so what a dying server sampled is seen by nobody and recorded nowhere.
+Everything else is the model's answer to this request. A request that a backend had when it broke may be what killed it:
+after MAX_BROKEN_TRIES of those it is given up, before it kills the rest, and as soon as every replica said 500, or that
+it failed. An external provider is paid for what it worked on: after its 502 or 504, or what broke, it is asked once
+more. Whoever is given up on so has the last word: its error is the agent's.
 
 Only the routes in ROUTES can be asked: what changes weights or shows a server's inside is out of reach, whatever an
 agent writes into a path.
@@ -33,7 +34,7 @@ from fulgurite.producers.gateway.http_exchange import HttpExchange
 from fulgurite.producers.gateway.members import Member, Members
 from fulgurite.producers.gateway.metrics import Metrics
 from fulgurite.producers.gateway.places import Capacity, Places, QueueTimeout, Seat
-from fulgurite.producers.gateway.replica import DEAD_STATUS, Away
+from fulgurite.producers.gateway.replica import DEAD_STATUS, Away, most_tries
 from fulgurite.producers.gateway.routing import ROUTES
 from fulgurite.schemas.settings import GatewaySettings
 
@@ -78,15 +79,17 @@ class Pool:
         """
         return Opened(self, ask)
 
-    async def begin(self, ask: Ask) -> HttpExchange:
+    async def begin(self, tries: Opened) -> HttpExchange:
         """What `open` does at the beginning of its block."""
+        ask = tries.ask
         if ask.route.partition("?")[0] not in ROUTES:
             raise ApiError(404, "not_found", f"no backend is asked for {ask.route[:200]}")
-        ask, serving = await self._members.serving(ask)
-        candidates = tuple(member.capacity for member in serving)
-        self._places.admit(candidates)
+        tries.ask, serving = await self._members.serving(ask)
+        tries.candidates = tuple(member.capacity for member in serving)
+        self._places.admit(tries.candidates)
+        tries.began = self._loop.time()
         try:
-            return await self._answered(ask, candidates)
+            return await self.answered(tries)
         except BaseException:
             self._places.dismiss()
             raise
@@ -112,43 +115,47 @@ class Pool:
         """Of each backend, for a report to whoever runs the gateway; agents should not see it."""
         return self._members.state()
 
-    async def _answered(self, ask: Ask, candidates: tuple[Capacity, ...]) -> HttpExchange:
+    def is_away(self, tries: Opened, capacity: Capacity, error: Away, *, dead: bool) -> bool:
+        """Notes a try that gave nothing. Whether the request is given up."""
+        tries.away = str(error)
+        tries.tried.add(capacity)
+        tries.broken += error.most_tries > 0
+        if dead:
+            tries.dead.add(capacity)
+        member = self._members[capacity]
+        member.metrics.failures.inc()
+        self._log_away(member, tries.away)
+        return 0 < error.most_tries <= tries.broken or len(tries.dead) == len(tries.candidates)
+
+    async def answered(self, tries: Opened) -> HttpExchange:
         """Tries until somebody answers. The seat is the exchange's; on an error it has been left."""
-        began = self._loop.time()
-        tried: set[Capacity] = set()
-        dead: set[Capacity] = set()
-        tries = rounds = broken = 0
-        away = ""
+        ask, candidates = tries.ask, tries.candidates
         while True:
-            untried = [capacity for capacity in candidates if capacity not in tried]
-            seat = self._places.take_now(untried, ask.pin) if tries else None
+            untried = [capacity for capacity in candidates if capacity not in tries.tried]
+            seat = self._places.take_now(untried, ask.pin) if tries.count else None
             if seat is None:
-                if tries:
-                    await self._pause(ask, rounds, f"{away}; {tries} tries", began)
-                    rounds += 1
-                    tried.clear()
-                seat = await self._seat(ask, candidates, f"{away}; {tries} tries" if tries else "not well")
-            tries += 1
+                away = f"{tries.away}; {tries.count} tries" if tries.count else "not well"
+                if tries.count:
+                    await self._pause(ask, tries.rounds, away, tries.began)
+                    tries.rounds += 1
+                    tries.tried.clear()
+                seat = await self._seat(ask, candidates, away)
+            tries.count += 1
             member = self._members[seat.capacity]
-            if tries == 1:
-                self.metrics.queue_seconds.observe(self._loop.time() - began)
+            if tries.count == 1:
+                self.metrics.queue_seconds.observe(self._loop.time() - tries.began)
             try:
-                return await self._try(member, ask, seat, tries, away)
+                return await self._try(member, ask, seat, tries.count, tries.away)
             except Away as error:
-                away = str(error)
-                tried.add(seat.capacity)
-                broken += error.most_tries > 0
-                if error.said and error.said.status == DEAD_STATUS:
-                    dead.add(seat.capacity)
-                self._log_away(member, away)
-                given_up = 0 < error.most_tries <= broken or len(dead) == len(candidates)
-                if given_up and error.said:
-                    return error.said
-                if error.said:
-                    error.said.close()
+                said = error.said
+                given_up = self.is_away(tries, seat.capacity, error, dead=bool(said and said.status == DEAD_STATUS))
+                if given_up and said:
+                    return said
+                if said:
+                    said.close()
                 seat.leave()
                 if given_up:
-                    message = f"{broken} tries of this request broke their backend ({away}); it is given up"
+                    message = f"{tries.broken} tries of this request broke their backend ({tries.away}); it is given up"
                     raise ApiError(502, "backend_broken", message) from None
             except BaseException:
                 seat.leave()
@@ -171,7 +178,6 @@ class Pool:
         except Away as error:
             if error.said:
                 member.metrics.answered(error.said.status, self._loop.time() - began)
-            member.metrics.failures.inc()
             self._failed(member, seat)
             raise
         member.metrics.answered(exchange.status, self._loop.time() - began)
@@ -212,20 +218,45 @@ class Pool:
 
 
 class Opened:
-    """The block of `Pool.open`. A class: as a generator it would cost a fifth of what the pool does."""
+    """The block of `Pool.open`, and what came of its tries. A class: as a generator it would cost a fifth of what the
+    pool does. Implements `Answers`."""
 
-    __slots__ = ("_ask", "_exchange", "_pool")
+    __slots__ = (
+        "_exchange", "_pool", "ask", "away", "began", "broken", "candidates", "count", "dead", "rounds", "tried"
+    )  # fmt: skip
 
     def __init__(self, pool: Pool, ask: Ask) -> None:
         self._pool = pool
-        self._ask = ask
+        self.ask = ask
+        self.candidates: tuple[Capacity, ...] = ()
+        self.began = 0.0
+        self.tried: set[Capacity] = set()
+        """Since the last pause."""
+        self.dead: set[Capacity] = set()
+        """Who said itself that it failed."""
+        self.count = self.rounds = self.broken = 0
+        self.away = ""
+        """How the last try ended."""
 
     async def __aenter__(self) -> HttpExchange:
-        self._exchange = await self._pool.begin(self._ask)
+        self._exchange = await self._pool.begin(self)
         return self._exchange
 
     async def __aexit__(self, *_: object) -> None:
         self._pool.end(self._exchange)
+
+    def may_ask_again(self, why: str, *, reported: bool) -> bool:
+        """See `Answers`."""
+        exchange = self._exchange
+        error = Away(why, most_tries=most_tries(exchange.kind))
+        given_up = self._pool.is_away(self, exchange.capacity, error, dead=reported)
+        return not given_up and asyncio.get_running_loop().time() < self.ask.deadline
+
+    async def again(self) -> HttpExchange:
+        """See `Answers`."""
+        self._exchange.close()
+        self._exchange = await self._pool.answered(self)
+        return self._exchange
 
 
 def _unavailable(away: str, seconds: float) -> ApiError:

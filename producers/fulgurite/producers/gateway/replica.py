@@ -48,6 +48,11 @@ NOT_FOUND: Final = 404
 NO_ROUTE: Final = frozenset({404, 405, 501})
 
 
+def most_tries(kind: BackendKind) -> int:
+    """Of one request, where each ends with a backend that had it."""
+    return MAX_BROKEN_TRIES if kind == "vllm" else MAX_PROVIDER_TRIES
+
+
 class Away(Exception):
     """A try that gave no answer of the model."""
 
@@ -152,12 +157,10 @@ class Replica:
         except NotConnected as error:
             raise Away(str(error)) from None
         except Broken as error:
-            most_tries = MAX_BROKEN_TRIES if self.kind == "vllm" else MAX_PROVIDER_TRIES
-            raise Away(str(error), most_tries=most_tries) from None
+            raise Away(str(error), most_tries=most_tries(self.kind)) from None
         exchange = HttpExchange(self, seat, response, route, tries, before, adapter, silence_seconds)
-        most_tries = self._most_tries(response.status)
-        if most_tries:
-            raise Away(f"status {response.status}", most_tries=most_tries, said=exchange)
+        if self._had_it(response.status):
+            raise Away(f"status {response.status}", most_tries=most_tries(self.kind), said=exchange)
         if response.status in AWAY_STATUSES:
             response.close()
             raise Away(f"status {response.status}")
@@ -168,11 +171,9 @@ class Replica:
                 raise Away(f"it lost {model}")
         return exchange
 
-    def _most_tries(self, status: int) -> int:
-        """Of one request that may end with this status from who had it; 0 where that does not bound them."""
-        if self.kind == "vllm":
-            return MAX_BROKEN_TRIES if status == DEAD_STATUS else 0
-        return MAX_PROVIDER_TRIES if status in WORKED_STATUSES else 0
+    def _had_it(self, status: int) -> bool:
+        """Whether who says this may have worked on the request, or died of it: that bounds the tries."""
+        return status == DEAD_STATUS if self.kind == "vllm" else status in WORKED_STATUSES
 
     def _model(self, ask: Ask) -> str:
         """The name it is asked for. Raises Away where that is an adapter, and it has none any more."""

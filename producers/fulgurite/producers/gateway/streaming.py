@@ -5,8 +5,9 @@
 
 Promises: nothing is read of the backend while the agent's connection is full, so a slow agent costs what the sockets
 hold, and one that takes nothing for gateway.silence_seconds counts as gone, also at the end; what is held is bounded. A
-backend that says only comments for that long has broken off. An answer that breaks off has a span of its own, and an
-error event in place of its end; so has one that is cancelled, since the gateway stops (STOP_SECONDS for each).
+backend that says only comments for that long is silent. An answer that breaks off before any event has passed is asked
+for again, of another replica first, and that try is recorded nowhere. One that breaks off later has a span of its own,
+and an error event in place of its end; so has one that is cancelled, since the gateway stops (STOP_SECONDS for each).
 """
 
 from __future__ import annotations
@@ -15,10 +16,9 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import dataclass, field, replace
+from dataclasses import replace
 from typing import Final
 
-import orjson
 from starlette.types import Receive, Send
 
 from fulgurite.producers.gateway import sse
@@ -28,11 +28,10 @@ from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.errors import AgentGone, ApiError, interrupted
 from fulgurite.producers.gateway.exchange import Ask, Backends, Exchange
 from fulgurite.producers.gateway.http import EventStream, Gone, Present
-from fulgurite.producers.gateway.outcome import Served
-from fulgurite.producers.gateway.protocols.base import INVALID, Stream, invalid, unreadable
-from fulgurite.producers.gateway.protocols.choices import DONE
+from fulgurite.producers.gateway.protocols.base import Stream, invalid, unreadable
 from fulgurite.producers.gateway.publishing import STOP_SECONDS, Log
 from fulgurite.producers.gateway.recording import Recorder, Recording
+from fulgurite.producers.gateway.stream_run import BROKEN, Run, is_whole
 from fulgurite.producers.gateway.token_asking import UNSERVED
 from fulgurite.producers.gateway.token_asking import ask_for as ask_for_tokens
 from fulgurite.producers.gateway.token_flow import TokenRoute
@@ -43,8 +42,6 @@ from fulgurite.schemas.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
 
-MAX_HELD_BYTES: Final = 16 * 1024 * 1024
-"""The end of an answer: a last event a choice, the count of tokens; the Responses API repeats the answer in it."""
 REFUSED: Final = frozenset({400, 422})
 """Of a provider that may not know stream_options: it is asked once more without them."""
 TAIL_SECONDS: Final = 0.2
@@ -74,14 +71,14 @@ class Streaming:
     async def answer(self, call: Call, deadline: float, receive: Receive, send: Send) -> None:
         """Steps 2 to 5. Raises ApiError only while nothing was passed on, and AgentGone. Cancelled, it is recorded and
         told as interrupted, and raises CancelledError then."""
-        run = _Run(call, EventStream(send))
+        run = Run(call, EventStream(send))
         try:
             await self._answer(run, deadline, receive)
         except asyncio.CancelledError:
             await in_its_own_task(self._interrupt(run))
             raise
 
-    async def _interrupt(self, run: _Run) -> None:
+    async def _interrupt(self, run: Run) -> None:
         """What is left to do of a call that was cancelled."""
         failure = interrupted()
         with suppress(ApiError, TimeoutError):
@@ -93,7 +90,7 @@ class Streaming:
                 async with asyncio.timeout(STOP_SECONDS):
                     await self._send_last(run, run.call.api.error_event(failure))
 
-    async def _answer(self, run: _Run, deadline: float, receive: Receive) -> None:
+    async def _answer(self, run: Run, deadline: float, receive: Receive) -> None:
         call = run.call
         failure: ApiError | None = None
         try:
@@ -118,7 +115,7 @@ class Streaming:
         else:
             raise failure
 
-    async def _record_and_publish(self, run: _Run, failure: ApiError | None) -> ApiError | None:
+    async def _record_and_publish(self, run: Run, failure: ApiError | None) -> ApiError | None:
         """Steps 3 and 4. What the agent is told in place of its answer's end."""
         if run.served:
             run.served.seconds = run.call.seconds()
@@ -131,7 +128,7 @@ class Streaming:
             failure = error
         return failure
 
-    async def _send_last(self, run: _Run, events: bytes) -> None:
+    async def _send_last(self, run: Run, events: bytes) -> None:
         """Raises AgentGone when the agent does not take it: its place is not held for that."""
         run.last_sent = True
         try:
@@ -140,7 +137,7 @@ class Streaming:
         except TimeoutError:
             raise _stalled() from None
 
-    async def _by_tokens(self, run: _Run, deadline: float) -> Ask | None:
+    async def _by_tokens(self, run: Run, deadline: float) -> Ask | None:
         """What to ask for the answer by token ids; None where it is asked of the chat route."""
         if not await self._tokens.takes(run.call, deadline):
             return None
@@ -155,18 +152,30 @@ class Streaming:
         run.translation = Translation(run.call, prepared)
         return ask_for_tokens(run.call, GENERATE, streamed_request(prepared.request), deadline)
 
-    async def _relayed(self, run: _Run, ask: Ask) -> bool:
+    async def _relayed(self, run: Run, ask: Ask) -> bool:
         """Whether this could be asked; what is left to be asked otherwise has had no effect."""
-        async with self._backends.open(ask) as exchange:
-            if run.translation and exchange.status in UNSERVED:
-                self._tokens.is_unserved(run.call, f"{exchange.endpoint} answers {ask.route} with {exchange.status}")
-                return False
-            if exchange.kind == "openai" and exchange.status in REFUSED and _adds(ask, run.call):
-                return False
-            await self._relay(run, exchange)
-        return True
+        answers = self._backends.open(ask)
+        async with answers as exchange:
+            while True:
+                if run.translation and exchange.status in UNSERVED:
+                    message = f"{exchange.endpoint} answers {ask.route} with {exchange.status}"
+                    self._tokens.is_unserved(run.call, message)
+                    return False
+                if exchange.kind == "openai" and exchange.status in REFUSED and _adds(ask, run.call):
+                    return False
+                try:
+                    await self._relay(run, exchange)
+                    return True
+                except ApiError as error:
+                    if not run.is_of_backend(exchange, error):
+                        raise
+                    exchange.failed(error.code)
+                    if run.out.begun or not answers.may_ask_again(str(error), reported=error.of_backend):
+                        raise
+                run.begin_anew()
+                exchange = await answers.again()
 
-    async def _relay(self, run: _Run, exchange: Exchange) -> None:
+    async def _relay(self, run: Run, exchange: Exchange) -> None:
         """Step 2: until the answer is whole. Raises ApiError for an end of another kind."""
         run.served = served = served_by(exchange)
         if exchange.status != 200:
@@ -182,10 +191,10 @@ class Streaming:
         if unclosed:
             raise unclosed
         if not stream.complete:
-            raise ApiError(502, "backend_broken", "the backend's stream ended before its answer did")
+            raise ApiError(502, BROKEN, "the backend's stream ended before its answer did")
         served.version_after = await exchange.version_after()
 
-    async def _pass_on(self, run: _Run, stream: Stream, exchange: Exchange) -> None:
+    async def _pass_on(self, run: Run, stream: Stream, exchange: Exchange) -> None:
         """All events of the answer. The exchange bounds how long a backend says nothing, and the whole; the timer the
         agent's pauses, and what comes after the end."""
         loop = asyncio.get_running_loop()
@@ -220,16 +229,16 @@ class Streaming:
                 raise
 
     @staticmethod
-    async def _pass_rest(run: _Run, stream: Stream, parser: sse.Parser) -> None:
+    async def _pass_rest(run: Run, stream: Stream, parser: sse.Parser) -> None:
         """A last event without a blank line, where it is a whole one: half of one is of a backend that broke off."""
-        rest = [] if stream.ended else [event for event in parser.end() if _is_whole(event)]
+        rest = [] if stream.ended else [event for event in parser.end() if is_whole(event)]
         passed, failure = run.fold(stream, rest)
         if passed:
             await run.out.send(passed)
         if failure:
             raise failure
 
-    def _recorded(self, run: _Run, failure: ApiError | None) -> tuple[Recording, ApiError | None]:
+    def _recorded(self, run: Run, failure: ApiError | None) -> tuple[Recording, ApiError | None]:
         """(what is recorded, what the agent is told in place of its answer's end)."""
         try:
             return self._record(run, failure), failure
@@ -243,7 +252,7 @@ class Streaming:
         message = f"the backend sent no event for {self._silence_seconds:g} s (gateway.silence_seconds)"
         return ApiError(504, "backend_timeout", message)
 
-    def _record(self, run: _Run, failure: ApiError | None) -> Recording:
+    def _record(self, run: Run, failure: ApiError | None) -> Recording:
         call, served, stream = run.call, run.served, run.stream
         if failure and (served is None or stream is None):
             if served and run.rejected is not None:
@@ -263,64 +272,3 @@ def _adds(ask: Ask, call: Call) -> bool:
 
 def _stalled() -> AgentGone:
     return AgentGone("client_stalled", "the agent stopped taking its answer")
-
-
-@dataclass(slots=True)
-class _Run:
-    """One streamed call while it runs."""
-
-    call: Call
-    out: EventStream
-    served: Served | None = None
-    stream: Stream | None = None
-    translation: Translation | None = None
-    """Where the backend's events are not those of the agent's protocol."""
-    rejected: bytes | None = None
-    """What is no answer, for the dead letter."""
-    held: list[bytes] = field(default_factory=list[bytes])
-    held_bytes: int = 0
-    recorded: bool = False
-    last_sent: bool = False
-
-    def fold(self, stream: Stream, events: list[sse.Event]) -> tuple[bytes, ApiError | None]:
-        """(what passes on, what stops it there)."""
-        passed: list[bytes] = []
-        for event in events:
-            try:
-                now, later = stream.feed(self.translation(event) if self.translation else event)
-                self.held_bytes += len(later)
-                if self.held_bytes > MAX_HELD_BYTES:
-                    raise invalid(f"has more than {MAX_HELD_BYTES} bytes after its end")
-            except ApiError as error:
-                if error.code == INVALID:
-                    self.rejected = event.raw
-                return b"".join(passed), error
-            except Exception as error:
-                self.rejected = event.raw
-                return b"".join(passed), unreadable(error)
-            if now:
-                passed.append(now)
-            if later:
-                self.held.append(later)
-        if stream.speaks and self.served and self.served.first_chunk_seconds is None:
-            self.served.first_chunk_seconds = self.call.seconds()
-        return b"".join(passed), None
-
-    def close(self, stream: Stream) -> ApiError | None:
-        """No more events come. What is wrong with what came."""
-        try:
-            stream.close()
-        except Exception as error:
-            self.rejected = b"".join(self.held)
-            return unreadable(error)
-        return None
-
-
-def _is_whole(event: sse.Event) -> bool:
-    if event.data == DONE:
-        return True
-    try:
-        orjson.loads(event.data)
-    except orjson.JSONDecodeError:
-        return False
-    return True
