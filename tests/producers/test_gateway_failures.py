@@ -18,7 +18,7 @@ from fulgurite.producers.gateway.pool import Pool
 from fulgurite.producers.gateway.replica import MAX_BROKEN_TRIES, MAX_PROVIDER_TRIES
 from fulgurite.schemas.settings import BackendSettings, GatewaySettings
 from tests.producers.fake_answers import Sampled, chat_events
-from tests.producers.fake_backend import FakeBackend, breaks_at_once, with_status
+from tests.producers.fake_backend import FakeBackend, breaks_at_once, never, with_status
 from tests.producers.fake_policy_server import until
 from tests.producers.gateway_support import MESSAGES, FakePublisher, ask, serving, well
 from tests.producers.test_gateway_pool import ask as ask_pool
@@ -470,3 +470,59 @@ async def test_what_no_replica_can_stream_is_told_once_and_recorded_once(answer:
     (span,) = gateway.publisher.spans
     assert (span.status, span.attributes["error.type"]) == ("error", code)
     assert span.attributes.get("fulgurite.backend_tries", 1) == asked
+
+
+@pytest.mark.parametrize("how", [dying(EVENT % (b"a", b"null"), breaks=True), dying(reported(500), breaks=False)])
+async def test_streams_that_break_are_failures_in_a_row_although_their_heads_came(how: Any):
+    async with fakes(2) as (bad, good):
+        bad.answer, good.answer = how, well_streamed
+        bounds: dict[str, Any] = {"breaker_failures": 3, "breaker_seconds": 30.0, "max_breaker_seconds": 30.0}
+        gateway = behind(*(fake.settings() for fake in (bad, good)), exact_prompts=False, **bounds)
+        async with gateway as url:
+            await until(lambda: all(state["models"] for state in gateway.pool.state()))
+            await streams_of(url, 16)
+            assert [state["breaker"] for state in gateway.pool.state()] == ["open", "closed"]
+        assert bad.completions == 3
+
+
+async def test_an_answer_that_comes_whole_may_take_longer_than_a_first_byte():
+    async def long(request: web.Request) -> web.StreamResponse:
+        await asyncio.sleep(0.8)
+        return web.json_response(ANSWER)
+
+    async with fakes(2) as servers:
+        bounds: dict[str, Any] = {"backend_seconds": 0.2, "breaker_failures": 1, "breaker_seconds": 30.0}
+        bounds["max_breaker_seconds"] = 30.0
+        policy, provider = servers[0].settings(), servers[1].settings(kind="openai", models=["other"])
+        gateway = behind(policy, provider, exact_prompts=False, **bounds)
+        bounded = behind(policy, provider, exact_prompts=False, answer_seconds=0.4, **bounds)
+        async with gateway as url, bounded as bounded_url, aiohttp.ClientSession() as session:
+
+            async def told(url: str, model: str, **headers: str) -> tuple[int, str]:
+                path = f"{url}/v1/chat/completions"
+                async with session.post(path, json=CALL | {"model": model}, headers=headers) as response:
+                    return response.status, (await response.json()).get("error", {}).get("code", "")
+
+            for fake in servers:
+                fake.answer = long
+            timeout = (504, "backend_timeout")
+            impatient = {"x-request-timeout": "0.15"}
+            asked = [told(url, "other"), told(url, "other", **impatient), told(bounded_url, "policy")]
+            assert await asyncio.gather(*asked) == [(200, ""), timeout, timeout]
+            assert [state["breaker"] for state in gateway.pool.state()] == ["closed", "closed"]
+            assert [state["breaker"] for state in bounded.pool.state()] == ["closed", "closed"], "it is well"
+            assert await told(bounded_url, "other") == timeout
+            assert [state["breaker"] for state in bounded.pool.state()] == ["closed", "open"], "nobody says that it is"
+
+
+async def test_who_is_not_well_is_not_waited_for_longer_than_for_a_first_byte():
+    async def falls_ill(request: web.Request) -> web.StreamResponse:
+        fake.health_status = 503
+        return await never(request)
+
+    async with FakeBackend(answer=falls_ill) as fake:
+        gateway = behind(fake.settings(), exact_prompts=False, backend_seconds=0.5, health_seconds=0.05)
+        async with gateway as url, asyncio.timeout(4):
+            with pytest.raises(openai.InternalServerError) as caught:
+                await ask(url)
+    assert caught.value.status_code == 504

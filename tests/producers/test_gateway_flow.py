@@ -165,7 +165,7 @@ async def test_a_backend_that_takes_too_long_is_a_504():
     publisher = FakePublisher()
     async with (
         FakePolicyServer(delay_seconds=2) as backend,
-        gateway(publisher, backend.url, backend_seconds=0.3) as url,
+        gateway(publisher, backend.url, backend_seconds=0.3, answer_seconds=0.3) as url,
     ):
         with pytest.raises(openai.InternalServerError) as failure:
             await ask(url)

@@ -81,6 +81,21 @@ def test_a_breaker_opens_after_failures_in_a_row_and_doubles_its_pause():
     assert breaker.state(0) == "closed"
 
 
+def test_a_breaker_lets_others_in_when_an_answer_has_begun_and_opens_when_it_breaks():
+    breaker = Breaker(2, 1.0, 8.0)
+    assert not breaker.works(), "nothing is closed by it that was not open"
+    for now in (0.0, 0.0):
+        breaker.failed(now, breaker.entered(now))
+    probe = breaker.entered(1.0)
+    assert breaker.works()
+    assert breaker.state(1.0) == "closed"
+    assert breaker.failed(1.5, probe), "one failure, not two"
+    assert breaker.state(2.0) == "open"
+    breaker.works()
+    breaker.succeeded()
+    assert not breaker.failed(9.0, breaker.entered(9.0)), "after a whole answer they count from none"
+
+
 @given(st.lists(st.tuples(st.sampled_from(["ask", "good", "bad"]), st.floats(0, 3)), max_size=60))
 def test_a_breaker_always_lets_somebody_through_in_the_end(history: list[tuple[str, float]]):
     breaker = Breaker(2, 0.5, 4.0)

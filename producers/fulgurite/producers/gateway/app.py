@@ -7,8 +7,9 @@
 The contract, and what a crash of this process after each step leaves:
 1. Check ids, key, bounds, size and body. Refused requests are answered at once and are no calls. Crash: nothing
    happened.
-2. Ask a backend, again or another while nobody answers, for at most gateway.backend_seconds until the first byte; a
-   chat completion by token ids where a backend takes them (`token_flow.py`).
+2. Ask a backend, again or another while nobody answers, for at most gateway.backend_seconds until the first byte; who
+   was asked by then, and is well, has gateway.answer_seconds for an answer that comes whole. A chat completion by token
+   ids where a backend takes them (`token_flow.py`).
    Crash: tokens nobody saw and nobody recorded; the agent sees a broken connection and may ask again.
 3. Make the span: exactly what the backend says it sampled. Failed calls make one too. Crash: as 2.
 4. Publish it and wait for the broker's acknowledgement, at most gateway.publish_seconds, then 503. Crash, or 503: the
@@ -155,22 +156,23 @@ class Gateway:
             with self._admitted(), self._keys.held(caller.key) as holder:
                 self._metrics.asked_with(holder)
                 self._budgets.check(caller.rollout_id)
-                deadline = self._deadline(headers)
+                deadline = self._deadline(headers, self._settings.backend_seconds)
+                whole_deadline = self._deadline(headers, self._settings.answer_seconds)
                 body = await read_body(receive, headers, self._settings.max_body_bytes, deadline)
                 call = parse_call(api, caller, headers, body, self._sequences)  # 1
                 if call.streamed:
                     await self._streaming.answer(call, deadline, receive, send)
                     return
-                answer = await self._complete(call, deadline, receive)
+                answer = await self._complete(call, deadline, whole_deadline, receive)
         except ApiError as error:
             if not error.of_backend and not isinstance(error, AgentGone):
                 self._metrics.refused(error.code)
             raise
         await respond(send, 200, answer)  # 5
 
-    def _deadline(self, headers: dict[str, str]) -> float:
-        """Until then the first byte of an answer may be waited for, from now: a slow body takes of its own time."""
-        return asyncio.get_running_loop().time() + allowed_seconds(headers, self._settings.backend_seconds)
+    def _deadline(self, headers: dict[str, str], seconds: float) -> float:
+        """So many seconds from now, or as many as the agent waits: a slow body takes of its own time."""
+        return asyncio.get_running_loop().time() + allowed_seconds(headers, seconds)
 
     @contextmanager
     def _admitted(self) -> Generator[None]:
@@ -187,7 +189,7 @@ class Gateway:
         self._budgets.spent(call.rollout_id, tokens)
         self._metrics.spent_tokens.inc(tokens)
 
-    async def _complete(self, call: Call, deadline: float, receive: Receive) -> bytes:
+    async def _complete(self, call: Call, deadline: float, whole_deadline: float, receive: Receive) -> bytes:
         """Steps 2 to 4. The body for the agent; raises ApiError for every other outcome, which is recorded as well."""
         asked = Asked()
         sampled: Sampled | None = None
@@ -196,9 +198,9 @@ class Gateway:
         try:
             async with Present(receive):  # 2
                 if await self._tokens.takes(call, deadline):
-                    sampled = await self._tokens.sample(call, deadline, asked)
+                    sampled = await self._tokens.sample(call, deadline, whole_deadline, asked)
                 if sampled is None:
-                    answer = await self._ask(call, deadline, asked)
+                    answer = await self._ask(call, ask_for(call, deadline, whole_deadline), asked)
         except ApiError as error:
             failure = error
         except Gone:
@@ -243,8 +245,8 @@ class Gateway:
             async with asyncio.timeout(STOP_SECONDS):
                 await self._log.publish(call, recording)
 
-    async def _ask(self, call: Call, deadline: float, asked: Asked) -> bytes:
-        async with self._backends.open(ask_for(call, deadline)) as exchange:
+    async def _ask(self, call: Call, ask: Ask, asked: Asked) -> bytes:
+        async with self._backends.open(ask) as exchange:
             asked.served = served = served_by(exchange)
             answer = await read_all(exchange)
             if exchange.status != 200:
@@ -256,7 +258,7 @@ class Gateway:
         headers = headers_of(scope)
         caller = identify(ids, headers)
         with self._admitted(), self._keys.held(caller.key):
-            deadline = self._deadline(headers)
+            deadline = self._deadline(headers, self._settings.backend_seconds)
             body = await read_body(receive, headers, self._settings.max_body_bytes, deadline)
             ask = Ask(
                 model=model_of(body),

@@ -19,7 +19,7 @@ class Asked:
     """Of a call by token ids: what was sampled. It cost what it cost, even if it cannot be put into words."""
 
 
-def ask_for(call: Call, deadline: float) -> Ask:
+def ask_for(call: Call, deadline: float, whole_deadline: float = 0.0) -> Ask:
     return Ask(
         model=call.model,
         route=call.api.route,
@@ -27,6 +27,7 @@ def ask_for(call: Call, deadline: float) -> Ask:
         authorization=call.caller.authorization,
         pin=call.rollout_id,
         deadline=deadline,
+        whole_deadline=whole_deadline,
     )
 
 

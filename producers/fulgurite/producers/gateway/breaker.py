@@ -1,12 +1,14 @@
 """A circuit breaker: a backend that fails again and again is left alone for a while, then asked once to see.
 
-    closed ── failures in a row ──► open ── the pause is over ──► half-open ── an answer ──► closed
+    closed ── failures in a row ──► open ── the pause is over ──► half-open ── a whole answer ──► closed
                                      ▲                                │
                                      └── the probe failed: twice the pause, up to a bound ─┘
 
 Half-open lets one request through a pause: a probe that neither succeeds nor fails (a long generation, an agent that
 hung up) keeps nobody waiting for longer than that, and none can be lost. Failures of requests that began before it
 opened count for nothing, they are old news; an answer to one of them closes it, since a server that answers is there.
+Failures are in a row as long as no answer came to its end between them: one that has only begun may yet break. It lets
+the others in again, but the next failure opens it anew.
 
 Pure: the time is passed in, of any clock that never goes back.
 """
@@ -55,6 +57,14 @@ class Breaker:
         self._failures = 0
         self._next_at = None
         self._pause_seconds = self._first_seconds
+        return closed
+
+    def works(self) -> bool:
+        """A request is being answered. Whether that closed it, until the next failure."""
+        closed = self._next_at is not None
+        if closed:
+            self._failures = self._bound - 1
+            self._next_at = None
         return closed
 
     def failed(self, now: float, era: int) -> bool:

@@ -30,6 +30,9 @@ class Ask:
     """What stays on one replica while that is well, for its prefix cache: the rollout_id, else empty."""
     deadline: float
     """Of the event loop's clock: until then a first byte may be waited for, over all tries."""
+    whole_deadline: float = 0.0
+    """The same for an answer that comes whole, its first byte with its last: until then it is waited for of who works
+    on it, and is well. What is not later than `deadline` says nothing."""
     newest_adapter: bool = False
     """Whether the model is a resource that is served as adapters: each replica means its newest. The pool says so."""
 
@@ -81,6 +84,14 @@ class Exchange(Protocol):
 
     async def version_after(self) -> str | None:
         """As `version_before`, asked again after the body was read."""
+        ...
+
+    def works(self) -> None:
+        """Some of its answer has passed on."""
+        ...
+
+    def succeeded(self) -> None:
+        """All of the answer came, though its body may go on. Of a body that was read to its end nobody needs to say."""
         ...
 
     def failed(self, why: str) -> None:

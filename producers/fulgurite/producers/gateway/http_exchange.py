@@ -98,7 +98,8 @@ class HttpExchange:
                 raise ApiError(502, "backend_broken", "the backend broke off in the middle of its answer") from None
             except TimeoutError:
                 self._ensure_in_time()
-                self.failed("silence")
+                if not self._replica.looks_well:
+                    self.failed("silence")
                 message = f"the backend said nothing for {self._silence_seconds:g} s (gateway.silence_seconds)"
                 raise ApiError(504, "backend_timeout", message) from None
             if not chunk:
@@ -121,16 +122,26 @@ class HttpExchange:
             self._replica.learned(self._route, gives_versions=self._says_versions)
         return None if self._says_versions else await self._replica.label(self._before)
 
+    def works(self) -> None:
+        """See `Exchange`."""
+        self._seat.works()
+
+    def succeeded(self) -> None:
+        """See `Exchange`."""
+        self._seat.succeeded()
+
     def failed(self, why: str) -> None:
-        """See `Exchange`. Once is enough."""
+        """See `Exchange`."""
         if not self._has_failed:
             self._has_failed = True
             logger.warning("backend %s broke off in the middle of an answer (%s)", self.endpoint, why)
-            self._seat.capacity.breaker.failed(self._clock(), self._seat.era)
+            self._seat.failed(self._clock())
 
     def close(self) -> None:
         """Ends it: what the backend has not said yet is not wanted."""
-        if not self._is_whole():
+        if self._is_whole():
+            self._seat.succeeded()
+        else:
             self._response.close()
         self._seat.leave()
 

@@ -51,13 +51,31 @@ class Capacity:
 class Seat:
     """A request's place at a backend."""
 
-    __slots__ = ("_places", "capacity", "era")
+    __slots__ = ("_failed", "_places", "capacity", "era")
 
     def __init__(self, places: Places, capacity: Capacity, era: int) -> None:
         self._places: Places | None = places
+        self._failed = False
         self.capacity = capacity
         self.era = era
         """Of the backend's breaker, when the request began."""
+
+    def works(self) -> None:
+        """The request is being answered."""
+        if self.capacity.breaker.works() and self._places:
+            self._places.changed()
+
+    def succeeded(self) -> None:
+        """All of the answer came. Of no effect after a failure."""
+        if not self._failed and self.capacity.breaker.succeeded() and self._places:
+            self._places.changed()
+
+    def failed(self, now: float) -> None:
+        """The backend gave no answer, or not all of one; counted once."""
+        if not self._failed:
+            self._failed = True
+            if self.capacity.breaker.failed(now, self.era) and self._places:
+                self._places.changed()  # sets the alarm for the next probe
 
     def leave(self) -> None:
         """Frees the place; a second time does nothing."""

@@ -42,6 +42,8 @@ logger = logging.getLogger(__name__)
 
 BACKOFF_SECONDS: Final = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
 """After every backend was tried: a swap takes tens of milliseconds, a restart seconds."""
+LOOK_SECONDS: Final = 0.5
+"""How often it is looked whether a backend is well that takes longer than a first byte may."""
 LOG_EVERY_SECONDS: Final = 5.0
 
 
@@ -127,6 +129,10 @@ class Pool:
         self._log_away(member, tries.away)
         return 0 < error.most_tries <= tries.broken or len(tries.dead) == len(tries.candidates)
 
+    def is_late(self, tries: Opened) -> bool:
+        """Whether nothing is asked any more."""
+        return self._loop.time() >= tries.ask.deadline
+
     async def answered(self, tries: Opened) -> HttpExchange:
         """Tries until somebody answers. The seat is the exchange's; on an error it has been left."""
         ask, candidates = tries.ask, tries.candidates
@@ -165,24 +171,22 @@ class Pool:
         """One try, after others that ended with `away`. Raises Away, and ApiError(504) at the deadline."""
         began = self._loop.time()
         try:
-            async with asyncio.timeout_at(ask.deadline):
+            async with _Patience(member, ask, self._loop):
                 exchange = await member.ask(ask, seat, tries, self._settings.silence_seconds)
         except TimeoutError:
             member.metrics.failures.inc()
             took = self._loop.time() - began
-            # An agent that waits for less than the gateway would proves nothing.
-            if took >= self._settings.backend_seconds / 2:
-                self._failed(member, seat)
+            # An agent that waits for less than the gateway would proves nothing, and what is well may take long.
+            if took >= self._settings.backend_seconds / 2 and not member.looks_well:
+                seat.failed(self._loop.time())
             before = f" (try {tries}; the one before: {away})" if away else ""
             raise ApiError(504, "backend_timeout", f"the backend did not answer within {took:.3g} s{before}") from None
         except Away as error:
             if error.said:
                 member.metrics.answered(error.said.status, self._loop.time() - began)
-            self._failed(member, seat)
+            seat.failed(self._loop.time())
             raise
         member.metrics.answered(exchange.status, self._loop.time() - began)
-        if seat.capacity.breaker.succeeded():
-            self._places.changed()
         return exchange
 
     async def _seat(self, ask: Ask, candidates: tuple[Capacity, ...], away: str) -> Seat:
@@ -206,15 +210,43 @@ class Pool:
             raise _unavailable(away, now - began)
         await asyncio.sleep(seconds)
 
-    def _failed(self, member: Member, seat: Seat) -> None:
-        if member.capacity.breaker.failed(self._loop.time(), seat.era):
-            self._places.changed()  # sets the alarm for the next probe
-
     def _log_away(self, member: Member, away: str) -> None:
         now = self._loop.time()
         if now - self._logged_at.get(member.url, float("-inf")) >= LOG_EVERY_SECONDS:
             self._logged_at[member.url] = now
             logger.warning("backend %s is away (%s); requests go elsewhere or wait and try again", member.url, away)
+
+
+class _Patience:
+    """The block of one try: ends it with TimeoutError at the ask's deadline, or, where the answer comes whole, as soon
+    after it as the backend is not well, at the latest at the deadline for whole answers."""
+
+    __slots__ = ("_ask", "_loop", "_member", "_timer", "_watch")
+
+    def __init__(self, member: Member, ask: Ask, loop: asyncio.AbstractEventLoop) -> None:
+        self._member = member
+        self._ask = ask
+        self._loop = loop
+        self._timer = asyncio.timeout_at(max(ask.deadline, ask.whole_deadline))
+        self._watch: asyncio.TimerHandle | None = None
+
+    async def __aenter__(self) -> None:
+        await self._timer.__aenter__()
+        if self._ask.whole_deadline > self._ask.deadline:
+            self._watch = self._loop.call_at(self._ask.deadline, self._look)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> bool | None:
+        if self._watch:
+            self._watch.cancel()
+        return await self._timer.__aexit__(kind, error, trace)
+
+    def _look(self) -> None:
+        if self._member.well:
+            self._watch = self._loop.call_later(LOOK_SECONDS, self._look)
+        else:
+            self._timer.reschedule(self._loop.time())
 
 
 class Opened:
@@ -250,7 +282,7 @@ class Opened:
         exchange = self._exchange
         error = Away(why, most_tries=most_tries(exchange.kind))
         given_up = self._pool.is_away(self, exchange.capacity, error, dead=reported)
-        return not given_up and asyncio.get_running_loop().time() < self.ask.deadline
+        return not given_up and not self._pool.is_late(self)
 
     async def again(self) -> HttpExchange:
         """See `Answers`."""

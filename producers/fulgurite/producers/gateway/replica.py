@@ -109,6 +109,11 @@ class Replica:
     def well(self) -> bool:
         return self.capacity.well
 
+    @property
+    def looks_well(self) -> bool:
+        """Whether health checks say so, which know more than a request that takes long. A provider has none."""
+        return self.kind == "vllm" and self.capacity.well
+
     def newest_adapter(self, resource: str) -> int | None:
         return self._newest_adapter if self.kind == "vllm" and resource == self.settings.resource else None
 

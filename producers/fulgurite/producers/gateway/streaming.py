@@ -165,6 +165,7 @@ class Streaming:
                     return False
                 try:
                     await self._relay(run, exchange)
+                    exchange.succeeded()
                     return True
                 except ApiError as error:
                     if not run.is_of_backend(exchange, error):
@@ -208,6 +209,8 @@ class Streaming:
                     passed, failure = run.fold(stream, events)
                     if passed:
                         timer.reschedule(loop.time() + self._silence_seconds)
+                        if not run.out.begun:
+                            exchange.works()
                         await run.out.send(passed)
                         timer.reschedule(tail_ends_at)
                     if failure:

@@ -44,10 +44,17 @@ class TokenAsker:
         self.backends = backends
 
     async def ask(
-        self, call: Call, route: str, body: Mapping[str, Any], deadline: float, asked: Asked | None = None
+        self,
+        call: Call,
+        route: str,
+        body: Mapping[str, Any],
+        deadline: float,
+        asked: Asked | None = None,
+        *,
+        whole_deadline: float = 0.0,
     ) -> Json | None:
         """The answer; None for a 400, which the chat route will explain. Raises Unserved, and ApiError for others."""
-        async with self.backends.open(ask_for(call, route, body, deadline)) as exchange:
+        async with self.backends.open(ask_for(call, route, body, deadline, whole_deadline)) as exchange:
             if asked:
                 asked.served = served_by(exchange)
             answer = await read_all(exchange)
@@ -72,7 +79,7 @@ class TokenAsker:
             raise unserved(call, exchange, route)
 
 
-def ask_for(call: Call, route: str, body: Mapping[str, Any], deadline: float) -> Ask:
+def ask_for(call: Call, route: str, body: Mapping[str, Any], deadline: float, whole_deadline: float = 0.0) -> Ask:
     data = to_bytes(body)
     return Ask(
         model=call.model,
@@ -81,6 +88,7 @@ def ask_for(call: Call, route: str, body: Mapping[str, Any], deadline: float) ->
         authorization=call.caller.authorization,
         pin=call.rollout_id,
         deadline=deadline,
+        whole_deadline=whole_deadline,
     )
 
 

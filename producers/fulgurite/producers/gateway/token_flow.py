@@ -51,6 +51,8 @@ logger = logging.getLogger(__name__)
 
 UNSERVED_SECONDS: Final = 60.0
 """A model whose servers do not have the routes is asked again after this: they may have been replaced."""
+AFTERWARDS_SECONDS: Final = 30.0
+"""Longest that what an answer needs beside its tokens is waited for, where the time for a first byte is over."""
 MAX_MODELS: Final = 1_000
 """Whose state is remembered; then all of it is forgotten."""
 
@@ -90,10 +92,10 @@ class TokenRoute:
             return False
         return await self._backends.follows_policy(call.model, deadline)
 
-    async def sample(self, call: Call, deadline: float, asked: Asked) -> Sampled | None:
+    async def sample(self, call: Call, deadline: float, whole_deadline: float, asked: Asked) -> Sampled | None:
         """The answer; None where the chat route is to be asked. Raises ApiError; who was asked stands in `asked`."""
         try:
-            return await self._sample(call, deadline, asked)
+            return await self._sample(call, deadline, whole_deadline, asked)
         except Unserved as error:
             self.is_unserved(call, str(error))
             return None
@@ -136,7 +138,7 @@ class TokenRoute:
         """The same of a stream that came to its end. Raises nothing: the agent has its answer."""
         try:
             answers = {at: end | {"token_ids": outcome.choices[at].token_ids} for at, end in translation.ends.items()}
-            await self._ends.learn(call, list(answers.values()), deadline)
+            await self._ends.learn(call, list(answers.values()), _after(deadline))
             for at, end in answers.items():
                 message = outcome.choices[at].output
                 self._remember(call, translation.prepared, message, end["token_ids"] or [], end)
@@ -169,16 +171,18 @@ class TokenRoute:
         prompt = await self._prompt(call, rendered["token_ids"], deadline)
         return Prepared(rendered, prompt, generate_request(call.body, rendered, prompt))
 
-    async def _sample(self, call: Call, deadline: float, asked: Asked) -> Sampled | None:
+    async def _sample(self, call: Call, deadline: float, whole_deadline: float, asked: Asked) -> Sampled | None:
         prepared = await self._prepare(call, deadline, asked)
         if prepared is None:
             return None
-        generated = await self._asker.ask(call, GENERATE, prepared.request, deadline, asked)
+        generated = await self._asker.ask(
+            call, GENERATE, prepared.request, deadline, asked, whole_deadline=whole_deadline
+        )
         if generated is None:
             return None
         if asked.served:
             asked.served.grammar = is_held_to_grammar(prepared.rendered)
-        derendered = await self._put_into_words(call, prepared, generated, deadline)
+        derendered = await self._put_into_words(call, prepared, generated, _after(deadline))
         ends = self._ends.known(call.model)
         response = chat_completion(call.body, prepared.rendered, prepared.prompt, generated, derendered, ends)
         return Sampled(response, prepared, generated["choices"])
@@ -241,6 +245,11 @@ class TokenRoute:
         if len(self._probed) >= MAX_MODELS:
             self._probed.clear()
         self._probed.add(_kind(call))
+
+
+def _after(deadline: float) -> float:
+    """For what is asked once an answer is there: it may have taken longer than a first byte may."""
+    return max(deadline, asyncio.get_running_loop().time() + AFTERWARDS_SECONDS)
 
 
 def _has_answer(messages: Sequence[Any]) -> bool:
