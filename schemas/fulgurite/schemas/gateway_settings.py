@@ -165,9 +165,8 @@ class GatewaySettings(Section):
     """Longest that a request waits for room at a busy backend; then 503. One that is away is waited for longer."""
     backend_seconds: Seconds = 120.0
     """Longest that a call waits for the first byte of its answer: its own body, queue, retries and a weight swap
-    included. An answer that comes whole, which is at its first byte when it is at its end, may take answer_seconds where
-    a backend that is well works on it by then. An agent may ask for less by the header x-request-timeout; OpenAI's
-    clients say theirs."""
+    included. An answer that comes whole, its first byte with its end, may take answer_seconds where a backend that is
+    well works on it by then. An agent may ask for less by the header x-request-timeout; OpenAI's clients say theirs."""
     silence_seconds: Seconds = 120.0
     """Longest pause within an answer, a weight swap included; comments within a stream do not end one."""
     answer_seconds: Seconds = 3_600.0

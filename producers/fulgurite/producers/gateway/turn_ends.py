@@ -3,21 +3,30 @@
 What closes an answer is found in two ways: by answers that the template writes (`closing`; of text before the first
 answer, so that one that is cut off can be continued), and by answers that ended by themselves (`learn`). A form of
 answers (text, tool calls, reasoning) can be continued only where the template closes it once, at its very end, with a
-token that no text is tokenised to. What fails is tried again a few times.
+token that no text is tokenised to.
 
-Bounded: models by number, then all are forgotten; forms by number, then the others cannot be continued.
+A form is asked about once, for all calls that want to know, in time of its own: an agent that hangs up, or waits for
+less, ends nothing and proves nothing. What a server fails at is tried again a few times, then after a while; that it is
+away or too slow does not count. Who sends other template arguments with each call finds out about few of them, and
+takes nothing of others.
+
+Bounded: models by number, then all are forgotten; forms by number, the one not asked for longest goes first.
 """
 
 from __future__ import annotations
 
+import asyncio
 import re
+from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from hashlib import blake2b
 from typing import Final
 
 import orjson
 
 from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.continuation import Form
+from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.protocols.base import Json
 from fulgurite.producers.gateway.token_asking import TokenAsker
 from fulgurite.producers.gateway.token_route import DETOKENIZE, RENDER, after_answer, ends_turn
@@ -29,7 +38,17 @@ MAX_FORMS: Final = 10_000
 MAX_CALLS: Final = 16
 """Tool calls of an answer that can be continued."""
 MAX_TRIES: Final = 5
-"""To find out how a form is closed, before the server is taken at its word."""
+"""To find out how a form is closed, before the server is left alone with it."""
+TRIES_SECONDS: Final = 60.0
+"""For so long, since the last of them."""
+PROBE_SECONDS: Final = 60.0
+"""Longest that finding out may take."""
+UNSURE: Final = frozenset({408, 429, 503, 504})
+"""Of an ApiError that says nothing of the form: nobody was there, or too much was going on."""
+MAX_VARIANTS: Final = 64
+"""Of a model, as its calls bring template arguments that were not known: asked about in VARIANTS_SECONDS."""
+MAX_VARIANTS_OF_ROLLOUT: Final = 8
+VARIANTS_SECONDS: Final = 60.0
 TEXT: Final[Form] = (True, 0, False)
 _SPECIAL: Final = re.compile(r"(<\S+>|\[\S+\])")
 _OF_TEMPLATE: Final = ("chat_template", "chat_template_kwargs")
@@ -37,30 +56,95 @@ _OF_TEMPLATE: Final = ("chat_template", "chat_template_kwargs")
 _Key = tuple[str, Form, bytes]
 
 
+class _NotNow(Exception):
+    """It is not known, and this call does not find out."""
+
+
 class TurnEnds:
     def __init__(self, asker: TokenAsker) -> None:
         self._asker = asker
         self._texts: dict[str, dict[int, str]] = {}
-        self._closings: dict[_Key, int | None] = {}
-        self._tries: dict[_Key, int] = {}
+        self._closings: OrderedDict[_Key, int | None] = OrderedDict()
+        self._failures: OrderedDict[_Key, tuple[int, float]] = OrderedDict()
+        """In a row, and when the last was."""
+        self._probes: dict[_Key, asyncio.Task[int | None]] = {}
+        self._variants: Counter[tuple[str, str]] = Counter()
+        """Asked about since `_variants_since`, by model and rollout, and by model."""
+        self._variants_since = float("-inf")
 
     def known(self, model: str) -> dict[int, str]:
         """Of a model, as far as it was asked: token -> text."""
         return self._texts.get(model, {})
 
     async def closing(self, call: Call, form: Form, deadline: float) -> int | None:
-        """With which token alone the template closes answers of this form, None where that is not known. Raises
-        Unserved; ApiError, and then asks again the next time, MAX_TRIES times in all."""
-        of_template = {name: call.body[name] for name in _OF_TEMPLATE if call.body.get(name)}
-        key = call.model, form, orjson.dumps(of_template)
-        if key in self._closings:
-            return self._closings[key]
-        if self._tries.get(key, 0) >= MAX_TRIES or form[1] > MAX_CALLS or len(self._tries) >= MAX_FORMS:
+        """With which token alone the template closes answers of this form, None where that is not known, or not within
+        half of the time that is left. Raises Unserved; ApiError, and then asks again the next time, MAX_TRIES times."""
+        now = asyncio.get_running_loop().time()
+        try:
+            return await self._found(call, form, now + max(deadline - now, 0.0) / 2)
+        except _NotNow:
             return None
-        self._tries[key] = self._tries.get(key, 0) + 1
-        found = await self._closing(call, form, of_template, deadline)
+
+    async def _found(self, call: Call, form: Form, deadline: float) -> int | None:
+        """The same. Raises _NotNow where it is not found out."""
+        of_template = {name: call.body[name] for name in _OF_TEMPLATE if call.body.get(name)}
+        variant = blake2b(orjson.dumps(of_template), digest_size=16).digest() if of_template else b""
+        key = call.model, form, variant
+        if key in self._closings:
+            self._closings.move_to_end(key)
+            return self._closings[key]
+        loop = asyncio.get_running_loop()
+        probe = self._probes.get(key)
+        if probe is None:
+            if form[1] > MAX_CALLS or not self._may_try(key, loop.time()):
+                raise _NotNow
+            if variant and not self._may_vary(call, loop.time()):
+                raise _NotNow
+            probe = self._probes[key] = loop.create_task(self._probe(key, call, of_template))
+            probe.add_done_callback(_looked_at)
+        # Not ended with who waits for it: others do, or will ask next.
+        await asyncio.wait({probe}, timeout=deadline - loop.time())
+        if not probe.done():
+            raise _NotNow
+        return probe.result()
+
+    async def _probe(self, key: _Key, call: Call, of_template: Json) -> int | None:
+        loop = asyncio.get_running_loop()
+        try:
+            found = await self._closing(call, key[1], of_template, loop.time() + PROBE_SECONDS)
+        except ApiError as error:
+            if error.status not in UNSURE:
+                failures, _ = self._failures.pop(key, (0, 0.0))
+                self._failures[key] = failures + 1, loop.time()
+                if len(self._failures) > MAX_FORMS:
+                    self._failures.popitem(last=False)
+            raise
+        finally:
+            del self._probes[key]
+        self._failures.pop(key, None)
         self._closings[key] = found
+        if len(self._closings) > MAX_FORMS:
+            self._closings.popitem(last=False)
         return found
+
+    def _may_try(self, key: _Key, now: float) -> bool:
+        failures, last_at = self._failures.get(key, (0, now))
+        if now - last_at >= TRIES_SECONDS:
+            del self._failures[key]
+            return True
+        return failures < MAX_TRIES
+
+    def _may_vary(self, call: Call, now: float) -> bool:
+        """Whether a question about template arguments that are new is within its bounds, and counts it."""
+        if now - self._variants_since >= VARIANTS_SECONDS:
+            self._variants_since = now
+            self._variants.clear()
+        of_all, of_rollout = (call.model, ""), (call.model, call.rollout_id)
+        if self._variants[of_all] >= MAX_VARIANTS or self._variants[of_rollout] >= MAX_VARIANTS_OF_ROLLOUT:
+            return False
+        self._variants[of_all] += 1
+        self._variants[of_rollout] += 1
+        return True
 
     async def _closing(self, call: Call, form: Form, of_template: Json, deadline: float) -> int | None:
         question = {"role": "user", "content": "?"}
@@ -81,7 +165,7 @@ class TurnEnds:
         if not tail or one == other:
             return None
         # Calls and reasoning may have an end of their own before the answer's: only text shows which token that is.
-        token = tail[0] if form == TEXT else await self.closing(call, TEXT, deadline)
+        token = tail[0] if form == TEXT else await self._found(call, TEXT, deadline)
         if token is None:
             return None
         await self._learn(call, {token}, deadline)
@@ -102,6 +186,12 @@ class TurnEnds:
             body = {"model": call.model, "tokens": [token]}
             if found := await self._asker.ask(call, DETOKENIZE, body, deadline):
                 known[token] = found["prompt"]
+
+
+def _looked_at(probe: asyncio.Task[int | None]) -> None:
+    """Its error is told to who waits for it, if anybody still does."""
+    if not probe.cancelled():
+        probe.exception()
 
 
 def _alike(one: list[int], other: list[int]) -> int:
