@@ -120,6 +120,30 @@ async def test_an_adapter_is_served_where_it_was_loaded_as_soon_as_it_is():
         assert two.asked.count("/v1/models") == 2
 
 
+async def test_a_server_that_lists_its_models_to_agents_only_is_asked_as_one(caplog: pytest.LogCaptureFixture):
+    async def guard(request: web.Request) -> web.StreamResponse | None:
+        return None if request.headers.get("authorization") == "Bearer sk-vllm" else web.Response(status=401)
+
+    async with FakeBackend(guard=guard) as fake:
+        settings = GatewaySettings(backend_url=fake.url, health_seconds=0.1)
+        async with Pool(settings) as pool:
+            deadline = asyncio.get_running_loop().time() + 5
+            assert not await pool.follows_policy("policy", deadline, "")
+            assert not await pool.follows_policy("policy", deadline, "Bearer wrong")
+            assert await pool.follows_policy("policy", deadline, "Bearer fg-r1/a1/sk-vllm")
+            assert await pool.follows_policy("policy", deadline, ""), "what it said stands"
+            fake.models.append("policy-v2")
+            await asyncio.sleep(0.2)
+            known = fake.asked.count("/v1/models")
+            async with pool.open(asking(authorization="Bearer sk-vllm")) as exchange:
+                assert exchange.adapter_version == 2
+            await ask(pool, authorization="Bearer sk-vllm")
+            assert fake.asked.count("/v1/models") <= known + 2, "not with every call"
+    (warning,) = [text for text in caplog.messages if "does not say which models" in text]
+    assert "status 401" in warning
+    assert "sk-vllm" not in caplog.text
+
+
 async def test_a_model_nobody_serves_is_404():
     async with FakeBackend() as fake, pool_of(fake.settings(kind="openai", models=["judge"])) as pool:
         error = await refused(pool, "gpt")

@@ -122,6 +122,7 @@ class Backends(Protocol):
 
     def open(self, ask: Ask) -> Answers: ...
 
-    async def follows_policy(self, model: str, deadline: float) -> bool:
-        """Whether only the policy's own servers are known to serve the model, once all were asked what they serve."""
+    async def follows_policy(self, model: str, deadline: float, authorization: str) -> bool:
+        """Whether only the policy's own servers are known to serve the model, once all were asked what they serve; with
+        the agent's header where one says so to nobody else."""
         ...

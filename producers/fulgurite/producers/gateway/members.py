@@ -78,6 +78,7 @@ class Members:
 
     async def serving(self, ask: Ask) -> tuple[Ask, list[Member]]:
         """What is asked, and who may be. Raises ApiError: 404, and 503 where that could not be found out."""
+        await self._list_as(ask.authorization)
         asked, found = self._known(ask)
         if not found:
             await self._relist(ask.deadline)
@@ -89,13 +90,13 @@ class Members:
             return asked, found
         raise ApiError(404, "model_not_found", f"no backend serves the model {ask.model[:200]!r}", param="model")
 
-    async def follows_policy(self, model: str, deadline: float) -> bool:
-        """Whether only the policy's own servers are known to serve the model, once all were asked what they serve: the
-        first call after a start is answered like those after it."""
+    async def follows_policy(self, model: str, deadline: float, authorization: str) -> bool:
+        """See `Backends`: the first call after a start is answered like those after it."""
         if not self._asked_all.is_set():
             with suppress(TimeoutError):
                 async with asyncio.timeout_at(deadline):
                     await self._asked_all.wait()
+        await self._list_as(authorization)
         found = with_newest_adapter(self.all, model) or named(self.all, model)
         return bool(found) and all(member.kind == "vllm" for member in found)
 
@@ -135,6 +136,13 @@ class Members:
             }
             for member in self.all
         ]
+
+    async def _list_as(self, authorization: str) -> None:
+        """Asks those that tell us nothing without an agent's key, with this one: as often as the others are asked."""
+        now = self._loop.time()
+        mine = [member for member in self.all if member.wants_key(now - self._settings.health_seconds)]
+        if mine and authorization:
+            await asyncio.gather(*(member.list_models(authorization) for member in mine))
 
     async def _hear(self, ask: Ask, silent: list[Member]) -> None:
         """Waits a while for servers that have not said yet what they serve. Raises ApiError(503) at the deadline."""

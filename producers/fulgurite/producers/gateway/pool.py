@@ -101,9 +101,9 @@ class Pool:
         exchange.close()
         self._places.dismiss()
 
-    async def follows_policy(self, model: str, deadline: float) -> bool:
-        """Whether only the policy's own servers are known to serve the model, once all were asked what they serve."""
-        return await self._members.follows_policy(model, deadline)
+    async def follows_policy(self, model: str, deadline: float, authorization: str) -> bool:
+        """See `Backends`."""
+        return await self._members.follows_policy(model, deadline, authorization)
 
     async def models(self, authorization: str = "") -> list[dict[str, Any]]:
         """What all backends serve, as /v1/models describes it. Raises ApiError(503) when none of them could say."""

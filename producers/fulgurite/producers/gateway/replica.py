@@ -45,6 +45,7 @@ MAX_LISTED: Final = 10_000
 HEALTH_FAILURES: Final = 2
 """In a row, until a backend counts as not well: a busy one may miss one."""
 NOT_FOUND: Final = 404
+REFUSED: Final = frozenset({401, 403})
 NO_ROUTE: Final = frozenset({404, 405, 501})
 
 
@@ -79,6 +80,9 @@ class Replica:
         self.listed: dict[str, dict[str, Any]] = {}
         """What it serves by its own account, as it describes them; empty until it said so."""
         self._has_listed = False
+        self._refuses_us = False
+        """To list its models without an agent's key."""
+        self._asked_as_agent_at = float("-inf")
         self._newest_adapter: int | None = None
         self.max_answer_bytes = max_answer_bytes
         self.answer_seconds = answer_seconds
@@ -127,6 +131,12 @@ class Replica:
     def may_list(self, model: str) -> bool:
         return self.kind == "vllm" and not self._has_listed and (self.takes_any or self.owns(model))
 
+    def wants_key(self, since: float) -> bool:
+        """Whether only an agent's key makes it list its models, and none was tried `since` then, or all in vain."""
+        if not self._refuses_us or not self.settings.forward_authorization or not self.capacity.well:
+            return False
+        return not self._has_listed or self._asked_as_agent_at < since
+
     def owns(self, model: str) -> bool:
         resource = self.settings.resource
         return self.kind == "vllm" and (model == resource or adapter_version(resource, model) is not None)
@@ -170,7 +180,7 @@ class Replica:
             response.close()
             raise Away(f"status {response.status}")
         if response.status == NOT_FOUND and ask.newest_adapter:
-            await self.list_models()  # it was started anew, perhaps, and gets its adapters back
+            await self.list_models(ask.authorization)  # it was started anew, perhaps, and gets its adapters back
             if model not in self.listed:
                 response.close()
                 raise Away(f"it lost {model}")
@@ -225,11 +235,15 @@ class Replica:
 
     async def list_models(self, authorization: str = "") -> bool:
         """Asks which models it serves; what it said before stands where it does not answer. Whether it did."""
+        if authorization:
+            self._asked_as_agent_at = asyncio.get_running_loop().time()
         try:
             status, data = await self._get("/v1/models", authorization)
             answer = orjson.loads(data) if status == 200 else None
         except (TimeoutError, NotConnected, Broken, ValueError):
             return False
+        if not authorization:
+            self._may_be_refused(status)
         entries = answer.get("data") if isinstance(answer, dict) else None
         if not isinstance(entries, list):
             return False
@@ -240,6 +254,20 @@ class Replica:
         lost = None if self._newest_adapter is None else LOST_ADAPTERS
         self._newest_adapter = max((version for version in versions if version is not None), default=lost)
         return True
+
+    def _may_be_refused(self, status: int) -> None:
+        """Of a question without an agent's key."""
+        refused = status in REFUSED
+        if refused and not self._refuses_us:
+            otherwise = (
+                "it is asked with the keys that agents send"
+                if self.settings.forward_authorization
+                else "what it serves is not known: set api_key or api_key_file of this backend"
+            )
+            logger.warning(
+                "backend %s does not say which models it serves (status %d): %s", self.url, status, otherwise
+            )
+        self._refuses_us = refused
 
     async def _read_label(self) -> str | None:
         try:

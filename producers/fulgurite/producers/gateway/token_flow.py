@@ -90,7 +90,7 @@ class TokenRoute:
         until = self._unserved_until.get(_kind(call), 0.0)
         if until >= asyncio.get_running_loop().time():
             return False
-        return await self._backends.follows_policy(call.model, deadline)
+        return await self._backends.follows_policy(call.model, deadline, call.caller.authorization)
 
     async def sample(self, call: Call, deadline: float, whole_deadline: float, asked: Asked) -> Sampled | None:
         """The answer; None where the chat route is to be asked. Raises ApiError; who was asked stands in `asked`."""
