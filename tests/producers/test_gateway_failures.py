@@ -17,7 +17,7 @@ from fulgurite.producers.gateway.app import Gateway
 from fulgurite.producers.gateway.pool import Pool
 from fulgurite.producers.gateway.replica import MAX_BROKEN_TRIES, MAX_PROVIDER_TRIES
 from fulgurite.schemas.settings import BackendSettings, GatewaySettings
-from tests.producers.fake_answers import Sampled, chat_events
+from tests.producers.fake_answers import Sampled, chat, chat_events
 from tests.producers.fake_backend import FakeBackend, breaks_at_once, never, with_status
 from tests.producers.fake_policy_server import until
 from tests.producers.gateway_support import MESSAGES, FakePublisher, ask, serving, well
@@ -526,3 +526,69 @@ async def test_who_is_not_well_is_not_waited_for_longer_than_for_a_first_byte():
             with pytest.raises(openai.InternalServerError) as caught:
                 await ask(url)
     assert caught.value.status_code == 504
+
+
+SENT = {
+    "openai-organization": "org",
+    "openai-project": "proj",
+    "idempotency-key": "i1",
+    "anthropic-version": "2023-06-01",
+    "anthropic-beta": "tools-1",
+    "x-request-id": "agents-1",
+    "authorization": "Bearer of-the-agent",
+    "cookie": "a=b",
+    "x-forwarded-for": "10.0.0.1",
+}
+SAID = {
+    "x-request-id": "r1",
+    "request-id": "req_1",
+    "x-ratelimit-remaining-requests": "7",
+    "retry-after": "9",
+    "set-cookie": "a=b",
+    "server": "secret/1.0",
+}
+
+
+@pytest.mark.parametrize("how", ["whole", "stream", "refused"])
+@pytest.mark.parametrize("kind", ["openai", "vllm"])
+async def test_only_named_headers_pass_between_agent_and_backend(kind: Any, how: str):
+    queries: list[str] = []
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        queries.append(request.rel_url.raw_query_string)
+        if how == "refused":
+            return web.json_response({"error": {"message": "no"}}, status=400, headers=SAID)
+        asked, sampled = json.loads(await request.text()), Sampled([7, 7, 7], "1", gives_versions=True)
+        if how == "whole":
+            return web.json_response(chat(asked, sampled), headers=SAID)
+        response = web.StreamResponse(headers=SAID | {"content-type": "text/event-stream"})
+        await response.prepare(request)
+        for event in chat_events(asked, sampled):
+            await response.write(event)
+        return response
+
+    async with FakeBackend(answer=answer) as fake:
+        gateway = behind(fake.settings(kind=kind), exact_prompts=False)
+        async with gateway as url, aiohttp.ClientSession() as session:
+            path = f"{url}/v1/chat/completions?api-version=2&key=sk-1&x=%20y"
+            async with session.post(path, json=CALL | {"stream": how == "stream"}, headers=SENT) as response:
+                await response.read()
+    provided = kind == "openai"
+    assert response.status == (400 if how == "refused" else 200)
+    told = {name.lower(): value for name, value in response.headers.items()}
+    passed = ["x-request-id", *(["request-id", "x-ratelimit-remaining-requests", "retry-after"] if provided else [])]
+    assert {name: told[name] for name in SAID if name in told and told[name] == SAID[name]} == {
+        name: SAID[name] for name in passed
+    }
+    names = [*SENT][:6] if provided else ["x-request-id"]
+    assert {name: value for name, value in fake.headers[0].items() if name in SENT} == {
+        name: SENT[name] for name in names
+    }
+    assert queries[0] == ("api-version=2&x=%20y" if provided else "")
+
+
+async def test_a_request_that_is_asked_without_what_was_added_has_not_the_same_idempotency_key():
+    async with FakeBackend(answer=with_status(400)) as fake:
+        async with behind(fake.settings(kind="openai")) as url, aiohttp.ClientSession() as session:
+            await session.post(f"{url}/v1/chat/completions", json=CALL | {"stream": True}, headers=SENT)
+        assert [headers.get("idempotency-key") for headers in fake.headers] == ["i1", None]

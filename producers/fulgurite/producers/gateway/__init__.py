@@ -21,7 +21,7 @@ fg-<rollout_id>/<attempt_id>, it is the same; without any the call is recorded a
 | `outcome.py`, `tokens.py`, `attributes.py`, `recording.py`, `publishing.py` | from an answer to the log |
 | `answers.py`, `errors.py` | refusals and failures in the protocols' shapes |
 | `http_client.py`, `http_connection.py`, `http_exchange.py` | asking a backend over HTTP |
-| `http.py`, `metrics.py` | ASGI's small tools; what Prometheus is told |
+| `http.py`, `passing.py`, `metrics.py` | ASGI's small tools; which headers pass; what Prometheus is told |
 
 Keeps nothing that a restart would miss but the turns of conversations, which then begin anew: any number of gateways
 may run side by side, behind one address that sends a rollout's calls to the same one.

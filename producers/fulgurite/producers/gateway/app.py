@@ -50,6 +50,7 @@ from fulgurite.producers.gateway.hosts import Hosts
 from fulgurite.producers.gateway.http import Gone, Present, headers_of, read_body, respond
 from fulgurite.producers.gateway.keys import Keys
 from fulgurite.producers.gateway.metrics import Metrics
+from fulgurite.producers.gateway.passing import added, headers_from, with_passing
 from fulgurite.producers.gateway.protocols import BY_ROUTE
 from fulgurite.producers.gateway.protocols.base import Api, invalid, to_bytes, unreadable, where
 from fulgurite.producers.gateway.publishing import STOP_SECONDS, Log, SpanPublisher
@@ -138,7 +139,7 @@ class Gateway:
         except (AgentGone, Gone):
             return  # nobody is there to answer
         except ApiError as error:
-            await respond(send, error.status, _error_body(route, error), error.headers())
+            await respond(send, error.status, _error_body(route, error), added(error.headers(), error.passed))
         except asyncio.CancelledError:  # the server stops; its task ends here
             stopping = interrupted()
             with suppress(RuntimeError):  # as below
@@ -151,8 +152,9 @@ class Gateway:
 
     async def _call(self, api: Api, ids: dict[str, str], scope: Scope, receive: Receive, send: Send) -> None:
         headers = headers_of(scope)
+        asked = Asked()
         try:
-            caller = identify(ids, headers)
+            caller = with_passing(identify(ids, headers), headers, scope.get("query_string", b""))
             with self._admitted(), self._keys.held(caller.key) as holder:
                 self._metrics.asked_with(holder)
                 self._budgets.check(caller.rollout_id)
@@ -163,12 +165,12 @@ class Gateway:
                 if call.streamed:
                     await self._streaming.answer(call, deadline, receive, send)
                     return
-                answer = await self._complete(call, deadline, whole_deadline, receive)
+                answer = await self._complete(call, deadline, whole_deadline, asked, receive)
         except ApiError as error:
             if not error.of_backend and not isinstance(error, AgentGone):
                 self._metrics.refused(error.code)
             raise
-        await respond(send, 200, answer)  # 5
+        await respond(send, 200, answer, asked.served.headers if asked.served else None)  # 5
 
     def _deadline(self, headers: dict[str, str], seconds: float) -> float:
         """So many seconds from now, or as many as the agent waits: a slow body takes of its own time."""
@@ -189,9 +191,10 @@ class Gateway:
         self._budgets.spent(call.rollout_id, tokens)
         self._metrics.spent_tokens.inc(tokens)
 
-    async def _complete(self, call: Call, deadline: float, whole_deadline: float, receive: Receive) -> bytes:
+    async def _complete(
+        self, call: Call, deadline: float, whole_deadline: float, asked: Asked, receive: Receive
+    ) -> bytes:
         """Steps 2 to 4. The body for the agent; raises ApiError for every other outcome, which is recorded as well."""
-        asked = Asked()
         sampled: Sampled | None = None
         failure: ApiError | None = None
         answer = b""
@@ -216,6 +219,8 @@ class Gateway:
             recording = self._recorder.failed(call, failure, served, asked.sampled)
             self._spent(call, recording)
             await self._log.publish(call, recording)
+            if served and failure.of_backend:
+                failure.passed = served.headers
             raise failure
         try:
             response = sampled.response if sampled else parse_answer(answer)
@@ -256,7 +261,7 @@ class Gateway:
 
     async def _pass_on(self, route: str, ids: dict[str, str], scope: Scope, receive: Receive, send: Send) -> None:
         headers = headers_of(scope)
-        caller = identify(ids, headers)
+        caller = with_passing(identify(ids, headers), headers, scope.get("query_string", b""))
         with self._admitted(), self._keys.held(caller.key):
             deadline = self._deadline(headers, self._settings.backend_seconds)
             body = await read_body(receive, headers, self._settings.max_body_bytes, deadline)
@@ -267,10 +272,12 @@ class Gateway:
                 authorization=caller.authorization,
                 pin=caller.rollout_id,
                 deadline=deadline,
+                headers=caller.headers,
+                query=caller.query,
             )
             async with Present(receive), self._backends.open(ask) as exchange:
                 answer = await read_all(exchange)
-        await respond(send, exchange.status, answer)
+        await respond(send, exchange.status, answer, headers_from(exchange.kind, exchange.headers))
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         """A shutdown is over when the calls are that the server has cancelled: they are recorded then."""

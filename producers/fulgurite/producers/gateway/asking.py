@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.exchange import Ask, Exchange
 from fulgurite.producers.gateway.outcome import Served
+from fulgurite.producers.gateway.passing import IDEMPOTENCY_KEY, PassingCaller, headers_from
 
 
 @dataclass(slots=True)
@@ -20,6 +21,7 @@ class Asked:
 
 
 def ask_for(call: Call, deadline: float, whole_deadline: float = 0.0) -> Ask:
+    passed = call.caller if isinstance(call.caller, PassingCaller) else None
     return Ask(
         model=call.model,
         route=call.api.route,
@@ -28,7 +30,16 @@ def ask_for(call: Call, deadline: float, whole_deadline: float = 0.0) -> Ask:
         pin=call.rollout_id,
         deadline=deadline,
         whole_deadline=whole_deadline,
+        headers=passed.headers if passed else {},
+        query=passed.query if passed else "",
     )
+
+
+def ask_unchanged(call: Call, deadline: float) -> Ask:
+    """For a provider that refused what was added. Another request than the one before: its key is not this one's."""
+    ask = ask_for(call, deadline)
+    headers = {name: value for name, value in ask.headers.items() if name != IDEMPOTENCY_KEY}
+    return replace(ask, body_for=call.unchanged_for, headers=headers)
 
 
 def served_by(exchange: Exchange) -> Served:
@@ -40,6 +51,7 @@ def served_by(exchange: Exchange) -> Served:
         status=exchange.status,
         adapter_version=exchange.adapter_version,
         version_before=exchange.version_before,
+        headers=headers_from(exchange.kind, exchange.headers),
     )
 
 

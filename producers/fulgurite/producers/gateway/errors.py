@@ -44,6 +44,8 @@ class ApiError(Exception):
         self.code = code
         self.message = message
         self.param = param
+        self.passed: Headers = []
+        """Of a backend's refusal, its own headers, as far as the agent gets them."""
 
     def __str__(self) -> str:
         """For a log: without a backend's words, which may quote a prompt."""

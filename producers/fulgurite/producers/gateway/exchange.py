@@ -7,7 +7,7 @@ often, and which of them is well. Neither knows the other's inside.
 from __future__ import annotations
 
 from collections.abc import AsyncIterator, Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
 BackendKind = Literal["vllm", "openai"]
@@ -33,6 +33,10 @@ class Ask:
     whole_deadline: float = 0.0
     """The same for an answer that comes whole, its first byte with its last: until then it is waited for of who works
     on it, and is well. What is not later than `deadline` says nothing."""
+    headers: Mapping[str, str] = field(default_factory=dict[str, str])
+    """Of the agent's, those that a provider may see."""
+    query: str = ""
+    """The agent's, for a provider."""
     newest_adapter: bool = False
     """Whether the model is a resource that is served as adapters: each replica means its newest. The pool says so."""
 

@@ -83,11 +83,14 @@ class EventStream:
     def __init__(self, send: Send) -> None:
         self._send = send
         self.begun = False
+        self.headers: Headers = []
+        """Beside those of any stream."""
 
     async def send(self, events: bytes, *, last: bool = False) -> None:
         if not self.begun:
             self.begun = True
             headers = [(b"content-type", MEDIA_TYPE.encode() + b"; charset=utf-8"), (b"cache-control", b"no-cache")]
+            headers += self.headers
             await self._send({"type": "http.response.start", "status": 200, "headers": headers})
         await self._send({"type": "http.response.body", "body": events, "more_body": not last})
 

@@ -50,9 +50,9 @@ class HttpClient:
         self._loop = asyncio.get_running_loop()
         self._sweeping: asyncio.TimerHandle | None = None
 
-    async def post(self, route: str, body: bytes, authorization: str) -> Response:
-        """`route` is what comes after the URL. Raises NotConnected, Broken."""
-        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n"
+    async def post(self, route: str, body: bytes, authorization: str, more: str = "") -> Response:
+        """`route` is what comes after the URL, `more` whole lines of the head. Raises NotConnected, Broken."""
+        head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n{more}"
         return await self._ask("POST", route, head, authorization, body)
 
     async def get(self, route: str, authorization: str) -> Response:

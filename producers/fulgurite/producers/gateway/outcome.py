@@ -8,6 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from fulgurite.producers.gateway.errors import Headers
 from fulgurite.producers.gateway.exchange import BackendKind
 
 
@@ -67,6 +68,8 @@ class Served:
     """Of the adapter that answered: what a label says, and the answer's own versions, is of the weights below it."""
     grammar: bool | None = None
     """Whether it held the answer to a grammar. None: it does not say."""
+    headers: Headers = field(default_factory=list[tuple[bytes, bytes]])
+    """What the agent is told of the answer's head; not recorded."""
     version_before: str | None = None
     version_after: str | None = None
     """Labels around the call, where the server does not put versions into its answers."""

@@ -19,6 +19,7 @@ from fulgurite.producers.gateway.http_connection import Broken
 from fulgurite.producers.gateway.http_exchange import HttpExchange
 from fulgurite.producers.gateway.keys import parse_bearer
 from fulgurite.producers.gateway.labels import Labels, NoSuchRoute, Seen
+from fulgurite.producers.gateway.passing import headers_for
 from fulgurite.producers.gateway.places import Capacity, Seat
 from fulgurite.producers.gateway.protocols.base import loads, to_bytes
 from fulgurite.producers.gateway.routing import LOST_ADAPTERS, UNVERSIONED
@@ -167,7 +168,10 @@ class Replica:
             body = to_bytes(loads(body) | {"model": model})
         try:
             response = await self._client.post(
-                ask.route.removeprefix(self._skipped), body, self._authorization(ask.authorization)
+                self._route(ask),
+                body,
+                self._authorization(ask.authorization),
+                headers_for(self.kind, ask.headers) if ask.headers else "",
             )
         except NotConnected as error:
             raise Away(str(error)) from None
@@ -185,6 +189,10 @@ class Replica:
                 response.close()
                 raise Away(f"it lost {model}")
         return exchange
+
+    def _route(self, ask: Ask) -> str:
+        route = ask.route.removeprefix(self._skipped)
+        return f"{route}?{ask.query}" if ask.query and self.kind == "openai" else route
 
     def _had_it(self, status: int) -> bool:
         """Whether who says this may have worked on the request, or died of it: that bounds the tries."""

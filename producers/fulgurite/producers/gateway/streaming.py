@@ -16,14 +16,13 @@ import asyncio
 import logging
 from collections.abc import Callable
 from contextlib import suppress
-from dataclasses import replace
 from typing import Final
 
 from starlette.types import Receive, Send
 
 from fulgurite.producers.gateway import sse
 from fulgurite.producers.gateway.answers import refusal_of
-from fulgurite.producers.gateway.asking import Asked, ask_for, read_all, served_by
+from fulgurite.producers.gateway.asking import Asked, ask_for, ask_unchanged, read_all, served_by
 from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.errors import AgentGone, ApiError, interrupted
 from fulgurite.producers.gateway.exchange import Ask, Backends, Exchange
@@ -99,7 +98,7 @@ class Streaming:
                 if ask is None or not await self._relayed(run, ask):
                     run.translation = None
                     if not await self._relayed(run, ask_for(call, deadline)):
-                        await self._relayed(run, replace(ask_for(call, deadline), body_for=call.unchanged_for))
+                        await self._relayed(run, ask_unchanged(call, deadline))
         except ApiError as error:
             failure = error
         except Gone:
@@ -113,6 +112,8 @@ class Streaming:
             logger.info("a stream ended with an error: %s", failure.code)
             await self._send_last(run, call.api.error_event(failure))
         else:
+            if run.served and failure.of_backend:
+                failure.passed = run.served.headers
             raise failure
 
     async def _record_and_publish(self, run: Run, failure: ApiError | None) -> ApiError | None:
@@ -179,6 +180,7 @@ class Streaming:
     async def _relay(self, run: Run, exchange: Exchange) -> None:
         """Step 2: until the answer is whole. Raises ApiError for an end of another kind."""
         run.served = served = served_by(exchange)
+        run.out.headers = served.headers
         if exchange.status != 200:
             raise refusal_of(exchange, await read_all(exchange))
         if not sse.is_stream(exchange.headers.get("content-type", "")):
