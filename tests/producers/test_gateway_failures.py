@@ -234,8 +234,7 @@ async def test_a_body_that_does_not_come_is_a_408_and_frees_its_place():
         gateway = behind(fake.settings(kind="openai"), max_concurrent_requests=1, max_queued_requests=1)
         async with gateway as url:
             slow = [await connected(url, 100, b"{", "x-request-timeout: 0.3\r\n") for _ in range(2)]
-            with pytest.raises(openai.RateLimitError):
-                await ask(url)
+            assert (await stream_of(url))[0] == 429  # OpenAI's first client takes longer than the places are held
             await asyncio.sleep(0.5)
             await ask(url)
             for writer in slow:
