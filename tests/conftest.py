@@ -20,7 +20,7 @@ from fulgurite.infra.kafka import EmbeddedKafka
 from fulgurite.infra.kafka_probe import run_in_thread
 from fulgurite.infra.topics import create_topics, delete_topics
 from fulgurite.schemas.settings import ClickHouseSettings, KafkaSettings, Settings
-from tests import broker_cache
+from tests import broker_cache, orphans
 from tests.databases import Databases
 
 # A busy machine stops a test for longer than any deadline of an example.
@@ -33,6 +33,7 @@ HOME = tempfile.mkdtemp(prefix="fulgurite-tests-")
 for name in [name for name in os.environ if name.startswith("FULGURITE_")]:
     del os.environ[name]
 os.environ["FULGURITE_HOME"] = HOME
+orphans.watch(HOME)
 broker_cache.use()
 BROKER_CACHE = pytest.StashKey[subprocess.Popen[bytes]]()
 
@@ -48,6 +49,7 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         process.terminate()
         process.wait()
     shutil.rmtree(HOME, ignore_errors=True)
+    orphans.stop()
 
 
 LONGEST = (
