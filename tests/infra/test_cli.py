@@ -23,7 +23,7 @@ from fulgurite.infra.trace import rollout_tree
 from fulgurite.schemas.codec import encode
 from fulgurite.schemas.migrations import apply_migrations, connection_options
 from fulgurite.schemas.rewards import Reward
-from fulgurite.schemas.settings import ENV_HOME, ENV_PREFIX, ClickHouseSettings, KafkaSettings, Settings, load_settings
+from fulgurite.schemas.settings import ENV_HOME, ENV_PREFIX, ClickHouseSettings, KafkaSettings, load_settings
 from fulgurite.schemas.topics import REWARDS
 from tests.consumers.poison import poison
 
@@ -53,8 +53,8 @@ def cli(tmp_path: Path) -> Cli:
 
 
 @pytest.fixture
-def connected(cli: Cli, settings: Settings) -> Cli:
-    write_settings_file(cli.data, settings.kafka, settings.clickhouse)
+def connected(cli: Cli, kafka_settings: KafkaSettings, clickhouse_settings: ClickHouseSettings) -> Cli:
+    write_settings_file(cli.data, kafka_settings, clickhouse_settings)
     return cli
 
 

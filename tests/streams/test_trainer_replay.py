@@ -231,9 +231,9 @@ async def materialised(settings: Settings) -> None:
 
 
 async def test_a_query_says_which_rollouts_and_in_which_order(
-    live: Settings, clickhouse_settings: ClickHouseSettings
+    live: Settings, migrated_settings: ClickHouseSettings
 ) -> None:
-    live = live.model_copy(update={"clickhouse": clickhouse_settings})
+    live = live.model_copy(update={"clickhouse": migrated_settings})
     async with World(live.kafka, some_fail).running():
         await run(live)
     await materialised(live)
