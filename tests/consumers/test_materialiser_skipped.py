@@ -16,7 +16,6 @@ from fulgurite.consumers.materialiser.skipped import Skipped
 from fulgurite.consumers.materialiser.store import LogEntry
 from fulgurite.producers.raw import Read
 from fulgurite.schemas import topics
-from fulgurite.schemas.migrations import apply_migrations
 from fulgurite.schemas.settings import Settings
 from tests.consumers.materialiser_fakes import FakeRecord, partition
 from tests.infra.dlq_world import World, span
@@ -84,7 +83,6 @@ async def test_a_transactional_producer_leaves_no_gaps_and_a_lost_record_does(
     settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(service, "CHECK_SECONDS", 0.5)
-    await asyncio.to_thread(apply_migrations, settings.clickhouse)
     world = World(settings, tmp_path)
     name = world.name(topics.SPANS)
     async with AIOKafkaProducer(

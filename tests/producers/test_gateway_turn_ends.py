@@ -28,7 +28,7 @@ BOTH: Form = (True, 1, False)
 
 
 def call() -> Call:
-    caller = Caller(rollout_id="r", attempt_id="a", authorization="", key="")
+    caller = Caller(rollout_id="r", attempt_id="a", authorization="", key="", headers={}, query="")
     body: Json = {"model": "policy", "messages": []}
     return Call(CHAT, caller, (1,), "1" * 32, "", ("1" * 16,), "", 0, 1, 0.0, body, b"", b"")
 

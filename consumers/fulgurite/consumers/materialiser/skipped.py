@@ -1,4 +1,4 @@
-"""OffsetRange at which no record came: whether Kafka has none there, or one was lost on the way.
+"""Offsets at which no record came: whether Kafka has none there, or one was lost on the way.
 
 A committed reader gets none at markers that end transactions, at records of aborted ones, and where records were
 compacted away. A reader that skipped them cannot be told from one that lost a record: so Kafka is asked once more what

@@ -50,7 +50,7 @@ from fulgurite.producers.gateway.hosts import Hosts
 from fulgurite.producers.gateway.http import Gone, Present, headers_of, read_body, respond
 from fulgurite.producers.gateway.keys import Keys
 from fulgurite.producers.gateway.metrics import Metrics
-from fulgurite.producers.gateway.passing import added, headers_from, with_passing
+from fulgurite.producers.gateway.passing import added, headers_from
 from fulgurite.producers.gateway.protocols import BY_ROUTE
 from fulgurite.producers.gateway.protocols.base import Api, invalid, to_bytes, unreadable, where
 from fulgurite.producers.gateway.publishing import STOP_SECONDS, Log, SpanPublisher
@@ -154,7 +154,7 @@ class Gateway:
         headers = headers_of(scope)
         asked = Asked()
         try:
-            caller = with_passing(identify(ids, headers), headers, scope.get("query_string", b""))
+            caller = identify(ids, headers, scope.get("query_string", b""))
             with self._admitted(), self._keys.held(caller.key) as holder:
                 self._metrics.asked_with(holder)
                 self._budgets.check(caller.rollout_id)
@@ -261,7 +261,7 @@ class Gateway:
 
     async def _pass_on(self, route: str, ids: dict[str, str], scope: Scope, receive: Receive, send: Send) -> None:
         headers = headers_of(scope)
-        caller = with_passing(identify(ids, headers), headers, scope.get("query_string", b""))
+        caller = identify(ids, headers, scope.get("query_string", b""))
         with self._admitted(), self._keys.held(caller.key):
             deadline = self._deadline(headers, self._settings.backend_seconds)
             body = await read_body(receive, headers, self._settings.max_body_bytes, deadline)

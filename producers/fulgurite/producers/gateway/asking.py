@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.exchange import Ask, Exchange
 from fulgurite.producers.gateway.outcome import Served
-from fulgurite.producers.gateway.passing import IDEMPOTENCY_KEY, PassingCaller, headers_from
+from fulgurite.producers.gateway.passing import IDEMPOTENCY_KEY, headers_from
 
 
 @dataclass(slots=True)
@@ -21,7 +21,6 @@ class Asked:
 
 
 def ask_for(call: Call, deadline: float, whole_deadline: float = 0.0) -> Ask:
-    passed = call.caller if isinstance(call.caller, PassingCaller) else None
     return Ask(
         model=call.model,
         route=call.api.route,
@@ -30,8 +29,8 @@ def ask_for(call: Call, deadline: float, whole_deadline: float = 0.0) -> Ask:
         pin=call.rollout_id,
         deadline=deadline,
         whole_deadline=whole_deadline,
-        headers=passed.headers if passed else {},
-        query=passed.query if passed else "",
+        headers=call.caller.headers,
+        query=call.caller.query,
     )
 
 

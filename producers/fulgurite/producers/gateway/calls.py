@@ -18,6 +18,7 @@ import orjson
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.exchange import BackendKind
 from fulgurite.producers.gateway.keys import parse_bearer
+from fulgurite.producers.gateway.passing import headers_of_agent, query_of_agent
 from fulgurite.producers.gateway.protocols.base import Api, loads, to_bytes
 from fulgurite.schemas.ids import MAX_ID_CHARS, attempt_trace_id, new_span_id, new_trace_id, now_ns
 
@@ -48,6 +49,9 @@ class Caller:
     """The token as it came, as a bearer token; never logged, never recorded."""
     key: str
     """The API key in it."""
+    headers: Mapping[str, str]
+    query: str
+    """What of the request's head a backend may see, see passing.py."""
 
 
 @dataclass(slots=True, frozen=True)
@@ -134,7 +138,7 @@ class Sequences:
         return tuple(range(first, first + count))
 
 
-def identify(path_ids: Mapping[str, str], headers: Mapping[str, str]) -> Caller:
+def identify(path_ids: Mapping[str, str], headers: Mapping[str, str], query: bytes = b"") -> Caller:
     """The caller. Ids are taken from the path, else from headers, else from the token. Raises ApiError(422)."""
     authorization = headers.get("authorization", "")
     if not authorization and (token := headers.get(HEADER_API_KEY)):
@@ -145,7 +149,7 @@ def identify(path_ids: Mapping[str, str], headers: Mapping[str, str]) -> Caller:
     if not rollout_id and not attempt_id:
         rollout_id, attempt_id = bearer.rollout_id, bearer.attempt_id
     _check_ids(rollout_id, attempt_id)
-    return Caller(rollout_id, attempt_id, authorization, bearer.key)
+    return Caller(rollout_id, attempt_id, authorization, bearer.key, headers_of_agent(headers), query_of_agent(query))
 
 
 def parse_call(api: Api, caller: Caller, headers: Mapping[str, str], body: bytes, sequences: Sequences) -> Call:

@@ -7,11 +7,9 @@ one in a query is taken out. Values with anything but printable ASCII in them, a
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
 from typing import Final
 from urllib.parse import unquote_plus
 
-from fulgurite.producers.gateway.calls import Caller
 from fulgurite.producers.gateway.errors import Headers
 from fulgurite.producers.gateway.exchange import BackendKind
 
@@ -51,19 +49,18 @@ MAX_CHARS: Final = 1_000
 MAX_HEADERS: Final = 32
 
 
-@dataclass(slots=True, frozen=True)
-class PassingCaller(Caller):
-    """A caller, and what of its request a backend may see beside the body."""
-
-    headers: Mapping[str, str] = field(default_factory=dict[str, str])
-    query: str = ""
+def headers_of_agent(headers: Mapping[str, str]) -> dict[str, str]:
+    """Of a request's headers (lower-case names) those that a backend may see."""
+    return {name: value for name in TO_PROVIDER if (value := headers.get(name)) and _is_plain(value)}
 
 
-def with_passing(caller: Caller, headers: Mapping[str, str], query: bytes) -> PassingCaller:
-    """The caller of a request with these headers (lower-case names), and this query."""
-    passed = {name: value for name in TO_PROVIDER if (value := headers.get(name)) and _is_plain(value)}
-    said = {each.name: getattr(caller, each.name) for each in fields(Caller)}
-    return PassingCaller(**said, headers=passed, query=_without_credentials(query.decode("latin-1")) if query else "")
+def query_of_agent(query: bytes) -> str:
+    """Of a request's query what a provider may see: none of it where it is odd."""
+    text = query.decode("latin-1")
+    if not _is_plain(text) or " " in text:
+        return ""
+    parts = text.split("&")
+    return "&".join(part for part in parts if unquote_plus(part.partition("=")[0]).lower() not in CREDENTIALS)
 
 
 def headers_for(kind: BackendKind, headers: Mapping[str, str]) -> str:
@@ -88,13 +85,6 @@ def added(headers: Headers, more: Headers) -> Headers:
     """Without those of `more` that are there already."""
     there = {name for name, _ in headers}
     return [*headers, *(each for each in more if each[0] not in there)]
-
-
-def _without_credentials(query: str) -> str:
-    if not _is_plain(query) or " " in query:
-        return ""
-    parts = query.split("&")
-    return "&".join(part for part in parts if unquote_plus(part.partition("=")[0]).lower() not in CREDENTIALS)
 
 
 def _is_plain(text: str) -> bool:

@@ -15,7 +15,6 @@ from fulgurite.producers.gateway.answers import backend_error, parse_answer
 from fulgurite.producers.gateway.asking import Asked, read_all, served_by
 from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.exchange import Ask, Backends, Exchange
-from fulgurite.producers.gateway.passing import PassingCaller
 from fulgurite.producers.gateway.protocols.base import Json, invalid, to_bytes
 from fulgurite.producers.gateway.token_route import DERENDER, DETOKENIZE, GENERATE, RENDER
 from fulgurite.producers.gateway.tokens import are_ids
@@ -90,7 +89,7 @@ def ask_for(call: Call, route: str, body: Mapping[str, Any], deadline: float, wh
         pin=call.rollout_id,
         deadline=deadline,
         whole_deadline=whole_deadline,
-        headers=call.caller.headers if route == GENERATE and isinstance(call.caller, PassingCaller) else {},
+        headers=call.caller.headers if route == GENERATE else {},
     )
 
 
