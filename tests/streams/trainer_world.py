@@ -61,7 +61,7 @@ def unaltered(trajectory: Trajectory) -> Trajectory:
     return trajectory
 
 
-def build_model(folder: Path, seed: int = 0) -> Path:
+def build_model(folder: Path, seed: int = 0, *, tie_word_embeddings: bool = True) -> Path:
     """A Llama of a few thousand parameters."""
     torch.manual_seed(seed)
     config = LlamaConfig(
@@ -73,7 +73,7 @@ def build_model(folder: Path, seed: int = 0) -> Path:
         num_key_value_heads=1,
         max_position_embeddings=32,
         initializer_range=0.08,
-        tie_word_embeddings=True,
+        tie_word_embeddings=tie_word_embeddings,
     )
     LlamaForCausalLM(config).save_pretrained(folder)
     (folder / "tokenizer.json").write_text("{}")

@@ -80,12 +80,21 @@ def test_a_fresh_adapter_changes_nothing_and_a_trained_one_only_itself(folder: P
     assert all("lora_" in name for name in state.moments)
 
 
-def test_what_is_published_is_read_by_peft_and_is_the_policy(folder: Path, tmp_path: Path) -> None:
-    learner = trained(folder, 2)
-    learner.save_weights(tmp_path)
-    assert {path.name for path in tmp_path.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
-    assert not (tmp_path / "model.safetensors").exists()
-    torch.testing.assert_close(by_peft(folder, tmp_path), logprobs(learner), atol=2e-6, rtol=0)
+@pytest.mark.parametrize("target_modules", [[], ["embed_tokens", "q_proj"], ["lm_head"]])
+def test_what_is_published_is_read_by_peft_and_is_the_policy(tmp_path: Path, target_modules: list[str]) -> None:
+    base, version = build_model(tmp_path / "base", tie_word_embeddings=False), tmp_path / "version"
+    version.mkdir()
+    learner = trained(base, 2, lora_target_modules=target_modules)
+    learner.save_weights(version)
+    assert {path.name for path in version.iterdir()} >= {"adapter_config.json", "adapter_model.safetensors"}
+    assert not (version / "model.safetensors").exists()
+    torch.testing.assert_close(by_peft(base, version), logprobs(learner), atol=2e-6, rtol=0)
+
+
+@pytest.mark.parametrize("name", ["embed_tokens", "lm_head"])
+def test_one_layer_that_is_two_gets_no_adapter(folder: Path, name: str) -> None:
+    with pytest.raises(SettingsError, match=rf"lora_target_modules = \['{name}'\].* are one \(tie_word_embeddings\)"):
+        load_learner(folder, settings_of(folder, lora_target_modules=[name]))
 
 
 def test_a_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:

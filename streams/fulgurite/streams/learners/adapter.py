@@ -11,6 +11,7 @@ a KL penalty against the base needs no second model. No dropout: the sampler has
 from __future__ import annotations
 
 import json
+import warnings
 from collections.abc import Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -41,7 +42,7 @@ def is_adapter(folder: Path) -> bool:
 
 def attach(model: Any, base: Path, settings: TrainerSettings) -> None:
     """Puts a fresh adapter into the model of `base` and freezes everything else. Raises SettingsError where peft is
-    missing or the model has no such parts."""
+    missing or the model has no such parts, or one that is two layers at once."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
@@ -58,15 +59,30 @@ def attach(model: Any, base: Path, settings: TrainerSettings) -> None:
         base_model_name_or_path=str(base.resolve()),
     )
     try:
-        inject_adapter_in_model(config, model, _NAME)
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Model has `tie_word_embeddings")  # refused below
+            inject_adapter_in_model(config, model, _NAME)
     except ValueError as error:
         raise SettingsError(f"trainer.lora_target_modules = {settings.lora_target_modules}: {error}") from None
+    _refuse_tied(model, settings)
     model.peft_config = {_NAME: config}
     model.base_sha256 = weights_sha256(base)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
         if "lora_" in name:
             parameter.data = parameter.data.float()
+
+
+def _refuse_tied(model: Any, settings: TrainerSettings) -> None:
+    """One matrix that embeds and scores: servers differ in which of both an adapter on it changes."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    both = model.get_input_embeddings(), model.get_output_embeddings()
+    if model.config.get_text_config().tie_word_embeddings and any(isinstance(one, BaseTunerLayer) for one in both):
+        raise SettingsError(
+            f"trainer.lora_target_modules = {settings.lora_target_modules}: the model's embedding and its output layer "
+            "are one (tie_word_embeddings); name other layers"
+        )
 
 
 def load(model: Any, folder: Path, settings: TrainerSettings) -> None:
@@ -115,8 +131,10 @@ def file_name(name: str) -> str:
 
     >>> file_name("model.layers.0.mlp.up_proj.lora_A.default.weight")
     'base_model.model.model.layers.0.mlp.up_proj.lora_A.weight'
+    >>> file_name("model.embed_tokens.lora_embedding_A.default")
+    'base_model.model.model.embed_tokens.lora_embedding_A'
     """
-    return _PREFIX + name.replace(f".{_NAME}.", ".")
+    return _PREFIX + name.replace(f".{_NAME}.", ".").removesuffix(f".{_NAME}")
 
 
 @contextmanager
