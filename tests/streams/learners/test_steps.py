@@ -21,7 +21,6 @@ from fulgurite.streams.learners.learner import BadStep, Learner, StepResult, loa
 from fulgurite.streams.learners.packing import PackedBatch
 from fulgurite.streams.learners.reference import Reference
 from fulgurite.streams.learners.schedule import learning_rate
-from fulgurite.streams.trainer.checkpoints import copy_companions
 from fulgurite.streams.trainer.samples import TrainingSet, training_set
 from fulgurite.streams.trainer.windows import Member, Window
 from tests.streams.learners.test_packed_scoring import SIZES, model_of
@@ -478,17 +477,3 @@ def test_all_that_a_window_compares_pays_the_penalty(folder: Path, other: Path, 
     same = load_learner(folder, plain).step(expected, 2)
     assert result.loss == pytest.approx(same.loss, abs=1e-5)
     assert result.grad_norm == pytest.approx(same.grad_norm, rel=1e-4)
-
-
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
-def test_a_version_has_its_start_models_own_generation_config(tmp_path: Path, dtype: str) -> None:
-    """Also one that transformers reads and would not write: a temperature, and no word of sampling."""
-    model, version = build_model(tmp_path / "model"), tmp_path / "version"
-    version.mkdir()
-    learner = load_learner(model, settings_of(dtype=dtype))
-    learner.save_weights(version)
-    assert not (version / "generation_config.json").exists(), "one that transformers made"
-    (model / "generation_config.json").write_text('{"eos_token_id": 2, "temperature": 0.9, "top_p": 0.6}')
-    load_learner(model, settings_of(dtype=dtype)).save_weights(version)
-    copy_companions(model, version)
-    assert (version / "generation_config.json").read_text() == (model / "generation_config.json").read_text()

@@ -48,7 +48,7 @@ class DeepSpeedEngine:
         self.device = torch.device(f"cuda:{os.environ['LOCAL_RANK']}" if torch.cuda.is_available() else "cpu")
         # Objects travel over gloo also where tensors travel over NCCL.
         self._objects: Any = dist.new_group(backend="gloo")
-        exact = _computed_buffers(policy)
+        exact = exact_buffers(policy)
         policy = policy.to(self.device, dtype)
         optimizer = torch.optim.AdamW(
             trainable(policy).values(), lr=0.0, betas=adamw.betas, weight_decay=adamw.weight_decay
@@ -181,13 +181,14 @@ class DeepSpeedEngine:
             zero._lazy_init_hp_params_optimizer_state()
 
 
-def _computed_buffers(policy: nn.Module) -> list[tuple[nn.Module, str, Tensor]]:
-    """Of every module what it computed itself and no file has: the frequencies of rotary positions above all. In half
-    precision they would be off by a whole turn after some thousand tokens; models loaded as such keep them exact."""
+def exact_buffers(policy: Policy) -> list[tuple[nn.Module, str, Tensor]]:
+    """Of every module what it computed itself and no file has, the frequencies of rotary positions above all: in half
+    precision they would be off by a whole turn after some thousand tokens; models loaded as such keep them exact. And
+    what the model keeps so in any case."""
     filed = policy.state_dict().keys()
     found: list[tuple[nn.Module, str, Tensor]] = []
     for name, buffer in policy.named_buffers():
-        if name not in filed and buffer.is_floating_point():
+        if buffer.is_floating_point() and (name not in filed or policy.is_kept_in_float32(name)):
             path, _, own = name.rpartition(".")
             found.append((policy.get_submodule(path), own, buffer.detach().clone()))
     return found

@@ -10,7 +10,8 @@ for.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+import re
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any, Final
 
@@ -82,7 +83,7 @@ class Policy(nn.Module):
         start model's own file as it is there. `dtype`: what numbers are written in; None: in what they are."""
         if self.has_adapter:
             mine = {n.removeprefix("model."): p.detach() for n, p in self.named_parameters() if p.requires_grad}
-            adapter.save(self.model, folder, mine if dtype is None else _in_type(mine, dtype))
+            adapter.save(self.model, folder, mine if dtype is None else self._in_type(mine, dtype))
             return
         # transformers writes one that it made itself, and refuses some that it has read: a temperature alone.
         self.model.generation_config = GenerationConfig()
@@ -92,13 +93,23 @@ class Policy(nn.Module):
             # A tied weight would not be seen to be one: its copy is another tensor.
             tied = self.model.all_tied_weights_keys
             own = {name: tensor for name, tensor in self.model.state_dict().items() if name not in tied}
-            self.model.save_pretrained(folder, state_dict=_in_type(own, dtype))
+            self.model.save_pretrained(folder, state_dict=self._in_type(own, dtype))
             _name_type(folder / "config.json", dtype)
         (folder / GENERATION_CONFIG_NAME).unlink(missing_ok=True)
 
     @property
     def has_adapter(self) -> bool:
         return hasattr(self.model, "peft_config")
+
+    def is_kept_in_float32(self, name: str) -> bool:
+        """Whether the model wants this tensor of its own so, whatever it is trained in: the biases by which experts are
+        chosen, above all. Rounded, a server would choose others than were trained."""
+        parts: Iterable[str] = getattr(self.model, "_keep_in_fp32_modules_strict", None) or ()
+        return any(re.search(rf"(^|\.){part}(\.|$)", name) for part in parts)
+
+    def _in_type(self, tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+        types = {name: torch.float32 if self.is_kept_in_float32(name) else dtype for name in tensors}
+        return {name: each.to(types[name]) if each.is_floating_point() else each for name, each in tensors.items()}
 
     def _fitting_chunk(self, device: torch.device) -> int:
         vocabulary = int(self.model.config.get_text_config().vocab_size)
@@ -186,10 +197,6 @@ class Policy(nn.Module):
             return whole(input_ids=token_ids.unsqueeze(0), use_cache=False).logits.squeeze(0)
         finally:
             whole.set_attn_implementation(NAME)
-
-
-def _in_type(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
-    return {name: each.to(dtype) if each.is_floating_point() else each for name, each in tensors.items()}
 
 
 def _name_type(path: Path, dtype: torch.dtype) -> None:
