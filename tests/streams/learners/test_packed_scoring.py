@@ -31,7 +31,7 @@ from transformers import (
 )
 
 from fulgurite.schemas.errors import SettingsError
-from fulgurite.streams.learners.attention import NAME, layout_of
+from fulgurite.streams.learners.attention import NAME, fits_flash, layout_of
 from fulgurite.streams.learners.packing import LEAST_SHARED_TOKENS, pack, plan, shared_prompts, tokens_once
 from fulgurite.streams.learners.policy import Policy, load_policy
 from fulgurite.streams.learners.scoring import token_scores
@@ -295,3 +295,10 @@ def test_a_nan_stays_one_and_no_tokens_are_no_error() -> None:
     assert token_scores(hidden[:0], head, torch.zeros(0, dtype=torch.int64), chunk_tokens=8)[0].shape == (0,)
     with pytest.raises(ValueError, match="at least one token"):
         layout_of([3, 0])
+
+
+@pytest.mark.parametrize(
+    ("head", "value", "fits"), [(128, 128, True), (192, 128, False), (320, 320, False), (4, 4, False)]
+)
+def test_heads_that_the_kernel_does_not_take_go_another_way(head: int, value: int, fits: bool) -> None:
+    assert fits_flash(head, value) is fits

@@ -6,9 +6,10 @@ Sequences may have tokens in common: a prompt that is there once and begins many
 had its own, which costs what it would; everything else in the model sees the prompt once.
 
 Promises: no token sees one of another sequence, whatever the model's mask code thinks: no mask is made at all. On a GPU
-in half precision torch's variable-length flash kernel does it; elsewhere the tokens are spread over [B, H, T_max, D]
-for the attention alone, causal, with padding on the right, so that padding is seen by nobody. Does not know what the
-tokens are, nor which model asks: any that reaches attention through transformers' AttentionInterface.
+in half precision torch's variable-length flash kernel does it, for heads that it takes; elsewhere the tokens are spread
+over [B, H, T_max, D] for the attention alone, causal, with padding on the right, so that padding is seen by nobody.
+Does not know what the tokens are, nor which model asks: any that reaches attention through transformers'
+AttentionInterface.
 
 Elsewhere padding costs by the square of lengths, so sequences are spread in buckets: none is longer than its bucket's
 shortest by more than a third.
@@ -30,8 +31,8 @@ NAME: Final = "fulgurite_packed"
 """As `attn_implementation` of a model."""
 
 _HALF: Final = (torch.float16, torch.bfloat16)
-
-
+MOST_HEAD_SIZE: Final = 256
+"""That the flash kernel takes."""
 LEAST_FILL: Final = 0.75
 """Of the longest sequence of a bucket, that its shortest has."""
 
@@ -146,9 +147,14 @@ def packed_attention(
         # Norms and rotary embeddings leave float32 behind; the attention itself would be cast anyway.
         half = torch.get_autocast_dtype("cuda")
         query, key, value = query.to(half), key.to(half), value.to(half)
-    if query.is_cuda and query.dtype in _HALF:
+    if query.is_cuda and query.dtype in _HALF and fits_flash(query.shape[-1], value.shape[-1]):
         return _flash(query, key, value, scaling, layout), None
     return _spread(query, key, value, scaling, layout), None
+
+
+def fits_flash(head_size: int, value_size: int) -> bool:
+    """Whether the kernel takes heads of these sizes; latent attention (DeepSeek) has values of a size of their own."""
+    return head_size == value_size and head_size <= MOST_HEAD_SIZE and head_size % 8 == 0
 
 
 def _flash(query: Tensor, key: Tensor, value: Tensor, scaling: float | None, layout: Layout) -> Tensor:
