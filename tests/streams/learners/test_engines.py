@@ -18,18 +18,18 @@ from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.engine import OptimizerState
 from fulgurite.streams.learners.learner import load_learner
+from tests.streams.learners import engine_lives
+from tests.streams.learners.engine_lives import live
 
 pytestmark = pytest.mark.timeout(600)  # processes under torchrun, which share two cores with other tests
-
-LIVES = Path(__file__).parent / "engine_lives.py"
 
 Life = dict[str, Any]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """All lives, in three processes one after the other, since most of a life is the import of torch: alone, under two
-    ranks, and alone again with what those left. Each has a folder; m0 is the start model, whole six steps alone."""
+    """All lives: alone, under two ranks, and alone again with what those left. Each has a folder; m0 is the start
+    model, whole six steps alone."""
     found = tmp_path_factory.mktemp("engines")
     torch.manual_seed(0)
     config = LlamaConfig(
@@ -86,10 +86,14 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def run(ranks: int, *lives: Life) -> None:
-    arguments = [json.dumps(life) for life in lives]
-    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)] if ranks > 1 else []
+    """One after the other: most of a process is the import of torch. Alone, they need none of their own."""
+    if ranks == 1:
+        for each in lives:
+            live(each)
+        return
+    launcher = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1", "DS_ACCELERATOR": "cpu"}
-    command = [sys.executable, *launcher, str(LIVES), *arguments]
+    command = [sys.executable, *launcher, engine_lives.__file__, *(json.dumps(life) for life in lives)]
     done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=500, check=False)
     assert done.returncode == 0, done.stderr[-4_000:]
 
