@@ -61,7 +61,7 @@ bench-ingest-profile: $(STAMP) ## where the CPU of a span goes between Kafka and
 bench-queries: $(STAMP) ## how fast questions are answered on 10 million spans (about 15 minutes)
 	@$(BIN)/python tests/bench/queries.py $(ARGS)
 
-bench-gateway: $(STAMP) ## what the gateway adds to a call, next to calling the policy's server directly (about 5 minutes)
+bench-gateway: $(STAMP) ## what the gateway adds to a call, next to calling the policy's server directly (about 9 minutes)
 	@$(BIN)/python -m tests.bench.gateway $(ARGS)
 
 bench-train: $(ORACLES)/.installed ## the trainer next to TRL and a plain loop, what streaming costs, what asynchrony gains (about 20 minutes)

@@ -14,6 +14,8 @@ that cost next to nothing (gateway_load.py) in this one. Everything is recorded,
   request, which holds on a machine whose cores are shared; the wall rate stands beside it. The fewer at once, the more
   often the gateway wakes up for one of them and the larger is its CPU time a request. What a core can do is what it
   does when it is never idle: requests_per_second_per_core is that of 128 at once.
+- token_route_…: the same two by the routes of token ids, which calls of rollouts take where a backend has them: render,
+  then generate, so two questions a call. Past the gateway it is the chat route.
 - versions: from publishing a version on `resources` to an answer it sampled, through a follower and the embedded policy
   server with the calculator's untrained model.
 - memory: resident memory of the gateway over --requests, ten calls a rollout, in ten steps; growth is from the first
@@ -78,6 +80,7 @@ class Rig:
         self.folder = folder
         self.settings = KafkaSettings(bootstrap_servers=kafka.bootstrap_servers)
         self.backend_port = free_port()
+        self.token_backend_port = free_port()
         self.gateway_port = free_port()
 
     @contextmanager
@@ -107,9 +110,9 @@ class Rig:
             yield process
 
     @contextmanager
-    def null_backend(self) -> Generator[ChildProcess]:
-        command = [sys.executable, str(Path(__file__).with_name("gateway_null.py")), str(self.backend_port)]
-        with self.process("null-backend", command) as process:
+    def null_backend(self, name: str, port: int, *options: str) -> Generator[ChildProcess]:
+        command = [sys.executable, str(Path(__file__).with_name("gateway_null.py")), str(port), *options]
+        with self.process(name, command) as process:
             yield process
 
     def agents(self, count: int, *, through: bool) -> Agents:
@@ -229,6 +232,15 @@ async def memory(rig: Rig, gateway: ChildProcess, requests: int) -> Figures:
     return figures
 
 
+def measure(rig: Rig, gateway: ChildProcess, backend: ChildProcess, options: argparse.Namespace) -> Figures:
+    figures: Figures = {}
+    if "throughput" not in options.skip:
+        figures |= uvloop.run(throughput(rig, gateway, backend, options.calls))
+    if "latency" not in options.skip:
+        figures |= uvloop.run(latency(rig, options.samples))
+    return figures
+
+
 def show(figures: Figures) -> None:
     for name, value in figures.items():
         print(f"  {name:44s} {value:12,.3f}", flush=True)
@@ -240,7 +252,9 @@ def main() -> None:
     parser.add_argument("--calls", type=int, default=16_000, help="of the throughput")
     parser.add_argument("--requests", type=int, default=100_000, help="of the memory's part")
     parser.add_argument("--versions", type=int, default=5, help="versions to publish")
-    parser.add_argument("--skip", nargs="*", default=[], choices=["latency", "throughput", "versions", "memory"])
+    parser.add_argument(
+        "--skip", nargs="*", default=[], choices=["latency", "throughput", "tokens", "versions", "memory"]
+    )
     options = parser.parse_args()
     figures: Figures = {}
     with (
@@ -249,13 +263,19 @@ def main() -> None:
     ):
         rig = Rig(kafka, Path(folder))
         uvloop.run(create_topics(rig.settings))
-        with rig.null_backend() as backend, rig.gateway("gateway", rig.gateway_port, rig.backend_port) as gateway:
-            if "throughput" not in options.skip:
-                figures |= uvloop.run(throughput(rig, gateway, backend, options.calls))
-            if "latency" not in options.skip:
-                figures |= uvloop.run(latency(rig, options.samples))
-            if "memory" not in options.skip:
-                figures |= uvloop.run(memory(rig, gateway, options.requests))
+        with rig.null_backend("null-backend", rig.backend_port) as backend:
+            with rig.gateway("gateway", rig.gateway_port, rig.backend_port) as gateway:
+                figures |= measure(rig, gateway, backend, options)
+                if "memory" not in options.skip:
+                    figures |= uvloop.run(memory(rig, gateway, options.requests))
+            if "tokens" not in options.skip:
+                print("\nby the routes of token ids")
+                with (
+                    rig.null_backend("token-backend", rig.token_backend_port, "--tokens") as token_backend,
+                    rig.gateway("token-gateway", rig.gateway_port, rig.token_backend_port) as gateway,
+                ):
+                    found = measure(rig, gateway, token_backend, options)
+                figures |= {f"token_route_{name}": value for name, value in found.items()}
         if "versions" not in options.skip:
             from tests.bench.gateway_versions import publish_to_served
 

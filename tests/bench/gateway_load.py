@@ -42,7 +42,7 @@ def request(path: str, *, stream: bool, pause_ms: int) -> bytes:
             "messages": [{"role": "user", "content": "How much is (37 + 56) * 74? Use the calculator."}],
             "temperature": 1.0,
             "max_tokens": 64,
-            "pause_ms": pause_ms,
+            "metadata": {"pause_ms": pause_ms},  # a field that any route takes, and that constrains nothing
         }
         | ({"stream": True} if stream else {})
     )
