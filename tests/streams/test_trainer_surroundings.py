@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from pydantic import ValidationError
 
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.settings import KafkaSettings, Settings, TrainerSettings
@@ -80,3 +81,19 @@ def test_a_run_that_goes_on_needs_its_start_model_only_where_it_is_read_again(tm
     for changes in ({"lora_rank": 8}, {"kl_coefficient": 0.1}):
         with pytest.raises(SettingsError, match=r"trainer\.model = /nowhere: no model there"):
             plan(model="/nowhere", output=tmp_path, **changes)
+
+
+def test_an_output_that_cannot_be_a_folder_is_told_before_anything_is_loaded(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    for output in (tmp_path / "file", tmp_path / "file" / "policy"):
+        with pytest.raises(SettingsError, match=r"trainer\.output = .*file is a file; name a folder"):
+            plan(output=output)
+    plan(output=tmp_path / "not" / "there" / "yet", model=model_in(tmp_path / "model"))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("resource", "my policy"), ("resource", "x" * 129), ("agent", "a" * 513)], ids=str
+)
+def test_a_name_that_no_event_could_carry_is_no_setting(name: str, value: str) -> None:
+    with pytest.raises(ValidationError, match=name):
+        TrainerSettings.model_validate({name: value})

@@ -107,3 +107,9 @@ def test_what_is_shipped_sets_nothing_in_vain(tmp_path: Path) -> None:
         trainer = cell.settings(1, Sizes(), tmp_path, tmp_path)
         tasks = {"tasks": "tests.streams.trainer_world:bandit"}
         make_plan(Settings(trainer=trainer.model_copy(update=tasks)))
+
+
+def test_a_penalty_weighed_by_a_ratio_needs_a_sampler() -> None:
+    settings = TrainerSettings.model_validate({**SHOWN, **PENALISED, "kl_gradient": "ratio"})
+    with pytest.raises(SettingsError, match=r"kl_gradient = ratio: demonstrations were sampled by nobody"):
+        check_objective(settings)

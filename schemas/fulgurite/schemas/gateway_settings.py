@@ -25,6 +25,7 @@ from urllib.parse import urlsplit
 
 from pydantic import Field, SecretStr, ValidationInfo, field_validator, model_validator
 
+from fulgurite.schemas.ids import Id
 from fulgurite.schemas.sections import Port, Seconds, Section, Url
 
 KEY_NAME = r"^[A-Za-z0-9][A-Za-z0-9_.-]{0,63}$"
@@ -50,7 +51,7 @@ class BackendSettings(Section):
     take as OPENAI_BASE_URL: what comes after the path is /chat/completions, and where there is no path, it is /v1."""
     models: Annotated[list[Name], Field(max_length=1_024)] = Field(default_factory=list[str])
     """Names it serves, beside those that a vllm lists itself; empty: any that no other backend names."""
-    resource: str = "policy"
+    resource: Id = "policy"
     """Which resource's versions it serves; means nothing for kind openai."""
     api_key: SecretStr = SecretStr("")
     """Sent to it as bearer token."""
@@ -142,7 +143,7 @@ class GatewaySettings(Section):
     everybody."""
     backend_url: Url = "http://127.0.0.1:4760"
     """The policy server: vLLM or the embedded one. Where there are several, see gateway.backends."""
-    resource: str = "policy"
+    resource: Id = "policy"
     """Name of the resource that backend_url serves; recorded on every call."""
     backends: Annotated[list[BackendSettings], Field(max_length=_MAX_NAMED)] = Field(
         default_factory=list[BackendSettings]

@@ -31,6 +31,7 @@ from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.gateway_settings import ApiKeySettings as ApiKeySettings
 from fulgurite.schemas.gateway_settings import BackendSettings as BackendSettings
 from fulgurite.schemas.gateway_settings import GatewaySettings as GatewaySettings
+from fulgurite.schemas.ids import Id
 from fulgurite.schemas.kafka_settings import KafkaSettings as KafkaSettings
 from fulgurite.schemas.log_settings import LogSettings
 from fulgurite.schemas.redaction import RedactionSettings
@@ -150,7 +151,7 @@ class PolicyServerSettings(Section):
 class FollowerSettings(Section):
     servers: list[Url] = Field(default_factory=lambda: ["http://127.0.0.1:4760"])
     """Every policy server to keep at the newest version."""
-    resource: str = "policy"
+    resource: Id = "policy"
     """Which resource to follow."""
     group: str = ""
     """Of the followers of one resource with the same group one acts, the others wait for its end. Empty: those of the

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
+from fulgurite.schemas.ids import OptionalId
 from fulgurite.schemas.sections import Section
 
 
@@ -31,6 +32,6 @@ class SourceSettings(Section):
     one group_id are compared. Asked once, when the run begins."""
     follow: bool = True
     """Whether to wait for what the source does next; otherwise the run ends where the source has got to."""
-    resource: str = ""
+    resource: OptionalId = ""
     """Whose sampled tokens are trained on; empty: what the source run trains. Set to trainer.resource where this
     trainer makes the versions of another policy that acts in the same rollouts."""

@@ -10,6 +10,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
+from fulgurite.schemas.event import Name
+from fulgurite.schemas.ids import Id
 from fulgurite.schemas.rewards import MAX_REWARD
 from fulgurite.schemas.sections import Seconds, Section
 
@@ -60,7 +62,7 @@ GROUPS = {
 class TrainerSettings(Section):
     run_id: str = ""
     """Name of the run; a restart with the same name goes on where it stood. Required."""
-    resource: Annotated[str, Field(min_length=1)] = "policy"
+    resource: Id = "policy"
     """Which policy it makes versions of."""
     model: Path | None = None
     """Folder of the model to start from (Hugging Face format)."""
@@ -68,7 +70,7 @@ class TrainerSettings(Section):
     """Where checkpoints and versions are written; servers must be able to read it."""
     tasks: str = ""
     """Where tasks come from, as module:function; function(index) gives the task's input as JSON-able value."""
-    agent: str = ""
+    agent: Name = ""
     """Recorded on its rollouts, for streams with several agents."""
     agents: list[Annotated[str, Field(min_length=1)]] = Field(default_factory=list[str])
     """Whose calls are trained on, where several agents act in a rollout: the names on their spans. Empty: all."""

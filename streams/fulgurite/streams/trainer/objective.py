@@ -91,6 +91,11 @@ def _imitation_fault(settings: TrainerSettings) -> str:
     of_rollouts = ("best_share", "best_threshold", "max_mismatch_kl", "min_effective_sample_size", "tasks")
     for name in set_otherwise(settings, of_rollouts):
         return f"trainer.{name} has no effect with trainer.demonstrations: there are no rollouts"
+    if settings.kl_coefficient and settings.kl_gradient == "ratio":
+        return (
+            "trainer.kl_gradient = ratio: demonstrations were sampled by nobody, so there is no ratio to the sampler; "
+            "leave it out"
+        )
     return ""
 
 

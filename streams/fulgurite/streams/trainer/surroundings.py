@@ -1,10 +1,12 @@
-"""What a run needs around it, looked at before anything is loaded: its processes, and folders with models. No torch.
+"""What a run needs around it, looked at before anything is loaded: its processes, where it writes, folders with models.
+No torch.
 
 Does not know Kafka: what the log alone can tell is looked at when there is one.
 """
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 from fulgurite.schemas.errors import SettingsError
@@ -17,6 +19,7 @@ _LAUNCH = "torchrun --nproc-per-node N -m fulgurite.infra train …"
 def check_surroundings(trainer: TrainerSettings) -> None:
     """Raises SettingsError, naming the setting and what to do."""
     _check_processes(trainer)
+    _check_output(trainer.output)
     if trainer.kl_coefficient and trainer.reference is not None:
         _check_model("reference", trainer.reference)
     if trainer.model is not None and (_is_needed(trainer) or not _has_begun(trainer)):
@@ -35,6 +38,15 @@ def _check_processes(trainer: TrainerSettings) -> None:
             "(WORLD_SIZE), each of which would train on everything: set trainer.zero_stage to 1, 2 or 3, or start one "
             "process without torchrun"
         )
+
+
+def _check_output(folder: Path) -> None:
+    """Made where it is not there; nothing is made yet."""
+    there = next(part for part in (folder.absolute(), *folder.absolute().parents) if part.exists())
+    if not there.is_dir():
+        raise SettingsError(f"trainer.output = {folder}: {there} is a file; name a folder for checkpoints and versions")
+    if not os.access(there, os.W_OK | os.X_OK):
+        raise SettingsError(f"trainer.output = {folder}: {there} cannot be written by this user; name another folder")
 
 
 def _is_needed(trainer: TrainerSettings) -> bool:
