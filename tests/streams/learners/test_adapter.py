@@ -97,6 +97,14 @@ def test_one_layer_that_is_two_gets_no_adapter(folder: Path, name: str) -> None:
         load_learner(folder, settings_of(folder, lora_target_modules=[name]))
 
 
+def test_the_same_adapter_is_the_same_files(folder: Path, tmp_path: Path) -> None:
+    learner = trained(folder, 1)
+    for number in range(6):
+        (tmp_path / str(number)).mkdir()
+        learner.save_weights(tmp_path / str(number))
+    assert len({weights_sha256(tmp_path / str(number)) for number in range(6)}) == 1
+
+
 def test_a_run_goes_on_bit_for_bit(folder: Path, tmp_path: Path) -> None:
     whole, half = trained(folder, 4), trained(folder, 2)
     (tmp_path / "weights").mkdir()

@@ -11,8 +11,9 @@ a KL penalty against the base needs no second model. No dropout: the sampler has
 from __future__ import annotations
 
 import json
+import re
 import warnings
-from collections.abc import Generator, Mapping
+from collections.abc import Collection, Generator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Final
@@ -40,9 +41,9 @@ def is_adapter(folder: Path) -> bool:
     return (folder / CONFIG).is_file()
 
 
-def attach(model: Any, base: Path, settings: TrainerSettings) -> None:
-    """Puts a fresh adapter into the model of `base` and freezes everything else. Raises SettingsError where peft is
-    missing or the model has no such parts, or one that is two layers at once."""
+def attach(model: Any, base: Path, settings: TrainerSettings, unreached: Collection[str] = ()) -> None:
+    """Puts a fresh adapter into the model of `base`, but for its parts of these names, and freezes everything else.
+    Raises SettingsError where peft is missing or the model has no such parts, or one that is two layers at once."""
     try:
         from peft import LoraConfig, inject_adapter_in_model
     except ImportError:
@@ -53,6 +54,7 @@ def attach(model: Any, base: Path, settings: TrainerSettings) -> None:
         r=settings.lora_rank,
         lora_alpha=settings.lora_alpha,  # pyright: ignore[reportArgumentType]  # any number; the annotation says int
         target_modules=settings.lora_target_modules or "all-linear",
+        exclude_modules=rf"({'|'.join(map(re.escape, unreached))})(\..*)?" if unreached else None,
         lora_dropout=0.0,
         bias="none",
         task_type="CAUSAL_LM",
@@ -124,6 +126,20 @@ def save(model: Any, folder: Path, tensors: Mapping[str, Tensor]) -> None:
     (folder / CONFIG).write_text(json.dumps(fields, indent=2, sort_keys=True, default=str) + "\n")
     files = {file_name(name): tensor.contiguous() for name, tensor in sorted(tensors.items())}
     save_file(files, folder / WEIGHTS, metadata={"format": "pt", BASE: model.base_sha256})
+    _put_in_order(folder / WEIGHTS)
+
+
+def _put_in_order(path: Path) -> None:
+    """safetensors writes what is said of a file in another order each time; the folder's checksum is published."""
+    with path.open("r+b") as file:
+        size = int.from_bytes(file.read(8), "little")
+        header: dict[str, Any] = json.loads(file.read(size))
+        header["__metadata__"] = dict(sorted(header["__metadata__"].items()))
+        ordered = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode().ljust(size)
+        if len(ordered) != size:
+            raise StartError(f"{path}: safetensors writes its header in a way that is not known here")
+        file.seek(8)
+        file.write(ordered)
 
 
 def file_name(name: str) -> str:

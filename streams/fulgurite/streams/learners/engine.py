@@ -144,9 +144,17 @@ class TorchEngine:
         if math.isfinite(norm) and norm <= norm_limit:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
+            self._count_alike()
             self._optimizer.step()
         self._optimizer.zero_grad(set_to_none=True)
         return norm
+
+    def _count_alike(self) -> None:
+        """A parameter without a gradient, such as an expert's that no token came to, has one of zeros, as under ZeRO:
+        all have had the same number of updates, so that a state is one number and moments."""
+        for parameter in self._named.values():
+            if parameter.grad is None:
+                parameter.grad = torch.zeros_like(parameter)
 
     def gather(self, mine: T) -> list[T]:
         return [mine]

@@ -59,6 +59,8 @@ class Policy(nn.Module):
         try:
             self._refuse_other_heads()
             self._refuse_leaks()
+            self.unreached = self._freeze_unreached()
+            """Names of parts of the model that text never comes to, such as a vision tower: they are not trained."""
         except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as error:
             raise SettingsError(
                 f"{type(model).__name__} cannot score packed sequences: {error!r}; such models cannot be trained here"
@@ -170,6 +172,39 @@ class Policy(nn.Module):
                 f"by {worst:.3g}: a soft cap or a scale in its config?); such models cannot be trained here"
             )
 
+    def _freeze_unreached(self) -> list[str]:
+        """Such a part's parameters have no gradient; weight decay alone would change them."""
+        base: Any = self.model.base_model
+        called: set[nn.Module] = set()
+        watched = [each.register_forward_hook(lambda module, *_: called.add(module)) for each in base.modules()]
+        try:
+            scores = self._probe()
+        finally:
+            for watch in watched:
+                watch.remove()
+        found: list[str] = []
+        for name, part in base.named_children():
+            parameters = [each for each in part.parameters() if each.requires_grad]
+            if not parameters or called.intersection(part.modules()):
+                continue
+            # Its weights may be used without it.
+            if any(
+                each is not None
+                for each in torch.autograd.grad(scores, parameters, allow_unused=True, retain_graph=True)
+            ):
+                continue
+            part.requires_grad_(False)
+            found.append(f"{self.model.base_model_prefix}.{name}")
+        return found
+
+    def _probe(self) -> Tensor:
+        """A score of a few tokens, with its gradient."""
+        device = next(self.model.parameters()).device
+        token_ids = torch.arange(_PROBE_LENGTHS[0], device=device) % int(self.model.config.get_text_config().vocab_size)
+        position_ids = torch.arange(len(token_ids), device=device)
+        layout = layout_of([len(token_ids)]).to(device)
+        return self._head(self._hidden(token_ids, position_ids, layout)).float().sum()
+
     @torch.no_grad()
     def _refuse_leaks(self) -> None:
         """Two sequences packed, against the plain model on each alone."""
@@ -237,7 +272,7 @@ def load_trained_policy(folder: Path, settings: TrainerSettings) -> Policy:
             raise SettingsError("trainer.model is empty: an adapter needs the model it is for, also when a run goes on")
         # Nothing of the base is trained, so it needs no float32 copy.
         policy = load_policy(settings.model, dtype=torch.bfloat16 if settings.dtype == "bfloat16" else torch.float32)
-        adapter.attach(policy.model, settings.model, settings)
+        adapter.attach(policy.model, settings.model, settings, policy.unreached)
         if is_adapter(folder):
             adapter.load(policy.model, folder, settings)
     if settings.activation_checkpointing:
