@@ -28,7 +28,7 @@ from fulgurite.schemas.rollouts import (
 )
 from fulgurite.schemas.settings import ClickHouseSettings
 from fulgurite.schemas.spans import Span
-from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep, VersionApplied
+from fulgurite.schemas.training import RolloutsDecided, RunFinished, RunStarted, TrainingStep, VersionApplied
 from fulgurite.schemas.trajectories import Trajectory
 from fulgurite.schemas.workers import WorkerHeartbeat
 
@@ -46,7 +46,7 @@ TABLES: dict[str, list[type[BaseModel]]] = {
     ],
     "trajectories": [Trajectory],
     "resources": [ResourceVersion],
-    "training_events": [RunStarted, TrainingStep, VersionApplied, RunFinished],
+    "training_events": [RunStarted, TrainingStep, RolloutsDecided, VersionApplied, RunFinished],
     "worker_heartbeats": [WorkerHeartbeat],
 }
 

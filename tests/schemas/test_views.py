@@ -14,6 +14,7 @@ from fulgurite.schemas.codec import encode
 from fulgurite.schemas.migrations import connection_options
 from fulgurite.schemas.resources import ResourceVersion, prompt_version
 from fulgurite.schemas.settings import ClickHouseSettings
+from fulgurite.schemas.training import DroppedRollout, RolloutsDecided, TrainingStep
 
 ROLLOUTS = 400
 SPANS = 100 * ROLLOUTS
@@ -219,6 +220,44 @@ def test_a_rollout_that_a_window_had_again_is_in_both_and_once_in_the_ledger(cli
     assert members == [(1, "a", 0), (1, "b", 0), (2, "a", 1), (2, "c", 0)]
     ledger = client.query("SELECT rollout_id, step, times_trained FROM ledger ORDER BY rollout_id").result_rows
     assert ledger == [("a", 1, 1), ("b", 1, 1), ("c", 2, 1)]
+
+
+def test_what_took_more_than_one_record_is_in_the_ledger_once(client: Client) -> None:
+    """A step in parts, rollouts that were named between two steps, and a part that was sent again."""
+    given: dict[str, Any] = {"run_id": "run", "resource": "policy", "version_in": 1}
+    gone = {name: [DroppedRollout(rollout_id=name, reason="failed")] for name in "xyz"}
+    metrics = {"rollouts/trained": 3.0, "rollouts/dropped": 2.0}
+    part = RolloutsDecided(
+        **given,
+        step=1,
+        version_out=2,
+        event_id="s1-part1",
+        part_of="s1",
+        rollout_ids=["c"],
+        again=["d"],
+        dropped=gone["y"],
+    )
+    records = [
+        RolloutsDecided(**given, step=1, version_out=1, event_id="early", dropped=gone["x"], offsets={"0": 3}),
+        part,
+        TrainingStep(**given, step=1, version_out=2, event_id="s1", rollout_ids=["a", "b"], metrics=metrics),
+        RolloutsDecided(**given, step=1, version_out=1, event_id="f-part1", part_of="f", dropped=gone["z"]),
+        part,
+    ]
+    rows = [[encode(each), "run", {}, "training", 0, offset] for offset, each in enumerate(records)]
+    client.insert("in_training", rows, ["raw", "key", "headers", "_topic", "_partition", "_offset"])
+    assert client.query("SELECT count() FROM dead_letters").result_rows == [(0,)]
+    ledger = client.query("SELECT rollout_id, outcome, reason, step, version_out FROM ledger ORDER BY rollout_id")
+    assert ledger.result_rows == [
+        ("a", "trained", "", 1, 2), ("b", "trained", "", 1, 2), ("c", "trained", "", 1, 2),
+        ("x", "dropped", "failed", 1, 1), ("y", "dropped", "failed", 1, 2), ("z", "dropped", "failed", 1, 1),
+    ]  # fmt: skip
+    members = client.query("SELECT rollout_id, is_again FROM window_members ORDER BY rollout_id").result_rows
+    assert members == [("a", 0), ("b", 0), ("c", 0), ("d", 1)]
+    assert client.query("SELECT step, rollouts, rollouts_dropped FROM steps").result_rows == [(1, 3, 2)]
+    assert client.query("SELECT reason, rollouts FROM why_dropped").result_rows == [("failed", 3)]
+    parts = client.query("SELECT DISTINCT event_id, part_of FROM training_events ORDER BY event_id").result_rows
+    assert parts == [("early", ""), ("f-part1", "f"), ("s1", ""), ("s1-part1", "s1")]
 
 
 def test_a_prompt_templates_text_is_a_column(client: Client) -> None:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, Literal
 from pydantic import BaseModel, Field, FiniteFloat, TypeAdapter
 
 from fulgurite.schemas.event import Event, Name, ShortText, Text, TimeNs, Version
-from fulgurite.schemas.ids import Id, new_id, now_ns
+from fulgurite.schemas.ids import Id, OptionalId, new_id, now_ns
 
 Metrics = Annotated[dict[str, FiniteFloat], Field(max_length=512)]
 
@@ -39,7 +39,8 @@ class RunStarted(TrainingEventBase):
 
 
 class TrainingStep(TrainingEventBase):
-    """One optimizer step and the version it made, committed in one transaction with the offsets it consumed."""
+    """One optimizer step and the version it made, committed in one transaction with the offsets it consumed. Rollouts
+    that its record has no room for are in records `rollouts_decided` before it."""
 
     event: Literal["step"] = "step"
     step: Annotated[int, Field(ge=1)]
@@ -70,6 +71,26 @@ class TrainingStep(TrainingEventBase):
     metrics: Metrics = Field(default_factory=dict)
 
 
+class RolloutsDecided(TrainingEventBase):
+    """More of what a run has decided about rollouts: what the record of a step, or of the run's end, has no room for,
+    in the same transaction before it; and many that were dropped, long before the next step is made."""
+
+    event: Literal["rollouts_decided"] = "rollouts_decided"
+    step: Annotated[int, Field(ge=0)]
+    """The one whose record would name them."""
+    resource: Id
+    version_in: Version
+    version_out: Version
+    """That of version_in where no version was made: between two steps, or at the end."""
+    part_of: OptionalId = ""
+    """The event_id of the record that has no room for them; empty in one that stands for itself."""
+    rollout_ids: list[Id] = Field(default_factory=list)
+    again: list[Id] = Field(default_factory=list)
+    dropped: list[DroppedRollout] = Field(default_factory=list)
+    offsets: dict[str, int] = Field(default_factory=dict)
+    """Next offset per partition of `trajectories` when they were dropped; empty in a part."""
+
+
 class VersionApplied(TrainingEventBase):
     """A server serves this version (or refused it, with the reason in `error`)."""
 
@@ -85,7 +106,7 @@ class VersionApplied(TrainingEventBase):
 
 
 class RunFinished(TrainingEventBase):
-    """The run is over. `dropped` names what was still on its way."""
+    """The run is over. `dropped` names what was still on its way; where that is too much, records before it do."""
 
     event: Literal["run_finished"] = "run_finished"
     step: Annotated[int, Field(ge=0)] = 0
@@ -95,7 +116,9 @@ class RunFinished(TrainingEventBase):
     reason: Text = ""
 
 
-TrainingEvent = Annotated[RunStarted | TrainingStep | VersionApplied | RunFinished, Field(discriminator="event")]
+TrainingEvent = Annotated[
+    RunStarted | TrainingStep | RolloutsDecided | VersionApplied | RunFinished, Field(discriminator="event")
+]
 TRAINING_EVENT: TypeAdapter[TrainingEvent] = TypeAdapter(TrainingEvent)
 
 

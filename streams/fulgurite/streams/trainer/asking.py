@@ -11,15 +11,15 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections import Counter
 
 from fulgurite.schemas.ids import now_ns
 from fulgurite.streams.trainer.checkpoints import SourceState
 from fulgurite.streams.trainer.ending import cancel_outstanding
 from fulgurite.streams.trainer.intake import Intake
+from fulgurite.streams.trainer.naming import Naming
 from fulgurite.streams.trainer.pacing import groups_allowed
 from fulgurite.streams.trainer.plan import Plan
-from fulgurite.streams.trainer.progress import waiting_for
+from fulgurite.streams.trainer.progress import waiting_for, why_dropped
 from fulgurite.streams.trainer.publishing import Publishing
 from fulgurite.streams.trainer.reader import POLL_SECONDS, TrajectoryReader
 from fulgurite.streams.trainer.recovery import Run
@@ -41,8 +41,11 @@ DRAIN_SECONDS = 60.0
 class Asking:
     """Fills `run.windows` from trajectories that it has asked for."""
 
-    def __init__(self, plan: Plan, run: Run, publishing: Publishing, reader: TrajectoryReader, intake: Intake) -> None:
+    def __init__(
+        self, plan: Plan, run: Run, publishing: Publishing, reader: TrajectoryReader, intake: Intake, naming: Naming
+    ) -> None:
         self._plan = plan
+        self._naming = naming
         self._run = run
         self._publishing = publishing
         self._reader = reader
@@ -62,6 +65,7 @@ class Asking:
             self._waits_since = {index: self._waits_since.get(index, now) for index in self._run.windows.waiting}
             if window is not None:
                 return window
+            await self._naming.relieve()
             if self._intake.is_full:
                 await self._publish_between_versions(range(0))
             if self._missing_groups() and now - asked >= pause:
@@ -114,8 +118,7 @@ class Asking:
 
     async def _replace_groups(self, pause_seconds: float) -> None:
         groups = self.ask(steps_done=self._run.step)
-        why = Counter(each.reason for each in self._run.windows.dropped).most_common(3)
-        reasons = ", ".join(f"{count} {reason}" for reason, count in why)
+        reasons = why_dropped(self._run.windows)
         level = logging.WARNING if pause_seconds == REPLACE_SECONDS[1] else logging.INFO
         message = "asking for %d groups in place of dropped ones; rollouts dropped since the last step: %s"
         logger.log(level, message, len(groups), reasons or "none")

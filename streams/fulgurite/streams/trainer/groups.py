@@ -4,6 +4,7 @@ the other.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Literal
 
@@ -111,6 +112,8 @@ class Window:
     """New groups of which a member gave no data."""
     choice: Choice | None = None
     """To be taken again after a crash; None where the log alone decides."""
+    named: Mapping[str, int] = field(default_factory=dict[str, int])
+    """Of rollouts dropped since the last window those that other records have named, by reason."""
 
 
 def filled_in(group: Group, survivors: list[Member], shape: Shape) -> list[Member]:

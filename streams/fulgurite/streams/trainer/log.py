@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
@@ -22,7 +22,14 @@ from fulgurite.schemas.codec import decode_union
 from fulgurite.schemas.errors import InvalidEvent
 from fulgurite.schemas.settings import KafkaSettings
 from fulgurite.schemas.topics import TRAINING
-from fulgurite.schemas.training import TRAINING_EVENT, RunFinished, RunStarted, TrainingStep
+from fulgurite.schemas.training import (
+    TRAINING_EVENT,
+    DroppedRollout,
+    RolloutsDecided,
+    RunFinished,
+    RunStarted,
+    TrainingStep,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -37,6 +44,8 @@ class CommittedRun:
     version: int
     step: int
     finished: bool
+    named: list[DroppedRollout] = field(default_factory=list[DroppedRollout])
+    """Dropped since that version, and named by a record between versions."""
 
 
 async def committed_run(settings: KafkaSettings, run_id: str) -> CommittedRun | None:
@@ -62,6 +71,8 @@ async def _scan(settings: KafkaSettings, run_id: str) -> CommittedRun | None:
                 found = CommittedRun(resource, version, step, False)
             case TrainingStep(resource=resource, version_out=version, step=step):
                 found = CommittedRun(resource, version, step, False)
+            case RolloutsDecided(dropped=dropped) if found is not None:
+                found.named.extend(dropped)  # those of a step's parts are gone with the step behind them
             case RunFinished(resource=resource, version=version, step=step):
                 found = CommittedRun(resource, version, step, True)
             case _:

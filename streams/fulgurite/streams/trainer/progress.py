@@ -118,10 +118,10 @@ class Progress:
         now = time.monotonic()
         per_step = (now - self._started) / max(1, event.step - self._steps_before)
         logger.info(
-            "step %d/%d version %d | reward %.3f | loss %+.4f | %d rollouts trained, %d dropped | staleness %.2f, "
+            "step %d/%d version %d | reward %.3f | loss %+.4f | %d rollouts trained, %.0f dropped | staleness %.2f, "
             "at most %d | wait %.1f s (%.0f %%), train %.1f s, publish %.1f s | %.0f tokens/s | %s left",
             event.step, self._steps, event.version_out, event.reward_mean, event.loss, len(event.rollout_ids),
-            len(event.dropped), event.staleness_mean, event.staleness_max, filled - began,
+            event.metrics["rollouts/dropped"], event.staleness_mean, event.staleness_max, filled - began,
             100 * (filled - began) / (now - began), optimized - filled, now - optimized,
             event.metrics["perf/throughput"], _duration(per_step * (self._steps - event.step)),
         )  # fmt: skip
@@ -136,11 +136,17 @@ def waiting_for(windows: Windows) -> str:
     """What a window still lacks."""
     closed = sum(group.closed for group in windows.groups.values())
     missing = len(windows.outstanding())
-    reasons = Counter(dropped.reason for dropped in windows.dropped)
     text = f"waiting: {closed} of {windows.shape.groups_per_step} groups complete, {missing} rollouts on their way"
-    if reasons:
-        text += ", dropped since the last step: " + ", ".join(f"{n} {reason}" for reason, n in reasons.most_common(4))
+    if reasons := why_dropped(windows):
+        text += f", dropped since the last step: {reasons}"
     return text
+
+
+def why_dropped(windows: Windows) -> str:
+    """The commonest reasons since the last step, of rollouts named already, too; empty where nothing was dropped."""
+    reasons = Counter(windows.named)
+    reasons.update(dropped.reason.partition(":")[0] for dropped in windows.dropped)
+    return ", ".join(f"{count} {reason}" for reason, count in reasons.most_common(4))
 
 
 def _duration(seconds: float) -> str:

@@ -7,9 +7,10 @@ from collections.abc import Iterable, Mapping
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
 from fulgurite.schemas.topics import RESOURCES, ROLLOUTS, TRAINING
-from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
+from fulgurite.schemas.training import RolloutsDecided, RunFinished, RunStarted, TrainingStep
 from fulgurite.streams.trainer.checkpoints import Checkpoint
 from fulgurite.streams.trainer.events import Marker, outgoing, version_event
+from fulgurite.streams.trainer.ledger import LedgerEvent, in_parts
 from fulgurite.streams.trainer.plan import Plan
 from fulgurite.streams.trainer.tasks import group_records
 from fulgurite.streams.transactions import Outgoing, Transactions
@@ -42,7 +43,7 @@ class Publishing:
         announced = version_event(checkpoint, model)
         records = [
             outgoing(self._kafka, RESOURCES, announced.resource, announced),
-            outgoing(self._kafka, TRAINING, event.run_id, event),
+            *self._told(event),
             *self._queued(groups),
             *dead_letters,
         ]
@@ -56,16 +57,17 @@ class Publishing:
         groups: range,
         others: list[Outgoing],
         buried: Mapping[int, int] | None = None,
+        event: RunStarted | RolloutsDecided | None = None,
     ) -> None:
-        """Between versions: groups in place of dropped ones, dead letters that fill up. Offsets stay as they were.
-        `buried`: by partition, below which offset dead letters are on the log."""
-        await self._commit([*self._queued(groups), *others], self._offsets(offsets, marker, buried))
+        """Between versions: groups in place of dropped ones, dead letters and dropped rollouts that fill up. Offsets
+        stay as they were. `buried`: by partition, below which offset dead letters are on the log."""
+        told = self._told(event) if event else []
+        await self._commit([*told, *self._queued(groups), *others], self._offsets(offsets, marker, buried))
 
     async def finished(
         self, event: RunFinished, marker: Marker, offsets: Mapping[int, int], dead: list[Outgoing]
     ) -> None:
-        record = outgoing(self._kafka, TRAINING, event.run_id, event)
-        await self._commit([record, *dead], self._offsets(offsets, marker))
+        await self._commit([*self._told(event), *dead], self._offsets(offsets, marker))
 
     async def _commit(self, records: list[Outgoing], offsets: dict[TopicPartition, OffsetAndMetadata]) -> None:
         """A partition that was added meanwhile needs no claim: a predecessor that wakes up finds a stranger's stamp on
@@ -74,6 +76,11 @@ class Publishing:
             await self._transactions.committed(added)
             self._claimed |= added
         await self._transactions.commit(records, offsets)
+
+    def _told(self, event: RunStarted | LedgerEvent) -> list[Outgoing]:
+        """On `training`."""
+        records = [event] if isinstance(event, RunStarted) else in_parts(event, self._kafka.max_record_bytes)
+        return [outgoing(self._kafka, TRAINING, record.run_id, record) for record in records]
 
     def _queued(self, groups: range) -> list[Outgoing]:
         tasks = self._plan.tasks

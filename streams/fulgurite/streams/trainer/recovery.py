@@ -30,6 +30,7 @@ from fulgurite.streams.learners.launch import launched_ranks
 from fulgurite.streams.trainer.checkpoints import OPTIMIZER, Checkpoints, SourceState
 from fulgurite.streams.trainer.demonstrations import prepare
 from fulgurite.streams.trainer.events import Marker
+from fulgurite.streams.trainer.ledger import restore
 from fulgurite.streams.trainer.log import committed_run
 from fulgurite.streams.trainer.ownership import Ownership
 from fulgurite.streams.trainer.plan import Plan
@@ -102,6 +103,7 @@ async def recover(
     windows = checkpoints.windows(checkpoint, plan.shape, now_ns())
     markers = _markers(before)
     windows.asked = max([windows.asked, *(marker.asked for marker in markers.values())])
+    restore(windows, committed.named, by_rollout=plan.source.begin == "sql")
     windows.choice = checkpoints.choice()
     limits = await _limits(plan, checkpoint.weights)
     learner = await _load(plan, checkpoint.weights, checkpoint.folder / OPTIMIZER)

@@ -19,10 +19,12 @@ from collections.abc import Iterator
 from itertools import islice
 
 from fulgurite.schemas.errors import StartError
-from fulgurite.schemas.training import RunFinished, TrainingStep
+from fulgurite.schemas.training import RolloutsDecided, RunFinished, TrainingStep
 from fulgurite.streams.trainer.asking import REPORT_SECONDS
 from fulgurite.streams.trainer.checkpoints import SourceState
 from fulgurite.streams.trainer.intake import Intake
+from fulgurite.streams.trainer.ledger import passes_over
+from fulgurite.streams.trainer.naming import Naming
 from fulgurite.streams.trainer.plan import Plan
 from fulgurite.streams.trainer.reader import POLL_SECONDS, TrajectoryReader
 from fulgurite.streams.trainer.recovery import Run
@@ -36,11 +38,14 @@ logger = logging.getLogger(__name__)
 class Replaying:
     """Fills `run.windows` with the groups that the source run settled, step by step of its ledger."""
 
-    def __init__(self, plan: Plan, run: Run, reader: TrajectoryReader, intake: Intake, ledger: SourceLedger) -> None:
+    def __init__(
+        self, plan: Plan, run: Run, reader: TrajectoryReader, intake: Intake, naming: Naming, ledger: SourceLedger
+    ) -> None:
         self._plan = plan
         self._run = run
         self._reader = reader
         self._intake = intake
+        self._naming = naming
         self._ledger = ledger
         self._state = run.source or SourceState()
         self._cut = 0
@@ -53,6 +58,7 @@ class Replaying:
             window = self._run.windows.take(self._run.version)
             if window is not None or self._state.over:
                 return window
+            await self._naming.relieve()
             await self._settle_next()
 
     def ask(self, steps_done: int) -> range:
@@ -72,7 +78,7 @@ class Replaying:
     async def _settle_next(self) -> None:
         event = await self._ledger.next(POLL_SECONDS)
         match event:
-            case TrainingStep():
+            case TrainingStep() | RolloutsDecided():
                 await self._settle(event)
             case RunFinished():
                 logger.info("the source run %s is over: %s", event.run_id, event.reason)
@@ -89,8 +95,8 @@ class Replaying:
             case _:
                 pass
 
-    async def _settle(self, step: TrainingStep) -> None:
-        """Everything that the source had read by this step is read; then its groups are ours to use."""
+    async def _settle(self, step: TrainingStep | RolloutsDecided) -> None:
+        """Everything that the source had read by this record is read; then its groups are ours to use."""
         await self._read_up_to({int(partition): offset for partition, offset in step.offsets.items()})
         decided = dict.fromkeys(step.rollout_ids, "") | {each.rollout_id: each.reason for each in step.dropped}
         cut = self._run.windows.settle(decided, None if self._plan.is_own_policy else step.version_in)
@@ -102,7 +108,8 @@ class Replaying:
                 "left out", step.step, cut, self._plan.source.begin,
             )  # fmt: skip
         self._cut += cut
-        self._state.step = step.step
+        if isinstance(step, TrainingStep):
+            self._state.step = step.step
 
     async def _read_up_to(self, offsets: dict[int, int]) -> None:
         have = self._reader.offsets
@@ -116,11 +123,12 @@ class Replaying:
 class Selected:
     """Fills `run.windows` with the groups of a selection, in its order."""
 
-    def __init__(self, plan: Plan, run: Run, reader: TrajectoryReader, intake: Intake) -> None:
+    def __init__(self, plan: Plan, run: Run, reader: TrajectoryReader, intake: Intake, naming: Naming) -> None:
         self._plan = plan
         self._run = run
         self._reader = reader
         self._intake = intake
+        self._naming = naming
         self._state = run.source or SourceState()
         self._groups: Iterator[SelectedGroup] | None = None
 
@@ -132,6 +140,7 @@ class Selected:
             window = self._run.windows.take(self._run.version)
             if window is not None or self._state.over:
                 return window
+            await self._naming.relieve()
             group = next(self._groups, None)
             if group is None:
                 self._state.over = True
@@ -162,6 +171,8 @@ class Selected:
                     f"rollout {trajectory.rollout_id} of group {trajectory.group_id} lies where source.sql found group "
                     f"{group.group_id}: {self._plan.topic} was made anew; start another run (trainer.run_id)"
                 )
+        if passes_over(self._run.windows, self._state.groups, [each.trajectory.rollout_id for each in members]):
+            return
         newest = max((version for member in members if (version := _newest(member)) is not None), default=0)
         self._run.windows.put(self._state.groups, members, None if self._plan.is_own_policy else newest)
 

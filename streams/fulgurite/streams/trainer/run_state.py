@@ -64,6 +64,8 @@ class RunState(BaseModel):
     """Settled, but in no step's record yet."""
     strangers: list[str] = Field(default_factory=list)
     """Named as `not_asked`: not to be named again."""
+    passed: dict[str, str] = Field(default_factory=dict)
+    """Of a replay by selection: named by a record between versions, their groups still to come."""
     open: list[OpenGroup] = Field(default_factory=list[OpenGroup])
     recent: list[OpenGroup] = Field(default_factory=list[OpenGroup])
     """Of earlier windows, for later ones that slide."""
@@ -96,6 +98,7 @@ def of_windows(windows: Windows) -> dict[str, Any]:
         "missing": sorted(windows.missing),
         "dropped": list(windows.dropped),
         "strangers": list(windows.strangers),
+        "passed": dict(windows.passed),
         "open": [_open(group) for group in windows.groups.values()],
         "recent": [_open(group) for group in windows.recent],
     }
@@ -133,6 +136,7 @@ def restored(state: RunState, lines: Iterable[str], shape: Shape, now_ns: int) -
         missing=set(state.missing),
         dropped=list(state.dropped),
         strangers=dict.fromkeys(state.strangers or unnamed),
+        passed=dict(state.passed),
         groups_dropped=state.groups_dropped,
         groups_short=state.groups_short,
         recent=[_group(g, now_ns) for g in state.recent],

@@ -34,9 +34,9 @@ starts at a time one goes on, the one that fenced the other. Another writer of t
 step 3 (`ownership.py`).
 
 Between versions a group dropped as a whole may be replaced: a transaction of `queued` and the marker, offsets
-unchanged. The first transaction of a run publishes the starting weights, `run_started` and the first groups; the last
-one `run_finished` with everything that was still on its way. Every rollout asked for is in exactly one of these
-records.
+unchanged; and many dropped rollouts may be named, whose groups a restart then passes over (`ledger.py`). The first
+transaction of a run publishes the starting weights, `run_started` and the first groups; the last one `run_finished`
+with everything that was still on its way. Every rollout asked for is in exactly one of these records.
 
 A replay keeps the same contract: it asks for nothing, and its checkpoint (3) also says how far the source's ledger was
 read. Each rollout of the source that it has read is in exactly one of its own records, under its own run_id.
@@ -56,15 +56,15 @@ from typing import TYPE_CHECKING
 from fulgurite.producers.logs import configure_logging
 from fulgurite.producers.service import run_service
 from fulgurite.schemas.settings import Settings
-from fulgurite.schemas.topics import TRAINING
 from fulgurite.schemas.training import RunFinished
 from fulgurite.streams.learners.launch import launched_rank, launched_ranks
 from fulgurite.streams.trainer.asking import Asking
 from fulgurite.streams.trainer.checkpoints import Checkpoint, Checkpoints, RunState, copy_companions
 from fulgurite.streams.trainer.demonstrating import Demonstrating, without_sampler
-from fulgurite.streams.trainer.events import outgoing, started_event
+from fulgurite.streams.trainer.events import started_event
 from fulgurite.streams.trainer.intake import Intake
 from fulgurite.streams.trainer.metrics import Metrics
+from fulgurite.streams.trainer.naming import Naming
 from fulgurite.streams.trainer.occupied import Occupied
 from fulgurite.streams.trainer.ownership import Ownership
 from fulgurite.streams.trainer.plan import Plan, check_source, make_plan
@@ -142,7 +142,8 @@ async def _train(plan: Plan, metrics: Metrics) -> None:
         if run is not None:
             publishing = Publishing(plan, transactions, reader.partitions)
             intake = Intake(plan, run.limits, run.windows, run.buried)
-            supply = await _supply(plan, run, publishing, reader, intake)
+            naming = Naming(plan, run, publishing, reader, metrics)
+            supply = await _supply(plan, run, publishing, reader, intake, naming)
             await Trainer(plan, run, publishing, reader, checkpoints, ownership, intake, supply, metrics).train()
         await _release_ranks(run)
     finally:
@@ -152,17 +153,19 @@ async def _train(plan: Plan, metrics: Metrics) -> None:
         await transactions.close()
 
 
-async def _supply(plan: Plan, run: Run, publishing: Publishing, reader: TrajectoryReader, intake: Intake) -> Supply:
+async def _supply(
+    plan: Plan, run: Run, publishing: Publishing, reader: TrajectoryReader, intake: Intake, naming: Naming
+) -> Supply:
     """Where the windows come from."""
     if plan.trainer.demonstrations is not None:
         return Demonstrating(plan, run)
     if plan.source.begin == "sql":
-        return Selected(plan, run, reader, intake)
+        return Selected(plan, run, reader, intake, naming)
     if not plan.source.run_id:
-        return Asking(plan, run, publishing, reader, intake)
+        return Asking(plan, run, publishing, reader, intake, naming)
     ledger = SourceLedger(plan.settings.kafka, plan.source)
     await ledger.start(run.source.offsets if run.source else {})
-    return Replaying(plan, run, reader, intake, ledger)
+    return Replaying(plan, run, reader, intake, naming, ledger)
 
 
 async def _release_ranks(run: Run | None) -> None:
@@ -333,9 +336,8 @@ class Trainer:
             await self._publishing.version(checkpoint, event, groups, [])
             run.companions = checkpoint.weights
         else:
-            record = outgoing(self._plan.settings.kafka, TRAINING, event.run_id, event)
             groups = self._supply.ask(steps_done=run.step)
-            await self._publishing.more(run.marker(), run.committed_offsets, groups, [record], run.buried)
+            await self._publishing.more(run.marker(), run.committed_offsets, groups, [], run.buried, event)
 
     async def _finish(self, reason: str) -> None:
         """The last transaction: everything that is still on its way is dropped as `run_ended`, by name."""

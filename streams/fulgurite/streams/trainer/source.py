@@ -27,7 +27,8 @@ from fulgurite.schemas.codec import decode_union
 from fulgurite.schemas.errors import InvalidEvent, SettingsError, StartError
 from fulgurite.schemas.settings import KafkaSettings, Settings, SourceSettings, TrainerSettings
 from fulgurite.schemas.topics import TRAINING
-from fulgurite.schemas.training import TRAINING_EVENT, RunFinished, RunStarted, TrainingStep
+from fulgurite.schemas.training import TRAINING_EVENT, RolloutsDecided, RunFinished, RunStarted, TrainingStep
+from fulgurite.streams.trainer.ledger import LedgerEvent, whole
 from fulgurite.streams.trainer.log import partitions_of, records_since
 from fulgurite.streams.trainer.plan import at_fault, check_together
 
@@ -38,8 +39,6 @@ OWN = ("run_id", "resource", "output", "tasks", "window_seconds", "metrics_host"
 
 FETCH_RECORDS = 64
 """Ledger records of one poll; a step's names all rollouts of its window."""
-
-LedgerEvent = TrainingStep | RunFinished
 
 
 async def adopt(settings: Settings) -> Settings:
@@ -128,6 +127,8 @@ class SourceLedger:
         self._topic = settings.topic(TRAINING)
         self._consumer: AIOKafkaConsumer | None = None
         self._fetched: deque[tuple[int, int, LedgerEvent | None]] = deque()
+        self._parts: list[RolloutsDecided] = []
+        """Of the next event."""
         self.offsets: dict[int, int] = {}
 
     async def start(self, offsets: Mapping[int, int]) -> None:
@@ -161,9 +162,15 @@ class SourceLedger:
             await self._fetch(timeout_seconds)
         while self._fetched:
             partition, offset, event = self._fetched.popleft()
+            if isinstance(event, RolloutsDecided) and event.part_of:
+                self._parts.append(event)
+                continue
+            if self._parts and event is None:
+                continue  # whoever goes on from `offsets` reads the parts again
             self.offsets[partition] = offset + 1
             if event is not None:
-                return event
+                parts, self._parts = self._parts, []
+                return whole(event, parts)
         return None
 
     async def at_end(self) -> bool:
@@ -199,7 +206,7 @@ class SourceLedger:
             for record in records:
                 is_event = record.key == key and not isinstance(record, Undecodable)
                 event = _event(record.value) if is_event else None
-                wanted = event if isinstance(event, TrainingStep | RunFinished) else None
+                wanted = event if isinstance(event, TrainingStep | RolloutsDecided | RunFinished) else None
                 self._fetched.append((record.partition, record.offset, wanted))
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Sequence
 
 from fulgurite.streams.objectives.advantages import mean_and_std
@@ -42,12 +43,11 @@ def window_metrics(
         "rollouts/trained": float(len(training.rollout_ids)),
         "rollouts/trained_again": float(len(training.again)),
         "rollouts/filled": float(sum(member.reason == FILLED for group in window.groups for member in group)),
-        "rollouts/dropped": float(len(training.dropped)),
+        "rollouts/dropped": float(len(training.dropped) + sum(window.named.values())),
     }
-    for dropped in training.dropped:
-        name = f"rollouts/dropped/{dropped.reason.partition(':')[0]}"
-        found[name] = found.get(name, 0.0) + 1.0
-    return found
+    dropped = Counter(each.reason.partition(":")[0] for each in training.dropped)
+    dropped.update(window.named)
+    return found | {f"rollouts/dropped/{reason}": float(count) for reason, count in dropped.items()}
 
 
 def penalty_metrics(

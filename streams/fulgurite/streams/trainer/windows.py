@@ -36,6 +36,7 @@ One that nobody asked for is dropped once, too, as long as it is remembered (MOS
 from __future__ import annotations
 
 import re
+from collections import Counter
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
 
@@ -73,7 +74,13 @@ class Windows:
     missing: set[str] = field(default_factory=set[str])
     """Dropped by deadline, their trajectories still to come."""
     dropped: list[DroppedRollout] = field(default_factory=list[DroppedRollout])
-    """For the next step's record."""
+    """For the next step's record, or one before it (`ledger.py`)."""
+    held: int = 0
+    """The first so many of them wait for their groups."""
+    named: Counter[str] = field(default_factory=Counter[str])
+    """Dropped rollouts that records since the last window have named, by reason."""
+    passed: dict[str, str] = field(default_factory=dict[str, str])
+    """Of a replay by selection: named already, and why; their groups are still to come."""
     groups_dropped: int = 0
     groups_short: int = 0
     """How many fewer than groups_per_step windows have had, in all: a window may be closed by time."""
@@ -132,7 +139,7 @@ class Windows:
         """
         groups: dict[int, list[str]] = {}
         for rollout_id, reason in decided.items():
-            index = self._index_of(rollout_id)
+            index = self.index_of(rollout_id)
             if index is None or self.is_settled(index):
                 continue  # dropped as `not_asked` when it was read
             if reason not in LEFT_OUT:
@@ -220,8 +227,11 @@ class Windows:
             repeated,
             incomplete,
             None if self.shape.replayed else choice,
+            self.named,
         )
-        self.dropped, self.taken, self.choice, self.refilled = [], chosen, None, 0
+        self.dropped, self.held, self.named = [], 0, Counter()
+        self.taken, self.choice, self.refilled = chosen, None, 0
+        self._forget_strangers()
         return window
 
     def remember(self, version_in: int, left_out: Collection[str] = ()) -> None:
@@ -259,7 +269,7 @@ class Windows:
                 member = group.members.get(rollout_id) if group else None
                 if member or waits:
                     self._drop(rollout_id, (member.reason if member else "") or "run_ended")
-            self._mark_settled(index)
+            self.mark_settled(index)
         dropped, self.dropped = self.dropped, []
         return dropped
 
@@ -274,24 +284,28 @@ class Windows:
         move `asked`: anybody can give a rollout such a name, and the groups below it would never be asked for. Asking
         again for one that is here already is harmless, its ids are the same.
         """
-        index = self._index_of(trajectory.rollout_id)
+        index = self.index_of(trajectory.rollout_id)
         if index is None or trajectory.group_id != self.shape.group_id(index):
             return None
         return index if self.shape.replayed or index < self.asked + self.shape.groups_ahead else None
 
     def _name_stranger(self, rollout_id: str) -> None:
         """Once. A rollout of our own whose record names another group is named for what becomes of its own place."""
-        own = self._index_of(rollout_id)
+        own = self.index_of(rollout_id)
         is_ours = own is not None and (self.shape.replayed or own < self.asked)
         if is_ours or rollout_id in self.strangers:
             self.duplicates += 1
             return
         self._drop(rollout_id, "not_asked")
         self.strangers[rollout_id] = None
-        if len(self.strangers) > MOST_STRANGERS:
+        self._forget_strangers()
+
+    def _forget_strangers(self) -> None:
+        """Not those that were named since the last window: after a restart their records are read again."""
+        while len(self.strangers) > MOST_STRANGERS + self.named["not_asked"]:
             del self.strangers[next(iter(self.strangers))]
 
-    def _index_of(self, rollout_id: str) -> int | None:
+    def index_of(self, rollout_id: str) -> int | None:
         """The group's number in a name such as the run makes them, None for any other name."""
         prefix = f"{self.shape.run_id}-g"
         found = re.fullmatch(r"(0|[1-9][0-9]{0,14})-r(0|[1-9][0-9]{0,5})", rollout_id.removeprefix(prefix))
@@ -401,9 +415,9 @@ class Windows:
             reason = self._reason(member, version) or reason_for_survivors
             if reason:
                 self._drop(rollout_id, reason)
-        self._mark_settled(group.index)
+        self.mark_settled(group.index)
 
-    def _mark_settled(self, index: int) -> None:
+    def mark_settled(self, index: int) -> None:
         self.groups.pop(index, None)
         self.settled.add(index)
         while self.settled_below in self.settled:
