@@ -35,6 +35,8 @@ class RunStarted(TrainingEventBase):
     resource: Id
     version: Version
     steps_total: Annotated[int, Field(ge=0)] = 0
+    lineage: OptionalId = ""
+    """Of the run's offsets on this log: which checkpoints are this run's, and which another log's."""
     config: dict[str, Any] = Field(default_factory=dict)
 
 

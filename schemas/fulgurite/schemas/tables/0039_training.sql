@@ -3,9 +3,12 @@
 -- parse_training            as in 0007_training.sql, and takes them
 -- training_events.part_of   the event_id of the record that had no room for these rollouts; of the record's unknown fields,
 --                           where parse_training has put it
+-- training_events.lineage   of run_started: the run's offsets' on this log; likewise
 -- steps                     rollouts and rollouts_dropped count all of a step's; its lists are those of its own record
 -- ledger, window_members    of all records. An event that was sent again counts once
 ALTER TABLE training_events ADD COLUMN IF NOT EXISTS part_of String ALIAS JSONExtractString(concat('[', extra['part_of'], ']'), 1);
+
+ALTER TABLE training_events ADD COLUMN IF NOT EXISTS lineage String ALIAS JSONExtractString(concat('[', extra['lineage'], ']'), 1);
 
 ALTER TABLE parse_training MODIFY QUERY
 SELECT

@@ -11,7 +11,8 @@
 
 A folder that has anything in it was completely written. Whether its version is *committed* the log alone knows: a
 folder one newer than the last committed version is a leftover of a crash and is removed before it can be mistaken for
-one. Anything more was committed once, on a log that this one is not: it is never removed.
+one. Anything more was committed once, on a log that this one is not, and so may be what was written with other offsets
+than this run has on this log (`RunState.lineage`): it is never removed, and never gone on from.
 
 Where a predecessor that is fenced, and does not know it yet, was first with the next version: `occupied.py`.
 Torch-free: the learner writes its files through a callback.
@@ -24,7 +25,7 @@ import json
 import os
 import secrets
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Final, NoReturn
@@ -168,9 +169,10 @@ class Checkpoints:
         except (OSError, ValueError):
             return {}
 
-    def load(self, version: int) -> Checkpoint:
+    def load(self, version: int, lineages: Collection[str] | None = None) -> Checkpoint:
         """The checkpoint of the version that a run goes on from. Raises StartError where it is not there or not whole:
-        an open group without one of its members would make a window of others, and name that one nowhere."""
+        an open group without one of its members would make a window of others, and name that one nowhere. And where it
+        is of none of these lineages: its offsets are those of another log. None: that is not known."""
         folder = self.folder(version)
         try:
             state = RunState.model_validate_json((folder / STATE).read_text())
@@ -179,6 +181,13 @@ class Checkpoints:
                 f"version {version} is committed, but its checkpoint {folder} cannot be read ({error}). Point "
                 "trainer.output at the folder the run wrote to, or start a new run from a version's weights/"
             ) from None
+        if _is_foreign(state, lineages):
+            raise StartError(
+                f"{folder} was not written by this run, but by one of the same name on another log (broker or "
+                "topic_prefix): its offsets mean nothing here. Set trainer.output to the folder that this run wrote "
+                "to, or start a new run from a version's weights/ (another trainer.run_id, trainer.model set to that "
+                "folder)"
+            )
         if (found := folder_sha256(folder / WEIGHTS)) != state.sha256:
             raise StartError(
                 f"{folder / WEIGHTS} has sha256 {found}; {state.sha256} was written: the files were changed"
@@ -201,18 +210,26 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise StartError(f"{path} cannot be read ({error}): {_REMEDY}") from error
 
-    def discard_uncommitted(self, committed: int | None) -> list[Path]:
+    def discard_uncommitted(
+        self, committed: int | None, lineages: Collection[str] | None = None, *, begun: bool = False
+    ) -> list[Path]:
         """Removes what a crash left: half-written folders, and the one version whose transaction did not commit.
 
         `committed` is the last version the log knows of this run, None where it does not know the run: then the
-        leftover is that of the first transaction, which makes step 0. Raises StartError, and removes nothing, where
-        there is more than a crash can leave: these versions were committed, and the log that says so is missing.
+        leftover is that of the first transaction, which makes step 0; but not where the run's offsets say that it has
+        `begun`: then `training` was wiped. `lineages`: of this run on this log; None where that is not known.
+        Raises StartError, and removes nothing, where there is more than a crash can leave, or something of another
+        lineage: these versions were committed, and the log that says so is missing.
         """
         newer = [(version, folder) for version, folder in self._versions() if committed is None or version > committed]
         for version, folder in newer:
             is_empty = not any(folder.iterdir())  # about to be replaced
-            if committed is None and not is_empty and (step := _step(folder)) != 0:
-                self._refuse(folder, f"step {'unknown' if step is None else step}", "does not know this run")
+            state = _state(folder)
+            step = f"step {state.step if state else 'unknown'}"
+            if committed is None and not is_empty and (begun or state is None or state.step != 0):
+                self._refuse(folder, step, "does not know this run")
+            if state and _is_foreign(state, lineages):
+                self._refuse(folder, step, "has other offsets of this run than it was written with")
             if committed is not None and version > committed + 1:
                 self._refuse(folder, f"version {version}", f"knows this run only up to version {committed}")
         for half_written in self._root.glob(f"{CHOICE}-*"):
@@ -230,7 +247,8 @@ class Checkpoints:
         raise StartError(
             f"{folder} is a checkpoint of run {self._root.name} ({found}), but the log {what_the_log_knows}: the run "
             "was trained against another broker or topic_prefix, or its topics were wiped. Nothing was removed. Check "
-            f"kafka.bootstrap_servers and kafka.topic_prefix; or set another trainer.run_id; or move {self._root} away"
+            "kafka.bootstrap_servers and kafka.topic_prefix; or set another trainer.run_id or trainer.output; or, "
+            f"where the topics were wiped on purpose, move {self._root} away"
         )
 
     def prune(self, committed: int, keep: int) -> None:
@@ -271,10 +289,15 @@ def copy_companions(model: Path, weights: Path) -> None:
             shutil.copyfile(path, weights / path.name)
 
 
-def _step(folder: Path) -> int | None:
+def _is_foreign(state: RunState, lineages: Collection[str] | None) -> bool:
+    """Whether it is known to have been written for another log."""
+    return bool(lineages is not None and state.lineage and state.lineage not in lineages)
+
+
+def _state(folder: Path) -> RunState | None:
     """None where it cannot be told."""
     try:
-        return RunState.model_validate_json((folder / STATE).read_text()).step
+        return RunState.model_validate_json((folder / STATE).read_text())
     except (OSError, ValueError):
         return None
 

@@ -55,12 +55,13 @@ def version_event(checkpoint: Checkpoint, model: str) -> ResourceVersion:
     )
 
 
-def started_event(plan: Plan, step: int, version: int) -> RunStarted:
+def started_event(plan: Plan, step: int, version: int, lineage: str) -> RunStarted:
     return RunStarted(
         run_id=plan.run_id,
         step=step,
         resource=plan.trainer.resource,
         version=version,
         steps_total=plan.trainer.steps,
+        lineage=lineage,
         config=plan.config(),
     )

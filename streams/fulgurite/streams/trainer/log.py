@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient
@@ -46,6 +46,8 @@ class CommittedRun:
     finished: bool
     named: list[DroppedRollout] = field(default_factory=list[DroppedRollout])
     """Dropped since that version, and named by a record between versions."""
+    lineages: frozenset[str] | None = None
+    """Of its starts; more than one where Kafka forgot its offsets. None where a start does not say: of before."""
 
 
 async def committed_run(settings: KafkaSettings, run_id: str) -> CommittedRun | None:
@@ -60,12 +62,15 @@ async def committed_run(settings: KafkaSettings, run_id: str) -> CommittedRun | 
 
 async def _scan(settings: KafkaSettings, run_id: str) -> CommittedRun | None:
     found: CommittedRun | None = None
+    lineages: set[str] = set()
     values, _ = await records_since(settings, settings.topic(TRAINING), run_id.encode(), {})
     for value in values:
         try:
             event = decode_union(TRAINING_EVENT, "TrainingEvent", value)
         except InvalidEvent:
             continue  # the materialiser keeps it as a dead letter
+        if isinstance(event, RunStarted):
+            lineages.add(event.lineage)
         match event:
             case RunStarted(resource=resource, version=version, step=step) if found is None:
                 found = CommittedRun(resource, version, step, False)
@@ -77,7 +82,7 @@ async def _scan(settings: KafkaSettings, run_id: str) -> CommittedRun | None:
                 found = CommittedRun(resource, version, step, True)
             case _:
                 pass
-    return found
+    return replace(found, lineages=None if "" in lineages else frozenset(lineages)) if found else None
 
 
 async def records_since(

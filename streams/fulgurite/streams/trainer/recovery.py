@@ -9,8 +9,9 @@ What a crash left, and what is done about it (numbers as in `service.py`):
 A predecessor that only slept (in 4 or 5, or cut off from the network) may wake up while its successor loads the model:
 by then the offsets carry the successor's stamp, so it neither commits nor fences.
 
-A log that does not know the run, or is more than one version behind the folder, is not what a crash leaves (another
-broker or prefix, wiped topics): then nothing is removed, and the start is refused.
+A log that does not know the run, or is more than one version behind the folder, or on which the run has other offsets
+than those that the folder was written with (`Transactions.lineage`), is not what a crash leaves (another broker or
+prefix, wiped topics): then nothing is removed, and the start is refused.
 """
 
 from __future__ import annotations
@@ -84,6 +85,7 @@ async def recover(
     before = await transactions.claim(reader.partitions)
     committed = await committed_run(plan.settings.kafka, plan.run_id)
     if committed is None:
+        checkpoints.discard_uncommitted(None, {transactions.lineage}, begun=bool(_markers(before)))
         return await _begin(plan, reader, checkpoints, ownership)
     if committed.finished:
         logger.info(
@@ -97,9 +99,10 @@ async def recover(
         )
     _check_unchanged(plan, checkpoints.settings(committed.version))
     await ownership.check()
-    for folder in checkpoints.discard_uncommitted(committed.version):
+    lineages = None if committed.lineages is None else committed.lineages | {transactions.lineage}
+    for folder in checkpoints.discard_uncommitted(committed.version, lineages):
         logger.info("removed %s: written, but never committed", folder)
-    checkpoint = checkpoints.load(committed.version)
+    checkpoint = checkpoints.load(committed.version, lineages)
     windows = checkpoints.windows(checkpoint, plan.shape, now_ns())
     markers = _markers(before)
     windows.asked = max([windows.asked, *(marker.asked for marker in markers.values())])
@@ -175,7 +178,6 @@ async def _begin(plan: Plan, reader: TrajectoryReader, checkpoints: Checkpoints,
     if not await asyncio.to_thread((plan.start_model / "config.json").is_file):
         raise SettingsError(f"trainer.model = {plan.start_model}: no model there (a folder with config.json is needed)")
     limits = await _limits(plan, plan.start_model)
-    checkpoints.discard_uncommitted(None)
     if plan.source.begin == "sql":
         await asyncio.to_thread(select, plan, await reader.first_offsets())
     if plan.trainer.demonstrations is not None:

@@ -329,7 +329,7 @@ class Trainer:
     async def _start(self) -> None:
         """The first transaction of a run, or word that it goes on."""
         run = self._run
-        event = started_event(self._plan, run.step, run.version)
+        event = started_event(self._plan, run.step, run.version, self._publishing.lineage)
         if run.is_new:
             groups = self._supply.ask(steps_done=0)
             checkpoint = await self.write_checkpoint(run.version, 0)
