@@ -2,7 +2,8 @@
 
 Unblocked by the last member of a group, or its deadline. Asks for no more groups than pacing allows (`pacing.py`); a
 group dropped as a whole may be replaced between versions, in a transaction of its own (`service.py`): where group after
-group gives nothing, ever more slowly, and a warning says why.
+group fails, ever more slowly, and a warning says why. Groups that agents did answer, but that teach nothing or are
+incomplete, are what dynamic sampling goes through: their replacements wait for nobody.
 """
 
 from __future__ import annotations
@@ -28,14 +29,35 @@ from fulgurite.streams.trainer.windows import Window
 logger = logging.getLogger(__name__)
 
 REPLACE_SECONDS = (1.0, 60.0)
-"""Least time between two askings for replacements, first and in the end: if everything fails, runners are not flooded.
-"""
+"""Least time between two askings for replacements of groups that failed, first and in the end: if everything fails,
+runners are not flooded. Of other groups: always the first."""
 
 REPORT_SECONDS = 10.0
 """How often a long wait says what it waits for."""
 
 DRAIN_SECONDS = 60.0
 """Longest that the end of a run waits for cancelled rollouts to end."""
+
+
+class Pauses:
+    """Between askings for replacements, while one window fills."""
+
+    def __init__(self) -> None:
+        self._asked = self._asked_for_failed = float("-inf")
+        self.for_failed = REPLACE_SECONDS[0]
+        """Until failed groups are replaced again."""
+
+    def replaceable(self, now: float, missing: int, failed: int) -> int:
+        """How many groups may be asked for now, of so many that are missing, so many of them because they failed."""
+        if not missing or now - self._asked < REPLACE_SECONDS[0]:
+            return 0
+        failed = min(failed, missing)
+        if failed and now - self._asked_for_failed >= self.for_failed:
+            self._asked_for_failed, self.for_failed = now, min(2 * self.for_failed, REPLACE_SECONDS[1])
+            failed = 0
+        if missing > failed:
+            self._asked = now
+        return missing - failed
 
 
 class Asking:
@@ -50,13 +72,15 @@ class Asking:
         self._publishing = publishing
         self._reader = reader
         self._intake = intake
+        self._failed_before = run.windows.groups_failed
+        """Failed groups in place of which others have been asked for."""
         self._waits_since: dict[int, float] = {}
         """Complete groups, and when that was seen."""
 
     async def window(self) -> Window | None:
         """Reads until there is a window for the current version."""
         reported = time.monotonic()
-        asked, pause = 0.0, REPLACE_SECONDS[0]
+        pauses = Pauses()
         limit = self._plan.trainer.window_seconds
         while True:
             now = time.monotonic()
@@ -68,9 +92,9 @@ class Asking:
             await self._naming.relieve()
             if self._intake.is_full:
                 await self._publish_between_versions(range(0))
-            if self._missing_groups() and now - asked >= pause:
-                asked, pause = now, min(2 * pause, REPLACE_SECONDS[1])
-                await self._replace_groups(pause)
+            failed = self._run.windows.groups_failed - self._failed_before
+            if count := pauses.replaceable(now, self._missing_groups(), failed):
+                await self._replace_groups(count, pauses.for_failed)
             await self._read()
             if now - reported >= REPORT_SECONDS:
                 reported = now
@@ -81,6 +105,7 @@ class Asking:
         windows = self._run.windows
         first = windows.asked
         windows.asked = max(first, self._allowed(steps_done))
+        self._failed_before = windows.groups_failed
         return range(first, windows.asked)
 
     def state(self) -> SourceState | None:
@@ -116,8 +141,12 @@ class Asking:
         if self._run.windows.deadline_due(now) and await self._reader.caught_up():
             self._run.windows.close(self._run.windows.deadline_due(now))
 
-    async def _replace_groups(self, pause_seconds: float) -> None:
-        groups = self.ask(steps_done=self._run.step)
+    async def _replace_groups(self, count: int, pause_seconds: float) -> None:
+        windows = self._run.windows
+        held = self._missing_groups() - count
+        groups = range(windows.asked, windows.asked + count)
+        windows.asked += count
+        self._failed_before = windows.groups_failed - held
         reasons = why_dropped(self._run.windows)
         level = logging.WARNING if pause_seconds == REPLACE_SECONDS[1] else logging.INFO
         message = "asking for %d groups in place of dropped ones; rollouts dropped since the last step: %s"

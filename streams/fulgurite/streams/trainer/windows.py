@@ -82,6 +82,8 @@ class Windows:
     passed: dict[str, str] = field(default_factory=dict[str, str])
     """Of a replay by selection: named already, and why; their groups are still to come."""
     groups_dropped: int = 0
+    groups_failed: int = 0
+    """Of these, since this life of the run began, the ones with too few survivors: agents failed, or were too slow."""
     groups_short: int = 0
     """How many fewer than groups_per_step windows have had, in all: a window may be closed by time."""
     recent: list[Group] = field(default_factory=list[Group])
@@ -197,6 +199,7 @@ class Windows:
                 continue
             if fault := self._fault(group, version_in):
                 self.groups_dropped += 1
+                self.groups_failed += fault == "too_few"
                 self.refilled += fault == "zero_variance"
                 self._settle(group, version_in, fault)
             else:
