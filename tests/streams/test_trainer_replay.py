@@ -285,8 +285,7 @@ async def test_two_policies_that_act_in_the_same_rollouts_have_a_trainer_each(li
 
     live = live.model_copy(update={"trainer": live.trainer.model_copy(update={"steps": 2})})
     trainer = TrainerSettings(
-        run_id="critic", resource="critic", model=folder, output=tmp_path, agents=["critic"], max_staleness=0,
-        pacing_staleness=0, steps=2,
+        run_id="critic", resource="critic", model=folder, output=tmp_path, agents=["critic"], max_staleness=0, steps=2,
     )  # fmt: skip
     critic = live.model_copy(
         update={"trainer": trainer, "source": SourceSettings(run_id="live", resource="critic", begin="beginning")}
@@ -356,11 +355,14 @@ async def test_what_cannot_be_replayed_says_so_at_once(live: Settings) -> None:
             "trainer.resource = policy is what the source run live makes versions of",
         ),
         (live.model_copy(update={"source": SourceSettings(follow=False)}), "source.follow has no effect"),
+        (replay_of(live, "x", group_size=2), "group_size = 2, but the source run live asked for groups of 4"),
+        (replay_of(live, "x", group_size=8), "group_size = 8, but the source run live asked for groups of 4"),
+        (replay_of(live, "x", group_deadline_seconds=5), "trainer.group_deadline_seconds has no effect: a run on"),
     ]
     for settings, message in wrong:
         with pytest.raises(SettingsError, match=message):
             await run(settings)
-    shadow = replay_of(live, "shadow")
+    shadow = replay_of(live, "shadow", group_size=4, tasks="")
     await run(shadow)
     of_shadow = replay_of(live, "y").model_copy(update={"source": SourceSettings(run_id="shadow")})
     with pytest.raises(SettingsError, match="trains on the rollouts of live itself; name that"):

@@ -10,7 +10,7 @@ from pydantic import ValidationError
 
 from examples.calculator.reproduce.cells import CELLS, Sizes
 from fulgurite.schemas.errors import SettingsError
-from fulgurite.schemas.settings import Settings, TrainerSettings
+from fulgurite.schemas.settings import Settings, SourceSettings, TrainerSettings
 from fulgurite.streams.objectives.recipes import POLICY_LOSSES
 from fulgurite.streams.trainer.objective import check_objective
 from fulgurite.streams.trainer.plan import make_plan
@@ -59,6 +59,35 @@ PENALISED = {"kl_coefficient": 0.1, "model": "m"}
 def test_what_would_do_nothing_is_refused(changes: dict[str, Any], name: str, why: str) -> None:
     with pytest.raises(SettingsError, match=rf"trainer\.{name} has no effect: .*{why}"):
         check_objective(TrainerSettings.model_validate(changes))
+
+
+@pytest.mark.parametrize(
+    "source", [{"run_id": "first", "resource": "p"}, {"begin": "sql", "sql": "S", "resource": "p"}]
+)
+@pytest.mark.parametrize(
+    ("name", "value"),
+    [
+        ("tasks", "no.such:thing"),
+        ("agent", "a"),
+        ("sampling_parameters", {"max_tokens": 3}),
+        ("rollout_timeout_seconds", 3.0),
+        ("group_deadline_seconds", 3.0),
+        ("pacing_staleness", 0),
+    ],
+)
+def test_what_asks_for_rollouts_is_refused_where_they_are_anothers(
+    tmp_path: Path, source: dict[str, str], name: str, value: Any
+) -> None:
+    (tmp_path / "config.json").write_text("{}")
+    own = {"run_id": "shadow", "resource": "shadow", "model": tmp_path}
+
+    def plan(changes: dict[str, Any]) -> None:
+        trainer = TrainerSettings.model_validate(own | changes)
+        make_plan(Settings(trainer=trainer, source=SourceSettings.model_validate(source)))
+
+    plan({name: TrainerSettings.model_fields[name].get_default(call_default_factory=True)})
+    with pytest.raises(SettingsError, match=rf"trainer\.{name} has no effect: a run on another one's rollouts"):
+        plan({name: value})
 
 
 @pytest.mark.parametrize(

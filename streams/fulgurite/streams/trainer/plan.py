@@ -15,10 +15,22 @@ from fulgurite.streams.trainer.imitation import best_count
 from fulgurite.streams.trainer.objective import check_objective
 from fulgurite.streams.trainer.surroundings import check_surroundings
 from fulgurite.streams.trainer.tasks import TaskFunction, load_tasks
+from fulgurite.streams.trainer.unused import set_otherwise
 from fulgurite.streams.trainer.windows import Shape
 
 MAX_RUN_ID_CHARS = 64
 """Rollout and event ids are made of it and must stay below 128."""
+
+
+_OF_ASKING = (
+    "tasks",
+    "agent",
+    "sampling_parameters",
+    "rollout_timeout_seconds",
+    "group_deadline_seconds",
+    "pacing_staleness",
+)
+"""Settings of rollouts that a run asks for itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +119,11 @@ def make_plan(settings: Settings) -> Plan:
     check_together(trainer)
     check_source(settings)
     is_replay = bool(settings.source.run_id) or settings.source.begin == "sql"
+    for name in set_otherwise(trainer, _OF_ASKING) if is_replay else ():
+        raise SettingsError(
+            f"trainer.{name} has no effect: a run on another one's rollouts asks for none and has no clock; leave it "
+            "out, or set it as by default where a file has it"
+        )
     shape = Shape(
         run_id=settings.source.run_id or run_id,
         group_size=trainer.group_size,

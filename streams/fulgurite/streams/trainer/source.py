@@ -45,7 +45,8 @@ async def adopt(settings: Settings) -> Settings:
     """Settings of `trainer` and `source` that were not set become those that the source run began with, but for those
     that do not go together with what is set here, which are named in the log.
 
-    Raises SettingsError where there is no such run, or where it is itself a replay: then its source is the one to name.
+    Raises SettingsError where there is no such run, or where it is itself a replay: then its source is the one to name;
+    and where its groups are of another size than is set here.
     """
     source = settings.source
     if not source.run_id:
@@ -65,6 +66,12 @@ async def adopt(settings: Settings) -> Settings:
         for name, value in config.items()
         if name in defaults and name not in OWN and name not in ours and value != defaults[name]
     }
+    size = config.get("group_size", defaults["group_size"])
+    if source.begin != "sql" and ours.get("group_size", size) != size:
+        raise SettingsError(
+            f"trainer.group_size = {ours['group_size']}, but the source run {source.run_id} asked for groups of "
+            f"{size}, and they are what is trained on; leave it out"
+        )
     trainer = fitting(source.run_id, taken, ours)
     if trainer.resource == started.resource:
         raise SettingsError(
