@@ -1,12 +1,14 @@
 """What the log says about a run: the only judge of which version is committed.
 
 Promises: `committed_run` reads with read_committed up to the end as it was when asked, after the caller has fenced any
-predecessor; so what it gives is final. It waits for Kafka for as long as it takes.
+predecessor; so what it gives is final. The end is that of the log: others' transactions that are still open hide what
+was committed behind their records, and are waited for. It waits for Kafka for as long as it takes.
 """
 
 from __future__ import annotations
 
 import logging
+import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -34,6 +36,7 @@ from fulgurite.schemas.training import (
 logger = logging.getLogger(__name__)
 
 _POLL_MS = 200
+_REPORT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -63,7 +66,7 @@ async def committed_run(settings: KafkaSettings, run_id: str) -> CommittedRun | 
 async def _scan(settings: KafkaSettings, run_id: str) -> CommittedRun | None:
     found: CommittedRun | None = None
     lineages: set[str] = set()
-    values, _ = await records_since(settings, settings.topic(TRAINING), run_id.encode(), {})
+    values, _ = await records_since(settings, settings.topic(TRAINING), run_id.encode(), {}, wait_for_open=True)
     for value in values:
         try:
             event = decode_union(TRAINING_EVENT, "TrainingEvent", value)
@@ -86,12 +89,12 @@ async def _scan(settings: KafkaSettings, run_id: str) -> CommittedRun | None:
 
 
 async def records_since(
-    settings: KafkaSettings, topic: str, key: bytes, since: Mapping[TopicPartition, int]
+    settings: KafkaSettings, topic: str, key: bytes, since: Mapping[TopicPartition, int], *, wait_for_open: bool = False
 ) -> tuple[list[bytes | None], dict[TopicPartition, int]]:
     """Committed values with this key, in the order of each partition, up to the end as it is now; and where that is.
 
-    From `since`, or from the beginning where it is empty; records that nobody can decode are left out. Kafka's errors
-    are the caller's.
+    From `since`, or from the beginning where it is empty; records that nobody can decode are left out. Up to the first
+    record of a transaction that is still open, or behind it once it is over. Kafka's errors are the caller's.
     """
     # Not `seek_to_beginning`: the client's own search for a position, begun by `assign` (default: the end), may be
     # answered after it and win; then the topic seems empty.
@@ -105,17 +108,33 @@ async def records_since(
     try:
         await consumer.start()
         partitions = list(since) or await partitions_of(settings, topic)
-        ends = await consumer.end_offsets(partitions)
+        ends = await (_log_ends(settings, partitions) if wait_for_open else consumer.end_offsets(partitions))
         if all(since.get(tp) == ends[tp] for tp in partitions):
             return found, ends  # nothing new, the usual case: no fetch
         consumer.assign(partitions)
         for tp in since:
             consumer.seek(tp, since[tp])
+        heard = time.monotonic()
         while any([await consumer.position(tp) < ends[tp] for tp in partitions]):
-            for records in (await fetch(settings, consumer, timeout_ms=_POLL_MS)).values():
+            fetched = await fetch(settings, consumer, timeout_ms=_POLL_MS)
+            if fetched or time.monotonic() - heard >= _REPORT_SECONDS:
+                if not fetched:
+                    logger.info("%s: waiting for the end of another writer's open transaction", topic)
+                heard = time.monotonic()
+            for records in fetched.values():
                 known = [record for record in records if not isinstance(record, Undecodable)]
                 found += [record.value for record in known if record.key == key]
         return found, {tp: await consumer.position(tp) for tp in partitions}
+    finally:
+        await consumer.stop()
+
+
+async def _log_ends(settings: KafkaSettings, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
+    """Behind open transactions, where a read_committed reader's own question gives the first one's beginning."""
+    consumer = AIOKafkaConsumer(**connection_options(settings), enable_auto_commit=False)
+    try:
+        await consumer.start()
+        return await consumer.end_offsets(partitions)
     finally:
         await consumer.stop()
 

@@ -111,7 +111,7 @@ async def _started(kafka: KafkaSettings, run_id: str) -> RunStarted:
     topic = kafka.topic(TRAINING)
     while True:
         try:
-            values, _ = await records_since(kafka, topic, run_id.encode(), {})
+            values, _ = await records_since(kafka, topic, run_id.encode(), {}, wait_for_open=True)
             break
         except (KafkaError, TimeoutError) as error:
             await backoff.wait(f"reading {topic}: {error!r}")
