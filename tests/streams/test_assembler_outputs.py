@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import pytest
+from aiokafka.structs import TopicPartition
 
 from fulgurite.schemas.codec import decode
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.settings import KafkaSettings
 from fulgurite.schemas.trajectories import Trajectory, TrajectoryReward
 from fulgurite.streams.assembler.outputs import HEADER_BYTES, records
-from fulgurite.streams.assembler.rollouts import Batch
+from fulgurite.streams.assembler.rollouts import Batch, Pending
+from tests.streams.assembler_records import finished
 
 BOUND = 32_768
+END = Pending(finished("r1"), TopicPartition("rollouts", 0), 0)
 
 
 @pytest.mark.parametrize(
@@ -30,7 +33,7 @@ def test_a_trajectory_whose_rewards_alone_are_too_large_is_sent_without_them(
         reward=7.0,
         metadata=dict(metadata),
     )
-    [sent] = records(Batch([trajectory], [], {}), KafkaSettings(max_record_bytes=BOUND))
+    [sent] = records(Batch([trajectory], [END], [], {}), KafkaSettings(max_record_bytes=BOUND))
     found = decode(Trajectory, sent.value)
     assert (found.partial, found.reward, found.rewards, found.metadata) == ("deadline,too_large", 7.0, [], {})
     assert sent.key == b"g1"
@@ -41,5 +44,5 @@ def test_a_dead_letters_key_counts(spare: int, kept: bool) -> None:
     key = b"k" * 1_000
     value = b"v" * (BOUND - HEADER_BYTES - len(key) - spare)
     letter = DeadLetter("spans", 0, 1, "assembler", "not_json", "why", key, value)
-    [sent] = records(Batch([], [letter], {}), KafkaSettings(max_record_bytes=BOUND))
+    [sent] = records(Batch([], [], [letter], {}), KafkaSettings(max_record_bytes=BOUND))
     assert sent.value == (value if kept else b"")

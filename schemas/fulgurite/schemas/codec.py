@@ -20,6 +20,9 @@ T = TypeVar("T")
 MAX_RECORD_BYTES = 8 * 1024 * 1024
 """Default bound of one record: a 32k-token span with logprobs is about 1 MB of JSON."""
 
+MAX_DEPTH = 200
+"""Lists and objects within each other that `decode` takes: the bound of pydantic's parser."""
+
 
 def encode(event: BaseModel, max_record_bytes: int = MAX_RECORD_BYTES) -> bytes:
     """The event as JSON. Raises RecordTooLarge with its size and the bound."""

@@ -19,6 +19,13 @@ Id = Annotated[str, StringConstraints(max_length=MAX_ID_CHARS, pattern=r"^[A-Za-
 OptionalId = Annotated[str, StringConstraints(max_length=MAX_ID_CHARS, pattern=r"^([A-Za-z0-9][A-Za-z0-9._:@=+-]*)?$")]
 """The same, or empty where there is none."""
 
+SpanId = Annotated[str, StringConstraints(min_length=1, max_length=MAX_ID_CHARS)]
+"""Of a span, within its attempt: any text, as its tracer makes it. It stands in no URL, key or file name. OTLP's bytes
+are their lower-case hex everywhere here."""
+
+OptionalSpanId = Annotated[str, StringConstraints(max_length=MAX_ID_CHARS)]
+"""Whatever points to a span (a parent, a link, a reward, a call of a trajectory); empty: to none."""
+
 
 def new_id() -> str:
     """A UUIDv7 (RFC 9562) as 32 hex digits: unique without coordination, sorts by time."""

@@ -7,7 +7,7 @@ from typing import Annotated, Final
 from pydantic import Field, FiniteFloat
 
 from fulgurite.schemas.event import Event, Labels, Name, TimeNs
-from fulgurite.schemas.ids import Id, OptionalId, new_id, now_ns
+from fulgurite.schemas.ids import Id, OptionalId, OptionalSpanId, new_id, now_ns
 
 FINAL_REWARD = "reward"
 """The name of the rollout's own reward. Of several with this name the last in the log counts."""
@@ -26,7 +26,7 @@ class Reward(Event):
     reward_id: Id = Field(default_factory=new_id)
     rollout_id: Id
     attempt_id: OptionalId = ""
-    span_id: OptionalId = ""
+    span_id: OptionalSpanId = ""
     """The span or call it belongs to; empty for the whole attempt."""
     name: Name = FINAL_REWARD
     value: FiniteFloat

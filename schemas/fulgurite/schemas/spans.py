@@ -22,7 +22,7 @@ from fulgurite.schemas.event import (
     Unquoted,
     VersionSpan,
 )
-from fulgurite.schemas.ids import OptionalId
+from fulgurite.schemas.ids import OptionalId, OptionalSpanId, SpanId
 
 SpanKind = Literal["internal", "client", "server", "producer", "consumer"]
 SpanStatus = Literal["unset", "ok", "error"]
@@ -44,7 +44,7 @@ class SpanLink(BaseModel):
     """A pointer to another span."""
 
     trace_id: OptionalId = ""
-    span_id: OptionalId = ""
+    span_id: OptionalSpanId = ""
     attributes: Attributes = Field(default_factory=dict)
 
 
@@ -57,8 +57,8 @@ class Span(Event):
     sequence_id: Annotated[int, Field(ge=0, lt=2**63), Unquoted] = 0
     """Order within the attempt where the producer knows it; 0 where it does not, and start_ns decides."""
     trace_id: OptionalId = ""
-    span_id: Annotated[str, Field(min_length=1, max_length=128)]
-    parent_span_id: OptionalId = ""
+    span_id: SpanId
+    parent_span_id: OptionalSpanId = ""
     name: Name
     kind: SpanKind = "internal"
     status: SpanStatus = "unset"

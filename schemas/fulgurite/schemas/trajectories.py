@@ -11,7 +11,7 @@ from typing import Annotated, Self
 from pydantic import BaseModel, ConfigDict, Field, FiniteFloat, model_validator
 
 from fulgurite.schemas.event import Event, Labels, Logprobs, Name, ShortText, TimeNs, TokenIds, Version, VersionSpan
-from fulgurite.schemas.ids import Id, OptionalId
+from fulgurite.schemas.ids import Id, OptionalId, OptionalSpanId
 from fulgurite.schemas.rollouts import MAX_GROUP_SIZE, FinalStatus, Mode
 from fulgurite.schemas.spans import Span
 
@@ -21,7 +21,7 @@ class CallRange(BaseModel):
 
     model_config = ConfigDict(use_attribute_docstrings=True)
 
-    span_id: OptionalId = ""
+    span_id: OptionalSpanId = ""
     number: Annotated[int, Field(ge=0)]
     """Its place among the rollout's calls, over all its sequences, from 0."""
     start: Annotated[int, Field(ge=0)]
@@ -41,7 +41,7 @@ class TokenSequence(BaseModel):
     """[T] log p under the policy that sampled the token; 0.0 where loss_mask is 0."""
     weight_versions: list[VersionSpan] = Field(default_factory=list)
     """Spans over token positions with loss_mask 1; sampled tokens without a known version are in none."""
-    span_ids: list[str] = Field(default_factory=list)
+    span_ids: list[OptionalSpanId] = Field(default_factory=list)
     """The calls that were merged, in order."""
     calls: list[CallRange] = Field(default_factory=list)
     """The same, with their tokens; empty in records of before there was such a field."""
@@ -68,7 +68,7 @@ class TrajectoryReward(BaseModel):
     reward_id: Id
     name: Name
     value: FiniteFloat
-    span_id: OptionalId = ""
+    span_id: OptionalSpanId = ""
     counted: FiniteFloat | None = None
     """What of the rollout's own reward comes from this one, where an aggregator added it up: its value, weighed. None:
     nothing added it up, or the record is of before there was such a field."""
@@ -115,5 +115,7 @@ class FinishedAttempt(Trajectory):
 
     def trajectory(self) -> Trajectory:
         """Without the spans."""
-        fields = {name: getattr(self, name) for name in Trajectory.model_fields}
-        return Trajectory.model_construct(None, **fields, **(self.model_extra or {}))
+        found = Trajectory.model_construct(None, **{name: getattr(self, name) for name in Trajectory.model_fields})
+        assert found.model_extra is not None, "events keep fields they do not know"
+        found.model_extra.update(self.model_extra or {})
+        return found

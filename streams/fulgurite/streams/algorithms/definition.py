@@ -66,6 +66,9 @@ class Algorithm:
     run_id: str = ""
     agent: str = ""
     mode: str = ""
+    instead: Callable[[Any], BaseModel] | None = None
+    """What is published of an input, beside its dead letter, that nothing else can be published of: for an algorithm
+    that others wait for. Such an input never stops it."""
 
     def __call__(self, given: Any) -> Any:
         """The function itself: a decorated one can be tested like any other."""

@@ -104,7 +104,7 @@ class Worker:
             except Exception as error:  # a function of the user's may raise anything
                 problem = f"{self._algorithm.name} failed with {where}: {type(error).__name__}: {error}"
                 if number >= self._settings.tries:
-                    return self._fail(problem, records, error)
+                    return self._fail(problem, given, records, error)
             await backoff.wait(problem)
 
     async def _tried(self, given: Any, records: Sequence[tuple[Record, int]]) -> list[Outgoing]:
@@ -122,7 +122,12 @@ class Worker:
         published = [self._publisher.record(event) for event in error.events]
         return published + self._bury(records, error.reason, str(error))
 
-    def _fail(self, problem: str, records: Sequence[tuple[Record, int]], error: Exception) -> list[Outgoing]:
+    def _fail(
+        self, problem: str, given: Any, records: Sequence[tuple[Record, int]], error: Exception
+    ) -> list[Outgoing]:
+        if self._algorithm.instead is not None and not isinstance(error, TimeoutError | MemoryError):
+            logger.error("%s: a dead letter", problem, exc_info=error)
+            return [self._publisher.record(self._algorithm.instead(given)), *self._bury(records, FAILED, problem)]
         if self._settings.on_error == "stop":
             raise AlgorithmFailed(
                 f"{problem} ({self._settings.tries} tries). Nothing of it was published; a restart begins with it. "

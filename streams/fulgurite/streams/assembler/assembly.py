@@ -46,21 +46,16 @@ from fulgurite.schemas.rollouts import (
     RolloutRequeued,
 )
 from fulgurite.schemas.trajectories import Trajectory
-from fulgurite.streams.assembler.join import Announcement, assemble
-from fulgurite.streams.assembler.lines import lines_of
+from fulgurite.streams.assembler.building import build
+from fulgurite.streams.assembler.join import Announcement
+from fulgurite.streams.assembler.letters import LATE, LETTER_BYTES, UNKNOWN_ROLLOUT, of_lines
 from fulgurite.streams.assembler.offsets import MAX_REPLAY_EVENTS, DataPartition, EndedRollouts, RolloutsPartition
 from fulgurite.streams.assembler.rollouts import Batch, Ended, Held, OpenRollout, Pending
-
-STAGE = "assembler"
-LATE = "late"
-UNKNOWN_ROLLOUT = "unknown_rollout"
 
 MAX_ENDED = 100_000
 MAX_HELD_BYTES = 512 << 20
 MAX_UNSENT_BYTES = 64 << 20
 """Dead letters that wait for their transaction; beyond it spans and rewards are not read on."""
-LETTER_BYTES = 1_024
-"""What a dead letter is beside its line: key, headers, object."""
 MAX_READ_AGAIN = 500
 """Records read again at once."""
 
@@ -114,8 +109,11 @@ class Assembly:
         part = self.rollouts.get(tp) or self.data[tp]
         part.position = max(part.position, position)
 
-    def lifecycle(self, tp: TopicPartition, offset: int, event: RolloutEvent) -> Pending | None:
-        """Gives the pending trajectory that now needs a barrier, if this event ends a rollout."""
+    def lifecycle(
+        self, tp: TopicPartition, offset: int, event: RolloutEvent, key: bytes | None = None, value: bytes | None = None
+    ) -> Pending | None:
+        """Gives the pending trajectory that now needs a barrier, if this event ends a rollout. `key`, `value`: of the
+        record that it was."""
         part = self.rollouts[tp]
         if offset < part.position:
             return None
@@ -143,7 +141,7 @@ class Assembly:
                 self._supersede(rollout, event.attempt_id)
             case RolloutFinished() if not rollout.finishing:
                 rollout.finishing = True
-                part.pending.append(Pending(event, offset))
+                part.pending.append(Pending(event, tp, offset, key, value))
                 return part.pending[-1]
             case _:
                 pass
@@ -254,7 +252,7 @@ class Assembly:
         points |= {tp: part.commit_point(self.is_known) for tp, part in self.data.items()}
         offsets = {tp: point for tp, point in points.items() if self._committed.get(tp) != point}
         self._committed = points
-        return Batch(trajectories, dead_letters, offsets) if offsets else None
+        return Batch(trajectories, list(ready), dead_letters, offsets) if offsets else None
 
     def commit_all(self) -> None:
         """The next batch has the offsets of every partition, changed or not."""
@@ -284,7 +282,10 @@ class Assembly:
         spans, rewards = ([h.value for h in held if h.value is not None] for held in (rollout.spans, rollout.rewards))
         assert len(spans) + len(rewards) == len(rollout.spans) + len(rollout.rewards)
         announced = rollout.announced or Announcement()
-        joined = assemble(event, announced, spans, rewards, keep_spans=self._keep_spans)
+        joined, letter = build(pending, announced, spans, rewards, keep_spans=self._keep_spans)
+        if letter is not None:
+            self.counts[letter.reason] += 1
+            self.unsent.append(letter)
         self.counts["trajectories"] += 1
         self.counts["invalid"] += joined.invalid
         for held in rollout.held:
@@ -315,12 +316,9 @@ class Assembly:
             self.holding -= 1
 
     def _dead(self, held: Held, reason: str, message: str) -> None:
-        assert held.value is not None
-        tp, key = held.tp, held.key
-        for number, line in lines_of(held.rollout_id, held.value):
+        for letter in of_lines(held, reason, message):
             self.counts[reason] += 1
-            self.unsent_bytes += len(line) + LETTER_BYTES
-            letter = DeadLetter(tp.topic, tp.partition, held.offset, STAGE, reason, message, key, line, number)
+            self.unsent_bytes += len(letter.value or b"") + LETTER_BYTES
             self.unsent.append(letter)
 
     def _supersede(self, rollout: OpenRollout, attempt_id: str) -> None:

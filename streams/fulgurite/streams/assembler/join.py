@@ -18,7 +18,8 @@ Does not know Kafka, offsets, or when a rollout is complete.
     missing_logprobs a call has sampled tokens but not their logprobs; it is left out
     missing_prompt   a call has sampled tokens but not its prompt's; it is left out
     unattributed     a call names no attempt although there were several; it is left out
-    invalid_record   a span or reward could not be read (the materialiser keeps it, with the reason); it is left out
+    invalid_record   a span or reward could not be read (the materialiser keeps it, with the reason), or is nested too
+                     deeply for the record of the attempt; it is left out. Without any data: building.py
     expired          a record was deleted by Kafka's retention before the rollout ended
     too_long         a call exceeds the longest sequence there may be; it is left out
     too_large        the trajectory exceeds kafka.max_record_bytes; it is sent without its sequences and spans
@@ -46,6 +47,7 @@ from fulgurite.schemas.rollouts import RolloutFinished
 from fulgurite.schemas.sampling import NEUTRAL_SAMPLING, is_neutral
 from fulgurite.schemas.spans import Span
 from fulgurite.schemas.trajectories import CallRange, FinishedAttempt, TokenSequence, Trajectory, TrajectoryReward
+from fulgurite.streams.assembler.attempts import spans_of
 
 E = TypeVar("E", Span, Reward)
 
@@ -56,6 +58,8 @@ ABORTED: Final = "abort"
 """vLLM's finish_reason of a call that was ended from outside."""
 EXPIRED = b""
 """Stands for a record that Kafka had deleted before it could be joined."""
+INVALID_RECORD: Final = "invalid_record"
+"""In `partial`: something of the rollout could not be used."""
 
 RETRY_COUNT: Final = "fulgurite.retry_count"
 """Recorded by the gateway."""
@@ -94,6 +98,8 @@ def assemble(
         found, invalid = read_spans(spans, finished.rollout_id, partial)
         calls = select_calls(found, finished, partial)
     kept, invalid_rewards = read_rewards(rewards, finished, partial)
+    own, too_deep = spans_of(found, finished) if keep_spans else ([], 0)
+    partial += [INVALID_RECORD] * bool(too_deep)
     final = [reward.value for reward in kept if reward.name == FINAL_REWARD]
     sequences = merge_calls(calls)
     if finished.status == "succeeded":
@@ -124,16 +130,8 @@ def assemble(
     )
     if keep_spans:
         fields = {name: getattr(trajectory, name) for name in Trajectory.model_fields}
-        trajectory = FinishedAttempt.model_construct(None, **fields, spans=spans_of(found, finished))
-    return Joined(trajectory, invalid + invalid_rewards)
-
-
-def spans_of(spans: Sequence[Span], finished: RolloutFinished) -> list[Span]:
-    """All spans of the attempt that counts, oldest first, without tokens."""
-    own = [span for span in spans if span.attempt_id in (finished.attempt_id, "")]
-    own.sort(key=lambda span: (span.start_ns, span.sequence_id, span.end_ns, span.span_id))
-    nothing = dict[str, object](prompt_token_ids=[], response_token_ids=[], logprobs=[], weight_versions=[])
-    return [span.model_copy(update=nothing) for span in own]
+        trajectory = FinishedAttempt.model_construct(None, **fields, spans=own)
+    return Joined(trajectory, invalid + invalid_rewards + too_deep)
 
 
 def _read(model: type[E], values: Sequence[bytes], rollout_id: str, partial: list[str]) -> tuple[list[E], int]:
@@ -148,7 +146,7 @@ def _read(model: type[E], values: Sequence[bytes], rollout_id: str, partial: lis
             try:
                 event = decode(model, line)
             except InvalidEvent:
-                partial.append("invalid_record")
+                partial.append(INVALID_RECORD)
                 invalid += 1
                 continue
             if event.rollout_id == rollout_id:

@@ -10,6 +10,8 @@ from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import RecordTooLarge
 from fulgurite.schemas.settings import KafkaSettings
 from fulgurite.schemas.trajectories import FinishedAttempt, Trajectory
+from fulgurite.streams.assembler.building import without_data
+from fulgurite.streams.assembler.letters import of_rollout
 from fulgurite.streams.assembler.rollouts import Batch
 from fulgurite.streams.transactions import Outgoing
 
@@ -21,8 +23,16 @@ HEADER_BYTES = 8 * 1024
 
 def records(batch: Batch, settings: KafkaSettings) -> list[Outgoing]:
     """The records of one transaction."""
-    trajectories = [_trajectory(trajectory, settings) for trajectory in batch.trajectories]
-    return trajectories + [_dead_letter(letter, settings) for letter in batch.dead_letters]
+    found: list[Outgoing] = []
+    for trajectory, pending in zip(batch.trajectories, batch.ends, strict=True):
+        try:
+            found.append(_trajectory(trajectory, settings))
+        except MemoryError:
+            raise
+        except Exception as error:  # as in building.py
+            found.append(_trajectory(without_data(trajectory), settings))
+            found.append(_dead_letter(of_rollout(pending, error), settings))
+    return found + [_dead_letter(letter, settings) for letter in batch.dead_letters]
 
 
 def _trajectory(trajectory: Trajectory, settings: KafkaSettings) -> Outgoing:

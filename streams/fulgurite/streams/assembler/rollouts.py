@@ -33,7 +33,11 @@ class Pending:
     """A `finished` whose trajectory has not been emitted, and the end offsets that must be passed first."""
 
     event: RolloutFinished
+    tp: TopicPartition
     offset: int
+    key: bytes | None = None
+    value: bytes | None = None
+    """The record that said so."""
     barrier: dict[TopicPartition, int] | None = None
 
 
@@ -79,5 +83,7 @@ class Batch:
     """What one transaction writes."""
 
     trajectories: list[Trajectory]
+    ends: list[Pending]
+    """What each trajectory is of."""
     dead_letters: list[DeadLetter]
     offsets: dict[TopicPartition, OffsetAndMetadata]

@@ -40,7 +40,8 @@ offsets.retention.minutes, a week by default) it starts from the beginning of th
 What becomes a dead letter here (stage `assembler`) is only what the materialiser cannot see: `late` (its rollout's
 trajectory was emitted before it came; spans of superseded attempts are just not used) and `unknown_rollout` (nobody
 announced its rollout within orphan_seconds, and `rollouts` had been read to its end after that); one for each line of
-the rollout, with the line's number, as the materialiser's. Records that are not
+the rollout, with the line's number, as the materialiser's; and `not_assembled`, a `finished` whose trajectory could not
+be made of its records (building.py). Records that are not
 spans, rewards or events, or that nobody can decode, are counted and logged: the materialiser reads the same bytes and
 keeps them with the reason.
 Spans without a rollout_id are plain traces and no concern of this service, nor are rewards given to a trajectory that
@@ -270,7 +271,7 @@ class Assembler:
                 except InvalidEvent:
                     self.state.counts["invalid"] += 1
                     continue
-                pending = self.state.lifecycle(tp, record.offset, event)
+                pending = self.state.lifecycle(tp, record.offset, event, record.key, record.value)
                 if pending is not None:
                     ended.append(pending)
         for tp in self.state.rollouts:

@@ -159,6 +159,12 @@ def rewarded(
     return attempt.trajectory().model_copy(update=changes)
 
 
+def unscored(attempt: FinishedAttempt) -> Trajectory:
+    """Where nothing more can be published of it: without all that its records were, so that its group waits no more."""
+    nothing = {"sequences": [], "rewards": [], "metadata": {}, "calls": 0, "min_version": None, "max_version": None}
+    return rewarded(attempt, [], None, failed=True).model_copy(update=nothing)
+
+
 def _id(attempt: FinishedAttempt, name: str) -> str:
     """Always the same for an attempt's part: found again after a crash, it counts once."""
     return hashlib.sha256(f"{attempt.rollout_id}/{attempt.attempt_id}/{SOURCE}/{name}".encode()).hexdigest()[:32]

@@ -3,13 +3,15 @@
 Promises: whatever a source does, an attempt becomes exactly one trajectory. With all required parts it has the sum as
 its reward; without one it has none, says `reward_failed`, and InputRefused carries it together with the dead letter's
 reason. An attempt that did not succeed, or of which the assembler says that records are missing, is passed on as it
-is: nothing could be said of it.
+is: nothing could be said of it. And whatever else is in an attempt that cannot be scored, it is `reward_failed`, too.
 """
 
 from __future__ import annotations
 
 import asyncio
 import inspect
+import logging
+import re
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, Protocol, cast
@@ -34,12 +36,20 @@ from fulgurite.streams.algorithms.aggregator.combine import (
 )
 from fulgurite.streams.algorithms.aggregator.judges import Judge, PartFailed
 from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
-from fulgurite.streams.algorithms.calls import PlainCalls, awaited
+from fulgurite.streams.algorithms.calls import PlainCalls, TooManyHung, awaited
 from fulgurite.streams.algorithms.compliance import Rules, Violation
 from fulgurite.streams.algorithms.definition import InputRefused
 
+logger = logging.getLogger(__name__)
+
 MAX_DIMENSIONS = 64
 """Names that one function may give: the bound of a reward."""
+
+MAX_NAME_CHARS = 512
+"""Of each of them."""
+
+_SURROGATE = re.compile("[\ud800-\udfff]")
+"""Half a character: no record can have it."""
 
 RULES_THREADS = 4
 
@@ -82,6 +92,16 @@ class Scoring:
 
     async def score(self, attempt: FinishedAttempt) -> list[BaseModel]:
         """What is to be published. Raises InputRefused, with the same, where a required part is missing."""
+        try:
+            return await self._scored(attempt)
+        except (InputRefused, TooManyHung, MemoryError):
+            raise
+        except Exception as error:  # what nobody thought of in one attempt's records: it must not stop the others
+            logger.exception("rollout %s cannot be scored", attempt.rollout_id)
+            problem = f"rollout {attempt.rollout_id}: it cannot be scored: {type(error).__name__}: {error}"
+            raise InputRefused(FAILED, problem, [rewarded(attempt, [], None, failed=True)]) from error
+
+    async def _scored(self, attempt: FinishedAttempt) -> list[BaseModel]:
         if attempt.status != "succeeded" or INCOMPLETE & set(attempt.partial.split(",")):
             return [attempt.trajectory()]
         wanted = [(source, scorer) for source, scorer in self._scorers if source.agent in ("", attempt.agent)]
@@ -157,6 +177,10 @@ class FunctionScorer:
         if not 0 < len(values) <= MAX_DIMENSIONS:
             raise ValueError(f"gave {len(values)} values; 1 to {MAX_DIMENSIONS} are allowed")
         numbers = {str(name): float(value) for name, value in values.items()}
+        if wrong := next((name for name in numbers if len(name) > MAX_NAME_CHARS or _SURROGATE.search(name)), None):
+            raise ValueError(
+                f"gave a value named {wrong[:80]!r}; a name is a text of up to {MAX_NAME_CHARS} characters"
+            )
         part = Part(self._name, numbers)
         faults = [fault_of(name, value) for name, value in (*numbers.items(), ("the sum of its values", part.value))]
         if fault := next(filter(None, faults), ""):

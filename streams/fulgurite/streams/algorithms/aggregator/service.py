@@ -11,6 +11,7 @@ import httpx
 from fulgurite.producers.service import run_service
 from fulgurite.schemas.settings import AlgorithmSettings, Settings
 from fulgurite.streams.algorithms import service as algorithms
+from fulgurite.streams.algorithms.aggregator.combine import unscored
 from fulgurite.streams.algorithms.aggregator.scoring import Scoring
 from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
 from fulgurite.streams.algorithms.definition import Algorithm
@@ -31,7 +32,7 @@ def main(settings: Settings) -> int:
 
 
 async def serve(settings: Settings, stop: asyncio.Event, hook: Hook = no_hook) -> None:
-    """Until `stop`. Sources fail by themselves; an error beyond them is a bug here, and stops."""
+    """Until `stop`. An attempt that cannot be scored ends nothing; what else fails is a bug here, and stops."""
     own = AlgorithmSettings(
         tries=1,
         on_error="stop",
@@ -49,7 +50,7 @@ async def serve(settings: Settings, stop: asyncio.Event, hook: Hook = no_hook) -
         # A proxy from the environment is for the internet; judges are named by their URL.
         async with httpx.AsyncClient(limits=limits, trust_env=False) as client:
             scoring = Scoring(settings, client, verdicts)
-            algorithm = Algorithm(NAME, scoring.score, reads="attempts")
+            algorithm = Algorithm(NAME, scoring.score, reads="attempts", instead=unscored)
             changed = settings.model_copy(update={"algorithm": own})
             await algorithms.serve(changed, algorithm, Start(), stop, hook)
     finally:
