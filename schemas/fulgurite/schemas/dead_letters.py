@@ -19,13 +19,20 @@ HEADER_REASON = "__connect.errors.exception.class.name"
 HEADER_MESSAGE = "__connect.errors.exception.message"
 
 MAX_MESSAGE_CHARS = 2_000
+MAX_REASON_CHARS = 256
+
+MAX_KEY_BYTES = 4_096
+"""No id is as long. A longer key (compressed, a record can have one of any length) would leave no room for the rest."""
+
+HEADER_BYTES = 12 * 1024
+"""What the headers take at most."""
 
 Headers = list[tuple[str, bytes]]
 
 
 @dataclass(frozen=True, slots=True)
 class DeadLetter:
-    """Topic `dead_letters`, key as the original."""
+    """Topic `dead_letters`, key as the original; None where that is longer than MAX_KEY_BYTES."""
 
     topic: str
     """Full name of the original topic; empty when it never was a record."""
@@ -42,6 +49,15 @@ class DeadLetter:
     line: int = 0
     """Which line of the original `value` is, from 0."""
 
+    def __post_init__(self) -> None:
+        if len(self.key or b"") > MAX_KEY_BYTES:
+            object.__setattr__(self, "key", None)
+
+    def value_within(self, max_record_bytes: int) -> bytes | None:
+        """The value, empty where key, headers and it are more than a record may be: where it lies the headers say."""
+        room = max_record_bytes - HEADER_BYTES - len(self.key or b"")
+        return self.value if len(self.value or b"") <= room else b""
+
     def headers(self) -> Headers:
         fields = (
             (HEADER_TOPIC, self.topic),
@@ -49,7 +65,7 @@ class DeadLetter:
             (HEADER_OFFSET, str(self.offset)),
             (HEADER_LINE, str(self.line)),
             (HEADER_STAGE, self.stage),
-            (HEADER_REASON, self.reason),
+            (HEADER_REASON, self.reason[:MAX_REASON_CHARS]),
             (HEADER_MESSAGE, self.message[:MAX_MESSAGE_CHARS]),
         )
         # A message may quote half a surrogate pair, which has no UTF-8.

@@ -68,13 +68,8 @@ class Publisher:
     def dead_letter(self, letter: DeadLetter) -> Outgoing:
         letter = self._redactor.dead_letter(letter) if self._redactor else letter
         topic = self._settings.topic(topics.DEAD_LETTERS)
-        room = self._settings.max_record_bytes - _HEADER_BYTES - len(letter.key or b"")
-        # A record that fills the bound has no room for the headers; where it lies they say.
-        value = letter.value if len(letter.value or b"") <= room else b""
+        value = letter.value_within(self._settings.max_record_bytes)
         return Outgoing(topic, letter.key, value, [*letter.headers(), *self._mark])
-
-
-_HEADER_BYTES = 8 * 1024
 
 
 def is_own(headers: Any, name: str) -> bool:

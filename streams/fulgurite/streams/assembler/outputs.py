@@ -17,9 +17,6 @@ from fulgurite.streams.transactions import Outgoing
 
 logger = logging.getLogger(__name__)
 
-HEADER_BYTES = 8 * 1024
-"""Room for a dead letter's headers beside the original value, within the bound of a record."""
-
 
 def records(batch: Batch, settings: KafkaSettings) -> list[Outgoing]:
     """The records of one transaction."""
@@ -66,13 +63,12 @@ def _cut(trajectory: Trajectory, error: RecordTooLarge, bound: int) -> bytes:
 
 
 def _dead_letter(letter: DeadLetter, settings: KafkaSettings) -> Outgoing:
-    value, headers = letter.value, letter.headers()
-    if len(value or b"") > settings.max_record_bytes - HEADER_BYTES - len(letter.key or b""):
+    value, headers = letter.value_within(settings.max_record_bytes), letter.headers()
+    if value != letter.value:
         logger.error(
             "dead letter without its value, which fills a record: %s-%d@%d",
             letter.topic,
             letter.partition,
             letter.offset,
         )
-        value = b""
     return Outgoing(settings.topic(topics.DEAD_LETTERS), letter.key, value, headers)

@@ -121,8 +121,9 @@ class Intake:
             value=record.value,
         )
         topic = self._settings.topic(DEAD_LETTERS)
-        self.dead_letters.append(Outgoing(topic, letter.key, letter.value, letter.headers()))
-        self._dead_bytes += len(record.value or b"")
+        value = letter.value_within(self._settings.max_record_bytes)
+        self.dead_letters.append(Outgoing(topic, letter.key, value, letter.headers()))
+        self._dead_bytes += len(value or b"")
 
 
 def _named(record: Record) -> Trajectory | None:
