@@ -17,11 +17,12 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from aiokafka.structs import OffsetAndMetadata, TopicPartition
+from aiokafka.structs import TopicPartition
 
 from fulgurite.schemas.settings import Settings
 from fulgurite.schemas.topics import DEAD_LETTERS
 from fulgurite.schemas.trajectories import Trajectory
+from fulgurite.streams.algorithms.commits import Commits
 from fulgurite.streams.algorithms.definition import Algorithm
 from fulgurite.streams.algorithms.events import is_own
 from fulgurite.streams.algorithms.groups import Change, Group, Groups, GroupState, Record
@@ -74,9 +75,10 @@ class Program:
         self._kafka = settings.kafka
         self._concurrency = settings.algorithm.concurrency
         self._algorithm = algorithm
+        self._topic = settings.kafka.topic(algorithm.topic)
         self._groups = groups
         self._reader = reader
-        self._transactions = transactions
+        self._commits = Commits(transactions, reader.partitions)
         self._hook = hook
         self._worker = Worker(settings, algorithm)
         self._buffer: deque[Record] = deque()
@@ -202,12 +204,13 @@ class Program:
         self._changed.set()
 
     async def _close_groups(self) -> None:
-        """Closes groups that waited long enough, once all that was in the log by then has been taken in."""
+        """Closes groups that waited long enough, once all that was in the log by then has been taken in: also of
+        partitions that the reader has not heard of yet."""
         if not self._due:
             self._due = self._groups.due(time.monotonic())
-            self._due_ends = await self._reader.ends() if self._due else {}
+            self._due_ends = await self._reader.all_ends() if self._due else {}
         taken = self._points(self._buffer)
-        if self._due and all(taken[tp.partition] >= end for tp, end in self._due_ends.items()):
+        if self._due and all(taken.get(tp.partition, 0) >= end for tp, end in self._due_ends.items()):
             due_then = set(self._due)
             for group_id in self._groups.due(time.monotonic()):
                 if group_id in due_then:
@@ -248,14 +251,14 @@ class Program:
             remembering(self._kafka, self._algorithm.name, name, None if state is None else state.model_dump())
             for name, state in remember.items()
         ]
-        await self._transactions.commit([*records, *states], self._offsets())
+        await self._commits.commit([*records, *states], self._offsets())
         self._committed_at = self._refreshed = time.monotonic()
 
-    def _offsets(self) -> dict[TopicPartition, OffsetAndMetadata]:
-        """Behind what is done: the oldest record of each partition that is not, or as far as was read."""
+    def _offsets(self) -> dict[TopicPartition, int]:
+        """Behind what is done: the oldest record of each partition that is not, or as far as was read. A partition of
+        which no poll has come back yet has none."""
         waiting = [*(item.record for item in self._window if item.record is not None), *self._buffer]
-        points = self._points(waiting)
-        return {tp: OffsetAndMetadata(points[tp.partition], "") for tp in self._reader.partitions}
+        return {TopicPartition(self._topic, number): at for number, at in self._points(waiting).items()}
 
     def _points(self, waiting: Iterable[Record]) -> dict[int, int]:
         points = dict(self._read_to)

@@ -26,6 +26,8 @@ The contract. The numbers are in the code: 1 and 2 here, 3 to 5 in program.py.
 A function that raises is tried algorithm.tries times; then its input is a dead letter, or the process ends
 (algorithm.on_error). An algorithm does not read what it wrote itself (HEADER_ALGORITHM).
 
+Partitions that are added meanwhile are read from their beginning, and their offsets are in 5 from then on (commits.py).
+
 Bounds: those of program.py, and algorithm.max_open_groups groups. Does not know what the function does.
 """
 

@@ -206,6 +206,11 @@ class TrajectoryReader:
         """Of what is committed now. Waits for Kafka."""
         return await self._asked(lambda: self._client.end_offsets(self.partitions))
 
+    async def all_ends(self) -> dict[TopicPartition, int]:
+        """As `ends`, of every partition there is, also those not taken up yet. May be asked during a poll."""
+        partitions = await self._asked(lambda: partitions_of(self._settings, self._topic))
+        return await self._asked(lambda: self._client.end_offsets(partitions))
+
     async def _asked(self, ask: Callable[[], Awaitable[T]]) -> T:
         """Asks about offsets until Kafka answers."""
         backoff = Backoff(logger)

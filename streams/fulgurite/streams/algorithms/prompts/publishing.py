@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-from aiokafka.structs import OffsetAndMetadata
-
 from fulgurite.producers.prompts import CANDIDATE_OF, pin_of
 from fulgurite.schemas.codec import encode, encode_key
 from fulgurite.schemas.resources import prompt_version
@@ -13,6 +11,7 @@ from fulgurite.schemas.rollouts import RolloutConfig, RolloutQueued
 from fulgurite.schemas.settings import Settings
 from fulgurite.schemas.topics import RESOURCES, ROLLOUTS, TRAINING, Topic
 from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
+from fulgurite.streams.algorithms.commits import Commits
 from fulgurite.streams.algorithms.memory import remembering
 from fulgurite.streams.algorithms.prompts.search import Candidate, Search
 from fulgurite.streams.trainer.events import version_event_id
@@ -34,13 +33,13 @@ class Publishing:
         self._prompt = settings.prompt
         self._tasks = tasks
         self._reader = reader
-        self._transactions = transactions
+        self._commits = Commits(transactions, reader.partitions)
 
     async def commit(self, search: Search, records: list[Outgoing]) -> None:
         """The records, what is to be remembered from now on, and the offsets of what was read."""
         state = remembering(self._settings.kafka, ALGORITHM, search.run_id, search.model_dump(mode="json"))
-        offsets = {tp: OffsetAndMetadata(self._reader.offsets[tp.partition], "") for tp in self._reader.partitions}
-        await self._transactions.commit([*records, state], offsets)
+        offsets = {tp: self._reader.offsets[tp.partition] for tp in self._reader.partitions}
+        await self._commits.commit([*records, state], offsets)
 
     def candidate(self, search: Search, candidate: Candidate) -> list[Outgoing]:
         """The candidate under a name of its own, and the rollouts that try it."""
