@@ -18,8 +18,8 @@ once.
   trajectory then lacks queued_ns and metadata.
 - Ended rollouts are remembered, to tell late from unknown, up to MAX_ENDED; beyond it a late record counts as unknown.
 - Memory: values are held up to max_open_rollouts and max_held_bytes; beyond, only coordinates are (about 300 bytes a
-  record) and the value is read again when its rollout ends. Reading on is never stopped for it: every barrier lies
-  ahead, so a pause until rollouts end would wait for ever.
+  record) and the value is read again when its rollout ends; what comes for it meanwhile is held. Reading on is never
+  stopped for it: every barrier lies ahead, so a pause until rollouts end would wait for ever.
 
 Known limit: a rollout announced only after its records had become dead letters as unknown gets them back into its
 trajectory if the assembler restarts before it ends.
@@ -185,14 +185,15 @@ class Assembly:
             return  # Dealt with before the restart; see offsets.py.
         if rollout is None:
             rollout = self.open[rollout_id] = OpenRollout()
-        self.counts["misrouted"] += murmur2(rollout_id.encode()) % 2**31 % self._partitions != tp.partition
+        self.counts["misrouted"] += murmur2(rollout_id.encode()) % 2**31 % len(self.rollouts) != tp.partition
         self.holding += not rollout.last
         rollout.last[tp] = offset
         (rollout.spans if tp in self._span_partitions else rollout.rewards).append(held)
         part.held.append(held)
         if not rollout.known:
             part.unknown.append(held)
-        if self.held_bytes + len(value) > self._max_bytes or self.holding > self._max_open:
+        short = self.held_bytes + len(value) > self._max_bytes or self.holding > self._max_open
+        if short and not rollout.recalled:
             held.value = None
             self.counts["spilled"] += 1
         else:
@@ -211,6 +212,12 @@ class Assembly:
     def spilled(self, ready: Sequence[Pending]) -> list[Held]:
         """Records whose value must be read again before these can be taken."""
         return [h for p in ready for h in self.open[p.event.rollout_id].held if h.value is None]
+
+    def recall(self, ready: Sequence[Pending]) -> list[Held]:
+        """The same, of those that are taken next: what comes for them while these are read again is not spilled."""
+        for pending in ready:
+            self.open[pending.event.rollout_id].recalled = True
+        return self.spilled(ready)
 
     def read_again(self, held: Held, value: bytes) -> None:
         """The value of a spilled record."""
@@ -261,10 +268,6 @@ class Assembly:
     def is_known(self, rollout_id: str) -> bool:
         rollout = self.open.get(rollout_id)
         return rollout.known if rollout is not None else rollout_id in self.ended
-
-    @property
-    def _partitions(self) -> int:
-        return len(self.rollouts)
 
     def _reached(self, barrier: dict[TopicPartition, int] | None) -> bool:
         if barrier is None:

@@ -51,6 +51,8 @@ class OpenRollout:
     """Whether it has an attempt that has not been followed by `requeued`."""
     finishing: bool = False
     """Whether a `finished` of it is pending."""
+    recalled: bool = False
+    """Whether its trajectory is next, as soon as what was spilled of it has been read again."""
     announced: Announcement | None = None
     hold: tuple[TopicPartition, int] | None = None
     """The event that a restart must read again to know it."""

@@ -235,7 +235,7 @@ class Assembler:
         ready = self.state.ready(MAX_BATCH)
         if self.state.spilled(ready):
             ready = ready[:MAX_BATCH_READ_AGAIN]
-            await self._read_again(self.state.spilled(ready))
+            await self._read_again(self.state.recall(ready))
         batch = self.state.take(ready)  # 6.
         if batch is None:
             return
