@@ -1,8 +1,9 @@
 """Which groups are open: members come one by one, and a group is given when it is complete or has waited too long.
 
-Pure: a clock and records are told. Promises: of one group at most one list of members comes out; a member that comes
-after its group was given, or that is alone, is counted and given to nobody; at most `limit` groups are remembered, open
-ones and those whose late members may still come, the oldest are let go of first.
+Pure: a clock and records are told. Promises: of a group that is remembered at most one list of members comes out; a
+member that comes after its group was given, or that is alone, is counted and given to nobody; at most `limit` groups
+are remembered, open ones and those that were given while members may still come, however late: of these the oldest
+are let go of first, where there is no room, and nothing else forgets one.
 """
 
 from __future__ import annotations
@@ -79,15 +80,18 @@ class Groups:
     def __init__(self, limit: int, deadline_seconds: float) -> None:
         self._limit = limit
         self._deadline_seconds = deadline_seconds
-        self._groups: dict[str, Group] = {}
+        self._open: dict[str, Group] = {}
+        self._given: dict[str, Group] = {}
+        """Without those that are missing, which may still come; the oldest first."""
         self.counts: Counter[str] = Counter()
 
     def __len__(self) -> int:
-        return len(self._groups)
+        """Open ones."""
+        return len(self._open)
 
     def restore(self, group: Group) -> None:
-        """As it was remembered."""
-        self._groups[group.group_id] = group
+        """As it was remembered; the oldest first."""
+        (self._given if group.given else self._open)[group.group_id] = group
 
     def add(self, record: Record, trajectory: Trajectory, now: float) -> Change:
         """Takes in one trajectory."""
@@ -95,33 +99,26 @@ class Groups:
         if not group_id or trajectory.group_size < MIN_MEMBERS:
             self.counts["alone"] += 1
             return Change()
-        group = self._groups.get(group_id)
-        if group is not None and group.given:
-            return self._late(group)
-        if group is None:
-            group = self._groups[group_id] = Group(group_id, now)
+        if given := self._given.get(group_id):
+            return self._late(given)
+        group = self._open.setdefault(group_id, Group(group_id, now))
         group.members.setdefault(trajectory.rollout_id, (record, trajectory))
         if len(group.members) < trajectory.group_size:
             remember: dict[str, GroupState | None] = {group_id: group.state()}
             return Change(None, remember | self._let_go())
-        del self._groups[group_id]
+        del self._open[group_id]
         return Change(group, {group_id: None})
 
     def due(self, now: float) -> list[str]:
         """Groups that have waited long enough: ask the log for what is there before `close` them."""
         before = now - self._deadline_seconds
-        return [group_id for group_id, group in self._groups.items() if group.since <= before]
+        return [group_id for group_id, group in self._open.items() if group.since <= before]
 
     def close(self, group_id: str, now: float) -> Change:
-        """Waits no longer for a group: it is given as it is, or forgotten if it has been given."""
-        group = self._groups[group_id]
-        if group.given:
-            del self._groups[group_id]
-            return Change(None, {group_id: None})
+        """Waits no longer for a group: it is given as it is, and remembered until `limit` pushes it out."""
+        group = self._open.pop(group_id)
         size = next(iter(group.members.values()))[1].group_size
-        kept = Group(group_id, now, given=True, missing=size - len(group.members))
-        del self._groups[group_id]
-        self._groups[group_id] = kept  # at the end: of those to be forgotten it is the newest
+        kept = self._given[group_id] = Group(group_id, now, given=True, missing=size - len(group.members))
         enough = len(group.members) >= MIN_MEMBERS
         self.counts["partial" if enough else "too_few"] += 1
         remember: dict[str, GroupState | None] = {group_id: kept.state()}
@@ -129,25 +126,21 @@ class Groups:
 
     def overfull(self) -> str | None:
         """The group to close because too many are open, None where there is room."""
-        if len(self._groups) <= self._limit:
-            return None
-        return next((group_id for group_id, group in self._groups.items() if not group.given), None)
+        return next(iter(self._open)) if len(self._open) > self._limit else None
 
     def _late(self, group: Group) -> Change:
         self.counts["late"] += 1
         group.missing -= 1
         if group.missing > 0:
             return Change(None, {group.group_id: group.state()})
-        del self._groups[group.group_id]
+        del self._given[group.group_id]
         return Change(None, {group.group_id: None})
 
     def _let_go(self) -> dict[str, GroupState | None]:
         """Forgets groups that were given, the oldest first, while there are too many."""
         gone: dict[str, GroupState | None] = {}
-        while len(self._groups) > self._limit:
-            oldest = next((group_id for group_id, group in self._groups.items() if group.given), None)
-            if oldest is None:
-                break
-            del self._groups[oldest]
+        while self._given and len(self._open) + len(self._given) > self._limit:
+            oldest = next(iter(self._given))
+            del self._given[oldest]
             gone[oldest] = None
         return gone

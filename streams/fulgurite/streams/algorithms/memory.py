@@ -102,7 +102,7 @@ class connected:
 
 
 async def remembered(settings: KafkaSettings, algorithm: str) -> dict[str, Any]:
-    """The newest value of every name of this algorithm, as committed now. Waits for Kafka."""
+    """The newest value of every name of this algorithm, as committed now, the oldest first. Waits for Kafka."""
     topic = settings.topic(ALGORITHM_STATE)
     partitions = await partitions_of(settings, topic)
     prefix = f"{algorithm}/".encode()
@@ -115,7 +115,8 @@ async def remembered(settings: KafkaSettings, algorithm: str) -> dict[str, Any]:
             while any([await consumer.position(tp) < ends[tp] for tp in partitions]):
                 for records in (await fetch(settings, consumer, timeout_ms=_POLL_MS)).values():
                     found.update({r.key: r for r in records if r.key is not None and r.key.startswith(prefix)})
-        return {key.removeprefix(prefix).decode(): _value(r) for key, r in found.items() if not _is_tombstone(r)}
+        oldest_first = sorted(found.items(), key=lambda item: item[1].timestamp)
+        return {key.removeprefix(prefix).decode(): _value(r) for key, r in oldest_first if not _is_tombstone(r)}
 
     return await patiently(f"what {algorithm} remembers", read)
 
