@@ -3,24 +3,40 @@
 from __future__ import annotations
 
 import asyncio
+from pathlib import Path
 
+import pytest
 from aiokafka import AIOKafkaProducer
 
 from fulgurite.producers.kafka import connection_options
 from fulgurite.producers.raw import Undecodable
 from fulgurite.schemas import topics
+from fulgurite.schemas.algorithms import AlgorithmState
 from fulgurite.schemas.codec import encode
+from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.settings import KafkaSettings, SourceSettings
 from fulgurite.schemas.spans import Span
 from fulgurite.schemas.training import RunFinished
 from fulgurite.schemas.trajectories import Trajectory
-from fulgurite.streams.algorithms.memory import open_groups, remembered, remembering
+from fulgurite.streams.algorithms.memory import Unreadable, open_groups, remembered, remembering
+from fulgurite.streams.algorithms.prompts import serve
 from fulgurite.streams.algorithms.prompts.reading import results_of, spans_of
 from fulgurite.streams.trainer.reader import TrajectoryReader
 from fulgurite.streams.trainer.source import SourceLedger
 from tests.consumers.poison import poison
+from tests.streams.algorithms.algorithms_bus import until
+from tests.streams.algorithms.judge_server import ModelServer
+from tests.streams.algorithms.test_prompts import RUN, settings_for
+from tests.streams.trainer_world import read_topic
 
 FINISHED = RunFinished(run_id="run", step=3, resource="policy", version=4)
+
+
+def _nobody() -> ModelServer:
+    """A critic that is away."""
+    server = ModelServer(str)
+    server.url = "http://127.0.0.1:9"
+    return server
 
 
 async def send(kafka: KafkaSettings, topic: topics.Topic, value: bytes, key: bytes = b"k", partition: int = 0) -> None:
@@ -88,6 +104,32 @@ async def test_what_an_algorithm_remembers_is_read_past_them(kafka_settings: Kaf
     async with AIOKafkaProducer(**connection_options(kafka_settings)) as producer:
         await producer.send_and_wait(record.topic, record.value, record.key)
     await poison(kafka_settings, topics.ALGORITHM_STATE, b"{}", b"own/other")
-    assert await remembered(kafka_settings, "own") == {"group": state, "other": None}
-    (group,) = await open_groups(kafka_settings, "own")
+    found = await remembered(kafka_settings, "own")
+    assert found.pop("group") == state
+    assert isinstance(found.pop("other"), Unreadable)
+    assert found == {}
+    group, other = sorted(await open_groups(kafka_settings, "own"), key=lambda each: each.group_id)
     assert list(group.members) == ["a"], "at offset 2 lies what nobody can decode"
+    assert (other.group_id, other.given, other.members) == ("other", True, {}), "it may have been given before"
+
+
+@pytest.mark.parametrize("state", [b"", encode(AlgorithmState(algorithm="prompt", name=RUN, value={"round": -1}))])
+async def test_a_search_that_cannot_be_read_is_not_begun_anew(
+    kafka_settings: KafkaSettings, tmp_path: Path, state: bytes
+) -> None:
+    """Nor does another search's record stop one."""
+    key = f"prompt/{RUN}".encode()
+    if state:
+        await send(kafka_settings, topics.ALGORITHM_STATE, state, key)
+    else:
+        await poison(kafka_settings, topics.ALGORITHM_STATE, b"{}", key)
+    settings = settings_for(kafka_settings, _nobody(), tmp_path)
+    with pytest.raises(StartError, match=rf"search {RUN} remembers cannot be read .* key prompt/{RUN}$"):
+        await asyncio.wait_for(serve(settings, asyncio.Event()), 20)
+    assert await read_topic(kafka_settings, topics.ROLLOUTS) == []
+    other = settings.model_copy(update={"prompt": settings.prompt.model_copy(update={"run_id": "another"})})
+    stop = asyncio.Event()
+    searching = asyncio.create_task(serve(other, stop))
+    assert await until(kafka_settings, topics.ROLLOUTS, 1)
+    stop.set()
+    await searching

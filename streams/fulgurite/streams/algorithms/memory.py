@@ -24,6 +24,7 @@ from fulgurite.producers.reading import fetch, value_of
 from fulgurite.schemas.algorithms import AlgorithmState
 from fulgurite.schemas.codec import decode, encode, encode_key
 from fulgurite.schemas.errors import InvalidEvent, SettingsError
+from fulgurite.schemas.rollouts import MAX_GROUP_SIZE
 from fulgurite.schemas.settings import KafkaSettings
 from fulgurite.schemas.topics import ALGORITHM_STATE, TRAJECTORIES
 from fulgurite.schemas.trajectories import Trajectory
@@ -34,6 +35,13 @@ from fulgurite.streams.transactions import Outgoing, patiently
 logger = logging.getLogger(__name__)
 
 _POLL_MS = 200
+
+
+@dataclass(frozen=True, slots=True)
+class Unreadable:
+    """Stands for a value that nobody can read: there was one, so it must not be taken for nothing."""
+
+    why: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,7 +110,9 @@ class connected:
 
 
 async def remembered(settings: KafkaSettings, algorithm: str) -> dict[str, Any]:
-    """The newest value of every name of this algorithm, as committed now, the oldest first. Waits for Kafka."""
+    """The newest value of every name of this algorithm, as committed now, the oldest first. Waits for Kafka.
+
+    A value that cannot be read is Unreadable."""
     topic = settings.topic(ALGORITHM_STATE)
     partitions = await partitions_of(settings, topic)
     prefix = f"{algorithm}/".encode()
@@ -131,7 +141,7 @@ def remembering(settings: KafkaSettings, algorithm: str, name: str, value: Any) 
 async def open_groups(settings: KafkaSettings, algorithm: str) -> list[Group]:
     """Groups as they are remembered, with their members; waits count from now."""
     values = await remembered(settings, algorithm)
-    states = {name: state for name, value in values.items() if (state := GroupState.parse(value))}
+    states = {name: _group_state(name, value) for name, value in values.items()}
     places = {place for state in states.values() for place in state.members}
     members = await _members(settings, places)
     lost = len(places) - len(members)
@@ -189,8 +199,17 @@ def _is_tombstone(record: Record) -> bool:
 
 
 def _value(record: Record) -> Any:
+    where = f"{record.topic}-{record.partition} offset {record.offset}"
     try:
         return decode(AlgorithmState, value_of(record)).value
     except InvalidEvent as error:
-        logger.error("a record of algorithm_state cannot be read and is taken for nothing: %s", error)
-        return None
+        return Unreadable(f"{where}: {error}")
+
+
+def _group_state(group_id: str, value: Any) -> GroupState:
+    """Of one that cannot be read nobody knows whether it was given: its members are given to nobody a second time."""
+    if state := GroupState.parse(value):
+        return state
+    why = value.why if isinstance(value, Unreadable) else "no state of a group"
+    logger.error("what is remembered of group %s cannot be read: nothing more is given of it: %s", group_id, why)
+    return GroupState(given=True, missing=MAX_GROUP_SIZE)

@@ -33,17 +33,19 @@ import logging
 import re
 import time
 from collections.abc import Mapping
+from typing import Any
 
 import httpx
+from pydantic import ValidationError
 
 from fulgurite.producers.resources import newest_version
 from fulgurite.producers.service import run_service
-from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.errors import SettingsError, StartError
 from fulgurite.schemas.settings import PromptSettings, Settings
-from fulgurite.schemas.topics import TRAJECTORIES
+from fulgurite.schemas.topics import ALGORITHM_STATE, TRAJECTORIES
 from fulgurite.schemas.trajectories import Trajectory
 from fulgurite.streams.algorithms.chat import ChatModel
-from fulgurite.streams.algorithms.memory import remembered
+from fulgurite.streams.algorithms.memory import Unreadable, remembered
 from fulgurite.streams.algorithms.prompts.critic import Critic
 from fulgurite.streams.algorithms.prompts.publishing import ALGORITHM, Publishing
 from fulgurite.streams.algorithms.prompts.reading import results_of, span_ends, spans_of
@@ -163,12 +165,26 @@ class Optimiser:
         found = (await remembered(self._settings.kafka, ALGORITHM)).get(self._prompt.run_id)
         if found is None:
             return None
-        search = Search.model_validate(found)
+        search = self._read(found)
         if search.resource != self._prompt.resource:
             raise SettingsError(
                 f"prompt.resource = {self._prompt.resource}, but search {search.run_id} is for {search.resource}"
             )
         return search
+
+    def _read(self, found: Any) -> Search:
+        """Raises StartError: begun anew under the same name, the search would undo its own versions."""
+        try:
+            if not isinstance(found, Unreadable):
+                return Search.model_validate(found)
+            why = found.why
+        except ValidationError as error:
+            why = str(error.errors(include_url=False)[0]["msg"])
+        raise StartError(
+            f"what search {self._prompt.run_id} remembers cannot be read ({why}). Begin another one under a new "
+            f"prompt.run_id, or this one anew: write a record without a value to "
+            f"{self._settings.kafka.topic(ALGORITHM_STATE)}, key {ALGORITHM}/{self._prompt.run_id}"
+        )
 
     async def _begin(self) -> Search:
         """2."""
