@@ -36,8 +36,8 @@ class AlgorithmSettings(Section):
     concurrency: Concurrency = 16
     """Inputs at work at once; what they yield is published in the order of the log all the same."""
     max_open_groups: Annotated[int, Field(ge=1, le=1_000_000)] = 10_000
-    """Incomplete groups in memory; beyond it the oldest is closed as its deadline would. Also how many are remembered in
-    all, with those that were given incomplete."""
+    """Incomplete groups in memory; beyond it the oldest is closed as its deadline would. Also how many are remembered,
+    with those that were given incomplete."""
     group_deadline_seconds: Seconds = 600.0
     """After its first trajectory a group waits so long for the rest; then it is given as it is, if it has two."""
 
