@@ -10,7 +10,7 @@ import openai
 import pytest
 from starlette.responses import JSONResponse, Response
 
-from fulgurite.producers.gateway.app import HEALTH_SHARED_SECONDS
+from fulgurite.producers.gateway.health import HEALTH_SHARED_SECONDS
 from fulgurite.schemas.errors import Undelivered
 from fulgurite.schemas.event import VersionSpan
 from tests.producers.fake_policy_server import FakePolicyServer, until

@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager
-from typing import Any
+from typing import Any, Literal
 
 import aiohttp
 import openai
 import pytest
-from starlette.responses import JSONResponse
+from starlette.responses import JSONResponse, Response
 
 from fulgurite.producers.gateway import sse
 from fulgurite.producers.gateway.protocols import BY_ROUTE
@@ -265,6 +265,33 @@ async def test_tokens_of_a_message_are_counted_without_a_record():
     assert counted == {"input_tokens": 4}
     assert (refused["type"], refused["error"]["code"]) == ("error", "backend_unavailable")
     assert not publisher.spans
+
+
+@pytest.mark.parametrize("kind", ["vllm", "openai"])
+@pytest.mark.parametrize(
+    ("answer", "status", "told"),
+    [
+        (Response("<html>log in</html>", media_type="text/html"), 502, "is not JSON"),
+        (JSONResponse(["4"]), 502, "has no input_tokens"),
+        (JSONResponse({"input_tokens": None}), 502, "has no input_tokens"),
+        (Response(status_code=204), 502, "answered 204"),
+        (Response(status_code=302, headers={"location": "/login"}), 502, "answered 302"),
+        (JSONResponse({"error": {"message": "too long"}}, status_code=400), 400, "too long"),
+    ],
+)
+async def test_what_is_no_count_of_tokens_is_an_error_for_the_agent(
+    answer: Response, status: int, told: str, kind: Literal["vllm", "openai"]
+):
+    async with FakePolicyServer() as backend:
+        backend.faults["/v1/messages/count_tokens"] = lambda: answer
+        backends = [BackendSettings(url=backend.url, kind=kind, models=["policy"])]
+        async with (
+            gateway(FakePublisher(), backend.url, backends=backends) as url,
+            posted(url, "/v1/messages/count_tokens", MESSAGE) as response,
+        ):
+            body = await response.json()
+    assert (response.status, body["type"]) == (status, "error")
+    assert told in body["error"]["message"]
 
 
 def test_a_streamed_messages_signature_and_citations_are_recorded():

@@ -34,7 +34,8 @@ import asyncio
 from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaError
 
-from fulgurite.producers.gateway.app import HEALTH_SECONDS, Gateway
+from fulgurite.producers.gateway.app import Gateway
+from fulgurite.producers.gateway.health import HEALTH_SECONDS
 from fulgurite.producers.gateway.keys import ensure_guarded
 from fulgurite.producers.gateway.pool import Pool
 from fulgurite.producers.kafka import connection_options

@@ -6,7 +6,7 @@ from typing import Any
 
 from fulgurite.producers.gateway.errors import BACKEND_ERROR, ApiError, Headers, ProviderError
 from fulgurite.producers.gateway.exchange import Exchange
-from fulgurite.producers.gateway.protocols.base import invalid, loads_lenient
+from fulgurite.producers.gateway.protocols.base import invalid, loads_lenient, whole_number
 
 MAX_MESSAGE_CHARS = 2_000
 MAX_WORD_CHARS = 200
@@ -21,6 +21,15 @@ def parse_answer(body: bytes) -> Any:
         return loads_lenient(body)
     except ValueError:
         raise invalid("is not JSON") from None
+
+
+def ensure_count(exchange: Exchange, answer: bytes) -> None:
+    """That it is an answer to count_tokens. Raises ApiError: the backend's refusal, or 502 where it is no count."""
+    if exchange.status != 200:
+        raise refusal_of(exchange, answer)
+    response = parse_answer(answer)
+    if not isinstance(response, dict) or whole_number(response.get("input_tokens")) is None:
+        raise invalid("has no input_tokens")
 
 
 def backend_error(status: int, answer: bytes) -> ApiError:

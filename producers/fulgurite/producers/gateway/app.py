@@ -33,19 +33,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Generator
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
 from typing import Any, Final, Protocol
 
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from fulgurite.producers.gateway.answers import parse_answer, refusal_of
+from fulgurite.producers.gateway.answers import ensure_count, parse_answer, refusal_of
 from fulgurite.producers.gateway.asking import Asked, ask_for, read_all, served_by
 from fulgurite.producers.gateway.budgets import Budgets, allowed_seconds
 from fulgurite.producers.gateway.calls import Call, Sequences, identify, model_of, parse_call
 from fulgurite.producers.gateway.errors import AgentGone, ApiError, interrupted
 from fulgurite.producers.gateway.exchange import Ask, Backends
+from fulgurite.producers.gateway.health import Check, Health
 from fulgurite.producers.gateway.hosts import Hosts
 from fulgurite.producers.gateway.http import Gone, Present, headers_of, read_body, respond
 from fulgurite.producers.gateway.keys import Keys
@@ -63,16 +64,8 @@ from fulgurite.schemas.settings import GatewaySettings
 
 logger = logging.getLogger(__name__)
 
-HEALTH_SECONDS: Final = 2.0
-"""Longest that one side of a health check may take."""
-HEALTH_SHARED_SECONDS: Final = 1.0
-"""For how long one check answers everybody: anybody may ask, and each costs a connection to the broker."""
-
 UNRECORDED: Final = {"/v1/messages/count_tokens": BY_ROUTE["/v1/messages"]}
 """Nothing is sampled there, so nothing is recorded: what agents ask beside their calls. And whose shape errors have."""
-
-Check = Callable[[], Awaitable[str]]
-"""A health check: empty when well, else what is wrong."""
 
 
 class Pool(Backends, Protocol):
@@ -96,7 +89,6 @@ class Gateway:
         self._settings = settings
         self._backends = backends
         self._metrics = backends.metrics
-        self._broker = broker
         self._recorder = Recorder()
         unrecorded = self._metrics.unrecorded.inc if settings.answer_unrecorded else None
         self._log = Log(publisher, self._recorder, settings.publish_seconds, unrecorded)
@@ -109,8 +101,7 @@ class Gateway:
         # Those that wait are the pool's to bound; here it is the memory that bodies and answers take.
         self._most = settings.max_concurrent_requests + settings.max_queued_requests
         self._running = 0
-        self._health_report: asyncio.Task[dict[str, str]] | None = None
-        self._health_until = float("-inf")
+        self._health = Health(broker, backends.health)
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         if scope["type"] == "lifespan":
@@ -127,13 +118,14 @@ class Gateway:
                 await self._call(api, ids, scope, receive, send)
             elif route in UNRECORDED:
                 _ensure_method(scope, "POST")
-                await self._pass_on(route, ids, scope, receive, send)
+                await self._count(route, ids, scope, receive, send)
             elif route == "/v1/models":
                 _ensure_method(scope, "GET")
                 await self._models(ids, scope, send)
             elif route == "/health" and not ids:
                 _ensure_method(scope, "GET")
-                await self._health(send)
+                report = await self._health.report()
+                await respond(send, 200 if report["status"] == "ok" else 503, orjson.dumps(report))
             else:
                 raise _no_route(scope["path"])
         except (AgentGone, Gone):
@@ -259,7 +251,7 @@ class Gateway:
             served.version_after = await exchange.version_after()
         return answer
 
-    async def _pass_on(self, route: str, ids: dict[str, str], scope: Scope, receive: Receive, send: Send) -> None:
+    async def _count(self, route: str, ids: dict[str, str], scope: Scope, receive: Receive, send: Send) -> None:
         headers = headers_of(scope)
         caller = identify(ids, headers, scope.get("query_string", b""))
         with self._admitted(), self._keys.held(caller.key):
@@ -277,7 +269,13 @@ class Gateway:
             )
             async with Present(receive), self._backends.open(ask) as exchange:
                 answer = await read_all(exchange)
-        await respond(send, exchange.status, answer, headers_from(exchange.kind, exchange.headers))
+                passed = headers_from(exchange.kind, exchange.headers)
+                try:
+                    ensure_count(exchange, answer)
+                except ApiError as error:
+                    error.passed = passed if error.of_backend else []
+                    raise
+        await respond(send, 200, answer, passed)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
         """A shutdown is over when the calls are that the server has cancelled: they are recorded then."""
@@ -297,23 +295,6 @@ class Gateway:
         with self._keys.held(caller.key):
             models = await self._backends.models(caller.authorization)
         await respond(send, 200, orjson.dumps({"object": "list", "data": models}))
-
-    async def _health(self, send: Send) -> None:
-        now = asyncio.get_running_loop().time()
-        if self._health_report is None or (self._health_report.done() and now >= self._health_until):
-            self._health_until = now + HEALTH_SHARED_SECONDS
-            self._health_report = asyncio.create_task(self._checked_health())
-        # Shielded: others wait for the same one.
-        report = await asyncio.shield(self._health_report)
-        await respond(send, 200 if report["status"] == "ok" else 503, orjson.dumps(report))
-
-    async def _checked_health(self) -> dict[str, str]:
-        broker, backend = await asyncio.gather(self._broker(), self._backends.health(HEALTH_SECONDS))
-        return {
-            "status": "unhealthy" if broker or backend else "ok",
-            "broker": broker or "ok",
-            "backend": backend or "ok",
-        }
 
 
 def _error_body(route: str, error: ApiError) -> bytes:
