@@ -14,8 +14,8 @@ from aiohttp import web
 from prometheus_client import generate_latest
 
 from fulgurite.producers.gateway.app import Gateway
+from fulgurite.producers.gateway.away import MAX_BROKEN_TRIES, MAX_PROVIDER_TRIES
 from fulgurite.producers.gateway.pool import Pool
-from fulgurite.producers.gateway.replica import MAX_BROKEN_TRIES, MAX_PROVIDER_TRIES
 from fulgurite.schemas.settings import BackendSettings, GatewaySettings
 from tests.producers.fake_answers import Sampled, chat, chat_events
 from tests.producers.fake_backend import FakeBackend, breaks_at_once, never, with_status

@@ -15,10 +15,11 @@ import pytest
 from aiohttp import web
 from prometheus_client import generate_latest
 
+from fulgurite.producers.gateway.away import MAX_BROKEN_TRIES
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.exchange import Ask, Backends
 from fulgurite.producers.gateway.pool import Pool
-from fulgurite.producers.gateway.replica import MAX_BROKEN_TRIES, Replica
+from fulgurite.producers.gateway.replica import Replica
 from fulgurite.schemas.settings import BackendSettings, GatewaySettings
 from tests.producers.fake_backend import FakeBackend, breaks_at_once, never, with_status
 from tests.producers.fake_policy_server import until

@@ -99,7 +99,7 @@ class Exchange(Protocol):
         ...
 
     def failed(self, why: str) -> None:
-        """Its body was no answer, which only the reader can tell: an error within a stream, a stream without an end."""
+        """Its body was no answer, which only the reader can tell: a stream without an end."""
         ...
 
 
@@ -109,6 +109,10 @@ class Answers(Protocol):
     async def __aenter__(self) -> Exchange: ...
 
     async def __aexit__(self, *_: object) -> None: ...
+
+    async def blame(self, why: str, *, reported: bool) -> None:
+        """Who was asked is at fault for a body that broke off. For one that `reported` a failure, as `Pool` says."""
+        ...
 
     def may_ask_again(self, why: str, *, reported: bool) -> bool:
         """Gives the Exchange up, whose body broke off, or `reported` that it failed. Whether `again` may be called."""

@@ -42,7 +42,7 @@ class HttpExchange:
         silence_seconds: float,
     ) -> None:
         self._replica = replica
-        self._seat = seat
+        self.seat = seat
         self._response = response
         self._route = route
         self._silence_seconds = silence_seconds
@@ -68,7 +68,7 @@ class HttpExchange:
 
     @property
     def capacity(self) -> Capacity:
-        return self._seat.capacity
+        return self.seat.capacity
 
     @property
     def endpoint(self) -> str:
@@ -124,26 +124,26 @@ class HttpExchange:
 
     def works(self) -> None:
         """See `Exchange`."""
-        self._seat.works()
+        self.seat.works()
 
     def succeeded(self) -> None:
         """See `Exchange`."""
-        self._seat.succeeded()
+        self.seat.succeeded()
 
     def failed(self, why: str) -> None:
         """See `Exchange`."""
         if not self._has_failed:
             self._has_failed = True
             logger.warning("backend %s broke off in the middle of an answer (%s)", self.endpoint, why)
-            self._seat.failed(self._clock())
+            self.seat.failed(self._clock())
 
     def close(self) -> None:
         """Ends it: what the backend has not said yet is not wanted."""
         if self._is_whole():
-            self._seat.succeeded()
+            self.seat.succeeded()
         else:
             self._response.close()
-        self._seat.leave()
+        self.seat.leave()
 
     def _ensure_in_time(self) -> None:
         """Raises ApiError(504) for an answer that goes on and on. Says nothing of how well the backend is."""

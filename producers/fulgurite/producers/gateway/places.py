@@ -51,31 +51,43 @@ class Capacity:
 class Seat:
     """A request's place at a backend."""
 
-    __slots__ = ("_failed", "_places", "capacity", "era")
+    __slots__ = ("_over", "_places", "_worked", "capacity", "era")
 
     def __init__(self, places: Places, capacity: Capacity, era: int) -> None:
         self._places: Places | None = places
-        self._failed = False
+        self._over = self._worked = False
         self.capacity = capacity
         self.era = era
         """Of the backend's breaker, when the request began."""
 
+    @property
+    def answered(self) -> bool:
+        """Whether the request had an answer, or some of one that did not fail."""
+        return self._worked and not self._over
+
     def works(self) -> None:
         """The request is being answered."""
+        self._worked = True
         if self.capacity.breaker.works() and self._places:
             self._places.changed()
 
     def succeeded(self) -> None:
         """All of the answer came. Of no effect after a failure."""
-        if not self._failed and self.capacity.breaker.succeeded() and self._places:
-            self._places.changed()
+        if not self._over:
+            self._worked = True
+            if self.capacity.breaker.succeeded() and self._places:
+                self._places.changed()
 
     def failed(self, now: float) -> None:
         """The backend gave no answer, or not all of one; counted once."""
-        if not self._failed:
-            self._failed = True
+        if not self._over:
+            self._over = True
             if self.capacity.breaker.failed(now, self.era) and self._places:
                 self._places.changed()  # sets the alarm for the next probe
+
+    def excused(self) -> None:
+        """The backend gave no answer, and that says nothing of it, as far as is known: see `Places.failed`."""
+        self._over = True
 
     def leave(self) -> None:
         """Frees the place; a second time does nothing."""
@@ -215,6 +227,11 @@ class Places:
         capacity.in_flight -= 1
         self.in_flight -= 1
         self.changed()
+
+    def failed(self, capacity: Capacity, era: int) -> None:
+        """It turned out that a request of that era, which was excused, had failed for the backend's sake."""
+        if capacity.breaker.failed(self._loop.time(), era):
+            self.changed()
 
     def changed(self) -> None:
         """Something may let somebody in: seats are given to whoever can have one."""

@@ -8,13 +8,19 @@ The parts: members.py and routing.py (who serves a model), places.py (who takes 
 (who is left alone), replica.py (HTTP), labels.py (versions).
 
 Asked again, on another backend first, or after a pause: refused and broken connections, 502, 503, 504 (a swap, a
-restart, a full queue), and a 500 of a vLLM: its engine died. So are streams that break off or report an error before
-the first event has passed on (`Answers.again`): a vLLM sends their head before it has looked at the request. That is
-safe: no byte of an answer has reached the agent, so what a dying server sampled is seen by nobody and recorded nowhere.
+restart, a full queue), and a 500 of a vLLM: its engine may have died. So are streams that break off or report an error
+before the first event has passed on (`Answers.again`): a vLLM sends their head before it has looked at the request.
+That is safe: no byte of an answer has reached the agent, so what a dying server sampled is seen by nobody and recorded
+nowhere.
 Everything else is the model's answer to this request. A request that a backend had when it broke may be what killed it:
 after MAX_BROKEN_TRIES of those it is given up, before it kills the rest, and as soon as every replica said 500, or that
 it failed. An external provider is paid for what it worked on: after its 502 or 504, or what broke, it is asked once
 more. Whoever is given up on so has the last word: its error is the agent's.
+
+A vLLM also says 500, or reports it within a stream, of a single request that it cannot serve (a grammar that refused a
+token) while it serves all others, and one agent's bad request must not shut out everybody. So after that it is asked
+whether it is well. If not, it has failed. If it is, the failure is the backend's where another one then answers the
+same request; else it is the request's, and the breaker hears nothing of it.
 
 Only the routes in ROUTES can be asked: what changes weights or shows a server's inside is out of reach, whatever an
 agent writes into a path.
@@ -28,13 +34,14 @@ import random
 from types import TracebackType
 from typing import Any, Final
 
+from fulgurite.producers.gateway.away import Away, most_tries
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.exchange import Ask
 from fulgurite.producers.gateway.http_exchange import HttpExchange
 from fulgurite.producers.gateway.members import Member, Members
 from fulgurite.producers.gateway.metrics import Metrics
+from fulgurite.producers.gateway.patience import Patience
 from fulgurite.producers.gateway.places import Capacity, Places, QueueTimeout, Seat
-from fulgurite.producers.gateway.replica import DEAD_STATUS, Away, most_tries
 from fulgurite.producers.gateway.routing import ROUTES
 from fulgurite.schemas.settings import GatewaySettings
 
@@ -42,9 +49,8 @@ logger = logging.getLogger(__name__)
 
 BACKOFF_SECONDS: Final = (0.02, 0.05, 0.1, 0.2, 0.4, 0.8, 1.0)
 """After every backend was tried: a swap takes tens of milliseconds, a restart seconds."""
-LOOK_SECONDS: Final = 0.5
-"""How often it is looked whether a backend is well that takes longer than a first byte may."""
 LOG_EVERY_SECONDS: Final = 5.0
+OK: Final = 200
 
 
 class Pool:
@@ -96,10 +102,22 @@ class Pool:
             self._places.dismiss()
             raise
 
-    def end(self, exchange: HttpExchange) -> None:
+    def end(self, tries: Opened, exchange: HttpExchange) -> None:
         """And at the end."""
         exchange.close()
+        if tries.excused and exchange.status == OK and exchange.seat.answered:
+            for seat in tries.excused:
+                if seat.capacity is not exchange.capacity:
+                    self._places.failed(seat.capacity, seat.era)
         self._places.dismiss()
+
+    async def blame(self, tries: Opened, seat: Seat) -> None:
+        """Finds out who is at fault for a failure that a backend reported."""
+        if await self._members[seat.capacity].says_well():
+            seat.excused()
+            tries.excused.append(seat)
+        else:
+            seat.failed(self._loop.time())
 
     async def follows_policy(self, model: str, deadline: float, authorization: str) -> bool:
         """See `Backends`."""
@@ -154,7 +172,13 @@ class Pool:
                 return await self._try(member, ask, seat, tries.count, tries.away)
             except Away as error:
                 said = error.said
-                given_up = self.is_away(tries, seat.capacity, error, dead=bool(said and said.status == DEAD_STATUS))
+                if said and error.reported:
+                    try:
+                        await self.blame(tries, seat)
+                    except BaseException:
+                        said.close()  # leaves the seat, too
+                        raise
+                given_up = self.is_away(tries, seat.capacity, error, dead=error.reported)
                 if given_up and said:
                     return said
                 if said:
@@ -171,7 +195,7 @@ class Pool:
         """One try, after others that ended with `away`. Raises Away, and ApiError(504) at the deadline."""
         began = self._loop.time()
         try:
-            async with _Patience(member, ask, self._loop):
+            async with Patience(member, ask, self._loop):
                 exchange = await member.ask(ask, seat, tries, self._settings.silence_seconds)
         except TimeoutError:
             member.metrics.failures.inc()
@@ -184,7 +208,8 @@ class Pool:
         except Away as error:
             if error.said:
                 member.metrics.answered(error.said.status, self._loop.time() - began)
-            seat.failed(self._loop.time())
+            if not error.reported:
+                seat.failed(self._loop.time())
             raise
         member.metrics.answered(exchange.status, self._loop.time() - began)
         return exchange
@@ -217,44 +242,13 @@ class Pool:
             logger.warning("backend %s is away (%s); requests go elsewhere or wait and try again", member.url, away)
 
 
-class _Patience:
-    """The block of one try: ends it with TimeoutError at the ask's deadline, or, where the answer comes whole, as soon
-    after it as the backend is not well, at the latest at the deadline for whole answers."""
-
-    __slots__ = ("_ask", "_loop", "_member", "_timer", "_watch")
-
-    def __init__(self, member: Member, ask: Ask, loop: asyncio.AbstractEventLoop) -> None:
-        self._member = member
-        self._ask = ask
-        self._loop = loop
-        self._timer = asyncio.timeout_at(max(ask.deadline, ask.whole_deadline))
-        self._watch: asyncio.TimerHandle | None = None
-
-    async def __aenter__(self) -> None:
-        await self._timer.__aenter__()
-        if self._ask.whole_deadline > self._ask.deadline:
-            self._watch = self._loop.call_at(self._ask.deadline, self._look)
-
-    async def __aexit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> bool | None:
-        if self._watch:
-            self._watch.cancel()
-        return await self._timer.__aexit__(kind, error, trace)
-
-    def _look(self) -> None:
-        if self._member.well:
-            self._watch = self._loop.call_later(LOOK_SECONDS, self._look)
-        else:
-            self._timer.reschedule(self._loop.time())
-
-
 class Opened:
     """The block of `Pool.open`, and what came of its tries. A class: as a generator it would cost a fifth of what the
     pool does. Implements `Answers`."""
 
     __slots__ = (
-        "_exchange", "_pool", "ask", "away", "began", "broken", "candidates", "count", "dead", "rounds", "tried"
+        "_exchange", "_pool", "ask", "away", "began", "broken", "candidates", "count", "dead", "excused", "rounds",
+        "tried",
     )  # fmt: skip
 
     def __init__(self, pool: Pool, ask: Ask) -> None:
@@ -266,6 +260,8 @@ class Opened:
         """Since the last pause."""
         self.dead: set[Capacity] = set()
         """Who said itself that it failed."""
+        self.excused: list[Seat] = []
+        """Of those that did, and are well."""
         self.count = self.rounds = self.broken = 0
         self.away = ""
         """How the last try ended."""
@@ -275,7 +271,16 @@ class Opened:
         return self._exchange
 
     async def __aexit__(self, *_: object) -> None:
-        self._pool.end(self._exchange)
+        self._pool.end(self, self._exchange)
+
+    async def blame(self, why: str, *, reported: bool) -> None:
+        """See `Answers`."""
+        exchange = self._exchange
+        if reported:
+            logger.warning("backend %s reports that it failed within an answer", exchange.endpoint)
+            await self._pool.blame(self, exchange.seat)
+        else:
+            exchange.failed(why)
 
     def may_ask_again(self, why: str, *, reported: bool) -> bool:
         """See `Answers`."""

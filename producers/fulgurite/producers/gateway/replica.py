@@ -13,6 +13,7 @@ from typing import Any, Final
 
 import orjson
 
+from fulgurite.producers.gateway.away import AWAY_STATUSES, Away, had_it, most_tries
 from fulgurite.producers.gateway.exchange import Ask, BackendKind
 from fulgurite.producers.gateway.http_client import HttpClient, NotConnected
 from fulgurite.producers.gateway.http_connection import Broken
@@ -28,18 +29,10 @@ from fulgurite.schemas.settings import BackendSettings
 
 logger = logging.getLogger(__name__)
 
-AWAY_STATUSES: Final = frozenset({502, 503, 504})
-"""A swap, a restart, a full queue: said before anything was sampled."""
-DEAD_STATUS: Final = 500
-"""What a vLLM says whose engine died, until its process ends."""
-WORKED_STATUSES: Final = frozenset({502, 504})
-"""A provider's own gateway gave up waiting: the provider may have worked on the request, and want to be paid."""
-MAX_BROKEN_TRIES: Final = 4
-"""Of one request. More than a rolling restart of its backends breaks."""
-MAX_PROVIDER_TRIES: Final = 2
-"""Of one request, where a provider may have worked on each."""
 CHECK_SECONDS: Final = 5.0
 """Longest that a question about health, models or version may take."""
+BLAME_SECONDS: Final = 2.0
+"""The same, where a request waits for it."""
 MAX_CHECK_BYTES: Final = 4 * 1024 * 1024
 MAX_LISTED: Final = 10_000
 """Models of one backend."""
@@ -48,22 +41,6 @@ HEALTH_FAILURES: Final = 2
 NOT_FOUND: Final = 404
 REFUSED: Final = frozenset({401, 403})
 NO_ROUTE: Final = frozenset({404, 405, 501})
-
-
-def most_tries(kind: BackendKind) -> int:
-    """Of one request, where each ends with a backend that had it."""
-    return MAX_BROKEN_TRIES if kind == "vllm" else MAX_PROVIDER_TRIES
-
-
-class Away(Exception):
-    """A try that gave no answer of the model."""
-
-    def __init__(self, why: str, *, most_tries: int = 0, said: HttpExchange | None = None) -> None:
-        super().__init__(why)
-        self.most_tries = most_tries
-        """Of one request that may end with a backend that had it; 0: it had not, any number."""
-        self.said = said
-        """Its own error, for the agent where nobody else is asked. Whoever catches it closes it."""
 
 
 class Replica:
@@ -178,7 +155,7 @@ class Replica:
         except Broken as error:
             raise Away(str(error), most_tries=most_tries(self.kind)) from None
         exchange = HttpExchange(self, seat, response, route, tries, before, adapter, silence_seconds)
-        if self._had_it(response.status):
+        if had_it(self.kind, response.status):
             raise Away(f"status {response.status}", most_tries=most_tries(self.kind), said=exchange)
         if response.status in AWAY_STATUSES:
             response.close()
@@ -193,10 +170,6 @@ class Replica:
     def _route(self, ask: Ask) -> str:
         route = ask.route.removeprefix(self._skipped)
         return f"{route}?{ask.query}" if ask.query and self.kind == "openai" else route
-
-    def _had_it(self, status: int) -> bool:
-        """Whether who says this may have worked on the request, or died of it: that bounds the tries."""
-        return status == DEAD_STATUS if self.kind == "vllm" else status in WORKED_STATUSES
 
     def _model(self, ask: Ask) -> str:
         """The name it is asked for. Raises Away where that is an adapter, and it has none any more."""
@@ -240,6 +213,16 @@ class Replica:
         except (NotConnected, Broken) as error:
             return str(error)
         return "" if status == 200 or status in NO_ROUTE else f"status {status}"
+
+    async def says_well(self) -> bool:
+        """Whether it says so now, after a failure that it reported; a provider has no way to."""
+        if self.kind != "vllm":
+            return True
+        try:
+            async with asyncio.timeout(BLAME_SECONDS):
+                return not await self.problem()
+        except TimeoutError:
+            return False
 
     async def list_models(self, authorization: str = "") -> bool:
         """Asks which models it serves; what it said before stands where it does not answer. Whether it did."""

@@ -171,7 +171,7 @@ class Streaming:
                 except ApiError as error:
                     if not run.is_of_backend(exchange, error):
                         raise
-                    exchange.failed(error.code)
+                    await answers.blame(error.code, reported=error.of_backend)
                     if run.out.begun or not answers.may_ask_again(str(error), reported=error.of_backend):
                         raise
                 run.begin_anew()
