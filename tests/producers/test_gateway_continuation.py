@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from fulgurite.producers.gateway.continuation import NotContinued, Turn, splice, tokens
+from fulgurite.producers.gateway.continuation import Closing, NotContinued, Turn, splice, tokens
 from fulgurite.producers.gateway.conversations import MAX_TURNS, OF_A_TURN, OF_AN_ATTEMPT, Conversations
 from fulgurite.schemas.spans import Span
 from fulgurite.streams.assembler.join import merge_calls
@@ -22,6 +22,7 @@ from fulgurite.streams.assembler.join import merge_calls
 END_TEXT = "<|end|>"
 END, FIRST_PLAIN = 0, 4
 ATTEMPT = ("rollout-1", "attempt-1", "policy")
+CLOSING = Closing(END, own=True)
 
 
 @cache
@@ -85,7 +86,7 @@ class Exchange:
         found = self.conversations.find(ATTEMPT, self.messages)
         prompt = rendered
         if found:
-            prompt = splice(found, tokens(rendered), END).tolist()
+            prompt = splice(found.turn, tokens(rendered), CLOSING).tolist()
             self.continued += 1
         self.calls.append(span(len(self.calls), prompt, response))
         self.naive.append(span(len(self.calls), rendered, response))
@@ -169,27 +170,37 @@ def a_turn(rendered: list[int], response: list[int], ends: set[int], finished: b
 
 def test_a_history_that_is_written_differently_is_not_continued():
     turn = a_turn([9, 9, END, 2, 5], [8, 8, END], {END})
-    assert splice(turn, tokens([9, 9, END, 2, 5, 7, END, 3]), END).tolist() == [9, 9, END, 2, 5, 8, 8, END, 3]
-    assert splice(turn, tokens([9, 9, END, 2, 6, 7, END, 3]), END).tolist() == [9, 9, END, 2, 5, 8, 8, END, 3]  # merged
+    assert splice(turn, tokens([9, 9, END, 2, 5, 7, END, 3]), CLOSING).tolist() == [9, 9, END, 2, 5, 8, 8, END, 3]
+    assert splice(turn, tokens([9, 9, END, 2, 6, 7, END, 3]), CLOSING).tolist() == [
+        9,
+        9,
+        END,
+        2,
+        5,
+        8,
+        8,
+        END,
+        3,
+    ]  # merged
     for rendered in ([9, 1, END, 2, 5, 7, END, 3], [9, 9, END, 1, 5, 7, END, 3], [9, 9, 9, END, 2, 5, 7, END], [9]):
         with pytest.raises(NotContinued) as caught:
-            splice(turn, tokens(rendered), END)
+            splice(turn, tokens(rendered), CLOSING)
         assert caught.value.reason == "history"
 
 
 def test_without_an_end_of_turn_there_is_nothing_to_hold_on_to():
     for turn in (a_turn([9, 2], [8], set(), finished=False), a_turn([9, 2], [8, END], {END})):
         with pytest.raises(NotContinued) as caught:
-            splice(turn, tokens([9, 2, 7, 7, 7]), END)
+            splice(turn, tokens([9, 2, 7, 7, 7]), CLOSING)
         assert caught.value.reason == "end_of_turn"
 
 
 def test_any_known_end_of_turn_closes_an_answer():
     """A policy may end a turn with another token than the template closes it with: what it sampled stays."""
     turn = a_turn([9, END, 2], [8, 1], {END, 1})
-    assert splice(turn, tokens([9, END, 2, 8, END, 3]), END).tolist() == [9, END, 2, 8, 1, 3]
+    assert splice(turn, tokens([9, END, 2, 8, END, 3]), CLOSING).tolist() == [9, END, 2, 8, 1, 3]
     cut = a_turn([9, END, 2], [8], {END, 1}, finished=False)
-    assert splice(cut, tokens([9, END, 2, 8, END, 3]), END).tolist() == [9, END, 2, 8, END, 3]
+    assert splice(cut, tokens([9, END, 2, 8, END, 3]), CLOSING).tolist() == [9, END, 2, 8, END, 3]
 
 
 def test_where_the_closing_of_an_answer_is_in_doubt_it_is_not_continued():
@@ -198,11 +209,42 @@ def test_where_the_closing_of_an_answer_is_in_doubt_it_is_not_continued():
         splice(finished, tokens([9, END, 2, 60, END, 2, 61, END, 3]), None)
     assert caught.value.reason == "form"
     with pytest.raises(NotContinued) as caught:  # the template closes with a token that is not known
-        splice(a_turn([9, END, 2], [60, 1], {1}), tokens([9, END, 2, 60, END, 7, 33, END, 2, 61, 1, 3]), END)
+        splice(a_turn([9, END, 2], [60, 1], {1}), tokens([9, END, 2, 60, END, 7, 33, END, 2, 61, 1, 3]), CLOSING)
     assert caught.value.reason == "end_of_turn"
     with pytest.raises(NotContinued) as caught:  # another end comes before
-        splice(a_turn([9, END, 2], [60, END], {END, 1}), tokens([9, END, 2, 60, 1, 7, 33, END, 3]), END)
+        splice(a_turn([9, END, 2], [60, END], {END, 1}), tokens([9, END, 2, 60, 1, 7, 33, END, 3]), CLOSING)
     assert caught.value.reason == "end_of_turn"
+
+
+def test_what_only_a_generation_prompt_has_may_be_left_out_of_the_history():
+    turn = a_turn([9, END, 2, 5, 6], [8, END], {END})
+    thinking = Closing(END, own=True, dropped=(5, 6))
+    for rendered in ([9, END, 2, 7, END, 3], [9, END, 2, 5, 6, 7, END, 3]):
+        assert splice(turn, tokens(rendered), thinking).tolist() == [9, END, 2, 5, 6, 8, END, 3]
+    for closing in (CLOSING, Closing(END, own=True, dropped=(4, 6))):  # not the end of that prompt
+        with pytest.raises(NotContinued, match="history"):
+            splice(turn, tokens([9, END, 2, 7, END, 3]), closing)
+    with pytest.raises(NotContinued, match="history"):
+        splice(turn, tokens([9, 1, 2, 7, END, 3]), thinking)
+    closing_question = a_turn(
+        [9, END, 2, 5], [8, END], {END}
+    )  # the prompt that begins answers closes the question, too
+    with pytest.raises(NotContinued, match="history"):
+        splice(closing_question, tokens([9, 2, 7, END, 3]), Closing(END, own=True, dropped=(END, 2, 5)))
+
+
+def test_a_token_that_opens_what_comes_next_is_never_lost():
+    role, other = 3, 1
+    after = tokens([9, 2, 60, role, 30, 2])
+    opens = Closing(role, own=False)
+    ends = {role, other}
+    assert splice(a_turn([9, 2], [8, role], ends), after, opens).tolist() == [9, 2, 8, role, 30, 2]
+    assert splice(a_turn([9, 2], [8, other], ends), after, opens).tolist() == [9, 2, 8, other, role, 30, 2]
+    assert splice(a_turn([9, 2], [8], ends, finished=False), after, opens).tolist() == [9, 2, 8, role, 30, 2]
+    unknown = Closing(role, own=None)
+    assert splice(a_turn([9, 2], [8, role], ends), after, unknown).tolist() == [9, 2, 8, role, 30, 2]
+    with pytest.raises(NotContinued, match="end_of_turn"):
+        splice(a_turn([9, 2], [8, other], ends), after, unknown)
 
 
 QUESTION = {"role": "user", "content": "2 + 2?"}

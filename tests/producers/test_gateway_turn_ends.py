@@ -12,7 +12,7 @@ import pytest
 from fulgurite.producers.gateway import turn_ends
 from fulgurite.producers.gateway.asking import Asked
 from fulgurite.producers.gateway.calls import Call, Caller
-from fulgurite.producers.gateway.continuation import Form
+from fulgurite.producers.gateway.continuation import Closing, Form
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.protocols import CHAT
 from fulgurite.producers.gateway.token_asking import TokenAsker
@@ -20,9 +20,12 @@ from fulgurite.producers.gateway.token_route import RENDER
 from fulgurite.producers.gateway.turn_ends import MAX_TRIES, MAX_VARIANTS, MAX_VARIANTS_OF_ROLLOUT, TEXT, TurnEnds
 
 Json = dict[str, Any]
-USER, ASSISTANT, TOOL, CALL, NEWLINE, END = range(1, 7)
-SPELLED = {NEWLINE: "\n", END: "<|end|>"}
+USER, ASSISTANT, TOOL, CALL, NEWLINE, END, END_OF_CALL = range(1, 8)
+SPELLED = {NEWLINE: "\n", END: "<|end|>", END_OF_CALL: "<|call|>", USER: "<|user|>", TOOL: "<|tool|>"}
 FOR_EVER = float("inf")
+CLOSED = Closing(END, own=True)
+OF_TEXTS = 6
+"""Questions that finding out takes, and one more for how a token is written."""
 CALLED: Form = (False, 1, False)
 BOTH: Form = (True, 1, False)
 
@@ -88,29 +91,59 @@ class Template(TokenAsker):
 async def test_the_closing_token_of_a_form_is_asked_once(form: Form):
     template = Template([END, NEWLINE])
     ends = TurnEnds(template)
-    assert await ends.closing(call(), form, FOR_EVER) == END
+    assert await ends.closing(call(), form, FOR_EVER) == CLOSED
     asked = template.asked
     for _ in range(3):
-        assert await ends.closing(call(), form, FOR_EVER) == END
+        assert await ends.closing(call(), form, FOR_EVER) == CLOSED
     assert ends.known("policy") == {END: "<|end|>"}
     assert template.asked == asked
 
 
 async def test_a_template_that_closes_text_and_call_each_has_no_closing_for_both():
     ends = TurnEnds(Template([END], twice=True))
-    assert await ends.closing(call(), TEXT, FOR_EVER) == END
+    assert await ends.closing(call(), TEXT, FOR_EVER) == CLOSED
     assert await ends.closing(call(), BOTH, FOR_EVER) is None
 
 
-async def test_a_template_that_closes_calls_otherwise_than_texts_has_no_closing_for_them():
-    ends = TurnEnds(Template([END], of_calls=[NEWLINE]))
-    assert await ends.closing(call(), TEXT, FOR_EVER) == END
+def ended_with(token: int) -> list[Json]:
+    return [{"index": 0, "token_ids": [120, token], "finish_reason": "stop"}]
+
+
+async def test_how_calls_are_closed_otherwise_than_texts_is_known_once_the_policy_did_it():
+    ends = TurnEnds(Template([END], of_calls=[END_OF_CALL]))
+    assert await ends.closing(call(), TEXT, FOR_EVER) == CLOSED
     assert await ends.closing(call(), CALLED, FOR_EVER) is None
+    await ends.learn(call(), ended_with(END_OF_CALL), FOR_EVER)
+    assert await ends.closing(call(), CALLED, FOR_EVER) == Closing(END_OF_CALL, own=True)
+    assert await ends.closing(call(), TEXT, FOR_EVER) == CLOSED
+
+
+async def test_a_role_closes_answers_only_where_it_comes_next():
+    template = Template([])
+    ends = TurnEnds(template)
+    of_users, of_tools = Closing(USER, own=False), Closing(TOOL, own=False)
+    assert await ends.closing(call(), TEXT, FOR_EVER, follows="user") == of_users
+    assert await ends.closing(call(), CALLED, FOR_EVER, follows="tool") is None
+    await ends.learn(call(), ended_with(TOOL), FOR_EVER)
+    assert await ends.closing(call(), CALLED, FOR_EVER, follows="tool") == of_tools
+    assert await ends.closing(call(), CALLED, FOR_EVER, follows="user") == of_users
+    assert await ends.closing(call(), TEXT, FOR_EVER, follows="tool") == of_tools
+    assert await ends.closing(call(), TEXT, FOR_EVER, follows="assistant") is None
+    asked = template.asked
+    assert await ends.closing(call(), TEXT, FOR_EVER, follows="of my own") is None
+    assert template.asked == asked
+
+
+async def test_an_end_after_the_first_makes_doubtful_which_one_closes():
+    ends = TurnEnds(Template([END, END_OF_CALL]))
+    assert await ends.closing(call(), TEXT, FOR_EVER) == CLOSED
+    await ends.learn(call(), ended_with(END_OF_CALL), FOR_EVER)
+    assert await ends.closing(call(), TEXT, FOR_EVER, sampled=END_OF_CALL) is None
+    assert await ends.closing(call(), TEXT, FOR_EVER, sampled=END) == CLOSED
 
 
 async def test_what_a_text_may_hold_closes_nothing():
     assert await TurnEnds(Template([NEWLINE, END])).closing(call(), TEXT, FOR_EVER) is None
-    assert await TurnEnds(Template([])).closing(call(), TEXT, FOR_EVER) is None
 
 
 @pytest.mark.parametrize("route", [RENDER, "/detokenize"])
@@ -143,8 +176,8 @@ async def test_agents_that_give_up_end_no_question_and_count_for_nothing():
     await asyncio.gather(*gone, return_exceptions=True)
     assert template.asked == 1, "they share one question"
     template.may_answer.set()
-    assert await ends.closing(call(), TEXT, FOR_EVER) == END
-    assert template.asked == 5
+    assert await ends.closing(call(), TEXT, FOR_EVER) == CLOSED
+    assert template.asked == OF_TEXTS + 1
 
 
 @pytest.mark.parametrize("status", [429, 503, 504])
@@ -153,7 +186,7 @@ async def test_a_server_that_is_away_or_slow_is_asked_again(status: int):
     for _ in range(3 * MAX_TRIES):
         with pytest.raises(ApiError):
             await ends.closing(call(), TEXT, FOR_EVER)
-    assert await ends.closing(call(), TEXT, FOR_EVER) == END
+    assert await ends.closing(call(), TEXT, FOR_EVER) == CLOSED
 
 
 async def test_tries_that_failed_expire(monkeypatch: pytest.MonkeyPatch):
@@ -163,7 +196,7 @@ async def test_tries_that_failed_expire(monkeypatch: pytest.MonkeyPatch):
             await ends.closing(call(), TEXT, FOR_EVER)
     assert await ends.closing(call(), TEXT, FOR_EVER) is None
     monkeypatch.setattr(turn_ends, "TRIES_SECONDS", 0.0)
-    assert await ends.closing(call(), TEXT, FOR_EVER) == END
+    assert await ends.closing(call(), TEXT, FOR_EVER) == CLOSED
 
 
 def varied(number: int, rollout: str) -> Call:
@@ -176,13 +209,13 @@ async def test_other_template_arguments_with_each_call_are_few_questions_and_swi
     template = Template([END])
     ends = TurnEnds(template)
     found = [await ends.closing(varied(number, "r"), TEXT, FOR_EVER) for number in range(1_000)]
-    assert found == [END] * MAX_VARIANTS_OF_ROLLOUT + [None] * (1_000 - MAX_VARIANTS_OF_ROLLOUT)
-    assert await ends.closing(varied(-1, "another"), BOTH, FOR_EVER) == END
+    assert found == [CLOSED] * MAX_VARIANTS_OF_ROLLOUT + [None] * (1_000 - MAX_VARIANTS_OF_ROLLOUT)
+    assert await ends.closing(varied(-1, "another"), BOTH, FOR_EVER) == CLOSED
     for number in range(2_000, 2_300):
         await ends.closing(varied(number, f"r{number}"), TEXT, FOR_EVER)
-    assert template.asked <= 4 * MAX_VARIANTS + 4
-    assert await ends.closing(varied(0, "r"), TEXT, FOR_EVER) == END
-    assert await ends.closing(call(), CALLED, FOR_EVER) == END
+    assert template.asked <= OF_TEXTS * MAX_VARIANTS + 1
+    assert await ends.closing(varied(0, "r"), TEXT, FOR_EVER) == CLOSED
+    assert await ends.closing(call(), CALLED, FOR_EVER) == CLOSED
 
 
 async def test_the_form_not_asked_for_longest_is_forgotten(monkeypatch: pytest.MonkeyPatch):
@@ -190,9 +223,9 @@ async def test_the_form_not_asked_for_longest_is_forgotten(monkeypatch: pytest.M
     template = Template([END])
     ends = TurnEnds(template)
     for number in (1, 2, 1, 3):
-        assert await ends.closing(varied(number, "r"), TEXT, FOR_EVER) == END
+        assert await ends.closing(varied(number, "r"), TEXT, FOR_EVER) == CLOSED
     asked = template.asked
-    assert await ends.closing(varied(1, "r"), TEXT, FOR_EVER) == END
+    assert await ends.closing(varied(1, "r"), TEXT, FOR_EVER) == CLOSED
     assert template.asked == asked
-    assert await ends.closing(varied(2, "r"), TEXT, FOR_EVER) == END
-    assert template.asked == asked + 4
+    assert await ends.closing(varied(2, "r"), TEXT, FOR_EVER) == CLOSED
+    assert template.asked == asked + OF_TEXTS

@@ -9,7 +9,7 @@ from typing import Any
 import httpx
 import pytest
 
-from fulgurite.producers.gateway.continuation import splice, tokens
+from fulgurite.producers.gateway.continuation import Closing, splice, tokens
 from fulgurite.producers.gateway.conversations import Conversations
 from fulgurite.producers.gateway.token_route import (
     DERENDER,
@@ -48,9 +48,9 @@ class Gateway:
         rendered = await self.post(RENDER, body)
         prompt: list[int] = rendered["token_ids"]
         self.rendered.append(prompt)
-        turn = self.conversations.find(ATTEMPT, body["messages"])
-        if turn:
-            prompt = splice(turn, tokens(prompt), END_ID).tolist()
+        found = self.conversations.find(ATTEMPT, body["messages"])
+        if found:
+            prompt = splice(found.turn, tokens(prompt), Closing(END_ID, own=True)).tolist()
         generated = await self.post(GENERATE, generate_request(body, rendered, prompt))
         asked = None if is_plain(body, rendered) else derender_request(body, generated, prompt)
         derendered = await self.post(DERENDER, asked) if asked else None

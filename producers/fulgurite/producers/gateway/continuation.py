@@ -13,9 +13,11 @@ last prompt and its response, the calls cannot be merged into one sequence, and 
 
 The caller has made sure that the messages continue the turn's and carry its answer unchanged (conversations.py). So the
 tail begins where the template closed the answer: after the first token behind the turn's own messages with which it is
-known to close answers of this form, once and at their very end (turn_ends.py finds that out). Nothing is tokenised or
-decoded here, and no chat template is known: where one writes the history otherwise than before (other tools, reasoning
-left out), or where its closing of the answer is in doubt, the prompt stays as rendered and the reason is said.
+known to close answers of this form, once and at their very end (turn_ends.py finds that out). What only a generation
+prompt has, such as the `<think>` that a thinking model is made to begin with, may be left out of the history: the
+policy saw it, so it stays. Nothing is tokenised or decoded here, and no chat template is known: where one writes the
+history otherwise than before (other tools), or where its closing of the answer is in doubt, the prompt stays as
+rendered and the reason is said.
 
 Limit: token ids of text only. A prompt with images has their positions beside the ids; it must not be spliced.
 """
@@ -36,6 +38,18 @@ Form = tuple[bool, int, bool]
 
 _BOUNDARY_TOKENS: Final = 1
 """Tokens at the end of a prompt that the answer's first characters may have merged with, where it is written again."""
+
+
+@dataclass(slots=True, frozen=True)
+class Closing:
+    """How a template closes answers of a form."""
+
+    token: int
+    own: bool | None
+    """Whether the token is the answer's own, which the policy's own end takes the place of. False: it opens what comes
+    next, and is written where the policy ended with another. None: not known."""
+    dropped: tuple[int, ...] = ()
+    """With what its generation prompts end that is not written with an answer."""
 
 
 class NotContinued(Exception):
@@ -60,25 +74,38 @@ class Turn:
     """Whether the response closes with an end-of-turn token; else it hit a length or a stop string."""
     ends: frozenset[int]
     """The end-of-turn tokens known for the policy, none of which the answer spells out."""
-    form: Form = (True, 0, False)
+
+    @property
+    def end(self) -> int | None:
+        """With which token the policy ended it."""
+        return self.response[-1] if self.finished else None
 
 
 def tokens(ids: list[int]) -> array[int]:
     return array("i", ids)
 
 
-def splice(turn: Turn, rendered: array[int], closing: int | None) -> array[int]:
-    """The prompt for `rendered`, beginning with exactly the turn's prompt and response. `closing`: with which token the
-    template closes answers of the turn's form; None: not known. Raises NotContinued."""
+def splice(turn: Turn, rendered: array[int], closing: Closing | None) -> array[int]:
+    """The prompt for `rendered`, beginning with exactly the turn's prompt and response. `closing`: how the template
+    closes answers of the turn's form; None: not known. Raises NotContinued."""
     last = max((at for at, token in enumerate(turn.rendered) if token in turn.ends), default=-1)
     # The turn's messages must have been written alike, up to where its answer begins.
-    same = max(len(turn.rendered) - _BOUNDARY_TOKENS, last + 1)
+    same = max(len(turn.rendered) - _may_differ(turn, closing), last + 1)
     if rendered[:same] != turn.rendered[:same]:
         raise NotContinued("history")
     if closing is None:
         raise NotContinued("form")
     closed = next((at for at in range(same, len(rendered)) if rendered[at] in turn.ends), None)
-    if closed is None or rendered[closed] != closing:
+    if closed is None or rendered[closed] != closing.token:
         raise NotContinued("end_of_turn")
-    tail = rendered[closed + 1 :] if turn.finished else rendered[closed:]
-    return turn.prompt + turn.response + tail
+    if turn.end not in (None, closing.token) and closing.own is None:
+        raise NotContinued("end_of_turn")
+    is_ended = turn.end == closing.token or (turn.finished and closing.own)
+    return turn.prompt + turn.response + rendered[closed + 1 if is_ended else closed :]
+
+
+def _may_differ(turn: Turn, closing: Closing | None) -> int:
+    """How many tokens at the end of the turn's messages."""
+    dropped = array("i", closing.dropped if closing else ())
+    has_them = turn.rendered[max(len(turn.rendered) - len(dropped), 0) :] == dropped
+    return _BOUNDARY_TOKENS + (len(dropped) if has_them else 0)

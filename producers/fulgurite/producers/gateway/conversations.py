@@ -45,6 +45,16 @@ class _Attempt:
     tokens: int = 0
 
 
+@dataclass(slots=True, frozen=True)
+class Found:
+    """A turn that a call continues, and how its answer stands in the call's messages."""
+
+    turn: Turn
+    form: Form
+    follows: str
+    """The role of the message after it; empty where it is the last one."""
+
+
 class Conversations:
     """Of one gateway. `attempt` is whatever names an attempt and a model: turns of one are never found for another."""
 
@@ -58,16 +68,20 @@ class Conversations:
         """What all that is remembered takes."""
         return self._tokens
 
-    def find(self, attempt: tuple[str, ...], messages: Messages) -> Turn | None:
+    def find(self, attempt: tuple[str, ...], messages: Messages) -> Found | None:
         """The longest turn that the messages continue."""
         known = self._attempts.get(attempt)
         if known is None:
             return None
         self._attempts.move_to_end(attempt)
         found = None
-        for digest in _digests(messages):
-            found = known.turns.get(digest, found)
-        return found
+        for at, digest in enumerate(_digests(messages)):
+            if turn := known.turns.get(digest):
+                found = at, turn
+        if found is None:
+            return None
+        at, turn = found
+        return Found(turn, _form(messages[at]), _role(messages[at + 1]) if at + 1 < len(messages) else "")
 
     def remember(
         self,
@@ -98,7 +112,6 @@ class Conversations:
                 response=tokens(response),
                 finished=bool(end_text and response),
                 ends=frozenset(known.ends),
-                form=_form(answer),
             )
         except (TypeError, OverflowError):
             return  # no token ids: the recording has said so
@@ -138,6 +151,11 @@ def _form(answer: Mapping[str, Any]) -> Form:
     calls = answer.get("tool_calls")
     reasoning = answer.get("reasoning") or answer.get("reasoning_content")
     return bool(answer.get("content")), len(calls) if isinstance(calls, list) else 0, bool(reasoning)
+
+
+def _role(message: Any) -> str:
+    role = message.get("role") if isinstance(message, Mapping) else None
+    return role if isinstance(role, str) else "?"
 
 
 def _size(turn: Turn) -> int:

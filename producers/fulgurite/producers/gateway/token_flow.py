@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from fulgurite.producers.gateway.asking import Asked
 from fulgurite.producers.gateway.calls import Call
-from fulgurite.producers.gateway.continuation import Form, NotContinued, splice, tokens
+from fulgurite.producers.gateway.continuation import Closing, Form, NotContinued, splice, tokens
 from fulgurite.producers.gateway.conversations import Conversations
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.exchange import Backends
@@ -210,23 +210,25 @@ class TokenRoute:
         return derendered
 
     async def _prompt(self, call: Call, rendered: list[int], deadline: float) -> list[int]:
-        turn = self._conversations.find(_attempt(call), call.body["messages"])
-        if turn is None:
+        found = self._conversations.find(_attempt(call), call.body["messages"])
+        if found is None:
             self._metrics.prompt("unknown_turn" if _has_answer(call.body["messages"]) else "begins")
             return rendered
         try:
-            closing = await self._closing(call, turn.form, deadline)
-            prompt = list(splice(turn, tokens(rendered), closing))
+            closing = await self._closing(call, found.form, deadline, found.follows, found.turn.end)
+            prompt = list(splice(found.turn, tokens(rendered), closing))
         except NotContinued as error:
             self._metrics.prompt(error.reason)
             return rendered
         self._metrics.prompt("continues")
         return prompt
 
-    async def _closing(self, call: Call, form: Form, deadline: float) -> int | None:
+    async def _closing(
+        self, call: Call, form: Form, deadline: float, follows: str = "", sampled: int | None = None
+    ) -> Closing | None:
         """Raises Unserved only: a call can do without, and the next one asks again."""
         try:
-            return await self._ends.closing(call, form, deadline)
+            return await self._ends.closing(call, form, deadline, follows=follows, sampled=sampled)
         except ApiError as error:
             logger.info("how a model's answers are closed could not be asked: %s", error)
             return None

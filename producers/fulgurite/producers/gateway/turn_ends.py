@@ -1,9 +1,10 @@
 """With which tokens a model closes its turns, and how those are written: asked of its server, once a form and token.
 
-What closes an answer is found in two ways: by answers that the template writes (`closing`; of text before the first
-answer, so that one that is cut off can be continued), and by answers that ended by themselves (`learn`). A form of
-answers (text, tool calls, reasoning) can be continued only where the template closes it once, at its very end, with a
-token that no text is tokenised to.
+What closes an answer is found in two ways: by answers that the template writes (closings.py; of text before the first
+answer, so that one that is cut off can be continued), and by answers that ended by themselves (`learn`): where calls
+are closed by another token than texts, only the policy shows with which. A form of answers (text, tool calls,
+reasoning) can be continued only where the template closes it once, at its very end, with a token that no text is
+tokenised to.
 
 A form is asked about once, for all calls that want to know, in time of its own: an agent that hangs up, or waits for
 less, ends nothing and proves nothing. What a server fails at is tried again a few times, then after a while; that it is
@@ -19,17 +20,19 @@ import asyncio
 import re
 from collections import Counter, OrderedDict
 from collections.abc import Sequence
+from dataclasses import replace
 from hashlib import blake2b
 from typing import Final
 
 import orjson
 
 from fulgurite.producers.gateway.calls import Call
-from fulgurite.producers.gateway.continuation import Form
+from fulgurite.producers.gateway.closings import Written, closing, opening, read
+from fulgurite.producers.gateway.continuation import Closing, Form
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.protocols.base import Json
 from fulgurite.producers.gateway.token_asking import TokenAsker
-from fulgurite.producers.gateway.token_route import DETOKENIZE, RENDER, after_answer, ends_turn
+from fulgurite.producers.gateway.token_route import DETOKENIZE, RENDER, ends_turn
 
 PROBES: Final = (("a", "?"), ("b", "?"), ("a", "!"))
 """Answers that differ in everything, down to their text's last token, whatever the tokenizer; and what follows them."""
@@ -51,9 +54,11 @@ MAX_VARIANTS_OF_ROLLOUT: Final = 8
 VARIANTS_SECONDS: Final = 60.0
 TEXT: Final[Form] = (True, 0, False)
 _SPECIAL: Final = re.compile(r"(<\S+>|\[\S+\])")
-_OF_TEMPLATE: Final = ("chat_template", "chat_template_kwargs")
+_OF_TEMPLATE: Final = ("chat_template", "chat_template_kwargs", "reasoning_effort")
+_ROLES: Final = frozenset({"user", "tool", "system", "developer", "assistant"})
+"""Of a message after an answer, that are asked about."""
 
-_Key = tuple[str, Form, bytes]
+_Key = tuple[str, Form, str, bytes]
 
 
 class _NotNow(Exception):
@@ -64,10 +69,10 @@ class TurnEnds:
     def __init__(self, asker: TokenAsker) -> None:
         self._asker = asker
         self._texts: dict[str, dict[int, str]] = {}
-        self._closings: OrderedDict[_Key, int | None] = OrderedDict()
+        self._written: OrderedDict[_Key, Written | None] = OrderedDict()
         self._failures: OrderedDict[_Key, tuple[int, float]] = OrderedDict()
         """In a row, and when the last was."""
-        self._probes: dict[_Key, asyncio.Task[int | None]] = {}
+        self._probes: dict[_Key, asyncio.Task[Written | None]] = {}
         self._variants: Counter[tuple[str, str]] = Counter()
         """Asked about since `_variants_since`, by model and rollout, and by model."""
         self._variants_since = float("-inf")
@@ -76,23 +81,38 @@ class TurnEnds:
         """Of a model, as far as it was asked: token -> text."""
         return self._texts.get(model, {})
 
-    async def closing(self, call: Call, form: Form, deadline: float) -> int | None:
-        """With which token alone the template closes answers of this form, None where that is not known, or not within
-        half of the time that is left. Raises Unserved; ApiError, and then asks again the next time, MAX_TRIES times."""
+    async def closing(
+        self, call: Call, form: Form, deadline: float, *, follows: str = "", sampled: int | None = None
+    ) -> Closing | None:
+        """How the template closes answers of this form before a message of the role `follows` (none: before whatever
+        comes), where the policy ended one with the token `sampled`; None where that is not known, or not within half of
+        the time that is left. Raises Unserved; ApiError, and then asks again the next time, MAX_TRIES times."""
         now = asyncio.get_running_loop().time()
+        until = now + max(deadline - now, 0.0) / 2
+        usual = "tool" if form[1] else "user"
         try:
-            return await self._found(call, form, now + max(deadline - now, 0.0) / 2)
+            found = self._closing(call, await self._found(call, form, usual, until), sampled)
+            # A token that is not the answer's own is that of the next message, which some write into the same turn.
+            if found and follows not in ("", usual) and (not found.own or follows == "assistant"):
+                written = await self._found(call, form, follows, until) if follows in _ROLES else None
+                found = self._closing(call, written, sampled)
         except _NotNow:
             return None
+        return found
 
-    async def _found(self, call: Call, form: Form, deadline: float) -> int | None:
+    def _closing(self, call: Call, written: Written | None, sampled: int | None) -> Closing | None:
+        known = self.known(call.model)
+        found = closing(written, known.keys(), sampled) if written else None
+        return found if found and _is_special(known[found.token]) else None
+
+    async def _found(self, call: Call, form: Form, follows: str, deadline: float) -> Written | None:
         """The same. Raises _NotNow where it is not found out."""
         of_template = {name: call.body[name] for name in _OF_TEMPLATE if call.body.get(name)}
         variant = blake2b(orjson.dumps(of_template), digest_size=16).digest() if of_template else b""
-        key = call.model, form, variant
-        if key in self._closings:
-            self._closings.move_to_end(key)
-            return self._closings[key]
+        key = call.model, form, follows, variant
+        if key in self._written:
+            self._written.move_to_end(key)
+            return self._written[key]
         loop = asyncio.get_running_loop()
         probe = self._probes.get(key)
         if probe is None:
@@ -108,10 +128,10 @@ class TurnEnds:
             raise _NotNow
         return probe.result()
 
-    async def _probe(self, key: _Key, call: Call, of_template: Json) -> int | None:
+    async def _probe(self, key: _Key, call: Call, of_template: Json) -> Written | None:
         loop = asyncio.get_running_loop()
         try:
-            found = await self._closing(call, key[1], of_template, loop.time() + PROBE_SECONDS)
+            found = await self._ask(call, key[1], key[2], of_template, loop.time() + PROBE_SECONDS)
         except ApiError as error:
             if error.status not in UNSURE:
                 failures, _ = self._failures.pop(key, (0, 0.0))
@@ -122,9 +142,9 @@ class TurnEnds:
         finally:
             del self._probes[key]
         self._failures.pop(key, None)
-        self._closings[key] = found
-        if len(self._closings) > MAX_FORMS:
-            self._closings.popitem(last=False)
+        self._written[key] = found
+        if len(self._written) > MAX_FORMS:
+            self._written.popitem(last=False)
         return found
 
     def _may_try(self, key: _Key, now: float) -> bool:
@@ -146,69 +166,73 @@ class TurnEnds:
         self._variants[of_rollout] += 1
         return True
 
-    async def _closing(self, call: Call, form: Form, of_template: Json, deadline: float) -> int | None:
-        question = {"role": "user", "content": "?"}
-        conversations = [[question]]
-        conversations += [[question, *_answered(form, *said)] for said in PROBES]
-        written: list[list[int]] = []
-        for messages in conversations:
-            body = of_template | {
-                "model": call.model,
-                "messages": messages,
-                "add_generation_prompt": len(messages) == 1,
-            }
-            if (rendered := await self._asker.ask(call, RENDER, body, deadline)) is None:
-                return None  # a template that wants other messages
-            written.append(rendered["token_ids"])
-        prompt, one, other, followed = written
-        tail = after_answer(one, other)
-        if not tail or one == other:
+    async def _ask(self, call: Call, form: Form, follows: str, of_template: Json, deadline: float) -> Written | None:
+        async def write(*messages: Json, to_answer: bool = False) -> list[int] | None:
+            body: Json = of_template | {"model": call.model, "messages": messages, "add_generation_prompt": to_answer}
+            rendered = await self._asker.ask(call, RENDER, body, deadline)
+            return None if rendered is None else rendered["token_ids"]
+
+        of_texts = None
+        question: Json = {"role": "user", "content": "?"}
+        if (form, follows) != (TEXT, "user"):
+            if (of_texts := await self._found(call, TEXT, "user", deadline)) is None:
+                return None
+            start = of_texts.opening
+        elif (asked := await write(question, to_answer=True)) and (not_asked := await write(question)):
+            start = opening(asked, not_asked)
+        else:
             return None
+        answered = [await write(question, *_answered(form, *said, follows)) for said in PROBES]
+        one, other, followed = answered
+        if one is None or other is None or followed is None:
+            return None  # a template that wants other messages
+        alone = await write(question, _answered(form, "a", "", "")[0], to_answer=True)
+        written = read(start, one, other, followed, alone)
+        if written is None or (form[0] and one == other):
+            return None
+        if of_texts:
+            # The history may be written either way, once more is asked.
+            return replace(written, dropped=max(written.dropped, of_texts.dropped, key=len))
         # Calls and reasoning may have an end of their own before the answer's: only text shows which token that is.
-        token = tail[0] if form == TEXT else await self._found(call, TEXT, deadline)
-        if token is None:
-            return None
-        await self._learn(call, {token}, deadline)
-        closed = one[_alike(prompt, one) : _alike(one, followed)].count(token)
-        in_tail = token in one[len(one) - len(tail) : _alike(one, followed)]
-        text = self.known(call.model).get(token, "")
-        return token if closed == 1 and in_tail and _SPECIAL.fullmatch(text.strip()) else None
+        await self._learn(call, set(written.tail[:1]), deadline, only_special=True)
+        return written
 
     async def learn(self, call: Call, choices: Sequence[Json], deadline: float) -> None:
         """Which tokens closed a turn here. Raises Unserved, ApiError."""
         await self._learn(call, {each["token_ids"][-1] for each in choices if ends_turn(call.body, each)}, deadline)
 
-    async def _learn(self, call: Call, ends: set[int], deadline: float) -> None:
+    async def _learn(self, call: Call, ends: set[int], deadline: float, *, only_special: bool = False) -> None:
         known = self._texts.setdefault(call.model, {})
         if len(self._texts) > MAX_MODELS:
             self._texts = {call.model: known}
         for token in ends - known.keys():
             body = {"model": call.model, "tokens": [token]}
-            if found := await self._asker.ask(call, DETOKENIZE, body, deadline):
+            found = await self._asker.ask(call, DETOKENIZE, body, deadline)
+            if found and (not only_special or _is_special(found["prompt"])):
                 known[token] = found["prompt"]
 
 
-def _looked_at(probe: asyncio.Task[int | None]) -> None:
+def _looked_at(probe: asyncio.Task[Written | None]) -> None:
     """Its error is told to who waits for it, if anybody still does."""
     if not probe.cancelled():
         probe.exception()
 
 
-def _alike(one: list[int], other: list[int]) -> int:
-    """In how many tokens they begin alike."""
-    pairs = enumerate(zip(one, other, strict=False))
-    return next((at for at, (mine, theirs) in pairs if mine != theirs), min(len(one), len(other)))
+def _is_special(text: str) -> bool:
+    """Whether no text is tokenised to the token."""
+    return bool(_SPECIAL.fullmatch(text.strip()))
 
 
-def _answered(form: Form, said: str, then: str) -> list[Json]:
+def _answered(form: Form, said: str, then: str, follows: str) -> list[Json]:
     """An answer of this form, and what follows it."""
     has_text, calls, reasons = form
     answer: Json = {"role": "assistant", "content": said if has_text else ""}
     if reasons:
         answer["reasoning"] = answer["reasoning_content"] = said
-    if not calls:
-        return [answer, {"role": "user", "content": then}]
     ids = [f"call{number:05}" for number in range(calls)]  # Mistral's templates want nine characters
-    function = {"name": "f", "arguments": orjson.dumps({"x": said}).decode()}
-    answer["tool_calls"] = [{"id": one, "type": "function", "function": function} for one in ids]
-    return [answer, *({"role": "tool", "tool_call_id": one, "content": then} for one in ids)]
+    if calls:
+        function = {"name": "f", "arguments": orjson.dumps({"x": said}).decode()}
+        answer["tool_calls"] = [{"id": one, "type": "function", "function": function} for one in ids]
+    if follows != "tool":
+        return [answer, {"role": follows, "content": then}]
+    return [answer, *({"role": "tool", "tool_call_id": one, "content": then} for one in ids or ("call00000",))]
