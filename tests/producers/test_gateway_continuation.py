@@ -291,11 +291,39 @@ def test_what_is_not_the_answer_is_not_found(messages: list[Any]):
     assert remembering(ANSWER).find(ATTEMPT, messages) is None
 
 
-def test_reasoning_must_come_back():
-    thought = ANSWER | {"reasoning": "two and two"}
-    conversations = remembering(thought)
+THOUGHT = ANSWER | {"reasoning": "two and two"}
+
+
+def test_an_answer_is_recognised_with_its_reasoning_or_without():
+    conversations = remembering(THOUGHT)
+    for sent_back, reasons in ((ANSWER, False), (ANSWER | {"reasoning_content": "two and two"}, True)):
+        found = conversations.find(ATTEMPT, [QUESTION, sent_back])
+        assert found
+        assert found.form == (False, 1, reasons)
+    assert conversations.find(ATTEMPT, [QUESTION, ANSWER | {"reasoning": "three and one"}]) is None
+
+
+def test_reasoning_may_go_missing_later_with_all_that_was_before():
+    conversations = remembering(THOUGHT)
+    more = [QUESTION, THOUGHT, {"role": "tool", "content": "4", "tool_call_id": "c1"}]
+    then = {"role": "assistant", "content": "four", "reasoning": "it says four"}
+    conversations.remember(ATTEMPT, more, then, rendered=[9, 3], prompt=[9, 3], response=[7, END], end_text=END_TEXT)
+    silent = [message | {"reasoning": None} for message in [*more, then]]
+    for messages in ([*more, then], silent):
+        found = conversations.find(ATTEMPT, [*messages, QUESTION])
+        assert found
+        assert (found.turn.response.tolist(), found.follows) == ([7, END], "user")
+
+
+def test_without_reasoning_an_answer_that_may_be_one_of_several_is_not_found():
+    conversations = remembering(THOUGHT)
+    other = ANSWER | {"reasoning": "three and one"}
+    conversations.remember(ATTEMPT, [QUESTION], other, rendered=[9], prompt=[9], response=[6, END], end_text=END_TEXT)
     assert conversations.find(ATTEMPT, [QUESTION, ANSWER]) is None
-    assert conversations.find(ATTEMPT, [QUESTION, ANSWER | {"reasoning_content": "two and two"}])
+    for sent_back, response in ((THOUGHT, [8, END]), (other, [6, END])):
+        found = conversations.find(ATTEMPT, [QUESTION, sent_back])
+        assert found
+        assert found.turn.response.tolist() == response
 
 
 def test_attempts_and_models_are_strangers_to_each_other():

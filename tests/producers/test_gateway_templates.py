@@ -91,14 +91,18 @@ def results(number: int, calls: int) -> list[Json]:
     return [{"role": "tool", "tool_call_id": f"c{at}", "content": f"got {number}"} for at in range(calls)]
 
 
-async def converse(trait: str, *, calls: int, reasons: bool) -> Agent:
+def without_reasoning(answer: Json) -> Json:
+    return {name: value for name, value in answer.items() if name != "reasoning"}
+
+
+async def converse(trait: str, *, calls: int, reasons: bool, loses: bool = False) -> Agent:
     agent = Agent(trait)
     own = agent.server.trait
     for number in range(4):
         answer = answered(number, text=not calls, calls=calls, reasons=reasons)
         then = results(number, calls) or [{"role": "user", "content": f"and {number}?"}]
         end = own.end_of_calls or own.end if calls else own.end
-        await agent.turn(answer, end, sends_back=answer, then=then)
+        await agent.turn(answer, end, sends_back=without_reasoning(answer) if loses else answer, then=then)
     return agent
 
 
@@ -107,6 +111,13 @@ async def converse(trait: str, *, calls: int, reasons: bool) -> Agent:
 @pytest.mark.parametrize("trait", TRAITS)
 async def test_turns_go_on_with_their_own_tokens_whatever_the_template(trait: str, calls: int, reasons: bool):
     agent = await converse(trait, calls=calls, reasons=reasons)
+    assert agent.reasons == ["unknown_turn", "continues", "continues", "continues"]
+
+
+@pytest.mark.parametrize("calls", [0, 1])
+@pytest.mark.parametrize("trait", TRAITS)
+async def test_an_agent_that_loses_reasoning_goes_on_with_what_was_sampled(trait: str, calls: int):
+    agent = await converse(trait, calls=calls, reasons=True, loses=True)
     assert agent.reasons == ["unknown_turn", "continues", "continues", "continues"]
 
 
@@ -124,6 +135,7 @@ TURNS = st.lists(
             "text": st.booleans(),
             "calls": st.integers(0, 2),
             "reasons": st.booleans(),
+            "loses": st.booleans(),
             "end": st.sampled_from(["", "", "own", "own", "own", "own", "<|end|>", "<|eos|>", "<|user|>", "<|tool|>"]),
             "then": st.lists(st.sampled_from(["user", "tool", "system", "assistant"]), max_size=2),
         }
@@ -145,6 +157,7 @@ def test_no_prompt_is_put_together_wrongly(trait: str, turns: list[dict[str, Any
             end = each["end"]
             if end == "own":
                 end = own.end_of_calls or own.end if each["calls"] else own.end
-            await agent.turn(answer, end, sends_back=answer, then=then or results(number, each["calls"]))
+            sends_back = without_reasoning(answer) if each["loses"] else answer
+            await agent.turn(answer, end, sends_back=sends_back, then=then or results(number, each["calls"]))
 
     asyncio.run(run())

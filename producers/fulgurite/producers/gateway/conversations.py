@@ -2,9 +2,11 @@
 
 Promises: a turn is found only for messages that are the turn's own, then its answer as the agent got it, then whatever
 came after; of several, the longest. What may differ on the way through an agent's framework without a difference in
-meaning does not count (null or empty content, spaces in the JSON of a tool call, fields that no template reads);
-everything else does, so an answer that was shortened, reworded or stripped of its reasoning is not found. Whatever
-stands in a message, finding and remembering never raise: at worst nothing is found.
+meaning does not count (null or empty content, spaces in the JSON of a tool call, fields that no template reads). Nor
+does it where all reasoning is gone, for which most clients have no field: the turn is found by what was said and
+called, if it is the only one with that. Everything else counts, so an answer that was shortened or reworded, or whose
+reasoning is another, is not found. Whatever stands in a message, finding and remembering never raise: at worst nothing
+is found.
 
 Memory is bounded in tokens: the attempt silent for longest is forgotten first. A restart, or another gateway, knows
 nothing of the turns before: prompts are then as the template writes them. Knows neither HTTP nor chat templates.
@@ -39,7 +41,10 @@ Messages = Sequence[Any]
 
 @dataclass(slots=True)
 class _Attempt:
-    turns: OrderedDict[bytes, Turn] = field(default_factory=OrderedDict[bytes, Turn])
+    turns: OrderedDict[bytes, tuple[bytes, Turn]] = field(default_factory=OrderedDict[bytes, tuple[bytes, Turn]])
+    """By all that was said; beside each what it is without reasoning."""
+    unreasoned: dict[bytes, set[bytes]] = field(default_factory=dict[bytes, set[bytes]])
+    """Which turns are the same without reasoning."""
     ends: dict[int, str] = field(default_factory=dict[int, str])
     """End-of-turn tokens that its responses closed with, and how they are written."""
     tokens: int = 0
@@ -75,9 +80,12 @@ class Conversations:
             return None
         self._attempts.move_to_end(attempt)
         found = None
-        for at, digest in enumerate(_digests(messages)):
-            if turn := known.turns.get(digest):
-                found = at, turn
+        for at, (digest, unreasoned) in enumerate(_digests(messages)):
+            if digest == unreasoned:  # which one it was, must be beyond doubt
+                alike = known.unreasoned.get(digest, ())
+                digest = next(iter(alike)) if len(alike) == 1 else b""
+            if kept := known.turns.get(digest):
+                found = at, kept[1]
         if found is None:
             return None
         at, turn = found
@@ -115,9 +123,10 @@ class Conversations:
             )
         except (TypeError, OverflowError):
             return  # no token ids: the recording has said so
-        *_, digest = _digests([*messages, answer])
+        *_, (digest, unreasoned) = _digests([*messages, answer])
         self._forget(known, digest)
-        known.turns[digest] = turn
+        known.turns[digest] = unreasoned, turn
+        known.unreasoned.setdefault(unreasoned, set()).add(digest)
         self._count(known, _size(turn))
         if len(known.turns) > MAX_TURNS:
             self._forget(known, next(iter(known.turns)))
@@ -139,7 +148,11 @@ class Conversations:
             self._tokens -= oldest.tokens
 
     def _forget(self, attempt: _Attempt, digest: bytes) -> None:
-        if turn := attempt.turns.pop(digest, None):
+        if kept := attempt.turns.pop(digest, None):
+            unreasoned, turn = kept
+            attempt.unreasoned[unreasoned].discard(digest)
+            if not attempt.unreasoned[unreasoned]:
+                del attempt.unreasoned[unreasoned]
             self._count(attempt, -_size(turn))
 
     def _count(self, attempt: _Attempt, more: int) -> None:
@@ -163,17 +176,21 @@ def _size(turn: Turn) -> int:
     return OF_A_TURN + len(turn.rendered) + len(turn.response) + prompt
 
 
-def _digests(messages: Messages) -> Iterator[bytes]:
-    """One for each beginning of the list, the shortest first."""
-    digest = blake2b(digest_size=16)
+def _digests(messages: Messages) -> Iterator[tuple[bytes, bytes]]:
+    """Two for each beginning of the list, the shortest first: of all that it says, and without reasoning."""
+    whole, without = blake2b(digest_size=16), blake2b(digest_size=16)
     for message in messages:
-        part = _written(_meaning(message))
-        digest.update(len(part).to_bytes(8, "little") + part)
-        yield digest.copy().digest()
+        meaning = _meaning(message)
+        part = unreasoned = _written(meaning)
+        if len(meaning) > 1 and meaning[-1]:
+            unreasoned = _written([*meaning[:-1], ""])
+        whole.update(len(part).to_bytes(8, "little") + part)
+        without.update(len(unreasoned).to_bytes(8, "little") + unreasoned)
+        yield whole.copy().digest(), without.copy().digest()
 
 
 def _meaning(message: Any) -> list[Any]:
-    """What a chat template may make a difference of."""
+    """What a chat template may make a difference of; of a message, reasoning comes last."""
     if not isinstance(message, Mapping):
         return [message]
     return [
