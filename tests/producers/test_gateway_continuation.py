@@ -84,16 +84,24 @@ class Exchange:
     def turn(self, response: list[int], result: str) -> None:
         rendered = render(self.messages)
         found = self.conversations.find(ATTEMPT, self.messages)
-        prompt = rendered
+        prompt, answers = rendered, ()
         if found:
-            prompt = splice(found.turn, tokens(rendered), CLOSING).tolist()
+            spliced = splice(found.turn, tokens(rendered), CLOSING)
+            prompt, answers = spliced.prompt.tolist(), spliced.answers
             self.continued += 1
         self.calls.append(span(len(self.calls), prompt, response))
         self.naive.append(span(len(self.calls), rendered, response))
         answer = {"role": "assistant", "content": said(response), "refusal": None}
         end_text = END_TEXT if response[-1] == END else None
         self.conversations.remember(
-            ATTEMPT, self.messages, answer, rendered=rendered, prompt=prompt, response=response, end_text=end_text
+            ATTEMPT,
+            self.messages,
+            answer,
+            rendered=rendered,
+            prompt=prompt,
+            response=response,
+            end_text=end_text,
+            answers=answers,
         )
         self.messages = [*self.messages, answer, {"role": "tool", "content": result}]
 
@@ -170,8 +178,18 @@ def a_turn(rendered: list[int], response: list[int], ends: set[int], finished: b
 
 def test_a_history_that_is_written_differently_is_not_continued():
     turn = a_turn([9, 9, END, 2, 5], [8, 8, END], {END})
-    assert splice(turn, tokens([9, 9, END, 2, 5, 7, END, 3]), CLOSING).tolist() == [9, 9, END, 2, 5, 8, 8, END, 3]
-    assert splice(turn, tokens([9, 9, END, 2, 6, 7, END, 3]), CLOSING).tolist() == [
+    assert splice(turn, tokens([9, 9, END, 2, 5, 7, END, 3]), CLOSING).prompt.tolist() == [
+        9,
+        9,
+        END,
+        2,
+        5,
+        8,
+        8,
+        END,
+        3,
+    ]
+    assert splice(turn, tokens([9, 9, END, 2, 6, 7, END, 3]), CLOSING).prompt.tolist() == [
         9,
         9,
         END,
@@ -198,9 +216,9 @@ def test_without_an_end_of_turn_there_is_nothing_to_hold_on_to():
 def test_any_known_end_of_turn_closes_an_answer():
     """A policy may end a turn with another token than the template closes it with: what it sampled stays."""
     turn = a_turn([9, END, 2], [8, 1], {END, 1})
-    assert splice(turn, tokens([9, END, 2, 8, END, 3]), CLOSING).tolist() == [9, END, 2, 8, 1, 3]
+    assert splice(turn, tokens([9, END, 2, 8, END, 3]), CLOSING).prompt.tolist() == [9, END, 2, 8, 1, 3]
     cut = a_turn([9, END, 2], [8], {END, 1}, finished=False)
-    assert splice(cut, tokens([9, END, 2, 8, END, 3]), CLOSING).tolist() == [9, END, 2, 8, END, 3]
+    assert splice(cut, tokens([9, END, 2, 8, END, 3]), CLOSING).prompt.tolist() == [9, END, 2, 8, END, 3]
 
 
 def test_where_the_closing_of_an_answer_is_in_doubt_it_is_not_continued():
@@ -220,7 +238,7 @@ def test_what_only_a_generation_prompt_has_may_be_left_out_of_the_history():
     turn = a_turn([9, END, 2, 5, 6], [8, END], {END})
     thinking = Closing(END, own=True, dropped=(5, 6))
     for rendered in ([9, END, 2, 7, END, 3], [9, END, 2, 5, 6, 7, END, 3]):
-        assert splice(turn, tokens(rendered), thinking).tolist() == [9, END, 2, 5, 6, 8, END, 3]
+        assert splice(turn, tokens(rendered), thinking).prompt.tolist() == [9, END, 2, 5, 6, 8, END, 3]
     for closing in (CLOSING, Closing(END, own=True, dropped=(4, 6))):  # not the end of that prompt
         with pytest.raises(NotContinued, match="history"):
             splice(turn, tokens([9, END, 2, 7, END, 3]), closing)
@@ -233,16 +251,36 @@ def test_what_only_a_generation_prompt_has_may_be_left_out_of_the_history():
         splice(closing_question, tokens([9, 2, 7, END, 3]), Closing(END, own=True, dropped=(END, 2, 5)))
 
 
+def test_earlier_answers_may_be_written_otherwise_and_what_stands_around_them_may_not():
+    first = a_turn([9, END, 2], [8, END], {END})
+    second = splice(first, tokens([9, END, 2, 50, 51, END, 3, END, 2]), CLOSING)
+    assert second.prompt.tolist() == [9, END, 2, 8, END, 3, END, 2]
+    assert second.answers == ((2, 5),)
+    rendered = tokens([9, END, 2, 50, 51, END, 3, END, 2])
+    turn = Turn(rendered, second.prompt, tokens([7, END]), True, frozenset({END}), second.answers)
+    third = splice(turn, tokens([9, END, 2, 51, END, 3, END, 2, 52, END, 4, END, 2]), CLOSING)
+    assert third.prompt.tolist() == [9, END, 2, 8, END, 3, END, 2, 7, END, 4, END, 2]
+    assert third.answers == ((2, 4), (7, 9))
+    for other in (
+        [9, END, 2, 51, END, 6, END, 2, 52, END, 4, END, 2],  # what came after the first answer
+        [6, END, 2, 51, END, 3, END, 2, 52, END, 4, END, 2],  # what came before
+        [9, END, 2, 51, END, END, 3, END, 2, 52, END, 4],  # an end more
+        [9, END, 2, 51],
+    ):
+        with pytest.raises(NotContinued, match="history"):
+            splice(turn, tokens(other), CLOSING)
+
+
 def test_a_token_that_opens_what_comes_next_is_never_lost():
     role, other = 3, 1
     after = tokens([9, 2, 60, role, 30, 2])
     opens = Closing(role, own=False)
     ends = {role, other}
-    assert splice(a_turn([9, 2], [8, role], ends), after, opens).tolist() == [9, 2, 8, role, 30, 2]
-    assert splice(a_turn([9, 2], [8, other], ends), after, opens).tolist() == [9, 2, 8, other, role, 30, 2]
-    assert splice(a_turn([9, 2], [8], ends, finished=False), after, opens).tolist() == [9, 2, 8, role, 30, 2]
+    assert splice(a_turn([9, 2], [8, role], ends), after, opens).prompt.tolist() == [9, 2, 8, role, 30, 2]
+    assert splice(a_turn([9, 2], [8, other], ends), after, opens).prompt.tolist() == [9, 2, 8, other, role, 30, 2]
+    assert splice(a_turn([9, 2], [8], ends, finished=False), after, opens).prompt.tolist() == [9, 2, 8, role, 30, 2]
     unknown = Closing(role, own=None)
-    assert splice(a_turn([9, 2], [8, role], ends), after, unknown).tolist() == [9, 2, 8, role, 30, 2]
+    assert splice(a_turn([9, 2], [8, role], ends), after, unknown).prompt.tolist() == [9, 2, 8, role, 30, 2]
     with pytest.raises(NotContinued, match="end_of_turn"):
         splice(a_turn([9, 2], [8, other], ends), after, unknown)
 

@@ -11,7 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulgurite.producers.gateway.calls import Call, Caller
-from fulgurite.producers.gateway.continuation import NotContinued, splice, tokens
+from fulgurite.producers.gateway.continuation import NotContinued, Spliced, splice, tokens
 from fulgurite.producers.gateway.conversations import Conversations
 from fulgurite.producers.gateway.protocols import CHAT
 from fulgurite.producers.gateway.turn_ends import TEXT, TurnEnds
@@ -37,7 +37,8 @@ class Agent:
         call = self._call()
         rendered = self.server.encode(self.server.write(self.messages, to_answer=True))
         await self.ends.closing(call, TEXT, FOR_EVER)
-        prompt = await self._prompt(call, rendered)
+        spliced = await self._splice(call, rendered)
+        prompt = spliced.prompt.tolist() if spliced else rendered
         response = self.server.encode("<think>so</think> as it was said", as_sampled=True) + self.server.encode(end)
         choice: Json = {"index": 0, "token_ids": response, "finish_reason": "stop" if end else "length"}
         await self.ends.learn(call, [choice], FOR_EVER)
@@ -51,26 +52,28 @@ class Agent:
             response=response,
             end_text=end or None,
             ends=known,
+            answers=spliced.answers if spliced else (),
         )
         self.calls.append((len(self.messages), [*prompt, *response], end))
         self.messages = [*self.messages, sends_back, *then]
 
-    async def _prompt(self, call: Call, rendered: list[int]) -> list[int]:
+    async def _splice(self, call: Call, rendered: list[int]) -> Spliced | None:
         found = self.conversations.find(ATTEMPT, self.messages)
         if found is None:
             self.reasons.append("unknown_turn")
-            return rendered
+            return None
         closing = await self.ends.closing(call, found.form, FOR_EVER, follows=found.follows, sampled=found.turn.end)
         try:
-            prompt = splice(found.turn, tokens(rendered), closing).tolist()
+            spliced = splice(found.turn, tokens(rendered), closing)
         except NotContinued as error:
             self.reasons.append(error.reason)
-            return rendered
+            return None
         self.reasons.append("continues")
         at, before, end = next(each for each in self.calls if each[1] == [*found.turn.prompt, *found.turn.response])
+        prompt = spliced.prompt.tolist()
         assert prompt[: len(before)] == before
         assert self.server.decode(prompt[len(before) :]) == self.server.after(self.messages, at, end)
-        return prompt
+        return spliced
 
     def _call(self) -> Call:
         caller = Caller(rollout_id="r", attempt_id="a", authorization="", key="", headers={}, query="")
@@ -119,6 +122,19 @@ async def test_turns_go_on_with_their_own_tokens_whatever_the_template(trait: st
 async def test_an_agent_that_loses_reasoning_goes_on_with_what_was_sampled(trait: str, calls: int):
     agent = await converse(trait, calls=calls, reasons=True, loses=True)
     assert agent.reasons == ["unknown_turn", "continues", "continues", "continues"]
+
+
+@pytest.mark.parametrize("loses", [False, True])
+@pytest.mark.parametrize("trait", TRAITS)
+async def test_reasoning_that_the_template_or_the_agent_drops_with_the_next_question_stays(trait: str, loses: bool):
+    agent = await converse(trait, calls=1, reasons=True)
+    answer = answered(9, text=True, calls=0, reasons=True)
+    for _ in range(2):
+        end = agent.server.trait.end
+        await agent.turn(answer, end, sends_back=answer, then=[{"role": "user", "content": "and then?"}])
+        if loses:
+            agent.messages = [without_reasoning(message) for message in agent.messages]
+    assert agent.reasons == ["unknown_turn", *["continues"] * 5]
 
 
 async def test_text_and_call_that_are_closed_each_are_written_again():

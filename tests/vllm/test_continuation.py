@@ -49,8 +49,9 @@ class Gateway:
         prompt: list[int] = rendered["token_ids"]
         self.rendered.append(prompt)
         found = self.conversations.find(ATTEMPT, body["messages"])
-        if found:
-            prompt = splice(found.turn, tokens(prompt), Closing(END_ID, own=True)).tolist()
+        spliced = splice(found.turn, tokens(prompt), Closing(END_ID, own=True)) if found else None
+        if spliced:
+            prompt = spliced.prompt.tolist()
         generated = await self.post(GENERATE, generate_request(body, rendered, prompt))
         asked = None if is_plain(body, rendered) else derender_request(body, generated, prompt)
         derendered = await self.post(DERENDER, asked) if asked else None
@@ -64,6 +65,7 @@ class Gateway:
                 prompt=prompt,
                 response=choice["token_ids"],
                 end_text=END if ends_turn(body, choice) else None,
+                answers=spliced.answers if spliced else (),
             )
         return answer
 

@@ -15,9 +15,10 @@ The caller has made sure that the messages continue the turn's and carry its ans
 tail begins where the template closed the answer: after the first token behind the turn's own messages with which it is
 known to close answers of this form, once and at their very end (turn_ends.py finds that out). What only a generation
 prompt has, such as the `<think>` that a thinking model is made to begin with, may be left out of the history: the
-policy saw it, so it stays. Nothing is tokenised or decoded here, and no chat template is known: where one writes the
-history otherwise than before (other tools), or where its closing of the answer is in doubt, the prompt stays as
-rendered and the reason is said.
+policy saw it, so it stays. So it is with earlier answers of the turn's that went on exactly: a template may write them
+otherwise now, as those do that drop reasoning once another question is asked; what stands around them may not change.
+Nothing is tokenised or decoded here, and no chat template is known: where one writes the history otherwise than before
+(other tools), or where its closing of the answer is in doubt, the prompt stays as rendered and the reason is said.
 
 Limit: token ids of text only. A prompt with images has their positions beside the ids; it must not be spliced.
 """
@@ -35,6 +36,9 @@ it does so more than once."""
 
 Form = tuple[bool, int, bool]
 """Of an answer: whether it has text, how many tool calls, whether reasoning. What a template may close differently."""
+
+Place = tuple[int, int]
+"""Of an answer in a rendered prompt: where it begins at the earliest, and where the token is that closes it."""
 
 _BOUNDARY_TOKENS: Final = 1
 """Tokens at the end of a prompt that the answer's first characters may have merged with, where it is written again."""
@@ -74,6 +78,8 @@ class Turn:
     """Whether the response closes with an end-of-turn token; else it hit a length or a stop string."""
     ends: frozenset[int]
     """The end-of-turn tokens known for the policy, none of which the answer spells out."""
+    answers: tuple[Place, ...] = ()
+    """Those in `rendered` that it went on from exactly, the first one first."""
 
     @property
     def end(self) -> int | None:
@@ -81,27 +87,56 @@ class Turn:
         return self.response[-1] if self.finished else None
 
 
+@dataclass(slots=True, frozen=True)
+class Spliced:
+    prompt: array[int]
+    answers: tuple[Place, ...]
+    """In what was rendered, for the turn that this becomes."""
+
+
 def tokens(ids: list[int]) -> array[int]:
     return array("i", ids)
 
 
-def splice(turn: Turn, rendered: array[int], closing: Closing | None) -> array[int]:
+def splice(turn: Turn, rendered: array[int], closing: Closing | None) -> Spliced:
     """The prompt for `rendered`, beginning with exactly the turn's prompt and response. `closing`: how the template
     closes answers of the turn's form; None: not known. Raises NotContinued."""
-    last = max((at for at, token in enumerate(turn.rendered) if token in turn.ends), default=-1)
+    last = next((at for at in reversed(range(len(turn.rendered))) if turn.rendered[at] in turn.ends), -1)
     # The turn's messages must have been written alike, up to where its answer begins.
     same = max(len(turn.rendered) - _may_differ(turn, closing), last + 1)
-    if rendered[:same] != turn.rendered[:same]:
-        raise NotContinued("history")
+    begins, answers = _follow(turn, rendered, same)
     if closing is None:
         raise NotContinued("form")
-    closed = next((at for at in range(same, len(rendered)) if rendered[at] in turn.ends), None)
+    closed = _first_end(turn, rendered, begins)
     if closed is None or rendered[closed] != closing.token:
         raise NotContinued("end_of_turn")
     if turn.end not in (None, closing.token) and closing.own is None:
         raise NotContinued("end_of_turn")
     is_ended = turn.end == closing.token or (turn.finished and closing.own)
-    return turn.prompt + turn.response + rendered[closed + 1 if is_ended else closed :]
+    prompt = turn.prompt + turn.response + rendered[closed + 1 if is_ended else closed :]
+    return Spliced(prompt, (*answers, (begins, closed)))
+
+
+def _follow(turn: Turn, rendered: array[int], same: int) -> tuple[int, list[Place]]:
+    """Where in `rendered` the turn's messages come to `same`, and its earlier answers. Raises NotContinued."""
+    before = now = 0
+    answers: list[Place] = []
+    for begins, closed in (*turn.answers, (same, len(turn.rendered))):
+        if rendered[now : now + begins - before] != turn.rendered[before:begins]:
+            raise NotContinued("history")
+        now += begins - before
+        if begins == same:
+            break
+        found = _first_end(turn, rendered, now)
+        if found is None or rendered[found] != turn.rendered[closed]:
+            raise NotContinued("history")
+        answers.append((now, found))
+        before, now = closed, found
+    return now, answers
+
+
+def _first_end(turn: Turn, rendered: array[int], begins: int) -> int | None:
+    return next((at for at in range(begins, len(rendered)) if rendered[at] in turn.ends), None)
 
 
 def _may_differ(turn: Turn, closing: Closing | None) -> int:

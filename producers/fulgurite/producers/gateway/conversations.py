@@ -25,13 +25,15 @@ from typing import Any, Final
 
 import orjson
 
-from fulgurite.producers.gateway.continuation import Form, Turn, tokens
+from fulgurite.producers.gateway.continuation import Form, Place, Turn, tokens
 
 MAX_TOKENS: Final = 64_000_000
 """Over all attempts: 256 MB."""
 OF_AN_ATTEMPT: Final = 256
 OF_A_TURN: Final = 256
 """What remembering one takes beside its tokens, in tokens of four bytes: short turns are many."""
+OF_AN_ANSWER: Final = 32
+"""Its place in a turn, the same."""
 MAX_TURNS: Final = 256
 """Of one attempt; the oldest is forgotten first."""
 
@@ -102,8 +104,10 @@ class Conversations:
         response: list[int],
         end_text: str | None,
         ends: Mapping[int, str] = MappingProxyType({}),
+        answers: tuple[Place, ...] = (),
     ) -> None:
-        """One choice's answer, as the agent got it. `end_text` is how the response's last token is written, where that
+        """One choice's answer, as the agent got it. `answers`: those in `rendered` whose own tokens stand in `prompt`.
+        `end_text` is how the response's last token is written, where that
         ended the turn; None for a response that was cut off. `ends`: what is known of such tokens otherwise."""
         known = self._attempt(attempt)
         self._shrink()
@@ -120,6 +124,7 @@ class Conversations:
                 response=tokens(response),
                 finished=bool(end_text and response),
                 ends=frozenset(known.ends),
+                answers=answers,
             )
         except (TypeError, OverflowError):
             return  # no token ids: the recording has said so
@@ -173,7 +178,7 @@ def _role(message: Any) -> str:
 
 def _size(turn: Turn) -> int:
     prompt = 0 if turn.prompt is turn.rendered else len(turn.prompt)
-    return OF_A_TURN + len(turn.rendered) + len(turn.response) + prompt
+    return OF_A_TURN + len(turn.rendered) + len(turn.response) + prompt + OF_AN_ANSWER * len(turn.answers)
 
 
 def _digests(messages: Messages) -> Iterator[tuple[bytes, bytes]]:

@@ -14,6 +14,7 @@ from typing import Any, Final
 from fulgurite.producers.gateway.answers import backend_error, parse_answer
 from fulgurite.producers.gateway.asking import Asked, read_all, served_by
 from fulgurite.producers.gateway.calls import Call
+from fulgurite.producers.gateway.continuation import Place
 from fulgurite.producers.gateway.exchange import Ask, Backends, Exchange
 from fulgurite.producers.gateway.protocols.base import Json, invalid, to_bytes
 from fulgurite.producers.gateway.token_route import DERENDER, DETOKENIZE, GENERATE, RENDER
@@ -35,6 +36,8 @@ class Prepared:
     prompt: list[int]
     request: Json
     """For GENERATE."""
+    answers: tuple[Place, ...] = ()
+    """In what was rendered, of which the prompt has the own tokens."""
 
 
 class TokenAsker:

@@ -21,7 +21,7 @@ from typing import Any, Final
 
 from fulgurite.producers.gateway.asking import Asked
 from fulgurite.producers.gateway.calls import Call
-from fulgurite.producers.gateway.continuation import Closing, Form, NotContinued, splice, tokens
+from fulgurite.producers.gateway.continuation import Closing, Form, NotContinued, Spliced, splice, tokens
 from fulgurite.producers.gateway.conversations import Conversations
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.exchange import Backends
@@ -158,6 +158,7 @@ class TokenRoute:
             response=response,
             end_text=ends.get(response[-1]) if ends_turn(call.body, end) else None,
             ends=ends,
+            answers=prepared.answers,
         )
 
     async def _prepare(self, call: Call, deadline: float, asked: Asked) -> Prepared | None:
@@ -168,8 +169,10 @@ class TokenRoute:
         await self._closing(call, TEXT, deadline)
         if _kind(call) not in self._probed:
             await self._probe_routes(call, rendered, deadline)
-        prompt = await self._prompt(call, rendered["token_ids"], deadline)
-        return Prepared(rendered, prompt, generate_request(call.body, rendered, prompt))
+        spliced = await self._splice(call, rendered["token_ids"], deadline)
+        prompt = spliced.prompt.tolist() if spliced else rendered["token_ids"]
+        request = generate_request(call.body, rendered, prompt)
+        return Prepared(rendered, prompt, request, spliced.answers if spliced else ())
 
     async def _sample(self, call: Call, deadline: float, whole_deadline: float, asked: Asked) -> Sampled | None:
         prepared = await self._prepare(call, deadline, asked)
@@ -209,19 +212,20 @@ class TokenRoute:
             raise invalid("could not be put into words by the server that gave it")
         return derendered
 
-    async def _prompt(self, call: Call, rendered: list[int], deadline: float) -> list[int]:
+    async def _splice(self, call: Call, rendered: list[int], deadline: float) -> Spliced | None:
+        """None where the prompt is to be as the template writes it."""
         found = self._conversations.find(_attempt(call), call.body["messages"])
         if found is None:
             self._metrics.prompt("unknown_turn" if _has_answer(call.body["messages"]) else "begins")
-            return rendered
+            return None
         try:
             closing = await self._closing(call, found.form, deadline, found.follows, found.turn.end)
-            prompt = list(splice(found.turn, tokens(rendered), closing))
+            spliced = splice(found.turn, tokens(rendered), closing)
         except NotContinued as error:
             self._metrics.prompt(error.reason)
-            return rendered
+            return None
         self._metrics.prompt("continues")
-        return prompt
+        return spliced
 
     async def _closing(
         self, call: Call, form: Form, deadline: float, follows: str = "", sampled: int | None = None
