@@ -75,6 +75,16 @@ TWICE: Final = PLAIN.replace(
 )
 
 
+RESULTS_WITHIN: Final = (
+    "{% set now = namespace(calls=false) %}{% for message in messages %}{% if message.role == 'tool' and now.calls %}"
+    "{% else %}{% set now.calls = message.role == 'assistant' and message.tool_calls | length > 0 %}"
+    "<|start|>{{ message.role }}\n" + _CALLS + "{% set on = namespace(results=now.calls) %}"
+    "{% for later in messages[loop.index:] %}{% set on.results = on.results and later.role == 'tool' %}"
+    "{% if on.results %}<|result|>{{ later.content }}{% endif %}{% endfor %}{{ message.content }}<|end|>\n"
+    "{% endif %}{% endfor %}{% if add_generation_prompt %}<|start|>assistant\n{% endif %}"
+)
+
+
 @dataclass(slots=True, frozen=True)
 class Trait:
     template: str
@@ -101,6 +111,7 @@ TRAITS: Final = {
     "roles": Trait(ROLES, "<|user|>", "<|tool|>", r"<\|assistant\|>", r"(?!)", r"<\|(user|tool|system|assistant)\|>"),
     "channels": Trait(CHANNELS, "<|return|>", "<|call|>"),
     "without calls": Trait(WITHOUT_CALLS),
+    "results within": Trait(RESULTS_WITHIN, end_of_calls="<|result|>", before=r"<\|result\|>"),
     "closed twice": Trait(TWICE, closes=r"<\|end\|>(?!\n<\|more\|>)"),
 }
 

@@ -168,7 +168,7 @@ class Conversations:
 def _form(answer: Mapping[str, Any]) -> Form:
     calls = answer.get("tool_calls")
     reasoning = answer.get("reasoning") or answer.get("reasoning_content")
-    return bool(answer.get("content")), len(calls) if isinstance(calls, list) else 0, bool(reasoning)
+    return bool(_content(answer.get("content"))), len(calls) if isinstance(calls, list) else 0, bool(reasoning)
 
 
 def _role(message: Any) -> str:
