@@ -3,14 +3,19 @@ gets what the chat route would have given it."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import httpx
 import pytest
 
-from fulgurite.producers.gateway.continuation import Closing, splice, tokens
+from fulgurite.producers.gateway.asking import Asked
+from fulgurite.producers.gateway.calls import Call, Caller
+from fulgurite.producers.gateway.continuation import splice, tokens
 from fulgurite.producers.gateway.conversations import Conversations
+from fulgurite.producers.gateway.protocols import CHAT
+from fulgurite.producers.gateway.token_asking import TokenAsker
 from fulgurite.producers.gateway.token_route import (
     DERENDER,
     GENERATE,
@@ -21,6 +26,7 @@ from fulgurite.producers.gateway.token_route import (
     generate_request,
     is_plain,
 )
+from fulgurite.producers.gateway.turn_ends import TEXT, TurnEnds
 from fulgurite.schemas.event import VersionSpan
 from tests.vllm.server import VllmServer
 from tests.vllm.tiny_model import END, Oracle, worst_error
@@ -30,10 +36,30 @@ pytestmark = [pytest.mark.vllm, pytest.mark.timeout(900)]
 
 ATTEMPT = ("r1", "a1", "policy")
 END_ID = 1
+FOR_EVER = float("inf")
 TOOL: Any = {
     "type": "function",
     "function": {"name": "calculate", "parameters": {"type": "object", "properties": {"n": {"enum": [1, 2]}}}},
 }
+
+
+class Asker(TokenAsker):
+    def __init__(self, client: httpx.AsyncClient) -> None:
+        self.client = client
+
+    async def ask(
+        self,
+        call: Call,
+        route: str,
+        body: Mapping[str, Any],
+        deadline: float,
+        asked: Asked | None = None,
+        *,
+        whole_deadline: float = 0.0,
+    ) -> dict[str, Any] | None:
+        response = await self.client.post(route, json=body)
+        assert response.status_code in (200, 400), response.text
+        return response.json() if response.status_code == 200 else None
 
 
 @dataclass
@@ -44,13 +70,24 @@ class Gateway:
     conversations: Conversations = field(default_factory=Conversations)
     rendered: list[list[int]] = field(default_factory=list[list[int]])
 
+    def __post_init__(self) -> None:
+        self.ends = TurnEnds(Asker(self.client))
+
     async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         rendered = await self.post(RENDER, body)
         prompt: list[int] = rendered["token_ids"]
         self.rendered.append(prompt)
         found = self.conversations.find(ATTEMPT, body["messages"])
-        spliced = splice(found.turn, tokens(prompt), Closing(END_ID, own=True)) if found else None
-        if spliced:
+        caller = Caller(rollout_id="r1", attempt_id="a1", authorization="", key="", headers={}, query="")
+        call = Call(CHAT, caller, (1,), "1" * 32, "", ("1" * 16,), "", 0, 1, 0.0, body, b"", b"")
+        await self.ends.closing(call, TEXT, FOR_EVER)
+        spliced = None
+        if found:
+            form, end = found.form, found.turn.end
+            closing = await self.ends.closing(call, form, FOR_EVER, follows=found.follows, sampled=end)
+            assert closing
+            assert (closing.token, closing.own) == (END_ID, True)
+            spliced = splice(found.turn, tokens(prompt), closing)
             prompt = spliced.prompt.tolist()
         generated = await self.post(GENERATE, generate_request(body, rendered, prompt))
         asked = None if is_plain(body, rendered) else derender_request(body, generated, prompt)
@@ -65,6 +102,7 @@ class Gateway:
                 prompt=prompt,
                 response=choice["token_ids"],
                 end_text=END if ends_turn(body, choice) else None,
+                ends=self.ends.known("policy"),
                 answers=spliced.answers if spliced else (),
             )
         return answer
