@@ -22,7 +22,7 @@ class Tables:
 
     def __init__(self, client: Client, settings: ClickHouseSettings) -> None:
         self.client = client
-        self._settings = settings
+        self.settings = settings
         self._offset = 0
 
     def insert(self, records: Sequence[Record], token: str = "", into: int = BOTH_TABLES) -> None:
@@ -30,7 +30,7 @@ class Tables:
         asyncio.run(self._insert(records, token or secrets.token_hex(8), into))
 
     async def _insert(self, records: Sequence[Record], token: str, into: int) -> None:
-        store = Store(self._settings, 30, "test")
+        store = Store(self.settings, 30, "test")
         await store.connect()
         try:
             present = {record.offset: BOTH_TABLES & ~into for record in records}

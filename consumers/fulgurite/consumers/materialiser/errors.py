@@ -29,6 +29,11 @@ class TooLarge(Unavailable):
     """The insert needs more memory than the server has to give; some tables may have their part."""
 
 
+class NotUnderstood(Unavailable):
+    """The server will never take what Fulgurite asks it: a defect. It says so, and is tried on, for servers are
+    exchanged."""
+
+
 class Rejected(Exception):
     """ClickHouse will not take these records, however often it is asked."""
 
@@ -62,6 +67,19 @@ REJECTED_CODES: Final = frozenset(
 _NO_MEMORY_CODES: Final = frozenset({241, 173})  # MEMORY_LIMIT_EXCEEDED, CANNOT_ALLOCATE_MEMORY
 
 
+_NOT_UNDERSTOOD_CODES: Final = frozenset(
+    {
+        42,  # NUMBER_OF_ARGUMENTS_DOESNT_MATCH
+        43,  # ILLEGAL_TYPE_OF_ARGUMENT
+        46,  # UNKNOWN_FUNCTION
+        62,  # SYNTAX_ERROR, also of a text that is too long
+        115,  # UNKNOWN_SETTING
+        167,  # TOO_DEEP_AST
+        168,  # TOO_BIG_AST
+    }
+)
+
+
 def meaning(error: Exception, refusals: frozenset[int]) -> Exception:
     """Of an insert's error, in the materialiser's terms."""
     text = first_line(error)
@@ -70,7 +88,21 @@ def meaning(error: Exception, refusals: frozenset[int]) -> Exception:
         return Fenced(text)
     if code in _NO_MEMORY_CODES:
         return TooLarge(text)
-    return Rejected(text) if code in refusals else Unavailable(text)
+    return Rejected(text) if code in refusals else _in_vain_or_not(code, text)
+
+
+def of_a_question(error: Exception) -> Unavailable:
+    """Of what is not an insert of records."""
+    return _in_vain_or_not(error.code if isinstance(error, Error) else None, first_line(error))
+
+
+def _in_vain_or_not(code: int | None, text: str) -> Unavailable:
+    if code not in _NOT_UNDERSTOOD_CODES:
+        return Unavailable(text)
+    return NotUnderstood(
+        "ClickHouse does not understand what it is asked, and trying again will not help: its version is not one that "
+        f"Fulgurite knows, or this is a defect of Fulgurite; report it: {text}"
+    )
 
 
 def first_line(error: BaseException) -> str:

@@ -15,7 +15,6 @@ from typing import Any, cast
 
 import aiohttp
 import clickhouse_connect
-import pyarrow as pa
 from clickhouse_connect.driver import AsyncClient
 from clickhouse_connect.driver.exceptions import ClickHouseError
 
@@ -24,16 +23,11 @@ from fulgurite.consumers.materialiser.blocks import (
     OWN_TABLE,
     OffsetRange,
     Partition,
-    Record,
     Slice,
-    TooManyLines,
-    arrow,
-    block,
-    dead_block,
-    missing,
 )
 from fulgurite.consumers.materialiser.body import Pieces
-from fulgurite.consumers.materialiser.errors import REJECTED_CODES, Rejected, Unavailable, first_line, meaning
+from fulgurite.consumers.materialiser.contents import Body, body, dead_body, undecodable_body
+from fulgurite.consumers.materialiser.errors import Rejected, Unavailable, first_line, meaning, of_a_question
 from fulgurite.consumers.materialiser.fences import (
     RUNNING,
     Guard,
@@ -42,11 +36,8 @@ from fulgurite.consumers.materialiser.fences import (
     marks_query,
     running_parameters,
 )
-from fulgurite.consumers.otlp import batches
-from fulgurite.consumers.otlp.to_json import to_json
-from fulgurite.consumers.otlp.wire import Malformed
-from fulgurite.producers.raw import Undecodable
-from fulgurite.producers.redaction import Redactor, redactor
+from fulgurite.consumers.materialiser.questions import missing_query, times_queries
+from fulgurite.producers.redaction import redactor
 from fulgurite.schemas import topics
 from fulgurite.schemas.migrations import connection_options
 from fulgurite.schemas.redaction import RedactionSettings
@@ -71,34 +62,6 @@ _IN_DEAD_LETTERS = "in_rejected"
 """Hands on to dead_letters by way of the view that redacts: nothing else may write there."""
 
 _ONE_BLOCK = 2**40
-
-_SKIPPED = """
-SELECT sum(toInt64(till) - toInt64(greatest(since, least(till, before)))) FROM
-(
-    SELECT since, till, max(till) OVER (ORDER BY since, till ROWS BETWEEN UNBOUNDED PRECEDING AND 1 PRECEDING) AS before
-    FROM
-    (
-        SELECT greatest(s.lo, {lo:UInt64}) AS since, least(s.hi, {hi:UInt64}) + 1 AS till
-        FROM ingest_log ARRAY JOIN skipped AS s
-        WHERE _topic = {name:String} AND _partition = {number:UInt32} AND ingest_log.lo >= {lo:UInt64}
-            AND s.hi >= {lo:UInt64} AND s.lo <= {hi:UInt64}
-    )
-)
-"""
-"""How many offsets of lo..hi are skipped; ranges may overlap. They stand in its own entry or in later ones."""
-
-
-@dataclass(frozen=True, slots=True)
-class Body:
-    """What one insert carries."""
-
-    columns: Sequence[str]
-    data: Sequence[bytes | memoryview]
-    """In pieces."""
-    format: str
-    settings: Mapping[str, str | int]
-    refusals: frozenset[int]
-    """ClickHouse's error codes that say: not these data."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,21 +124,20 @@ class Store:
         topic = slices[0].partition.topic
         into = f"in_{topic.name}"
         try:
-            await self._insert(into, await asyncio.to_thread(_body, slices), guard)
+            await self._insert(into, await asyncio.to_thread(body, slices), guard)
         except Rejected:
             if topic is not topics.OTLP_SPANS:
                 raise
             # Nothing of it is in the tables: the same rows, written so that the server reads them.
-            await self._insert(into, await asyncio.to_thread(_body, slices, mend=True), guard)
+            await self._insert(into, await asyncio.to_thread(body, slices, mend=True), guard)
 
     async def insert_dead(self, one: Slice, message: str, guard: Guard) -> None:
         """A record no table takes, as a dead letter. Raises Fenced or Unavailable."""
-        kept = await asyncio.to_thread(_kept, one.partition, one.records[0], message, "rejected", self._redactor)
-        await self._insert(_IN_DEAD_LETTERS, arrow_body(kept), guard)
+        await self._insert(_IN_DEAD_LETTERS, await asyncio.to_thread(dead_body, one, message, self._redactor), guard)
 
     async def insert_undecodable(self, part: Slice, guard: Guard) -> None:
         """Records that are `Undecodable`, as dead letters. Raises Fenced or Unavailable."""
-        await self._insert(_IN_DEAD_LETTERS, await asyncio.to_thread(_undecodable, part, self._redactor), guard)
+        await self._insert(_IN_DEAD_LETTERS, await asyncio.to_thread(undecodable_body, part, self._redactor), guard)
 
     async def _insert(self, into: str, body: Body, guard: Guard) -> None:
         settings: dict[str, Any] = {
@@ -297,28 +259,16 @@ class Store:
         found: dict[Partition, dict[int, int]] = {partition: {} for partition in offsets}
         by_number = {partition.number: partition for partition in offsets}
         first = next(iter(offsets))
-        where = " OR ".join(
-            f"(_partition = {part.number} AND _offset IN ({', '.join(map(str, some))}))"
-            for part, some in offsets.items()
-            if some
-        )
-        for table in {TABLES[first.topic], "dead_letters"} if where else set[str]():
-            query = (
-                f"SELECT DISTINCT _partition, _offset, toUnixTimestamp64Milli(_ts) FROM {table} "
-                f"WHERE _topic = {{name:String}} AND ({where})"
-            )
-            for number, offset, time_ms in await self._query(query, {"name": first.name}):
-                found[by_number[number]][offset] = time_ms
+        for table in (TABLES[first.topic], "dead_letters"):
+            for query in times_queries(table, offsets):
+                for number, offset, time_ms in await self._query(query, {"name": first.name}):
+                    found[by_number[number]][offset] = time_ms
         return found
 
     async def missing(self, partition: Partition, lo: int, hi: int) -> int:
         """How many offsets of lo..hi, a range of the log of inserts, are in no table and not known to have no record.
         Raises Unavailable."""
-        where = (
-            "_topic = {name:String} AND _partition = {number:UInt32} AND _offset BETWEEN {lo:UInt64} AND {hi:UInt64}"
-        )
-        parts = (f"SELECT _offset FROM {table} WHERE {where}" for table in (TABLES[partition.topic], "dead_letters"))
-        query = f"SELECT uniqExact(_offset), ({_SKIPPED}) FROM ({' UNION ALL '.join(parts)})"
+        query = missing_query((TABLES[partition.topic], "dead_letters"))
         found = await self._query(query, {"name": partition.name, "number": partition.number, "lo": lo, "hi": hi})
         return hi - lo + 1 - sum(found[0])
 
@@ -334,61 +284,13 @@ class Store:
         try:
             result = await self._connected.query(query, parameters=parameters)
         except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unavailable(first_line(error)) from error
+            raise of_a_question(error) from error
         return [tuple(int(value) for value in row) for row in result.result_rows]
 
     @property
     def _connected(self) -> AsyncClient:
         assert self._client is not None, "connect() comes first"
         return self._client
-
-
-def _body(slices: Sequence[Slice], *, mend: bool = False) -> Body:
-    """Raises Rejected where there is nothing to send to the server, because it is not what it should be."""
-    if slices[0].partition.topic is not topics.OTLP_SPANS:
-        try:
-            return arrow_body(block(slices))
-        except TooManyLines as error:
-            raise Rejected(str(error)) from error
-    try:
-        data = [_otlp(part, mend=mend) for part in slices]
-    except Malformed as error:
-        raise Rejected(str(error)) from error
-    return Body(batches.COLUMNS, data, batches.FORMAT, batches.insert_settings(), REJECTED_CODES | batches.REFUSALS)
-
-
-def _undecodable(part: Slice, redactor: Redactor | None) -> Body:
-    lost = [record for record in part.records if isinstance(record, Undecodable)]
-    return arrow_body(
-        pa.concat_tables([_kept(part.partition, record, record.why, "undecodable", redactor) for record in lost])
-    )
-
-
-def _kept(partition: Partition, record: Record, message: str, reason: str, redactor: Redactor | None) -> pa.Table:
-    """A record as its row of dead_letters. Parts that rules take out of protobuf leave bytes that nobody can read:
-    there it is kept as OTLP JSON, of which the view takes them out."""
-    value = record.value
-    if redactor is not None and value and partition.topic is topics.OTLP_SPANS and not value.startswith(b"{"):
-        try:
-            text = to_json(value)
-        except Malformed:
-            text = b""  # nobody can read it as it is
-        if text and (redactor.letter(value) != value or redactor.letter(text) != text):
-            said = f"{message} (kept as OTLP JSON: rules of redaction take out parts of it)"
-            return dead_block(partition, record, said, reason, text)
-    return dead_block(partition, record, message, reason)
-
-
-def _otlp(part: Slice, *, mend: bool) -> bytes:
-    def into(offset: int) -> int:
-        return missing(topics.OTLP_SPANS, part.present.get(offset, 0))
-
-    return batches.body(part.partition.name, part.partition.number, part.records, into, mend=mend)
-
-
-def arrow_body(table: pa.Table) -> Body:
-    """For a table or an input table that takes Arrow."""
-    return Body(table.column_names, arrow(table), "ArrowStream", {}, REJECTED_CODES)
 
 
 def _named(partitions: Collection[Partition]) -> dict[str, object]:

@@ -25,7 +25,7 @@ from aiokafka.errors import IllegalStateError, KafkaError
 
 from fulgurite.consumers.materialiser.agreement import another, ends_before
 from fulgurite.consumers.materialiser.blocks import DEAD_LETTERS_TABLE, Partition, Slice, halves, parted
-from fulgurite.consumers.materialiser.errors import OtherLog, Rejected, TooLarge, Unavailable
+from fulgurite.consumers.materialiser.errors import NotUnderstood, OtherLog, Rejected, TooLarge, Unavailable
 from fulgurite.consumers.materialiser.history import NEAR, Look
 from fulgurite.consumers.materialiser.metrics import Metrics
 from fulgurite.consumers.materialiser.offsets import Lost, Offsets
@@ -362,7 +362,8 @@ class TopicWriter:
             self._complained = now
             part = buffers[0].partition
             where = f"{part}" if len(buffers) == 1 else f"{part} and {len(buffers) - 1} more"
-            logger.warning("%s: cannot %s, trying again: %s", where, what, error, extra=_place(part))
+            level = logging.ERROR if isinstance(error, NotUnderstood) else logging.WARNING
+            logger.log(level, "%s: cannot %s, trying again: %s", where, what, error, extra=_place(part))
 
     def _give_up(self, buffers: Sequence[PartitionBuffer]) -> None:
         for buffer in buffers:
