@@ -21,9 +21,9 @@ def another(
 ) -> OtherLog | None:
     """Why the log is another one. `logged` and `end`: where the log of inserts and Kafka's end; `times`: of rows, in
     ms, by offset; `was_id`: the topic's, when this process settled it last."""
-    others = [offset for offset, time_ms in times.items() if _differ(time_ms, look.times[offset])]
+    others = [offset for offset, time_ms in times.items() if differ(time_ms, look.times[offset])]
     if others:
-        return _other_records(partition, min(others))
+        return other_record(partition, min(others))
     if logged > end:
         return ends_before(partition, logged, end)
     if was_id != look.incarnation.topic_id and logged > 0:
@@ -31,7 +31,7 @@ def another(
     return None
 
 
-def _differ(one_ms: int, other_ms: int) -> bool:
+def differ(one_ms: int, other_ms: int) -> bool:
     """Of records with the same offset: whether they are two. A table's times end where ClickHouse's do."""
     return all(0 < time_ms < LAST_MS for time_ms in (one_ms, other_ms)) and one_ms != other_ms
 
@@ -41,7 +41,7 @@ def ends_before(partition: Partition, known: int, end: int) -> OtherLog:
     return OtherLog(f"{what}: {_what_to_do(partition, end)}")
 
 
-def _other_records(partition: Partition, offset: int) -> OtherLog:
+def other_record(partition: Partition, offset: int) -> OtherLog:
     what = f"{partition} has another record at offset {offset} than ClickHouse has a row of"
     return OtherLog(f"{what}: {_what_to_do(partition, offset)}")
 

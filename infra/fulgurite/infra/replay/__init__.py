@@ -9,21 +9,25 @@ more out of the same bytes, and then deletes the old ones.
 
 It keeps away from the running materialiser: only offsets below the end of `ingest_log` are touched, and those the
 materialiser never inserts again. It keeps away from what Kafka has forgotten: only rows of records that were read just
-now are ever deleted.
+now are ever deleted, and only if they have their records' times: where the log is another one than that of the rows,
+they may be all that is left of theirs.
 
 The contract, for one partition. The code carries these numbers.
 
-    0  begin    0.1 `begun` in replay_log for every partition, with range and time (the server's clock).
-                0.2 Look: where another unfinished replay of this topic is there, withdraw and refuse. The same command
+    0  begin    0.1 Ask whether Kafka's logs are still those whose records the tables have, as the materialiser does in
+                    its own 0.1. Refused where one is not, also when the same command is given again.
+                0.2 `begun` in replay_log for every partition, with range and time (the server's clock).
+                0.3 Look: where another unfinished replay of this topic is there, withdraw and refuse. The same command
                     given again goes on with its own unfinished replay, behind the last `part`.
-                0.3 Claim every partition: a fence as the materialiser's (its fences.py), of replays alone. From now on
+                0.4 Claim every partition: a fence as the materialiser's (its fences.py), of replays alone. From now on
                     the server refuses each insert of a replay of them that begins with another one. `--abandon` claims,
                     too, waits as 2 does, and then writes `abandoned`.
     1  read     A chunk of records.
     2  ask      Where nobody knows what became of an insert of ours, claim anew, lower than whoever claimed since: it
                 is refused if it comes now. Wait until no insert of a replay of the partition runs, ask which offsets
                 are in which table. --rebuild: only rows ingested since `begun` are there; older ones are to be
-                replaced.
+                replaced. Refused where a row, of whatever age, has another time than the record at its offset: the log
+                is another one, for which 0.1 need not have found a row.
     3  insert   What is missing: one block, guarded by the claim. Each table takes its part wholly or not at all. One
                 that needs more memory than there is: both halves of its range by 2 and 3, each. Refused by its guard:
                 the partition is another replay's, and this process ends.

@@ -9,7 +9,9 @@ from typing import TYPE_CHECKING
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
 
+from fulgurite.consumers.materialiser.agreement import another
 from fulgurite.consumers.materialiser.blocks import Partition
+from fulgurite.consumers.materialiser.history import NEAR, History
 from fulgurite.infra.replay import marks
 from fulgurite.infra.replay.marks import Mark
 from fulgurite.infra.replay.store import ReplayStore
@@ -24,7 +26,7 @@ if TYPE_CHECKING:
 
 
 class Refused(FulguriteError):
-    """Another replay of this topic is not finished."""
+    """Another replay of this topic is not finished, or Kafka's log is not the one of the tables."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,20 +58,33 @@ class Span:
     """Offsets asked for that the materialiser has not done yet: they are its own."""
 
 
+async def of_the_same_log(kafka: KafkaSettings, store: ReplayStore, asked: Asked) -> None:
+    """0.1. Raises Refused, Unavailable and KafkaError."""
+    name = kafka.topic(asked.topic)
+    partitions = {TopicPartition(name, number): Partition(asked.topic, name, number) for number in asked.partitions}
+    history = History(kafka)
+    try:
+        logged = await store.logged(list(partitions.values()))
+        async with _consumer(kafka) as consumer:
+            begin, end = [await ask(list(partitions)) for ask in (consumer.beginning_offsets, consumer.end_offsets)]
+        looks = await history.look({tp: max(begin[tp], logged[part] - NEAR) for tp, part in partitions.items()})
+        times = await store.times({part: list(looks[tp].times) for tp, part in partitions.items()})
+    finally:
+        await history.close()
+    for tp, part in partitions.items():
+        why = another(part, logged[part], end[tp], looks[tp], times[part], looks[tp].incarnation.topic_id)
+        if why is not None:
+            raise Refused(f"nothing is replayed: {why}")
+
+
 async def ranges(kafka: KafkaSettings, store: ReplayStore, asked: Asked) -> list[Span]:
     """Clipped to what Kafka still has and the materialiser has logged. Raises Unavailable and KafkaError."""
     name = kafka.topic(asked.topic)
     parts = [TopicPartition(name, number) for number in asked.partitions]
-    consumer: AIOKafkaConsumer = AIOKafkaConsumer(
-        **connection_options(kafka), isolation_level="read_committed", enable_auto_commit=False
-    )
-    await consumer.start()
-    try:
+    async with _consumer(kafka) as consumer:
         begin, end = await consumer.beginning_offsets(parts), await consumer.end_offsets(parts)
         starts = await _offsets(consumer, parts, asked.from_offset, asked.from_time, end)
         stops = await _offsets(consumer, parts, asked.to_offset, asked.to_time, end)
-    finally:
-        await consumer.stop()
     spans: list[Span] = []
     for part in parts:
         partition = Partition(asked.topic, name, part.partition)
@@ -79,6 +94,10 @@ async def ranges(kafka: KafkaSettings, store: ReplayStore, asked: Asked) -> list
         expired = max(0, min(begin[part], stop) - starts[part])
         spans.append(Span(part.partition, lo, max(lo, min(stop, logged)), expired, max(0, stop - max(lo, logged))))
     return spans
+
+
+def _consumer(kafka: KafkaSettings) -> AIOKafkaConsumer:
+    return AIOKafkaConsumer(**connection_options(kafka), isolation_level="read_committed", enable_auto_commit=False)
 
 
 async def _offsets(
@@ -98,7 +117,7 @@ async def _offsets(
 def begin(
     client: Client, topic: str, asked: Asked, spans: Sequence[Span], checkpoint: Callable[[str], None]
 ) -> list[Mark]:
-    """0: one mark for every partition with something to do. Raises Refused."""
+    """0.2, 0.3: one mark for every partition with something to do. Raises Refused."""
     own = new_id()
     fresh = [
         Mark(own, topic, span.partition, span.lo, span.hi, asked.rebuild, asked.words)

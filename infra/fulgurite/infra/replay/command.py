@@ -31,7 +31,7 @@ from fulgurite.consumers.materialiser.store import TABLES
 from fulgurite.infra.cli_common import console, errors
 from fulgurite.infra.dlq.letters import topic_named
 from fulgurite.infra.replay import marks
-from fulgurite.infra.replay.begin import Asked, Span, adopted, begin, ranges
+from fulgurite.infra.replay.begin import Asked, Span, adopted, begin, of_the_same_log, ranges
 from fulgurite.infra.replay.marks import Mark
 from fulgurite.infra.replay.run import Counts, Replayer, Watch
 from fulgurite.infra.replay.store import Range, ReplayStore
@@ -92,7 +92,7 @@ def abandon(settings: Settings, options: Options) -> int:
 
     async def work(found: Sequence[Mark], client: Client) -> None:
         async with _store(settings) as store:
-            # 0.3: where it sleeps, its next insert is refused.
+            # 0.4: where it sleeps, its next insert is refused.
             await store.claim([Partition(topic, name, mark.partition) for mark in found])
             for mark in found:
                 where = Range(Partition(topic, name, mark.partition), mark.next, mark.hi)
@@ -134,6 +134,9 @@ async def _replay(settings: Settings, client: Client, topic: Topic, options: Opt
     with _progress() as shown:
         watch = watch or Watch(advance=shown.advance, complain=_complain)
         async with _store(settings) as store:
+            # 0.1
+            await of_the_same_log(settings.kafka, store, asked)
+            # 0.2, 0.3
             found = adopted(client, name, asked)
             if found:
                 _complain(f"going on with the replay that {found[0].who} began at {found[0].begun}")
@@ -143,7 +146,7 @@ async def _replay(settings: Settings, client: Client, topic: Topic, options: Opt
                 found = begin(client, name, asked, spans, watch.checkpoint)
             shown.begin(name, sum(mark.hi - mark.next for mark in found))
             if found:
-                # 0.3
+                # 0.4
                 await store.claim([Partition(topic, name, mark.partition) for mark in found])
                 async with Replayer(settings.kafka, client, store, watch) as replayer:
                     for mark in found:

@@ -17,7 +17,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from clickhouse_connect.driver.exceptions import OperationalError
 
 from fulgurite.consumers.materialiser.blocks import LINE_TOPICS, Partition, Slice, halves, missing, parted
-from fulgurite.consumers.materialiser.errors import Fenced, Rejected, TooLarge, Unavailable
+from fulgurite.consumers.materialiser.errors import Fenced, OtherLog, Rejected, TooLarge, Unavailable
 from fulgurite.consumers.materialiser.lines import line_feeds
 from fulgurite.consumers.materialiser.partition import BATCH_LINES
 from fulgurite.infra.replay import marks
@@ -197,7 +197,7 @@ class Replayer:
                 await self._store.claim_anew(where.partition)
             in_doubt = True
             await self._store.when_quiet(where.partition)
-            present = await self._store.present_in(where, since_ms)
+            present = await self._store.present_in(where, since_ms, {r.offset: r.timestamp for r in records})
             first = present if first is None else first
             lacking = [r for r in records if missing(where.partition.topic, present.get(r.offset, 0))]
             self._watch.checkpoint("asked")
@@ -246,6 +246,8 @@ class Replayer:
                     "another `fulgurite replay` has gone on with this one or ended it (--abandon): it has inserted "
                     "nothing since, and does not go on"
                 ) from error
+            except OtherLog as error:
+                raise Refused(f"not replayed any further: {error}") from error
             except (Unavailable, OperationalError) as error:
                 self._complain(f"ClickHouse: cannot {what}, trying again: {str(error).splitlines()[0][:200]}")
                 await asyncio.sleep(pause)

@@ -6,12 +6,13 @@ Promises and errors as in the materialiser's store.
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
 import aiohttp
 from clickhouse_connect.driver.exceptions import ClickHouseError
 
+from fulgurite.consumers.materialiser.agreement import differ, other_record
 from fulgurite.consumers.materialiser.blocks import DEAD_LETTERS_TABLE, OWN_TABLE, Partition, Slice
 from fulgurite.consumers.materialiser.errors import Unavailable
 from fulgurite.consumers.materialiser.fences import Guard, fenced, renewed
@@ -54,7 +55,7 @@ class ReplayStore(Store):
         self._claims: dict[Partition, str] = {}
 
     async def claim(self, partitions: Sequence[Partition]) -> None:
-        """0.3: no other replay inserts into these of one topic any more, once they are quiet. Raises Unavailable."""
+        """0.4: no other replay inserts into these of one topic any more, once they are quiet. Raises Unavailable."""
         fence = await self.fence([_claimed(partition) for partition in partitions])
         self._claims.update(dict.fromkeys(partitions, fence))
 
@@ -79,14 +80,23 @@ class ReplayStore(Store):
     def _by_claim(self, partition: Partition) -> Guard:
         return fenced(self._settings.database, [Slice(_claimed(partition), [], fence=self._claims[partition])])
 
-    async def present_in(self, where: Range, since_ms: int | None) -> dict[int, int]:
-        """The offsets of the range that are there, and in which tables; `since_ms`: rows ingested since then."""
+    async def present_in(self, where: Range, since_ms: int | None, times: Mapping[int, int]) -> dict[int, int]:
+        """The offsets of the range that are there, and in which tables; `since_ms`: rows ingested since then. `times`:
+        of the records, in ms. Raises OtherLog where a row of whatever age is not theirs, and Unavailable."""
         found: dict[int, int] = {}
-        condition = f"{_RANGE} AND {_NEW}" if since_ms is not None else _RANGE
+        others: list[int] = []
+        counts = _NEW if since_ms is not None else "true"
         for table, bit in ((TABLES[where.partition.topic], OWN_TABLE), (DEAD_LETTERS, DEAD_LETTERS_TABLE)):
-            query = f"SELECT DISTINCT _offset FROM {table} WHERE {condition}"
-            for (offset,) in await self._query(query, where.parameters(since_ms)):
-                found[offset] = found.get(offset, 0) | bit
+            query = (
+                f"SELECT _offset, toUnixTimestamp64Milli(_ts), max({counts}) FROM {table} WHERE {_RANGE} GROUP BY ALL"
+            )
+            for offset, time_ms, new in await self._query(query, where.parameters(since_ms)):
+                if offset in times and differ(time_ms, times[offset]):
+                    others.append(offset)
+                if new:
+                    found[offset] = found.get(offset, 0) | bit
+        if others:
+            raise other_record(where.partition, min(others))
         return found
 
     async def when_quiet(self, partition: Partition) -> None:
