@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any, cast
 
@@ -11,13 +12,16 @@ from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.errors import KafkaConnectionError, OffsetOutOfRangeError
 
 from fulgurite.consumers.materialiser import service
-from fulgurite.consumers.materialiser.blocks import OffsetRange
+from fulgurite.consumers.materialiser import skipped as skipped_module
+from fulgurite.consumers.materialiser.blocks import OffsetRange, Partition
+from fulgurite.consumers.materialiser.history import History
 from fulgurite.consumers.materialiser.skipped import Skipped
-from fulgurite.consumers.materialiser.store import LogEntry
+from fulgurite.consumers.materialiser.store import LogEntry, Store
 from fulgurite.producers.raw import Read
 from fulgurite.schemas import topics
 from fulgurite.schemas.settings import Settings
 from tests.consumers.materialiser_fakes import FakeRecord, partition
+from tests.consumers.otlp_tables import Tables
 from tests.infra.dlq_world import World, span
 
 TP = TopicPartition(topics.SPANS.name, 0)
@@ -43,19 +47,36 @@ def entry(lo: int, hi: int, *gaps: OffsetRange) -> LogEntry:
     return LogEntry(partition(0, topics.SPANS), lo, hi, 1, gaps)
 
 
+class Inserts:
+    """The log of inserts."""
+
+    def __init__(self, *entries: LogEntry) -> None:
+        self.newest = {entry.partition: entry for entry in entries}
+        self.asked = 0
+
+    async def ask(self, partitions: Collection[Partition]) -> dict[Partition, LogEntry]:
+        self.asked += 1
+        return {part: self.newest[part] for part in partitions if part in self.newest}
+
+
+def reading(log: Log, *entries: LogEntry) -> Skipped:
+    return Skipped(log.read, Inserts(*entries).ask)
+
+
 async def skipped(found: Skipped, *entries: LogEntry) -> list[OffsetRange]:
-    *others, last = await found.known(entries)
+    (*others, last), later = await found.known(entries)
     assert not any(other.skipped for other in others)
+    assert not later
     return list(last.skipped)
 
 
 async def test_what_kafka_has_no_record_at_is_skipped_and_what_it_has_is_not(caplog: pytest.LogCaptureFixture) -> None:
     log = Log(0, 2, 5, 8, 9, 20)
-    found = await skipped(Skipped(log.read), entry(0, 5, (1, 1), (3, 4)), entry(8, 20, (6, 7), (10, 19)))
+    found = await skipped(reading(log), entry(0, 5, (1, 1), (3, 4)), entry(8, 20, (6, 7), (10, 19)))
     assert found == [(1, 1), (3, 4), (6, 7), (10, 13), (14, 17), (18, 19)]
     assert log.asked == [1, 6, 10, 14, 18], "an answer says about all gaps that it reaches"
     assert not caplog.records
-    lost = await skipped(Skipped(log.read), entry(0, 9, (1, 8)), entry(20, 20, (10, 19)))
+    lost = await skipped(reading(log), entry(0, 9, (1, 8)), entry(20, 20, (10, 19)))
     assert lost == [(1, 1), (3, 4), (6, 7), (10, 13), (14, 17), (18, 19)]
     assert [record.getMessage() for record in caplog.records] == [
         "spans-0: 1 records from offset 2 on were not given by Kafka's client",
@@ -66,7 +87,7 @@ async def test_what_kafka_has_no_record_at_is_skipped_and_what_it_has_is_not(cap
 async def test_what_cannot_be_asked_now_is_asked_with_the_next_range() -> None:
     log = Log(0, 3, 8)
     log.errors[5] = KafkaConnectionError("gone")
-    found = Skipped(log.read)
+    found = reading(log)
     assert await skipped(found, entry(0, 8, (1, 2), (4, 7))) == [(1, 2), (4, 4)]
     assert not found.asked(TP)
     log.errors = {5: OffsetOutOfRangeError({})}
@@ -75,8 +96,98 @@ async def test_what_cannot_be_asked_now_is_asked_with_the_next_range() -> None:
     assert await skipped(found, entry(10, 30, (22, 29))) == [(22, 25), (26, 29)]
 
 
+async def test_what_could_not_be_asked_is_left_to_whoever_comes_next_and_asked_without_a_new_range() -> None:
+    log = Log(0, 3, 8)
+    log.errors[5] = KafkaConnectionError("gone")
+    ((said,), later) = await reading(log).known([entry(0, 8, (1, 2), (4, 7))])
+    assert (said.skipped, said.unasked, later) == ([(1, 2), (4, 4)], [(5, 7)], [])
+    inserts = Inserts(said)
+    successor = Skipped(log.read, inserts.ask)
+    assert not successor.asked(TP), "nobody knows yet"
+    assert await successor.known([], [said.partition]) == ([], []), "nothing new"
+    log.errors.clear()
+    (again,) = (await successor.known([], [said.partition]))[1]
+    assert (again.lo, again.hi, again.records) == (0, 8, 0), "it says no more than what is in the log"
+    assert (again.skipped, again.unasked) == ([(5, 7)], [])
+    assert successor.asked(TP)
+    assert await successor.known([], [said.partition]) == ([], [])
+    assert inserts.asked == 1
+
+
+async def test_what_is_forgotten_while_it_is_asked_is_not_lost() -> None:
+    """As when a leader changes meanwhile."""
+
+    async def read(tp: TopicPartition, at: int) -> Read:
+        found.forget(tp)
+        raise KafkaConnectionError("gone")
+
+    found = Skipped(read, Inserts(LogEntry(partition(0, topics.SPANS), 0, 3, 1, unasked=[(1, 2)])).ask)
+    ((said,), _) = await found.known([entry(4, 8, (4, 7))])
+    assert said.unasked == [(1, 2), (4, 7)]
+    assert not found.asked(TP)
+
+
+async def test_what_waits_is_bounded_and_says_so(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(skipped_module, "MANY", 2)
+    log = Log(end=0)
+    log.errors = {3: KafkaConnectionError("gone")}
+    ((said,), _) = await reading(log).known([entry(0, 8, (1, 1), (3, 3), (5, 5))])
+    assert said.unasked == [(3, 3), (5, 5)]
+    assert "those before offset 3 are never asked, and stay gaps" in caplog.text
+
+
+async def test_the_log_of_inserts_keeps_what_is_left_to_be_asked(tables: Tables) -> None:
+    store = Store(tables.settings, 30, "test")
+    await store.connect()
+    one, other = (Partition(topics.SPANS, "it's", number) for number in (0, 1))
+    try:
+        await store.log([LogEntry(one, 0, 5, 6), LogEntry(one, 6, 9, 2, skipped=[(7, 7)], unasked=[(3, 4), (8, 8)])])
+        newest = await store.newest([one, other])
+        assert newest == {one: LogEntry(one, 6, 9, 0, unasked=[(3, 4), (8, 8)])}
+        await store.log_again(
+            [
+                LogEntry(one, 6, 9, 0, skipped=[(3, 4)], unasked=[(8, 8)]),
+                LogEntry(one, 6, 10, 0),
+                LogEntry(other, 6, 9, 0),
+            ]
+        )
+        assert (await store.newest([one]))[one].unasked == [(8, 8)]
+        assert await store.logged([one, other]) == {one: 10, other: 0}, "a range that is not there is not logged"
+        found = tables.client.query("SELECT lo, hi, skipped.lo, skipped.hi FROM ingest_log ORDER BY at, lo").result_rows
+        assert list(map(tuple, found)) == [(0, 5, [], []), (6, 9, [7], [7]), (6, 9, [3], [4])]
+    finally:
+        await store.close()
+        tables.client.command("TRUNCATE TABLE ingest_log")
+
+
+async def test_gaps_that_kafka_could_not_explain_are_explained_to_the_next_one(
+    settings: Settings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """Nothing is produced meanwhile."""
+    monkeypatch.setattr(service, "CHECK_SECONDS", 0.3)
+    world = World(settings, tmp_path)
+
+    async def away(self: History, tp: TopicPartition, at: int) -> Read:
+        raise KafkaConnectionError("away")
+
+    for number in range(3):
+        await world.produce_in_transaction(topics.SPANS, span(span_id=f"{number}"), b"r")
+    view = "SELECT rows, highest, skipped, gaps FROM reconciliation"
+    with monkeypatch.context() as patched:
+        patched.setattr(History, "read", away)
+        async with world.materialiser():
+            await world.until("SELECT max(hi) FROM ingest_log", lambda rows: rows == [(4,)])
+            await asyncio.sleep(1)
+    assert world.ask(view) == [(3, 4, 0, 2)]
+    async with world.materialiser():
+        await world.until(view, lambda rows: rows == [(3, 4, 2, 0)], 15)
+    assert "nowhere" not in caplog.text
+
+
 async def test_behind_the_end_nothing_is_known() -> None:
-    assert await skipped(Skipped(Log(end=3).read), entry(0, 9, (1, 8))) == [(1, 2)]
+    assert await skipped(reading(Log(end=3)), entry(0, 9, (1, 8))) == [(1, 2)]
 
 
 async def test_a_transactional_producer_leaves_no_gaps_and_a_lost_record_does(

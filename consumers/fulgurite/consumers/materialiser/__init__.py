@@ -43,9 +43,11 @@ The code carries these numbers.
                 insert that the server refuses for what is in it left nothing: OTLP is then written so that it can be
                 read (consumers/otlp/mend.py), anything else is halved down to the record that nobody will take. One
                 that needs too much memory is made smaller.
-    2  log      ingest_log: lo..hi is in, and at which offsets before hi Kafka has no record (skipped.py). Within some
-                seconds, for all partitions at once. Where that fails, back to 0: the database that comes back may lack
-                what was to be logged. Every 15 s the entries of 1 are looked for, also where nothing is inserted.
+    2  log      ingest_log: lo..hi is in, and at which offsets before hi Kafka has no record, or is still to be asked
+                (skipped.py). Within some seconds, for all partitions at once. What Kafka says later of a range is
+                logged with that range once more, if the log still has it. Where that fails, back to 0: the database
+                that comes back may lack what was to be logged. Every 15 s the entries of 1 are looked for, also where
+                nothing is inserted.
     3  commit   Offset hi + 1: a hint for lag monitors.
 
 A crash after

@@ -74,9 +74,9 @@ def renewed(fence: str) -> str:
 
 def fenced(database: str, slices: Sequence[Slice]) -> Guard:
     """The guard of an insert of these slices, by their fences."""
-    name = _quoted(slices[0].partition.name)
+    name = quoted(slices[0].partition.name)
     numbers = ", ".join(str(slice.partition.number) for slice in slices)
-    own = ", ".join(f"({slice.partition.number}, {_quoted(slice.fence)})" for slice in slices)
+    own = ", ".join(f"({slice.partition.number}, {quoted(slice.fence)})" for slice in slices)
     condition = (
         f"(SELECT throwIf(count() != {len(slices)}, '{REFUSAL}') FROM ("
         "SELECT _partition, max(fence) AS greatest FROM ingest_fences "
@@ -92,7 +92,7 @@ def fenced(database: str, slices: Sequence[Slice]) -> Guard:
 
 def marks_query(topic: str, marks: Mapping[int, int]) -> str:
     """Selects those of the marks, by partition, that are in the log of inserts. They are found by its primary key."""
-    return _marks(_quoted(topic), marks)
+    return _marks(quoted(topic), marks)
 
 
 def _marks(quoted_topic: str, marks: Mapping[int, int]) -> str:
@@ -121,6 +121,7 @@ def running_parameters(database: str, partitions: Sequence[Partition]) -> dict[s
     return {"prefix": running_prefix(database, partitions[0].name), "numbers": numbers}
 
 
-def _quoted(text: str) -> str:
+def quoted(text: str) -> str:
+    """As a literal of SQL."""
     escaped = text.replace("\\", "\\\\").replace("'", "\\'")
     return f"'{escaped}'"

@@ -7,11 +7,13 @@ for ever.
 
 from __future__ import annotations
 
+import json
 from collections import defaultdict
 from collections.abc import Collection, Iterator, Mapping
-from typing import Final
+from typing import Final, cast
 
-from fulgurite.consumers.materialiser.blocks import Partition
+from fulgurite.consumers.materialiser.blocks import OffsetRange, Partition
+from fulgurite.consumers.materialiser.fences import quoted
 
 QUESTION_BYTES: Final = 128 * 1024
 """Of the text, which is ASCII."""
@@ -30,6 +32,37 @@ SELECT sum(toInt64(till) - toInt64(greatest(since, least(till, before)))) FROM
 )
 """
 """How many offsets of lo..hi are skipped; ranges may overlap. They stand in its own entry or in later ones."""
+
+
+NEWEST: Final = """
+SELECT _partition, lo, hi, unasked.lo, unasked.hi FROM ingest_log
+WHERE _topic = {name:String} AND _partition IN {numbers:Array(UInt32)} AND (_partition, hi) IN
+(
+    SELECT _partition, max(hi) FROM ingest_log
+    WHERE _topic = {name:String} AND _partition IN {numbers:Array(UInt32)} GROUP BY _partition
+)
+ORDER BY at DESC LIMIT 1 BY _partition
+"""
+"""Of each partition, what its newest entry with the highest offset says."""
+
+
+def logged_condition(ranges: Collection[tuple[Partition, int, int]]) -> str:
+    """Holds for rows of these ranges of one topic that the log of inserts has. They are found by its primary key."""
+    topic = quoted(next(iter(ranges))[0].name)
+    places = ", ".join(f"({partition.number}, {lo})" for partition, lo, _ in ranges)
+    return (
+        "(_partition, lo, hi) IN (SELECT _partition, lo, hi FROM ingest_log "
+        f"WHERE _topic = {topic} AND (_partition, lo) IN ({places}))"
+    )
+
+
+def log_line(row: Mapping[str, object]) -> bytes:
+    """A row of the log of inserts as JSON."""
+    ranges = {
+        name: [{"lo": lo, "hi": hi} for lo, hi in cast("Collection[OffsetRange]", row[name])]
+        for name in ("skipped", "unasked")
+    }
+    return json.dumps({**row, **ranges}).encode() + b"\n"
 
 
 def missing_query(tables: Collection[str]) -> str:

@@ -122,7 +122,7 @@ class Materialiser(ConsumerRebalanceListener):
         self._failed: asyncio.Future[None] = asyncio.get_running_loop().create_future()
         self._broker, self._subscriber = subscribe(settings, self._group, list(self._topics), self)
         self._history = History(settings.kafka)
-        self._skipped = Skipped(self._history.read)
+        self._skipped = Skipped(self._history.read, store.newest)
         self._watch_logs = Watch(list(self._topics), self._buffers, self._history, self._doubt, metrics)
         self._fetching = Fetching(
             self._buffers,
@@ -246,6 +246,8 @@ class Materialiser(ConsumerRebalanceListener):
         try:
             await self._look_for_marks()
             for tp, entry in ranges.items():
+                if tp not in self._buffers:
+                    continue  # whoever has it now looks, and asks what is left to be asked
                 if not self._skipped.asked(tp):
                     self._to_check.setdefault(tp, entry)
                     continue
@@ -284,14 +286,21 @@ class Materialiser(ConsumerRebalanceListener):
 
     async def _flush(self) -> None:
         async with self._flushing:
-            entries = self._finished.copy()
-            if not entries:
-                return
-            entries = await self._skipped.known(entries)
+            entries, later = self._finished.copy(), list[LogEntry]()
             try:
+                settled = [buffer.partition for buffer in self._buffers.values() if buffer.settled]
+                entries, later = await self._skipped.known(entries, settled)
                 # 2
-                await self._store.log(entries)
+                if entries:
+                    await self._store.log(entries)
+                for name in {entry.partition.name for entry in later}:
+                    await self._store.log_again([entry for entry in later if entry.partition.name == name])
             except Unavailable as error:
+                for entry in (*entries, *later):
+                    self._skipped.forget(TopicPartition(entry.partition.name, entry.partition.number))
+                if not entries:
+                    logger.debug("gaps are asked later: %s", error)
+                    return
                 # What comes back need not be the database that had it: what is there, and not logged, is asked.
                 logger.warning("cannot log what was inserted, asking the tables again: %s", error)
                 del self._finished[: len(entries)]
@@ -304,14 +313,15 @@ class Materialiser(ConsumerRebalanceListener):
                 buffer = self._buffers.get(TopicPartition(entry.partition.name, entry.partition.number))
                 if buffer is not None:
                     buffer.mark = entry.lo
-            for entry in entries:
+            for entry in (*entries, *later):
                 if entry.skipped:
                     count = sum(hi - lo + 1 for lo, hi in entry.skipped)
                     self.metrics.skipped(entry.partition.name, entry.partition.number, count)
+            for entry in entries:
                 # One range of each partition is checked: a sample under load, everything when there is little.
                 self._to_check[TopicPartition(entry.partition.name, entry.partition.number)] = entry
             await self._at_checkpoint("logged", entries)
-            if self._offsets is not None:
+            if entries and self._offsets is not None:
                 # 3
                 done = {TopicPartition(e.partition.name, e.partition.number): e.hi + 1 for e in entries}
                 await self._offsets.finish(done)

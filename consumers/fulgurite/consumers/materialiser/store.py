@@ -36,7 +36,7 @@ from fulgurite.consumers.materialiser.fences import (
     marks_query,
     running_parameters,
 )
-from fulgurite.consumers.materialiser.questions import missing_query, times_queries
+from fulgurite.consumers.materialiser.questions import NEWEST, log_line, logged_condition, missing_query, times_queries
 from fulgurite.producers.redaction import redactor
 from fulgurite.schemas import topics
 from fulgurite.schemas.migrations import connection_options
@@ -76,6 +76,8 @@ class LogEntry:
     """Before `hi`, where no record came."""
     skipped: Sequence[OffsetRange] = ()
     """Before `hi`, where Kafka has none."""
+    unasked: Sequence[OffsetRange] = ()
+    """Before `hi`, where Kafka is still to be asked."""
 
 
 class Store:
@@ -171,15 +173,30 @@ class Store:
 
     async def log(self, entries: Sequence[LogEntry]) -> None:
         """Says that these ranges are in. Raises Unavailable."""
-        columns = ["_topic", "_partition", "lo", "hi", "records", "consumer", "skipped"]
-        rows = [
-            [e.partition.name, e.partition.number, e.lo, e.hi, e.records, self._consumer, list(e.skipped)]
-            for e in entries
-        ]
+        rows = [list(_row(entry, self._consumer).values()) for entry in entries]
+        columns = list(_row(entries[0], self._consumer))
         try:
             await self._connected.insert("ingest_log", rows, column_names=columns, settings={"async_insert": 0})
         except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
             raise Unavailable(first_line(error)) from error
+
+    async def log_again(self, entries: Sequence[LogEntry]) -> None:
+        """What became known of gaps since these, of one topic, were logged. Says nothing of a range that is not in the
+        log any more, as where the database went back. Raises Unavailable."""
+        condition = logged_condition([(entry.partition, entry.lo, entry.hi) for entry in entries])
+        data = [log_line(_row(entry, self._consumer)) for entry in entries]
+        body = Body(list(_row(entries[0], self._consumer)), data, "JSONEachRow", {}, frozenset())
+        await self._insert("ingest_log", body, Guard("", condition))
+
+    async def newest(self, partitions: Collection[Partition]) -> dict[Partition, LogEntry]:
+        """Of those partitions of one topic that the log has one of, the newest entry with the highest offset, and what
+        it leaves to be asked. Raises Unavailable."""
+        found: dict[Partition, LogEntry] = {}
+        by_number = {partition.number: partition for partition in partitions}
+        for number, lo, hi, since, till in await self._rows(NEWEST, _named(partitions)):
+            gaps = list(zip(map(int, since), map(int, till), strict=True))
+            found[by_number[number]] = LogEntry(by_number[number], int(lo), int(hi), 0, unasked=gaps)
+        return found
 
     async def logged(self, partitions: Collection[Partition]) -> dict[Partition, int]:
         """One more than the highest offset the log knows of, 0 where it knows none. Raises Unavailable."""
@@ -274,23 +291,37 @@ class Store:
 
     async def dead_letters(self) -> dict[tuple[str, str], int]:
         """(reason, stage) -> rows. Raises Unavailable."""
-        try:
-            result = await self._connected.query("SELECT reason, stage, count() FROM dead_letters GROUP BY ALL")
-        except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
-            raise Unavailable(first_line(error)) from error
-        return {(str(reason), str(stage)): int(rows) for reason, stage, rows in result.result_rows}
+        found = await self._rows("SELECT reason, stage, count() FROM dead_letters GROUP BY ALL", {})
+        return {(str(reason), str(stage)): int(rows) for reason, stage, rows in found}
 
     async def _query(self, query: str, parameters: dict[str, object]) -> list[tuple[int, ...]]:
+        return [tuple(int(value) for value in row) for row in await self._rows(query, parameters)]
+
+    async def _rows(self, query: str, parameters: dict[str, object]) -> Sequence[Sequence[Any]]:
         try:
             result = await self._connected.query(query, parameters=parameters)
         except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
             raise of_a_question(error) from error
-        return [tuple(int(value) for value in row) for row in result.result_rows]
+        return result.result_rows
 
     @property
     def _connected(self) -> AsyncClient:
         assert self._client is not None, "connect() comes first"
         return self._client
+
+
+def _row(entry: LogEntry, consumer: str) -> dict[str, object]:
+    """Of ingest_log."""
+    return {
+        "_topic": entry.partition.name,
+        "_partition": entry.partition.number,
+        "lo": entry.lo,
+        "hi": entry.hi,
+        "records": entry.records,
+        "consumer": consumer,
+        "skipped": list(entry.skipped),
+        "unasked": list(entry.unasked),
+    }
 
 
 def _named(partitions: Collection[Partition]) -> dict[str, object]:
