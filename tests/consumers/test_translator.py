@@ -19,7 +19,7 @@ from fulgurite.consumers.translator.service import serve, spans_of
 from fulgurite.producers.kafka import connection_options
 from fulgurite.producers.redaction import Redactor
 from fulgurite.schemas.codec import decode as decode_event
-from fulgurite.schemas.dead_letters import HEADER_LINE, HEADER_MESSAGE
+from fulgurite.schemas.dead_letters import HEADER_LINE, HEADER_MESSAGE, HEADER_REASON
 from fulgurite.schemas.redaction import KeyRule, RedactionSettings, ValueRule
 from fulgurite.schemas.rewards import Reward
 from fulgurite.schemas.settings import KafkaSettings, Settings
@@ -192,6 +192,29 @@ async def test_rewards_reach_their_topic_and_what_is_none_the_dead_letters(kafka
     assert first.attributes["mail"] == "[redacted:email]", "the span is a whole one all the same"
     assert first.resource == second.resource == {"fulgurite.rollout_id": f"{prefix}-bad"}
     assert [event.attributes for event in second.events] == [score, score]
+
+
+async def test_a_reward_that_no_record_has_room_for_is_a_dead_letter_and_blocks_nobody(
+    kafka_settings: KafkaSettings,
+) -> None:
+    prefix = kafka_settings.topic_prefix.strip(".")
+    named = {f"agentlightning.reward.{number}.value": 1.0 for number in (0, 1)}
+    named |= {"agentlightning.reward.1.name": "n" * 20_000}
+    links = {f"agentlightning.link.0.{part}": "x" * 20_000 for part in ("key_match", "value_match")}
+    large = {"fulgurite.rollout_id": f"{prefix}-large"}
+    await send(kafka_settings, record(span(named), resource=large), record(span(AGL | links), resource=large))
+    await send(kafka_settings, mine(prefix, 1))
+    # The collector's bound need not be ours.
+    ours = kafka_settings.model_copy(update={"max_record_bytes": 16_384})
+    async with translating(Settings(kafka=ours)):
+        values = await read(kafka_settings, REWARDS, 2)
+        await read(kafka_settings, DEAD_LETTERS, 1)
+    found = from_test(prefix, values)
+    assert sorted((one.rollout_id, one.metadata) for one in found) == [(f"{prefix}-1", {}), (f"{prefix}-large", {})]
+    (letter,) = await read_topic(kafka_settings, DEAD_LETTERS)
+    said = dict(letter.headers)
+    assert said[HEADER_REASON] == b"too_large"
+    assert b"is larger than a record may be" in said[HEADER_MESSAGE]
 
 
 async def test_what_nobody_can_decode_is_passed(kafka_settings: KafkaSettings) -> None:

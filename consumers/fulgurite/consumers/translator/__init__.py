@@ -3,7 +3,7 @@ them. The spans themselves are the materialiser's (and nobody else's: a record n
 letter).
 
     consumes     otlp_spans, as any Collector wrote it
-    produces     rewards (key rollout_id); dead_letters for rewards whose value is none
+    produces     rewards (key rollout_id); dead_letters for rewards whose value is none, or which no record has room for
     waits for    the broker's acknowledgement of every reward of a batch
     unblocked by the acknowledgement; a broker that is away is waited for, for ever
 

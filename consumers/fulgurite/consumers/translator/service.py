@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import logging
 from collections.abc import Awaitable, Callable, Iterable
+from dataclasses import dataclass, replace
 from typing import Final
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
@@ -99,14 +100,14 @@ async def _serve(settings: Settings, checkpoint: Checkpoint) -> None:
 
 async def publish(publisher: Publisher, records: Iterable[Record | Undecodable]) -> None:
     """Returns when the broker has the rewards of all these records."""
-    found: list[Reward | DeadLetter] = []
+    found: list[_Told] = []
     for record in records:
         if not isinstance(record, Undecodable):  # the materialiser's to tell, once
             found += _events(record, publisher.redactor)
     backoff = Backoff(logger)
     while found:
         try:
-            sent: list[Acknowledgement] = [await _send(publisher, event) for event in found]
+            sent: list[Acknowledgement] = [await _send(publisher, told) for told in found]
             await asyncio.gather(*sent)
         except (BufferFull, Undelivered) as error:
             # All of them again, in their order: under the same ids they count once.
@@ -115,7 +116,19 @@ async def publish(publisher: Publisher, records: Iterable[Record | Undecodable])
             return
 
 
-def _events(record: Record, redactor: Redactor | None) -> list[Reward | DeadLetter]:
+@dataclass(frozen=True, slots=True)
+class _Told:
+    """A span's reward, or what is wrong with those that it says it has."""
+
+    event: Reward | str
+    record: Record
+    value: bytes
+    """The record's, readable."""
+    index: int
+    """Of the span in it."""
+
+
+def _events(record: Record, redactor: Redactor | None) -> list[_Told]:
     if record.value is None or not any(name in record.value for name in TELL_TALES):
         return []
     try:
@@ -123,13 +136,13 @@ def _events(record: Record, redactor: Redactor | None) -> list[Reward | DeadLett
         spans = spans_of(value)
     except Malformed:
         return []  # the materialiser's to tell, once
-    events: list[Reward | DeadLetter] = []
+    events: list[_Told] = []
     for span in spans:
         found = rewards_of(span, redactor)
-        events += [reward for reward in found if isinstance(reward, Reward)]
+        events += [_Told(reward, record, value, span.index) for reward in found if isinstance(reward, Reward)]
         refused = [reward.message for reward in found if isinstance(reward, Refused)]
         if refused:
-            events.append(_dead(record, value, span.index, "; ".join(refused)))
+            events.append(_Told("; ".join(refused), record, value, span.index))
     return events
 
 
@@ -141,19 +154,20 @@ def spans_of(value: bytes) -> list[OtlpSpan]:
         return decode(mended(value))
 
 
-def _dead(record: Record, value: bytes, index: int, message: str) -> DeadLetter:
+def _dead(told: _Told, reason: str, message: str) -> DeadLetter:
     """One span alone, in the form in which the materialiser keeps those that it refuses."""
-    logger.warning("%s-%d offset %d, span %d: %s", record.topic, record.partition, record.offset, index, message)
+    record, index = told.record, told.index
+    logger.warning("%s-%d offset %d, span %d: %.2000s", record.topic, record.partition, record.offset, index, message)
     try:
-        alone = to_json(value, index)
+        alone = to_json(told.value, index)
     except Malformed:  # another span of the record is broken
-        alone = to_json(mended(value), index)
+        alone = to_json(mended(told.value), index)
     return DeadLetter(
         topic=record.topic,
         partition=record.partition,
         offset=record.offset,
         stage=STAGE,
-        reason="bad_field",
+        reason=reason,
         message=message,
         key=record.key,
         value=alone,
@@ -161,13 +175,27 @@ def _dead(record: Record, value: bytes, index: int, message: str) -> DeadLetter:
     )
 
 
-async def _send(publisher: Publisher, event: Reward | DeadLetter) -> Acknowledgement:
-    if isinstance(event, Reward):
-        try:
-            return await publisher.publish_reward(event)
-        except InvalidEvent:  # larger than a record may be: only its texts can be
-            return await publisher.publish_reward(event.model_copy(update={"metadata": {}}))
-    return await publisher.publish_dead_letter(event)
+async def _send(publisher: Publisher, told: _Told) -> Acknowledgement:
+    reward = told.event
+    if isinstance(reward, str):
+        return await _send_dead(publisher, _dead(told, "bad_field", reward))
+    try:
+        return await publisher.publish_reward(reward)
+    except InvalidEvent:  # larger than a record may be: most often its texts are
+        with contextlib.suppress(InvalidEvent):
+            return await publisher.publish_reward(reward.model_copy(update={"metadata": {}}))
+    # Names of dimensions, which cannot be left out: it would be another reward.
+    what = (
+        f"the reward {reward.reward_id} is larger than a record may be (kafka.max_record_bytes), also without metadata"
+    )
+    return await _send_dead(publisher, _dead(told, "too_large", what))
+
+
+async def _send_dead(publisher: Publisher, letter: DeadLetter) -> Acknowledgement:
+    try:
+        return await publisher.publish_dead_letter(letter)
+    except InvalidEvent:  # its key alone is larger than a record may be
+        return await publisher.publish_dead_letter(replace(letter, key=None))
 
 
 async def _commit(consumer: AIOKafkaConsumer, offsets: dict[TopicPartition, int]) -> None:
