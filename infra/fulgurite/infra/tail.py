@@ -101,13 +101,18 @@ def _print(record: Fetched, full: bool) -> None:
         return
     at = datetime.fromtimestamp(record.timestamp / 1000).strftime("%H:%M:%S.%f")[:-3]
     text = value if isinstance(value, str) else json.dumps(_shortened(value), ensure_ascii=False)
-    headers = "".join(f" {name}={data.decode(errors='replace')[:80]}" for name, data in record.headers)
+    headers = "".join(f" {name}={_header(data)}" for name, data in record.headers)
     console.print(
         f"[dim]{at} {record.partition}@{record.offset}[/] [bold]{escape(key)}[/] {escape(text)}"
         f"[dim]{escape(headers)}[/]",
         highlight=False,
         soft_wrap=True,
     )
+
+
+def _header(data: bytes | None) -> str:
+    """Kafka's headers may have no value."""
+    return "null" if data is None else data.decode(errors="replace")[:80]
 
 
 def _decoded(record: Fetched) -> Any:
