@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from clickhouse_connect.driver import Client
 
 MAX_SPANS = 1_000
+MAX_REWARDS = 100
 MAX_TEXT_CHARS = 100
 
 Row = Mapping[str, Any]
@@ -30,9 +31,13 @@ SELECT attempt_id, span_id, parent_span_id, name, operation, status, status_mess
 FROM spans WHERE rollout_id = {{rollout_id:String}} ORDER BY start_ns, sequence_id
 LIMIT 1 BY attempt_id, span_id LIMIT {MAX_SPANS}
 """
-_REWARDS = """
+_REWARDS = f"""
 SELECT attempt_id, span_id, name, value, source
-FROM rewards WHERE rollout_id = {rollout_id:String} ORDER BY time_ns LIMIT 1 BY reward_id LIMIT 100
+FROM rewards WHERE rollout_id = {{rollout_id:String}} ORDER BY time_ns LIMIT 1 BY reward_id LIMIT {MAX_REWARDS}
+"""
+_COUNTS = """
+SELECT (SELECT uniqExact(attempt_id, span_id) FROM spans WHERE rollout_id = {rollout_id:String}) AS spans,
+       (SELECT uniqExact(reward_id) FROM rewards WHERE rollout_id = {rollout_id:String}) AS rewards
 """
 
 
@@ -53,7 +58,17 @@ def rollout_tree(client: Client, rollout_id: str) -> Tree | None:
             [row for row in spans if row["attempt_id"] == attempt],
             [row for row in rewards if row["attempt_id"] == attempt],
         )
+    if len(spans) >= MAX_SPANS or len(rewards) >= MAX_REWARDS:
+        _add_rest(tree, _rows(client, _COUNTS, rollout_id)[0], len(spans), len(rewards))
     return tree
+
+
+def _add_rest(tree: Tree, counts: Row, spans: int, rewards: int) -> None:
+    """What is not shown, so that nobody takes a part for the whole."""
+    left = {"spans": counts["spans"] - spans, "rewards": counts["rewards"] - rewards}
+    said = [f"{number:,} more {what}" for what, number in left.items() if number > 0]
+    if said:
+        tree.add(f"[yellow]… {' and '.join(said)}, later ones:[/] ask for them with fulgurite sql")
 
 
 def _rows(client: Client, sql: str, rollout_id: str) -> list[Row]:
