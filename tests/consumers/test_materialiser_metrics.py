@@ -141,3 +141,16 @@ def test_a_lost_partition_is_not_shown_any_more() -> None:
         metrics.registry.get_sample_value("fulgurite_materialiser_lag_records", {"topic": "t", "partition": "0"})
         is None
     )
+
+
+def test_dead_letters_that_expired_are_none() -> None:
+    metrics = Metrics()
+    metrics.dead_letters({("bad_field", "materialiser"): 5, ("late", "assembler"): 1})
+    metrics.dead_letters({("late", "assembler"): 2})
+    found = {
+        (sample.labels["reason"], sample.value)
+        for family in metrics.registry.collect()
+        for sample in family.samples
+        if sample.name == "fulgurite_materialiser_dead_letters"
+    }
+    assert found == {("bad_field", 0), ("late", 2)}

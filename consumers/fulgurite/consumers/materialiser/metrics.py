@@ -54,6 +54,8 @@ class Metrics:
         self._dead_letters = self._gauge(
             "dead_letters", "rows of dead_letters by reason and stage", ("reason", "stage")
         )
+        self._dead_letter_kinds: set[tuple[str, str]] = set()
+        """All that were ever there."""
         self._checked = self._counter("checked_offsets", "offsets of finished ranges looked for in the tables", _WHERE)
         self._missing = self._counter("missing_offsets", "of those, neither a row nor a dead letter", _WHERE)
         self._skipped = self._counter("skipped_offsets", "offsets at which Kafka has no record", _WHERE)
@@ -154,9 +156,10 @@ class Metrics:
             self._lag_seconds.remove(topic, partition)
 
     def dead_letters(self, counts: dict[tuple[str, str], int]) -> None:
-        """(reason, stage) -> rows."""
-        for labels, rows in counts.items():
-            self._dead_letters.labels(*labels).set(rows)
+        """(reason, stage) -> rows. What was there before and is not any more, as it expired, is 0."""
+        self._dead_letter_kinds |= counts.keys()
+        for labels in self._dead_letter_kinds:
+            self._dead_letters.labels(*labels).set(counts.get(labels, 0))
 
     def reconciled(self, topic: str, partition: int, offsets: int, missing: int) -> None:
         self._checked.labels(topic, partition).inc(offsets)
