@@ -114,6 +114,17 @@ async def test_what_could_not_be_asked_is_left_to_whoever_comes_next_and_asked_w
     assert inserts.asked == 1
 
 
+async def test_a_partition_without_a_leader_keeps_no_other_waiting() -> None:
+    async def read(tp: TopicPartition, at: int) -> Read:
+        if tp.partition == 0:
+            raise KafkaConnectionError("gone")
+        return Read([], at + 1)
+
+    others = LogEntry(partition(1, topics.SPANS), 0, 2, 1, [(1, 1)])
+    said, _ = await Skipped(read, Inserts().ask).known([entry(0, 2, (1, 1)), others])
+    assert [(one.skipped, one.unasked) for one in said] == [([], [(1, 1)]), ([(1, 1)], [])]
+
+
 async def test_what_is_forgotten_while_it_is_asked_is_not_lost() -> None:
     """As when a leader changes meanwhile."""
 

@@ -82,9 +82,12 @@ class Skipped:
         try:
             async with asyncio.timeout(ASK_SECONDS):
                 for tp, found in asked.items():
-                    await self._ask(tp, waiting[tp], found)
-        except (KafkaError, TimeoutError) as error:
-            logger.debug("what lies where no record came is asked again later: %r", error)
+                    try:
+                        await self._ask(tp, waiting[tp], found)
+                    except KafkaError as error:  # others may have leaders that answer
+                        logger.debug("%s-%d: what lies where no record came is asked again later: %r", *tp, error)
+        except TimeoutError:
+            logger.debug("what lies where no record came is asked again later: Kafka takes too long")
         said, later = list(entries), list[LogEntry]()
         for tp, found in asked.items():
             left = list(waiting[tp])
