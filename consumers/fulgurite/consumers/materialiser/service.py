@@ -295,6 +295,9 @@ class Materialiser(ConsumerRebalanceListener):
                     await self._store.log(entries)
                 for name in {entry.partition.name for entry in later}:
                     await self._store.log_again([entry for entry in later if entry.partition.name == name])
+            except asyncio.CancelledError:
+                self._skipped.forget()  # what was asked, and is perhaps not logged, is asked again
+                raise
             except Unavailable as error:
                 for entry in (*entries, *later):
                     self._skipped.forget(TopicPartition(entry.partition.name, entry.partition.number))
