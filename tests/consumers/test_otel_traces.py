@@ -150,10 +150,10 @@ def test_a_search_as_grafana_asks_it(tables: Tables) -> None:
 
 
 def test_filters_reach_the_table_and_its_indexes(tables: Tables) -> None:
-    """On the spans themselves; and where earlier copies are looked for, the trace does."""
+    """On the spans themselves; and where other copies are looked for, twice, the trace does."""
     tables.insert([Record(1, sent(chat()))])
     for query, index, sides in (
-        (BY_TRACE.format(trace=TRACE.hex()), "Name: traces", 2),
+        (BY_TRACE.format(trace=TRACE.hex()), "Name: traces", 3),
         (SEARCH.format(lo=0, hi=1), "Name: start_times", 1),
     ):
         plan = "\n".join(str(row[0]) for row in tables.client.query(f"EXPLAIN indexes = 1 {query}").result_rows)
