@@ -26,7 +26,7 @@ from fulgurite.consumers.materialiser.blocks import (
     Slice,
     missing,
 )
-from fulgurite.consumers.materialiser.errors import Fenced, Rejected, TooLarge, Unavailable
+from fulgurite.consumers.materialiser.errors import Fenced, Rejected, TooLarge, TooSlow, Unavailable
 from fulgurite.consumers.materialiser.fences import greater_fence
 from fulgurite.consumers.materialiser.history import Incarnation, Look
 from fulgurite.consumers.materialiser.metrics import Metrics
@@ -70,6 +70,8 @@ class Server:
     """So many records of the next insert are taken; then the engine falls over."""
     most_records: int = 1_000_000
     """More need too much memory."""
+    slow: bool = False
+    """Or too much time."""
     trouble: float = 0.0
     """How likely it is, at each step of an insert, that its answer is lost."""
     slow: int = 0
@@ -105,7 +107,7 @@ class Server:
             if any(record.value == b"refused" for _, record in records):
                 raise Rejected("code 6")
             if len(records) > self.most_records:
-                raise TooLarge("code 241")
+                raise (TooSlow("code 159") if self.slow else TooLarge("code 241"))
             if self.cut_short >= 0:
                 self.rows.update((part.partition.number, r.offset) for part, r in records[: self.cut_short])
                 self.cut_short = -1

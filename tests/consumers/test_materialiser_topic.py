@@ -143,9 +143,11 @@ async def test_offsets_that_are_in_the_tables_are_skipped(server: Server, member
     assert server.inserts == [[(0, [5, 6, 8, 9])]]
 
 
-async def test_an_insert_that_needs_too_much_memory_is_made_smaller(
-    server: Server, members: list[Member], monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("slow", [False, True])
+async def test_an_insert_that_needs_too_much_memory_or_time_is_made_smaller(
+    server: Server, members: list[Member], monkeypatch: pytest.MonkeyPatch, slow: bool
 ) -> None:
+    server.slow = slow
     monkeypatch.setattr(topic_module, "LEAST_BATCH_BYTES", 100)
     server.most_records = 7
     members.append(member := Member(server, range(2)))

@@ -1,4 +1,4 @@
-"""What an error of ClickHouse means to the materialiser: never these records, not yours, too large, or try again.
+"""What an error of ClickHouse means to the materialiser: never these records, not yours, too large or slow, or try again.
 
 Pure; knows the engine's codes and nothing of what was sent.
 """
@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from typing import Final
 
+import aiohttp
 from clickhouse_connect.driver.exceptions import Error
 
 from fulgurite.consumers.materialiser.fences import REFUSAL, REFUSAL_CODE, WENT_BACK
@@ -27,6 +28,10 @@ class OtherLog(Exception):
 
 class TooLarge(Unavailable):
     """The insert needs more memory than the server has to give; some tables may have their part."""
+
+
+class TooSlow(Unavailable):
+    """The insert takes longer than it may; it may have happened, or will."""
 
 
 class NotUnderstood(Unavailable):
@@ -64,6 +69,7 @@ REJECTED_CODES: Final = frozenset(
 )
 
 
+_TOO_SLOW_CODES: Final = frozenset({159, 160})  # TIMEOUT_EXCEEDED, TOO_SLOW
 _NO_MEMORY_CODES: Final = frozenset({241, 173})  # MEMORY_LIMIT_EXCEEDED, CANNOT_ALLOCATE_MEMORY
 
 
@@ -88,6 +94,8 @@ def meaning(error: Exception, refusals: frozenset[int]) -> Exception:
         return Fenced(text)
     if code in _NO_MEMORY_CODES:
         return TooLarge(text)
+    if code in _TOO_SLOW_CODES or _timed_out(error):
+        return TooSlow(text)
     return Rejected(text) if code in refusals else _in_vain_or_not(code, text)
 
 
@@ -103,6 +111,15 @@ def _in_vain_or_not(code: int | None, text: str) -> Unavailable:
         "ClickHouse does not understand what it is asked, and trying again will not help: its version is not one that "
         f"Fulgurite knows, or this is a defect of Fulgurite; report it: {text}"
     )
+
+
+def _timed_out(error: BaseException | None) -> bool:
+    """Whether the server took the insert and did not answer in time, whatever the client made of that."""
+    while error is not None:
+        if isinstance(error, TimeoutError):
+            return not isinstance(error, aiohttp.ConnectionTimeoutError)
+        error = error.__cause__ or error.__context__
+    return False
 
 
 def first_line(error: BaseException) -> str:

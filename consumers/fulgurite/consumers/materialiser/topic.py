@@ -7,7 +7,7 @@ together.
               time
 
 The steps of the contract (see the package) carry its numbers here; 2 and 3 are the service's. Bounds: an insert in
-records, lines and bytes, less after one that needed too much memory; a pause between tries that grows.
+records, lines and bytes, less after one that needed too much memory or time; a pause between tries that grows.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from aiokafka.errors import IllegalStateError, KafkaError
 
 from fulgurite.consumers.materialiser.agreement import another, ends_before
 from fulgurite.consumers.materialiser.blocks import DEAD_LETTERS_TABLE, Partition, Slice, halves, parted
-from fulgurite.consumers.materialiser.errors import NotUnderstood, OtherLog, Rejected, TooLarge, Unavailable
+from fulgurite.consumers.materialiser.errors import NotUnderstood, OtherLog, Rejected, TooLarge, TooSlow, Unavailable
 from fulgurite.consumers.materialiser.history import NEAR, Look
 from fulgurite.consumers.materialiser.metrics import Metrics
 from fulgurite.consumers.materialiser.offsets import Lost, Offsets
@@ -39,7 +39,7 @@ LANES = 2
 SPLIT_BYTES = 4 * 1024 * 1024
 """So much waits, and each lane takes half of the partitions: an insert costs tens of ms however small it is."""
 LEAST_BATCH_BYTES = 256 * 1024
-"""An insert is not made smaller than this because of memory."""
+"""An insert is not made smaller than this because of memory or time."""
 RETRY_SECONDS = (0.2, 5.0)
 """First and longest pause between tries."""
 QUIET_SECONDS = 0.05
@@ -298,7 +298,7 @@ class TopicWriter:
         except Unavailable as error:
             for buffer in buffers:
                 buffer.give_back()
-            if isinstance(error, TooLarge):
+            if isinstance(error, TooLarge | TooSlow):
                 self._limit_bytes = max(LEAST_BATCH_BYTES, min(self._limit_bytes, sum(b.bytes for b in buffers)) // 2)
             self._failed("insert", buffers, error)
             self._doubt.set()
@@ -310,7 +310,8 @@ class TopicWriter:
 
     def _done(self, slices: Sequence[Slice], buffers: Sequence[PartitionBuffer], seconds: float) -> None:
         self._pause_seconds = 0.0
-        self._limit_bytes = min(2 * self._limit_bytes, BATCH_BYTES)
+        if 3 * seconds < self._shared.settings.insert_seconds:  # twice as much will hardly take too long
+            self._limit_bytes = min(2 * self._limit_bytes, BATCH_BYTES)
         sizes = [(*_labels(buffer.partition), len(buffer.taken), buffer.taken_bytes) for buffer in buffers]
         self._shared.metrics.inserted(self._name, sizes, seconds)
         for part, buffer in zip(slices, buffers, strict=True):
