@@ -70,7 +70,7 @@ class Server:
     """So many records of the next insert are taken; then the engine falls over."""
     most_records: int = 1_000_000
     """More need too much memory."""
-    slow: bool = False
+    times_out: bool = False
     """Or too much time."""
     trouble: float = 0.0
     """How likely it is, at each step of an insert, that its answer is lost."""
@@ -106,8 +106,8 @@ class Server:
             records = [(part, record) for part in slices for record in part.records]
             if any(record.value == b"refused" for _, record in records):
                 raise Rejected("code 6")
-            if len(records) > self.most_records:
-                raise (TooSlow("code 159") if self.slow else TooLarge("code 241"))
+            if len(records) > self.most_records or any(record.value == b"huge" for _, record in records):
+                raise (TooSlow("code 159") if self.times_out else TooLarge("code 241"))
             if self.cut_short >= 0:
                 self.rows.update((part.partition.number, r.offset) for part, r in records[: self.cut_short])
                 self.cut_short = -1
@@ -143,7 +143,7 @@ class FakeStore:
     async def insert(self, slices: Sequence[Slice], guard: None) -> None:
         await self.server.insert(slices)
 
-    async def insert_dead(self, one: Slice, message: str, guard: None) -> None:
+    async def insert_dead(self, one: Slice, message: str, guard: None, reason: str = "rejected") -> None:
         record = FakeRecord(one.records[0].offset, b"poison")
         await self.server.insert([Slice(one.partition, [cast(Any, record)], {}, one.fence)])  # whatever is present
 

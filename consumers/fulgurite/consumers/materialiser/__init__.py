@@ -42,7 +42,9 @@ The code carries these numbers.
                 partitions of the insert, so that one still on its way is refused, and insert what is missing then. An
                 insert that the server refuses for what is in it left nothing: OTLP is then written so that it can be
                 read (consumers/otlp/mend.py), anything else is halved down to the record that nobody will take. One
-                that needs too much memory is made smaller.
+                that needs too much memory or time is made smaller; a record that alone needs too much memory, six
+                times over a minute and not because of others, is one dead letter, `too_large` (lone.py), which in 0.5
+                stands for all of it; one that has rows already is tried on.
     2  log      ingest_log: lo..hi is in, and at which offsets before hi Kafka has no record, or is still to be asked
                 (skipped.py). Within some seconds, for all partitions at once. What Kafka says later of a range is
                 logged with that range once more, if the log still has it. Where that fails, back to 0: the database

@@ -29,7 +29,8 @@ SPLIT_TOPICS: Final = LINE_TOPICS | {OTLP_SPANS}
 OWN_TABLE: Final = 1
 DEAD_LETTERS_TABLE: Final = 2
 BOTH_TABLES: Final = OWN_TABLE | DEAD_LETTERS_TABLE
-
+TOO_LARGE: Final = "too_large"
+"""Reason of a dead letter that is all of a record of which alone no insert succeeds."""
 
 MAX_LINES: Final = 200_000
 """Of a record: each is a row, which needs memory however short its line is. Some 8 MiB of ever so short ones would take

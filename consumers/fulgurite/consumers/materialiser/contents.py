@@ -53,9 +53,9 @@ def body(slices: Sequence[Slice], *, mend: bool = False) -> Body:
     return Body(batches.COLUMNS, data, batches.FORMAT, batches.insert_settings(), REJECTED_CODES | batches.REFUSALS)
 
 
-def dead_body(one: Slice, message: str, redactor: Redactor | None) -> Body:
+def dead_body(one: Slice, message: str, redactor: Redactor | None, reason: str = "rejected") -> Body:
     """A record that no table takes."""
-    return arrow_body(_kept(one.partition, one.records[0], message, "rejected", redactor))
+    return arrow_body(_kept(one.partition, one.records[0], message, reason, redactor))
 
 
 def undecodable_body(part: Slice, redactor: Redactor | None) -> Body:

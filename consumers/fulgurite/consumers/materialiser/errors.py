@@ -1,4 +1,4 @@
-"""What an error of ClickHouse means to the materialiser: never these records, not yours, too large or slow, or try again.
+"""What an error of ClickHouse means to the materialiser: never these records, not yours, too large or slow, try again.
 
 Pure; knows the engine's codes and nothing of what was sent.
 """

@@ -19,8 +19,10 @@ from clickhouse_connect.driver import AsyncClient
 from clickhouse_connect.driver.exceptions import ClickHouseError
 
 from fulgurite.consumers.materialiser.blocks import (
+    BOTH_TABLES,
     DEAD_LETTERS_TABLE,
     OWN_TABLE,
+    TOO_LARGE,
     OffsetRange,
     Partition,
     Slice,
@@ -133,9 +135,10 @@ class Store:
             # Nothing of it is in the tables: the same rows, written so that the server reads them.
             await self._insert(into, await asyncio.to_thread(body, slices, mend=True), guard)
 
-    async def insert_dead(self, one: Slice, message: str, guard: Guard) -> None:
+    async def insert_dead(self, one: Slice, message: str, guard: Guard, reason: str = "rejected") -> None:
         """A record no table takes, as a dead letter. Raises Fenced or Unavailable."""
-        await self._insert(_IN_DEAD_LETTERS, await asyncio.to_thread(dead_body, one, message, self._redactor), guard)
+        kept = await asyncio.to_thread(dead_body, one, message, self._redactor, reason)
+        await self._insert(_IN_DEAD_LETTERS, kept, guard)
 
     async def insert_undecodable(self, part: Slice, guard: Guard) -> None:
         """Records that are `Undecodable`, as dead letters. Raises Fenced or Unavailable."""
@@ -263,8 +266,15 @@ class Store:
         by_number = {partition.number: partition for partition in since}
         topic = next(iter(since)).topic
         where = " OR ".join(f"(_partition = {part.number} AND _offset >= {lo})" for part, lo in since.items())
-        for table, bit in ((TABLES[topic], OWN_TABLE), ("dead_letters", DEAD_LETTERS_TABLE)):
-            query = f"SELECT DISTINCT _partition, _offset FROM {table} WHERE _topic = {{name:String}} AND ({where})"
+        for table, bit, only in (
+            (TABLES[topic], OWN_TABLE, ""),
+            ("dead_letters", DEAD_LETTERS_TABLE, ""),
+            # All of the record: no table has any of it, nor may get it.
+            ("dead_letters", BOTH_TABLES, f" AND reason = '{TOO_LARGE}' AND topic = _topic"),
+        ):
+            query = (
+                f"SELECT DISTINCT _partition, _offset FROM {table} WHERE _topic = {{name:String}} AND ({where}){only}"
+            )
             for number, offset in await self._query(query, {"name": next(iter(since)).name}):
                 tables = found[by_number[number]]
                 tables[offset] = tables.get(offset, 0) | bit

@@ -24,9 +24,10 @@ from aiokafka import TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError
 
 from fulgurite.consumers.materialiser.agreement import another, ends_before
-from fulgurite.consumers.materialiser.blocks import DEAD_LETTERS_TABLE, Partition, Slice, halves, parted
+from fulgurite.consumers.materialiser.blocks import DEAD_LETTERS_TABLE, TOO_LARGE, Partition, Slice, halves, parted
 from fulgurite.consumers.materialiser.errors import NotUnderstood, OtherLog, Rejected, TooLarge, TooSlow, Unavailable
 from fulgurite.consumers.materialiser.history import NEAR, Look
+from fulgurite.consumers.materialiser.lone import Lone
 from fulgurite.consumers.materialiser.metrics import Metrics
 from fulgurite.consumers.materialiser.offsets import Lost, Offsets
 from fulgurite.consumers.materialiser.partition import BATCH_BYTES, BATCH_LINES, Budget, Consumer, PartitionBuffer, Room
@@ -79,6 +80,8 @@ class Shared:
     checkpoint: Checkpoint = no_checkpoint
     budget: Budget = field(default_factory=Budget)
     metrics: Metrics = field(default_factory=Metrics)
+    running: list[str] = field(default_factory=list[str])
+    """Of each insert under way, its topic."""
 
 
 class TopicWriter:
@@ -94,6 +97,7 @@ class TopicWriter:
         """A partition is to be settled."""
         self._inserting = 0
         self._limit_bytes = BATCH_BYTES
+        self._lone = Lone(time.monotonic)
         self._pause_seconds = 0.0
         self._complained = 0.0
 
@@ -274,6 +278,8 @@ class TopicWriter:
         if not self._inserting and sum(buffer.bytes for buffer in ready) > SPLIT_BYTES:
             ready = ready[::2]  # the other lane takes the others
         records, size, lines = self._shared.settings.batch_records, self._limit_bytes, BATCH_LINES
+        if self._lone.singly:
+            records, ready = 1, ready[:1]
         slices: list[Slice] = []
         for number, buffer in enumerate(ready):
             left = len(ready) - number
@@ -291,6 +297,8 @@ class TopicWriter:
         ours = [part.partition for part in slices]
         started = time.monotonic()
         self._inserting += 1
+        self._shared.running.append(self._name)
+        alone = len(self._shared.running) == 1
         try:
             await self._at_checkpoint("cut", ours)
             await self._insert(slices)
@@ -298,6 +306,9 @@ class TopicWriter:
         except Unavailable as error:
             for buffer in buffers:
                 buffer.give_back()
+            if isinstance(error, TooLarge):
+                alone = alone and len(self._shared.running) == 1
+                self._lone.failed(slices, str(error), least=self._limit_bytes <= LEAST_BATCH_BYTES, alone=alone)
             if isinstance(error, TooLarge | TooSlow):
                 self._limit_bytes = max(LEAST_BATCH_BYTES, min(self._limit_bytes, sum(b.bytes for b in buffers)) // 2)
             self._failed("insert", buffers, error)
@@ -306,10 +317,12 @@ class TopicWriter:
             self._done(slices, buffers, time.monotonic() - started)
         finally:
             self._inserting -= 1
+            self._shared.running.remove(self._name)
             self._changed.set()
 
     def _done(self, slices: Sequence[Slice], buffers: Sequence[PartitionBuffer], seconds: float) -> None:
         self._pause_seconds = 0.0
+        self._lone.done(slices)
         if 3 * seconds < self._shared.settings.insert_seconds:  # twice as much will hardly take too long
             self._limit_bytes = min(2 * self._limit_bytes, BATCH_BYTES)
         sizes = [(*_labels(buffer.partition), len(buffer.taken), buffer.taken_bytes) for buffer in buffers]
@@ -330,6 +343,9 @@ class TopicWriter:
             self._shared.metrics.undecodable(*_labels(part.partition), count)
         if not good:
             return
+        if why := self._lone.hopeless(good):
+            await self._refuse(good[0], why, TOO_LARGE)
+            return
         try:
             await store.insert(good, store.guard(good))
         except Rejected as error:
@@ -337,18 +353,21 @@ class TopicWriter:
 
     async def _bisect(self, slices: Sequence[Slice], error: Rejected) -> None:
         """Halves until the record that ClickHouse will not take stands alone; that one becomes a dead letter."""
-        store = self._shared.store
         if sum(len(part.records) for part in slices) > 1:
             for half in halves(slices):
                 await self._insert(half)
             return
-        (one,) = slices
+        await self._refuse(slices[0], str(error))
+
+    async def _refuse(self, one: Slice, why: str, reason: str = "rejected") -> None:
+        """The one record becomes a dead letter."""
+        store = self._shared.store
         offset = one.records[0].offset
         if one.present.get(offset, 0) & DEAD_LETTERS_TABLE:
             return  # it was refused before, and is one; a crash came before the range was logged
         what = "%s: offset %d becomes a dead letter: %s"
-        logger.warning(what, one.partition, offset, error, extra=_place(one.partition, offset))
-        await store.insert_dead(one, str(error), store.guard(slices))
+        logger.warning(what, one.partition, offset, why, extra=_place(one.partition, offset))
+        await store.insert_dead(one, why, store.guard([one]), reason)
         self._shared.metrics.rejected(*_labels(one.partition))
 
     def _failed(self, what: str, buffers: Sequence[PartitionBuffer], error: Exception) -> None:
