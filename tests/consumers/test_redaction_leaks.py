@@ -6,6 +6,7 @@ import asyncio
 import gzip
 import json
 from collections.abc import Iterator
+from typing import cast
 
 import clickhouse_connect
 import pytest
@@ -20,6 +21,7 @@ from fulgurite.consumers.otlp.spans import decode
 from fulgurite.consumers.redaction import VIEWS, apply_redaction, view_selects
 from fulgurite.producers.raw import Undecodable
 from fulgurite.producers.redaction import Redactor
+from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.migrations import connection_options
 from fulgurite.schemas.redaction import KeyRule, RedactionSettings, ValueRule
 from fulgurite.schemas.settings import ClickHouseSettings
@@ -214,3 +216,14 @@ def test_a_replays_dead_letter_comes_once(migrated_settings: ClickHouseSettings,
 
     asyncio.run(insert())
     assert client.query("SELECT count() FROM dead_letters").result_rows == [(1,)]
+
+
+def test_rules_that_would_make_each_insert_slow_are_refused_before_anything_changes() -> None:
+    rules = RedactionSettings(
+        keys=[KeyRule(name=f"http.request.header.x-secret-{i}.*", action="hash") for i in range(64)],
+        values=[ValueRule(name=f"ticket{i}", regex=f"TICKET{i}-[0-9]{{4,12}}") for i in range(64)],
+        max_value_chars=8_000,
+        max_text_chars=200_000,
+    )
+    with pytest.raises(StartError, match=r"64 keys and 64 values make the view spans_mv a query of .* as one regex"):
+        apply_redaction(cast(Client, None), rules)

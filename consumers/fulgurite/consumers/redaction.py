@@ -16,8 +16,9 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Final
 
+from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.migrations import REDACTED, migrations
 from fulgurite.schemas.redaction import RedactionSettings
 from fulgurite.schemas.redaction_sql import (
@@ -49,22 +50,25 @@ VIEWS: Mapping[str, Mapping[str, Kind]] = {
 }
 """The views that write into tables what producers sent, and which of their columns hold texts. Every view that writes
 dead letters is among them."""
+MAX_QUERY_BYTES: Final = 200_000
+"""Of a view's query. ClickHouse refuses one of 262,144, and analyses each anew with every insert: at this bound that
+takes about a second, with a quarter more text several."""
 DERIVING = "parse_otlp"
 """The view that makes columns of attributes: rules of `keys` must come before it."""
 
 
 def apply_redaction(client: Client, rules: RedactionSettings) -> list[str]:
-    """Gives the names of the views that were changed. `client` uses our database, with migrations applied."""
+    """Gives the names of the views that were changed. `client` uses our database, with migrations applied. Raises
+    StartError where the rules are too many, and changes nothing then."""
+    selects = view_selects()
+    queries = {view: _query(view, selects[view], rules) for view in (*VIEWS, DERIVING)}
     rows = client.query(
         "SELECT name, comment FROM system.tables WHERE database = currentDatabase() AND engine = 'MaterializedView'"
     ).result_rows
     comments = {str(name): str(comment) for name, comment in rows}
-    selects = view_selects()
     changed: list[str] = []
-    for view in (*VIEWS, DERIVING):
-        select = selects[view]
-        query = derived_select(rules, select) if view == DERIVING else redacted_select(rules, select, VIEWS[view])
-        wanted = "" if query == select else REDACTED + hashlib.sha256(query.encode()).hexdigest()[:16]
+    for view, query in queries.items():
+        wanted = "" if query == selects[view] else REDACTED + hashlib.sha256(query.encode()).hexdigest()[:16]
         if comments.get(view, wanted) == wanted:  # 1.
             continue
         client.command(f"ALTER TABLE {view} MODIFY COMMENT '{REDACTED}changing'")  # 2.
@@ -74,6 +78,17 @@ def apply_redaction(client: Client, rules: RedactionSettings) -> list[str]:
     if changed:
         logger.info("redaction rules changed: %s", ", ".join(changed))
     return changed
+
+
+def _query(view: str, select: str, rules: RedactionSettings) -> str:
+    query = derived_select(rules, select) if view == DERIVING else redacted_select(rules, select, VIEWS[view])
+    if query != select and (size := len(query.encode())) > MAX_QUERY_BYTES:
+        raise StartError(
+            f"redaction: the {len(rules.keys)} keys and {len(rules.values)} values make the view {view} a query of "
+            f"{size:,} bytes, of at most {MAX_QUERY_BYTES:,}, and each insert slow: write several rules as one regex "
+            "(a|b|c), or shorter ones"
+        )
+    return query
 
 
 def view_selects() -> dict[str, str]:
