@@ -65,6 +65,7 @@ def ask(settings: ClickHouseSettings, sql: str) -> list[tuple[Any, ...]]:
 def test_applied_in_order_once(clickhouse_settings: ClickHouseSettings) -> None:
     names = [migration.name for migration in migrations()]
     assert names == sorted(names)
+    assert len({name.split("_")[0] for name in names}) == len(names), "two with one number have no order"
     assert apply_migrations(clickhouse_settings) == names
     assert apply_migrations(clickhouse_settings) == []
     assert [row[0] for row in ask(clickhouse_settings, "SELECT name FROM schema_migrations ORDER BY name")] == names

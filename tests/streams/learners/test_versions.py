@@ -83,7 +83,7 @@ def test_a_part_that_text_never_comes_to_stays_as_it_is_and_a_run_goes_on(tmp_pa
     }
     vision = {"hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
     images = {"image_size": 28, "patch_size": 14}
-    tokens: dict[str, int] = {"image_token_index": 99, "boi_token_index": 98, "eoi_token_index": 97}
+    tokens: dict[str, Any] = {"image_token_index": 99, "boi_token_index": 98, "eoi_token_index": 97}
     config = Gemma3Config(text_config=text, vision_config=vision | images, mm_tokens_per_image=1, **tokens)
     torch.manual_seed(0)
     Gemma3ForConditionalGeneration(config).save_pretrained(tmp_path / "model")

@@ -13,7 +13,7 @@ import json
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import Any, Final
+from typing import Any, Final, cast
 
 import torch
 from torch import Tensor, nn
@@ -187,11 +187,9 @@ class Policy(nn.Module):
             parameters = [each for each in part.parameters() if each.requires_grad]
             if not parameters or called.intersection(part.modules()):
                 continue
-            # Its weights may be used without it.
-            if any(
-                each is not None
-                for each in torch.autograd.grad(scores, parameters, allow_unused=True, retain_graph=True)
-            ):
+            # Its weights may be used without it. The annotation leaves out the None of allow_unused.
+            gradients = torch.autograd.grad(scores, parameters, allow_unused=True, retain_graph=True)
+            if any(each is not None for each in cast("tuple[Tensor | None, ...]", gradients)):
                 continue
             part.requires_grad_(False)
             found.append(f"{self.model.base_model_prefix}.{name}")
