@@ -58,7 +58,8 @@ class RewardSource(Section):
     template: Path | None = None
     """File with what the judge is asked: text with {input}, {output} or {transcript}, and {agent} and {status}."""
     answer: str = r"-?[0-9]+(?:\.[0-9]+)?"
-    """What of the judge's answer is the reward: the last match of this expression, a number."""
+    """What of the judge's answer is the reward: the last match of this expression, a number. Of 8/10, or 8 out
+    of 10, the 8."""
     weight: float = 1.0
     """Of this part in the sum."""
     low: float | None = None

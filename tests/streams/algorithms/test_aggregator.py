@@ -261,7 +261,13 @@ def test_questions_take_nothing_the_agent_says_for_a_place() -> None:
 
 @pytest.mark.parametrize(
     ("pattern", "answer", "expected"),
-    [(r"-?[0-9]+(?:\.[0-9]+)?", "3 of 4: -0.5.", -0.5), ("(?i)score: *[0-9]+", "Score: 3, Score:  7", 7.0)],
+    [
+        (r"-?[0-9]+(?:\.[0-9]+)?", "3 of 4: -0.5.", -0.5),
+        (r"-?[0-9]+(?:\.[0-9]+)?", "Of 20 facts 3 are wrong.\nScore: **8.5 / 10**", 8.5),
+        (r"-?[0-9]+(?:\.[0-9]+)?", "**8** Out of 10", 8.0),
+        ("(?i)score: *[0-9]+", "Score: 3, Score:  7", 7.0),
+        ("(?i)score: *[0-9]+", "Score: 3/10", 3.0),
+    ],
 )
 def test_the_number_is_the_last_match(pattern: str, answer: str, expected: float) -> None:
     assert number_in(Expression(portable(pattern)), answer) == expected

@@ -47,6 +47,8 @@ MANY: Final = 16
 """Most epochs that are looked at, the newest ones."""
 LOOK_BYTES: Final = 64 * 1024
 """Of one place, unless its first batch alone is larger."""
+AT_ONCE: Final = 32
+"""Partitions looked at together: one after the other, many of them over a long way would take longer than there is."""
 RECORDS: Final = 100
 """Most records of one place."""
 
@@ -149,14 +151,23 @@ class History:
         if lacking := [tp for tp in places if tp not in known]:
             raise UnknownTopicOrPartitionError(f"{lacking[0]} is not there, or has no leader")
         begins = await self._begins({tp: known[tp] for tp in places})
-        found: dict[TopicPartition, Look] = {}
-        for tp, place in places.items():
-            times: dict[int, int] = {}
-            for at in sorted({place, *begins[tp]}):
-                if at not in times:
-                    times |= await self._times(tp, known[tp].leader, at)
-            found[tp] = Look(known[tp], times)
-        return found
+        room = asyncio.Semaphore(AT_ONCE)
+
+        async def at(tp: TopicPartition, place: int) -> tuple[TopicPartition, Look]:
+            async with room:
+                times: dict[int, int] = {}
+                for offset in sorted({place, *begins[tp]}):
+                    if offset not in times:
+                        times |= await self._times(tp, known[tp].leader, offset)
+                return tp, Look(known[tp], times)
+
+        asked = [asyncio.create_task(at(tp, place)) for tp, place in places.items()]
+        try:
+            return dict(await asyncio.gather(*asked))
+        finally:
+            for task in asked:
+                task.cancel()
+            await asyncio.gather(*asked, return_exceptions=True)
 
     async def _begins(self, known: Mapping[TopicPartition, Incarnation]) -> dict[TopicPartition, list[int]]:
         """Where the newest epochs begin that have records."""

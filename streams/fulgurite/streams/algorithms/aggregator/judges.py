@@ -41,6 +41,8 @@ _TOLD = ("input", "output", "transcript")
 """At least one of them is in every question: without, all attempts would have the same verdict."""
 _PLACES = (*_TOLD, "agent", "status")
 _PLACE = re.compile(rf"\{{({'|'.join(_PLACES)})\}}")
+_SCALE = re.compile(r"[\s*_`)]*(/|(out\s+)?of)[\s*_`(]*", re.IGNORECASE)
+"""Between a number and the greatest that there is, with Markdown around them."""
 _WORD = re.compile(r"(?<![\w\\}^$])\{([A-Za-z_]\w*)\}")
 
 
@@ -104,11 +106,13 @@ class Judge:
 
 
 def number_in(pattern: Expression, answer: str) -> float:
-    """The last match as a number: models reason first. Raises NoAnswer."""
-    found = [match.text for match in pattern.finditer(answer)]
+    """The last match as a number: models reason first. Of 8/10, and of 8 out of 10, the 8. Raises NoAnswer."""
+    found = list(pattern.finditer(answer))
+    while len(found) > 1 and _SCALE.fullmatch(answer[found[-2].end : found[-1].start]):
+        found.pop()
     try:
         # An expression such as "score: [0-9]+" has the number at its end.
-        value = float(re.split(r"[^0-9.eE+-]", found[-1].strip())[-1]) if found else math.nan
+        value = float(re.split(r"[^0-9.eE+-]", found[-1].text.strip())[-1]) if found else math.nan
     except ValueError:
         value = math.nan
     if not math.isfinite(value):
