@@ -9,9 +9,9 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 import openai
-import uvicorn
 from aiokafka.structs import RecordMetadata
 
+from fulgurite.producers.connections import server_of
 from fulgurite.producers.gateway.app import Gateway
 from fulgurite.producers.gateway.pool import Pool
 from fulgurite.producers.publisher import Acknowledgement
@@ -61,13 +61,10 @@ class FakePublisher:
 
 
 @asynccontextmanager
-async def serving(app: Any, *, grace_seconds: int | None = None) -> AsyncGenerator[str]:
+async def serving(app: Any, *, grace_seconds: int | None = None, **bounds: Any) -> AsyncGenerator[str]:
     """The app on a free port; gives its URL. At the end calls under way have the grace, then they are cancelled."""
     listener = socket.create_server(("127.0.0.1", 0))
-    config = uvicorn.Config(
-        app, log_config=None, access_log=False, lifespan="on", timeout_graceful_shutdown=grace_seconds
-    )
-    server = uvicorn.Server(config)
+    server = server_of(app, grace_seconds=grace_seconds, **bounds)
     running = asyncio.create_task(server._serve([listener]))  # pyright: ignore[reportPrivateUsage]
     await until(lambda: server.started)
     try:

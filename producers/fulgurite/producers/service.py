@@ -26,7 +26,7 @@ from fulgurite.schemas.log_settings import LogSettings
 logger = logging.getLogger(__name__)
 
 BACKLOG = 1_024
-"""Connections that may wait to be accepted."""
+"""Connections that may wait to be accepted: an event loop accepts all of them at once, before it can refuse any."""
 
 GC_THRESHOLDS: Final = (50_000, 20, 100)
 """Objects that are new since the garbage collector last looked, and how many such looks come between thorough ones.
@@ -122,22 +122,14 @@ def bind(name: str, host: str, port: int) -> socket.socket:
     return listener
 
 
-async def serve_asgi(app: Any, host: str, port: int, stop: asyncio.Event, name: str) -> None:
+async def serve_asgi(app: Any, host: str, port: int, stop: asyncio.Event, name: str, **bounds: Any) -> None:
     """Serves an ASGI app until `stop`, then lets requests under way finish (5 s), and cancels what is left of them. A
-    taken port raises StartError."""
+    taken port raises StartError. `bounds`: of its connections, see `connections.server_of`."""
     import contextlib
 
-    import uvicorn
+    from fulgurite.producers.connections import server_of
 
-    config = uvicorn.Config(
-        app,
-        log_config=None,
-        access_log=False,
-        lifespan="on",
-        proxy_headers=False,  # who asks is told by keys and ids, never by an address
-        timeout_graceful_shutdown=5,
-    )
-    server = uvicorn.Server(config)
+    server = server_of(app, grace_seconds=5, **bounds)
     # run_service has handlers of its own; uvicorn's would replace them.
     setattr(server, "capture_signals", contextlib.nullcontext)  # noqa: B010
 

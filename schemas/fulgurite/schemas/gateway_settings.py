@@ -151,6 +151,9 @@ class GatewaySettings(Section):
     """Every server, in place of backend_url: {url, kind, models, resource, api_key, api_key_file,
     forward_authorization, max_concurrent_requests, max_queued_requests}; kind is vllm or openai (an external provider).
     A vllm also serves what it lists, adapters included; one without models serves what no other names."""
+    max_connections: Annotated[int, Field(ge=16, le=1_000_000)] = 4_096
+    """Connections of agents at once, idle ones included, or as many as the process may open files for (two each).
+    Beyond it a new one takes the place of the longest idle; where all are busy it is refused with 503."""
     max_body_bytes: Annotated[int, Field(ge=1_024, le=1 << 30)] = 4 * 1024 * 1024
     """Largest request an agent may send."""
     max_answer_bytes: Annotated[int, Field(ge=1_024, le=1 << 30)] = 64 * 1024 * 1024

@@ -18,10 +18,11 @@ fg-<rollout_id>/<attempt_id>, it is the same; without any the call is recorded a
 | `conversations.py`, `continuation.py`, `turn_ends.py` | with which tokens a conversation goes on |
 | `exchange.py`, `asking.py` | what the flow and the pool say to each other |
 | `pool.py`, `members.py`, `routing.py`, `places.py`, `breaker.py`, `replica.py`, `labels.py` | who is asked |
+| `away.py`, `patience.py` | tries that gave nothing; how long one is waited for |
 | `outcome.py`, `tokens.py`, `attributes.py`, `recording.py`, `publishing.py` | from an answer to the log |
 | `answers.py`, `errors.py` | refusals and failures in the protocols' shapes |
 | `http_client.py`, `http_connection.py`, `http_exchange.py` | asking a backend over HTTP |
-| `http.py`, `passing.py`, `metrics.py` | ASGI's small tools; which headers pass; what Prometheus is told |
+| `http.py`, `passing.py`, `metrics.py`, `health.py` | ASGI's small tools; which headers pass; metrics, /health |
 
 Keeps nothing that a restart would miss but the turns of conversations, which then begin anew: any number of gateways
 may run side by side, behind one address that sends a rollout's calls to the same one.
@@ -30,6 +31,7 @@ may run side by side, behind one address that sends a rollout's calls to the sam
 from __future__ import annotations
 
 import asyncio
+from typing import Any, Final
 
 from aiokafka.client import AIOKafkaClient
 from aiokafka.errors import KafkaError
@@ -42,6 +44,8 @@ from fulgurite.producers.kafka import connection_options
 from fulgurite.producers.publisher import Publisher
 from fulgurite.producers.service import run_service, serve_asgi, spare_the_collector
 from fulgurite.schemas.settings import GatewaySettings, KafkaSettings, ProducerSettings, Settings
+
+METRICS_CONNECTIONS: Final = 32
 
 
 async def serve(settings: Settings, stop: asyncio.Event) -> None:
@@ -74,10 +78,15 @@ def unlingering(settings: ProducerSettings) -> ProducerSettings:
 
 async def _serve_all(gateway: Gateway, pool: Pool, settings: GatewaySettings, stop: asyncio.Event) -> None:
     """The gateway, and its metrics where they have a port. A port that is taken ends both, with StartError."""
-    serving = asyncio.create_task(serve_asgi(gateway, settings.host, settings.port, stop, "gateway"))
-    tasks = {serving}
+    # Streams are told sooner that their agent takes nothing.
+    bounds: dict[str, Any] = {
+        "max_connections": settings.max_connections,
+        "stalled_seconds": settings.silence_seconds + 10.0,
+    }
+    tasks = {asyncio.create_task(serve_asgi(gateway, settings.host, settings.port, stop, "gateway", **bounds))}
     if settings.metrics_port:
-        metrics = serve_asgi(pool.metrics.app(), settings.metrics_host, settings.metrics_port, stop, "gateway metrics")
+        host, port, app = settings.metrics_host, settings.metrics_port, pool.metrics.app()
+        metrics = serve_asgi(app, host, port, stop, "gateway metrics", max_connections=METRICS_CONNECTIONS)
         tasks.add(asyncio.create_task(metrics))
     try:
         await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
