@@ -14,6 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fulgurite.consumers.follower.converge import LOAD_TRIES
+from fulgurite.consumers.follower.layout import Layout, read_layout
 from fulgurite.consumers.follower.server import LABEL_LOADING, Unreachable
 from tests.consumers.follower_support import HALF_LOADED, Follower, FragileVllm, make_version, write_safetensors
 from tests.producers.fake_policy_server import FakePolicyServer, until
@@ -230,6 +231,32 @@ async def test_files_that_no_server_could_load_whole_are_refused_before_anything
     assert "b are missing" in follower.events[1].error
     assert "c are new" in follower.events[2].error
     assert "cut off" in follower.events[3].error
+
+
+@pytest.mark.parametrize("when", ["before its headers are read", "after them"])
+async def test_a_folder_that_goes_before_it_is_loaded_is_refused_and_the_follower_goes_on(
+    server: FragileVllm, session: aiohttp.ClientSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, when: str
+):
+    """Its trainer prunes while a follower that is behind verifies it."""
+
+    def pruned(folder: Path) -> Layout:
+        if folder.name != "v2":
+            return read_layout(folder)
+        layout = read_layout(folder) if when == "after them" else None
+        shutil.rmtree(folder)
+        return layout if layout is not None else read_layout(folder)
+
+    monkeypatch.setattr("fulgurite.consumers.follower.converge.read_layout", pruned)
+    follower = Follower(server, session)
+    for number in (1, 3):
+        write_safetensors(tmp_path / f"v{number}" / "model.safetensors", {"a": (2, 2)})
+    async with follower.running():
+        for number in (1, 2, 3):
+            follower.versions.add(make_version(tmp_path, number))
+            await until(lambda number=number: (number, number != 2) in follower.outcome)
+    assert serves(server, 3)
+    assert server.log.count("/pause") == 2
+    assert "No such file" in follower.events[1].error
 
 
 @pytest.mark.parametrize(("config", "warnings"), [("device_config=cpu, ", 1), ("device_config=cuda, ", 0), (None, 0)])

@@ -46,7 +46,8 @@ def read_layout(folder: Path) -> Layout:
         if index.is_file():
             return _indexed(folder, index)
         layout: Layout = {}
-        for path in sorted(folder.glob("*.safetensors")):
+        # Not glob, for which a folder that is not there is an empty one.
+        for path in sorted(path for path in folder.iterdir() if path.suffix == ".safetensors"):
             layout |= _header(path)
     except OSError as error:
         raise unreadable(f"{folder} cannot be read", error) from None

@@ -23,7 +23,7 @@ from fulgurite.consumers.follower.files import Verified
 from fulgurite.consumers.follower.layout import Layout, check_alike, is_tied, read_layout
 from fulgurite.consumers.follower.loading import LoadFailed, LoadUncertain, Phases, Shared
 from fulgurite.consumers.follower.server import LABEL_LOADING, PolicyServer, Refused, State, Unreachable
-from fulgurite.consumers.follower.store import StoreTrouble, Unusable
+from fulgurite.consumers.follower.store import StoreTrouble, Unusable, unreadable
 from fulgurite.consumers.follower.transfer import Transfer
 from fulgurite.consumers.follower.turns import Turn
 from fulgurite.consumers.follower.versions import Content, content, identity
@@ -86,8 +86,8 @@ class Weights:
             await self._transfer.close()
 
     async def check(self, folder: Path, layout: Layout) -> None:
-        """The rest of step 1. Raises Unusable where its tensors are not those of the version before it, Unreachable
-        where they cannot be sent now."""
+        """The rest of step 1. Raises Unusable where its tensors are not those of the version before it, or its files
+        are gone, StoreTrouble where they cannot be read now, Unreachable where they cannot be sent."""
         if sender := self._sender(layout):
             await sender.connect()
         before = self._shared.layout
@@ -308,7 +308,10 @@ class Weights:
 
 def _has_weights(folder: Path) -> bool:
     """In any format."""
-    return any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir())
+    try:
+        return any(path.suffix in WEIGHT_SUFFIXES for path in folder.iterdir())
+    except OSError as error:
+        raise unreadable(f"{folder} cannot be read", error) from None
 
 
 async def _ensure_unchanged(files: Verified) -> None:
