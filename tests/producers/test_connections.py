@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import resource
+import socket
 import sys
 import time
 from collections.abc import AsyncGenerator
@@ -19,6 +20,7 @@ from starlette.routing import Route
 
 from fulgurite.producers import connections
 from fulgurite.producers.connections import RESERVED_FILES, within_file_limit
+from fulgurite.producers.gateway.metrics import Metrics
 from fulgurite.producers.service import BACKLOG
 from tests.producers.fake_policy_server import FakePolicyServer, until
 from tests.producers.gateway_support import MESSAGES, serving
@@ -132,11 +134,12 @@ async def test_a_connection_that_is_used_now_and_then_stays(short: None):
     limits = httpx.Limits(max_connections=1)
     async with slow() as (_, url), httpx.AsyncClient(base_url=url, limits=limits) as agent:
         ports: set[Any] = set()
-        for _ in range(5):
+        for quiet_seconds in (0.3, 0.3, 1.7):  # what a head may take, and a look at all connections
             async with agent.stream("GET", "/now") as response:
                 ports.add(response.extensions["network_stream"].get_extra_info("client_addr"))
                 await response.aread()
-            await asyncio.sleep(0.3)
+            await asyncio.sleep(quiet_seconds)
+        assert (await agent.get("/now")).extensions["network_stream"].get_extra_info("client_addr") in ports
     assert len(ports) == 1
 
 
@@ -154,7 +157,11 @@ async def test_whoever_takes_nothing_of_an_answer_is_let_go():
 
 
 async def test_beyond_the_bound_the_longest_idle_goes_and_agents_come_in():
-    async with slow(max_connections=8) as (server, url), httpx.AsyncClient(base_url=url) as inside:
+    metrics = Metrics()
+    async with (
+        slow(max_connections=8, watch=metrics.connections) as (server, url),
+        httpx.AsyncClient(base_url=url) as inside,
+    ):
         assert (await inside.get("/now")).text == "now"
         waiting = [asyncio.create_task(inside.get("/slow", timeout=10)) for _ in range(2)]
         await until(lambda: server.running == 2)
@@ -164,12 +171,18 @@ async def test_beyond_the_bound_the_longest_idle_goes_and_agents_come_in():
                 assert (await agent.get("/now")).text == "now"
             halves.append(await Peer.to(url, HALF))
         assert await halves[0].closed_after(1) < 1
+        await until(lambda: metrics.registry.get_sample_value("fulgurite_gateway_connections") == 8)
+        assert (metrics.registry.get_sample_value("fulgurite_gateway_displaced_connections_total") or 0) >= 40
         server.go_on.set()
         assert [(await each).text for each in waiting] == ["slow"] * 2
 
 
-async def test_where_all_are_busy_a_new_connection_is_refused_at_once():
-    async with slow(max_connections=4) as (server, url), httpx.AsyncClient(base_url=url, timeout=10) as inside:
+async def test_where_all_are_busy_a_new_connection_is_refused_at_once(caplog: pytest.LogCaptureFixture):
+    metrics = Metrics()
+    async with (
+        slow(max_connections=4, watch=metrics.connections, name="gateway") as (server, url),
+        httpx.AsyncClient(base_url=url, timeout=10) as inside,
+    ):
         waiting = [asyncio.create_task(inside.get("/slow")) for _ in range(4)]
         await until(lambda: server.running == 4)
         for _ in range(3):
@@ -178,10 +191,35 @@ async def test_where_all_are_busy_a_new_connection_is_refused_at_once():
             assert head.startswith(b"HTTP/1.1 503 ")
             assert b'"code":"too_many_connections"' in body
             refused.writer.close()
+        code = {"code": "too_many_connections"}
+        assert metrics.registry.get_sample_value("fulgurite_gateway_refused_requests_total", code) == 3
+        assert "gateway: all 4 connections are taken" in caplog.text
         server.go_on.set()
         assert [(await each).text for each in waiting] == ["slow"] * 4
         async with httpx.AsyncClient(base_url=url) as agent:
             assert (await agent.get("/now")).text == "now"
+
+
+async def test_a_refusal_reaches_who_has_sent_his_request_already():
+    async with slow(max_connections=1) as (server, url), httpx.AsyncClient(base_url=url, timeout=10) as inside:
+        waiting = asyncio.create_task(inside.get("/slow"))
+        await until(lambda: server.running == 1)
+        # Blocking: the server comes to accept it when all is there.
+        sent = socket.create_connection(("127.0.0.1", int(url.rpartition(":")[2])))
+        sent.sendall(b"POST /now HTTP/1.1\r\nhost: a\r\ncontent-length: 60000\r\n\r\n" + b"x" * 50_000)
+        peer = Peer(*await asyncio.open_connection(sock=sent))
+        assert b"503" in await asyncio.wait_for(peer.reader.readline(), 1)
+        peer.writer.write(b"x" * 10_000)
+        async with asyncio.timeout(1):
+            assert (await peer.reader.read()).endswith(connections.REFUSAL), "no reset"
+        silent = await Peer.to(url)
+        await silent.reader.read()
+        dripping = asyncio.create_task(silent.drip())
+        await asyncio.sleep(connections.LINGER_SECONDS + 0.3)
+        assert silent.writer.transport.is_closing(), "nor does it last"
+        dripping.cancel()
+        server.go_on.set()
+        await waiting
 
 
 def test_as_many_connections_as_there_are_files_for(monkeypatch: pytest.MonkeyPatch):

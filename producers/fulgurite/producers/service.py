@@ -129,7 +129,7 @@ async def serve_asgi(app: Any, host: str, port: int, stop: asyncio.Event, name: 
 
     from fulgurite.producers.connections import server_of
 
-    server = server_of(app, grace_seconds=5, **bounds)
+    server = server_of(app, name=name, grace_seconds=5, **bounds)
     # run_service has handlers of its own; uvicorn's would replace them.
     setattr(server, "capture_signals", contextlib.nullcontext)  # noqa: B010
 

@@ -28,14 +28,13 @@ import contextlib
 import logging
 import time
 
-import uvicorn
-
 from fulgurite.consumers.coordinator.api import Api
 from fulgurite.consumers.coordinator.engine import Engine
 from fulgurite.consumers.coordinator.leases import Leases, Workers
 from fulgurite.consumers.coordinator.log import Batch, Entry, Offsets, RolloutLog
 from fulgurite.consumers.coordinator.state import State
 from fulgurite.consumers.coordinator.term import TERM_SECONDS, Term
+from fulgurite.producers.connections import server_of
 from fulgurite.producers.publisher import Publisher
 from fulgurite.producers.service import bind
 from fulgurite.schemas.codec import encode_key
@@ -229,10 +228,7 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     """Runs the coordinator until `stop`. Raises StartError for a taken port, Fenced when another one takes over."""
     with bind("coordinator", settings.coordinator.host, settings.coordinator.port) as listener:  # 1
         coordinator = Coordinator(settings)
-        config = uvicorn.Config(
-            coordinator.app, log_config=None, access_log=False, lifespan="off", timeout_graceful_shutdown=2
-        )
-        server = uvicorn.Server(config)
+        server = server_of(coordinator.app, name="coordinator", lifespan="off", grace_seconds=2)
         # run_service has handlers of its own; uvicorn's would replace them.
         server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
         running = asyncio.create_task(coordinator.run())

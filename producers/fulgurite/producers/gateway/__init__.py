@@ -82,6 +82,7 @@ async def _serve_all(gateway: Gateway, pool: Pool, settings: GatewaySettings, st
     bounds: dict[str, Any] = {
         "max_connections": settings.max_connections,
         "stalled_seconds": settings.silence_seconds + 10.0,
+        "watch": pool.metrics.connections,
     }
     tasks = {asyncio.create_task(serve_asgi(gateway, settings.host, settings.port, stop, "gateway", **bounds))}
     if settings.metrics_port:

@@ -16,6 +16,7 @@ from starlette.requests import Request
 from starlette.responses import PlainTextResponse
 from starlette.routing import Mount, Route
 
+from fulgurite.producers.connections import Watch
 from fulgurite.producers.gateway.breaker import BreakerState
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
@@ -44,6 +45,26 @@ class BackendMetrics:
         self.breaker.set(_BREAKER[breaker])
 
 
+class ConnectionMetrics(Watch):
+    """Of agents. A refusal counts as a request that was refused."""
+
+    def __init__(self, registry: CollectorRegistry, refused: Counter) -> None:
+        self._open = Gauge("fulgurite_gateway_connections", "connections of agents, idle ones too", registry=registry)
+        self._displaced = Counter(
+            "fulgurite_gateway_displaced_connections", "idle ones that went for new ones", registry=registry
+        )
+        self._refused = refused
+
+    def open(self, count: int) -> None:
+        self._open.set(count)
+
+    def displaced(self) -> None:
+        self._displaced.inc()
+
+    def refused(self) -> None:
+        self._refused.inc()
+
+
 class Metrics:
     """Described in docs/operations.md."""
 
@@ -63,6 +84,7 @@ class Metrics:
         self._answers = self._counter("answers", "answers of backends by status (2xx, …)", ("backend", "status"))
         self._failures = self._counter("failed_tries", "tries that were made again, or given up", backend)
         self._refused = self._counter("refused_requests", "requests that got an error of our own", ("code",))
+        self.connections = ConnectionMetrics(self.registry, self._refused.labels("too_many_connections"))
         self._prompts = self._counter(
             "prompts", "prompts given by their tokens, by what they do with the turn before", ("turn",)
         )
