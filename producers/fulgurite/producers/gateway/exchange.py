@@ -134,3 +134,7 @@ class Backends(Protocol):
         """Whether only the policy's own servers are known to serve the model, once all were asked what they serve; with
         the agent's header where one says so to nobody else."""
         ...
+
+    def preferred(self, model: str, pin: str) -> str:
+        """Endpoint of the replica that would be asked now with this pin; empty where none is known to serve it."""
+        ...

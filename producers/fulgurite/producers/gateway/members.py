@@ -19,7 +19,7 @@ from fulgurite.producers.gateway.breaker import Breaker
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.exchange import Ask
 from fulgurite.producers.gateway.metrics import BackendMetrics, Metrics
-from fulgurite.producers.gateway.places import Capacity
+from fulgurite.producers.gateway.places import Capacity, choose, score
 from fulgurite.producers.gateway.replica import CHECK_SECONDS, Replica
 from fulgurite.producers.gateway.routing import named, others, unheard, with_newest_adapter
 from fulgurite.schemas.settings import BackendSettings, GatewaySettings
@@ -97,8 +97,19 @@ class Members:
                 async with asyncio.timeout_at(deadline):
                     await self._asked_all.wait()
         await self._list_as(authorization)
-        found = with_newest_adapter(self.all, model) or named(self.all, model)
+        found = self._serving(model)
         return bool(found) and all(member.kind == "vllm" for member in found)
+
+    def preferred(self, model: str, pin: str) -> str:
+        """See `Backends`."""
+        capacities = [member.capacity for member in self._serving(model)]
+        found = choose(capacities, pin, self._loop.time())
+        if found is None and capacities:  # a place is waited for
+            found = max(capacities, key=lambda capacity: score(pin, capacity.url))
+        return found.url if found else ""
+
+    def _serving(self, model: str) -> list[Member]:
+        return with_newest_adapter(self.all, model) or named(self.all, model)
 
     async def models(self, authorization: str = "") -> list[dict[str, Any]]:
         """What all backends serve, as /v1/models describes it. Raises ApiError(503) when none of them could say."""

@@ -123,6 +123,10 @@ class Pool:
         """See `Backends`."""
         return await self._members.follows_policy(model, deadline, authorization)
 
+    def preferred(self, model: str, pin: str) -> str:
+        """See `Backends`."""
+        return self._members.preferred(model, pin)
+
     async def models(self, authorization: str = "") -> list[dict[str, Any]]:
         """What all backends serve, as /v1/models describes it. Raises ApiError(503) when none of them could say."""
         return await self._members.models(authorization)

@@ -31,7 +31,7 @@ from fulgurite.producers.gateway.protocols.base import Stream, invalid, unreadab
 from fulgurite.producers.gateway.publishing import STOP_SECONDS, Log
 from fulgurite.producers.gateway.recording import Recorder, Recording
 from fulgurite.producers.gateway.stream_run import BROKEN, Run, is_whole
-from fulgurite.producers.gateway.token_asking import UNSERVED
+from fulgurite.producers.gateway.token_asking import UNSERVED, unserved
 from fulgurite.producers.gateway.token_asking import ask_for as ask_for_tokens
 from fulgurite.producers.gateway.token_flow import TokenRoute
 from fulgurite.producers.gateway.token_route import GENERATE, streamed_request
@@ -159,8 +159,7 @@ class Streaming:
         async with answers as exchange:
             while True:
                 if run.translation and exchange.status in UNSERVED:
-                    message = f"{exchange.endpoint} answers {ask.route} with {exchange.status}"
-                    self._tokens.is_unserved(run.call, message)
+                    self._tokens.is_unserved(run.call, unserved(run.call, exchange, ask.route))
                     return False
                 if exchange.kind == "openai" and exchange.status in REFUSED and _adds(ask, run.call):
                     return False

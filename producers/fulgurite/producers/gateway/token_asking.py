@@ -27,6 +27,11 @@ UNSERVED: Final = frozenset({403, 404, 405, 501})
 class Unserved(Exception):
     """These routes cannot answer this call; the chat route may."""
 
+    def __init__(self, message: str, endpoint: str) -> None:
+        super().__init__(message)
+        self.endpoint = endpoint
+        """Which replica said so: others may have them."""
+
 
 @dataclass(slots=True, frozen=True)
 class Prepared:
@@ -97,7 +102,8 @@ def ask_for(call: Call, route: str, body: Mapping[str, Any], deadline: float, wh
 
 
 def unserved(call: Call, exchange: Exchange, route: str) -> Unserved:
-    return Unserved(f"{exchange.endpoint} answers {route} with {exchange.status}: {call.model} is asked by text")
+    message = f"{exchange.endpoint} answers {route} with {exchange.status}: {call.model} is asked by text there"
+    return Unserved(message, exchange.endpoint)
 
 
 def _is_rendered(answer: Json) -> bool:

@@ -50,11 +50,15 @@ from fulgurite.producers.gateway.turn_ends import TEXT, TurnEnds
 logger = logging.getLogger(__name__)
 
 UNSERVED_SECONDS: Final = 60.0
-"""A model whose servers do not have the routes is asked again after this: they may have been replaced."""
+"""A server that does not have the routes is asked again after this: it may have been replaced."""
 AFTERWARDS_SECONDS: Final = 30.0
 """Longest that what an answer needs beside its tokens is waited for, where the time for a first byte is over."""
 MAX_MODELS: Final = 1_000
-"""Whose state is remembered; then all of it is forgotten."""
+"""On how many servers each counts, whose state is remembered; then all of it is forgotten."""
+
+
+Kind = tuple[str, bool, str]
+"""Model, whether with tools (they need a route more), and the server's endpoint."""
 
 
 @dataclass(slots=True)
@@ -75,8 +79,8 @@ class TokenRoute:
         self._backends = backends
         self._metrics = metrics
         self._conversations = Conversations()
-        self._unserved_until: dict[tuple[str, bool], float] = {}
-        self._probed: set[tuple[str, bool]] = set()
+        self._unserved_until: dict[Kind, float] = {}
+        self._probed: set[Kind] = set()
         self._asker = TokenAsker(backends)
         self._ends = TurnEnds(self._asker)
 
@@ -87,17 +91,19 @@ class TokenRoute:
             return False
         if (call.streamed and call.body.get("tools")) or not can_answer(call.body):
             return False
-        until = self._unserved_until.get(_kind(call), 0.0)
-        if until >= asyncio.get_running_loop().time():
+        if not await self._backends.follows_policy(call.model, deadline, call.caller.authorization):
             return False
-        return await self._backends.follows_policy(call.model, deadline, call.caller.authorization)
+        if not self._unserved_until:
+            return True
+        kind = _kind(call, self._backends.preferred(call.model, call.rollout_id))
+        return self._unserved_until.get(kind, 0.0) < asyncio.get_running_loop().time()
 
     async def sample(self, call: Call, deadline: float, whole_deadline: float, asked: Asked) -> Sampled | None:
         """The answer; None where the chat route is to be asked. Raises ApiError; who was asked stands in `asked`."""
         try:
             return await self._sample(call, deadline, whole_deadline, asked)
         except Unserved as error:
-            self.is_unserved(call, str(error))
+            self.is_unserved(call, error)
             return None
         except ApiError:
             raise
@@ -109,7 +115,7 @@ class TokenRoute:
         try:
             prepared = await self._prepare(call, deadline, asked)
         except Unserved as error:
-            self.is_unserved(call, str(error))
+            self.is_unserved(call, error)
             return None
         except ApiError:
             raise
@@ -117,13 +123,14 @@ class TokenRoute:
             raise unreadable(error) from None
         return prepared if prepared and is_plain(call.body, prepared.rendered) else None
 
-    def is_unserved(self, call: Call, why: str) -> None:
-        """For a while such calls are asked of the chat route."""
+    def is_unserved(self, call: Call, why: Unserved) -> None:
+        """For a while such calls are asked of the chat route, where it is that server that would be asked."""
         logger.info("%s", why)
-        self._probed.discard(_kind(call))
+        kind = _kind(call, why.endpoint)
+        self._probed.discard(kind)
         if len(self._unserved_until) >= MAX_MODELS:
             self._unserved_until.clear()
-        self._unserved_until[_kind(call)] = asyncio.get_running_loop().time() + UNSERVED_SECONDS
+        self._unserved_until[kind] = asyncio.get_running_loop().time() + UNSERVED_SECONDS
 
     def remember(self, call: Call, sampled: Sampled) -> None:
         """What the agent got: the next call may continue it. Raises nothing: the call is recorded."""
@@ -167,8 +174,12 @@ class TokenRoute:
         if rendered is None or not can_splice(rendered):
             return None  # the chat route says what is wrong with it
         await self._closing(call, TEXT, deadline)
-        if _kind(call) not in self._probed:
+        kind = _kind(call, asked.served.endpoint if asked.served else "")
+        if kind not in self._probed:
             await self._probe_routes(call, rendered, deadline)
+            if len(self._probed) >= MAX_MODELS:
+                self._probed.clear()
+            self._probed.add(kind)
         spliced = await self._splice(call, rendered["token_ids"], deadline)
         prompt = spliced.prompt.tolist() if spliced else rendered["token_ids"]
         request = generate_request(call.body, rendered, prompt)
@@ -196,7 +207,7 @@ class TokenRoute:
         try:
             await self._ends.learn(call, generated["choices"], deadline)
         except Unserved as error:
-            self.is_unserved(call, str(error))  # this answer can do without
+            self.is_unserved(call, error)  # this answer can do without
         except ApiError as error:
             logger.info("how a model's turn ends could not be asked: %s", error)
         if not is_plain(call.body, prepared.rendered):
@@ -206,7 +217,7 @@ class TokenRoute:
         try:
             derendered = await self._asker.ask(call, DERENDER, wanted, deadline)
         except Unserved as error:
-            self.is_unserved(call, str(error))
+            self.is_unserved(call, error)
             derendered = None
         if derendered is None:
             raise invalid("could not be put into words by the server that gave it")
@@ -248,9 +259,6 @@ class TokenRoute:
             asked[DERENDER] = wanted
         for route, body in asked.items():
             await self._asker.ensure_served(call, route, body, deadline)
-        if len(self._probed) >= MAX_MODELS:
-            self._probed.clear()
-        self._probed.add(_kind(call))
 
 
 def _after(deadline: float) -> float:
@@ -262,9 +270,8 @@ def _has_answer(messages: Sequence[Any]) -> bool:
     return any(isinstance(message, Mapping) and message.get("role") == "assistant" for message in messages)
 
 
-def _kind(call: Call) -> tuple[str, bool]:
-    """Calls with tools need a route more."""
-    return call.model, bool(call.body.get("tools"))
+def _kind(call: Call, endpoint: str) -> Kind:
+    return call.model, bool(call.body.get("tools")), endpoint
 
 
 def _attempt(call: Call) -> tuple[str, ...]:

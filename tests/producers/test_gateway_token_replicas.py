@@ -1,0 +1,71 @@
+"""Replicas of which one does not have the routes of token ids: the rollouts of the others go on exactly."""
+
+from __future__ import annotations
+
+from itertools import count
+from typing import Any
+
+import aiohttp
+import pytest
+
+from fulgurite.producers.gateway.places import score
+from fulgurite.schemas.settings import BackendSettings
+from tests.producers.gateway_support import MESSAGES
+from tests.producers.test_gateway_failures import behind
+from tests.producers.test_gateway_hostile import TOOLS, TokenServer
+
+BODY: dict[str, Any] = {"model": "policy", "messages": MESSAGES}
+GENERATE = "/inference/v1/generate"
+CHAT = "/v1/chat/completions"
+
+
+def rollout_of(server: TokenServer, other: TokenServer) -> str:
+    """One that is pinned to the first."""
+    rollouts = (f"r{number}" for number in count())
+    return next(rollout for rollout in rollouts if score(rollout, server.url) > score(rollout, other.url))
+
+
+async def post(url: str, rollout: str, body: dict[str, Any]) -> int:
+    path = f"{url}/rollout/{rollout}/attempt/a1{CHAT}"
+    async with aiohttp.ClientSession() as session, session.post(path, json=body) as answer:
+        await answer.read()
+        return answer.status
+
+
+@pytest.mark.parametrize(
+    ("missing", "fields", "asked_in_vain"),
+    [
+        ("render", {}, f"{CHAT}/render"),
+        ("generate", {"stream": True}, GENERATE),
+        ("derender", {"tools": TOOLS}, f"{CHAT}/derender"),
+    ],
+)
+async def test_a_replica_without_the_token_routes_turns_them_off_for_itself_alone(
+    missing: str, fields: dict[str, Any], asked_in_vain: str
+):
+    async with TokenServer(label="1") as older, TokenServer(label="1") as good:
+        older.missing = frozenset({missing})
+        replicas = behind(BackendSettings(url=older.url), BackendSettings(url=good.url))
+        async with replicas as url:
+            for _ in range(2):
+                assert await post(url, rollout_of(good, older), BODY | fields | {"stream": False}) == 200
+                assert await post(url, rollout_of(older, good), BODY | fields) == 200
+        assert (good.log.count(GENERATE), good.log.count(CHAT)) == (2, 0)
+        assert (older.log.count(asked_in_vain), older.log.count(CHAT)) == (1, 2)
+        assert [span.status for span in replicas.publisher.spans] == ["ok"] * 4
+
+
+async def test_a_rollout_whose_replica_is_away_goes_on_exactly_on_another():
+    async with TokenServer(label="1") as older, TokenServer(label="1") as good:
+        older.missing = frozenset({"render"})
+        replicas = behind(BackendSettings(url=older.url), BackendSettings(url=good.url))
+        async with replicas as url:
+            rollout = rollout_of(older, good)
+            assert await post(url, rollout, BODY) == 200
+            assert replicas.pool.preferred("policy", rollout) == older.url
+            for member in replicas.pool._members.all:  # pyright: ignore[reportPrivateUsage]
+                member.capacity.well = member.url != older.url
+            assert replicas.pool.preferred("policy", rollout) == good.url
+            assert await post(url, rollout, BODY) == 200
+        assert (older.log.count(CHAT), good.log.count(GENERATE)) == (1, 1)
+        assert replicas.pool.preferred("nobody", rollout) == ""
