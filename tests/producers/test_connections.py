@@ -130,6 +130,40 @@ async def test_whoever_does_not_come_to_ask_is_let_go(short: None):
         assert (await waiting).text == "slow", "longer under way than a head may take"
 
 
+@pytest.mark.parametrize("before", [b"", b"GET /now HTTP/1.1\r\nhost: a\r\n\r\n"])
+async def test_a_head_without_end_is_not_kept(before: bytes):
+    async with slow() as (_, url), asyncio.timeout(5):
+        peer = await Peer.to(url, before)
+        if before:
+            await peer.reader.readuntil(b"now")
+        peer.writer.write(HALF + b"a" * 8)
+        sent = 0
+        with suppress(ConnectionError):
+            while not peer.reader.at_eof() and sent < 10_000_000:
+                peer.writer.write(b"a" * 10_000)
+                await peer.writer.drain()
+                await asyncio.sleep(0.001)
+                sent += 10_000
+            assert b" 431 " in await peer.reader.readline()
+        assert sent < 1_000_000
+
+
+async def test_large_bodies_and_heads_in_parts_are_no_large_heads():
+    async with slow() as (_, url), asyncio.timeout(10):
+        peer = await Peer.to(url)
+        for _ in range(3):
+            for part in (
+                b"POST /now HTTP/1.1\r\nhost: a\r\n",
+                b"x: " + b"a" * 20_000 + b"\r\n",
+                b"y: " + b"a" * 20_000,
+            ):
+                peer.writer.write(part)
+                await asyncio.sleep(0.02)
+            peer.writer.write(b"\r\ncontent-length: 300000\r\n\r\n" + b"b" * 300_000)
+            assert b" 200 " in await peer.reader.readuntil(b"\r\n\r\n")
+            await peer.reader.readexactly(3)
+
+
 async def test_a_connection_that_is_used_now_and_then_stays(short: None):
     limits = httpx.Limits(max_connections=1)
     async with slow() as (_, url), httpx.AsyncClient(base_url=url, limits=limits) as agent:

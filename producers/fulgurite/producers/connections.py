@@ -7,14 +7,16 @@ are never finished, without any key. Promises:
 - a connection on which something came, but no request with its whole head, is closed after HEAD_SECONDS: a half-sent
   head, the rest of a body that was refused. So is a new one on which nothing came. How long a body may take is the
   application's business;
+- one whose head is larger than MAX_HEAD_BYTES is answered 431 and closed;
 - one that was served and is quiet since stays for KEEP_ALIVE_SECONDS: its client may have it in a pool;
 - one that takes nothing of its answers for `stalled_seconds` is closed;
 - beyond `most` connections a new one takes the place of the one that has asked nothing for longest, those first that
   never asked at all; where requests are under way on all of them, it is answered 503 at once. So who is inside goes on
   being served, and who floods the server mostly shuts out himself. Both are logged, and told to a `Watch`.
 
-Requests pay nothing for that: the connections are looked at once a second. Of uvicorn's protocols it needs `cycle` and
-its `response_complete`, `transport`, and `timeout_keep_alive_task`, which is there while a served connection is quiet.
+Requests pay next to nothing for that: the connections are looked at once a second. Of uvicorn's protocols it needs
+`cycle` and its `response_complete`, `transport`, `timeout_keep_alive_task`, which is there while a served connection is
+quiet, and `headers`, which are those of the cycle's scope until another head begins.
 """
 
 from __future__ import annotations
@@ -46,14 +48,19 @@ SEARCH_PAUSE_SECONDS: Final = 1e-5
 LOG_EVERY_SECONDS: Final = 5.0
 LINGER_SECONDS: Final = 1.0
 """For a client to take its refusal: what it has sent would, unread, have the kernel take the answer back."""
+MAX_HEAD_BYTES: Final = 64 * 1024
+"""Of a request's head, as far as it comes in parts. uvicorn would keep whatever comes."""
+_ANSWER: Final = b"HTTP/1.1 %b\r\ncontent-type: application/json\r\ncontent-length: %d\r\n%bconnection: close\r\n\r\n%b"
 REFUSAL: Final = (
     b'{"error":{"message":"too many connections are open; try again","type":"server_error","param":null,'
     b'"code":"too_many_connections"}}'
 )
-REFUSED: Final = (
-    b"HTTP/1.1 503 Service Unavailable\r\ncontent-type: application/json\r\ncontent-length: %d\r\nretry-after: 1\r\n"
-    b"connection: close\r\n\r\n%b"
-) % (len(REFUSAL), REFUSAL)
+REFUSED: Final = _ANSWER % (b"503 Service Unavailable", len(REFUSAL), b"retry-after: 1\r\n", REFUSAL)
+TOO_LARGE: Final = (
+    b'{"error":{"message":"the head of the request is too large","type":"invalid_request_error","param":null,'
+    b'"code":"head_too_large"}}'
+)
+HEAD_TOO_LARGE: Final = _ANSWER % (b"431 Request Header Fields Too Large", len(TOO_LARGE), b"", TOO_LARGE)
 
 
 class Watch:
@@ -246,6 +253,22 @@ def _is_idle(connection: Any) -> bool:
 
 def _behind(door: Door, protocol: type[Any]) -> type[asyncio.Protocol]:
     class Connection(protocol):
+        _head_bytes = 0
+        """Of a head that has not ended; below 0: none has begun since the last request."""
+
+        def data_received(self, data: bytes) -> None:
+            super().data_received(data)
+            cycle = self.cycle
+            if cycle is not None and cycle.scope["headers"] is self.headers:
+                self._head_bytes = -1
+            elif self._head_bytes < 0:  # what came before it in these bytes is not the head's
+                self._head_bytes = 0
+            else:
+                self._head_bytes += len(data)
+                if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+                    self.transport.write(HEAD_TOO_LARGE)
+                    self.transport.close()
+
         def connection_made(self, transport: Any) -> None:
             now = asyncio.get_running_loop().time()
             if door.lets_in(now):
