@@ -75,7 +75,8 @@ class TokenAsker:
         if asked and route == GENERATE:
             asked.sampled = answer
         found = parse_answer(answer)
-        if not isinstance(found, dict) or not _SHAPES[route](found):
+        is_known = _is_derendered_chunk if route == DERENDER and body.get("stream") else _SHAPES[route]
+        if not isinstance(found, dict) or not is_known(found):
             raise invalid(f"to {route} is in no shape known here")
         return found
 
@@ -126,6 +127,11 @@ def _is_generated(answer: Json) -> bool:
 
 def _is_derendered(answer: Json) -> bool:
     return has_choices(answer) and all(isinstance(choice.get("message"), dict) for choice in answer["choices"])
+
+
+def _is_derendered_chunk(answer: Json) -> bool:
+    chunk = answer.get("chunk")
+    return isinstance(chunk, dict) and has_choices(chunk)
 
 
 _SHAPES: Final[dict[str, Callable[[Json], bool]]] = {

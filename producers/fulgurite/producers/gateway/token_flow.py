@@ -45,6 +45,7 @@ from fulgurite.producers.gateway.token_route import (
     is_plain,
 )
 from fulgurite.producers.gateway.token_stream import Translation
+from fulgurite.producers.gateway.tool_call_ids import ToolCallIds
 from fulgurite.producers.gateway.turn_ends import TEXT, TurnEnds
 
 logger = logging.getLogger(__name__)
@@ -83,6 +84,7 @@ class TokenRoute:
         self._probed: set[Kind] = set()
         self._asker = TokenAsker(backends)
         self._ends = TurnEnds(self._asker)
+        self._call_ids = ToolCallIds(self._asker)
 
     async def takes(self, call: Call, deadline: float) -> bool:
         """Calls that may be trained on, as far as these routes give all that they ask. Not streams with tools: a parser
@@ -221,6 +223,7 @@ class TokenRoute:
             derendered = None
         if derendered is None:
             raise invalid("could not be put into words by the server that gave it")
+        await self._call_ids.put_in(call, wanted, derendered, deadline)
         return derendered
 
     async def _splice(self, call: Call, rendered: list[int], deadline: float) -> Spliced | None:
