@@ -88,28 +88,40 @@ async def test_the_ids_of_tool_calls_are_those_of_the_models_parser():
         [5]
     ]  # without the end of the turn
     assert piece["generate_chunk"]["choices"][0]["finish_reason"] == "stop"
-    assert len(server.pieces) == 2
+    assert len(server.pieces) == 3, "twice for the first answer: they are not made at random"
 
 
-async def test_ids_that_a_parser_makes_at_random_are_asked_for_once():
-    server = ToolServer(label="1", parser_ids=lambda at: f"chatcmpl-tool-{at:016x}")
+@pytest.mark.parametrize(
+    ("forms", "made_like", "pieces"),
+    [
+        (["chatcmpl-tool-0a", "chatcmpl-tool-0b"], r"chatcmpl-tool-[0-9a-f]{16}", 1),
+        (["E7Mj5MqbS", "G2XT9uf16"], r"[A-Za-z0-9]{9}", 2),
+        (["call_0_0a", "call_0_0b"], r"[A-Za-z0-9]{9}", 2),
+    ],
+)
+async def test_ids_that_a_parser_makes_at_random_are_asked_for_no_more(forms: list[str], made_like: str, pieces: int):
+    given = iter(forms)
+    server = ToolServer(label="1", parser_ids=lambda _: next(given))
     async with server as backend, gateway(FakePublisher(), backend.url) as url:
-        assert ids_of(await asked(url)) == [f"chatcmpl-tool-{0:016x}"]
+        assert ids_of(await asked(url)) == forms[:1]
         made = [ids_of(await asked(url))[0] for _ in range(3)]
-    assert all(re.fullmatch(r"chatcmpl-tool-[0-9a-f]{16}", one) for one in made)
+    assert all(re.fullmatch(made_like, one) for one in made)
     assert len(set(made)) == 3
-    assert len(server.pieces) == 1
+    assert len(server.pieces) == pieces
 
 
 @pytest.mark.parametrize("parser_ids", [None, "a refusal"])
 async def test_ids_that_are_not_found_out_are_such_that_no_template_refuses_them(parser_ids: Any):
     """Mistral's want nine letters and digits."""
     server = ToolServer(label="1", calls=("add", "add"))
+    seen: list[int] = []
     if parser_ids:
         refused = JSONResponse({"error": {"message": "no"}}, status_code=400)
-        seen: list[int] = []
         server.faults[DERENDER] = lambda: refused if seen.append(1) or len(seen) % 3 == 0 else None
     async with server as backend, gateway(FakePublisher(), backend.url) as url:
         ids = ids_of(await asked(url))
+        before = len(server.pieces), len(seen)
+        await asked(url)
     assert len(set(ids)) == 2
     assert all(re.fullmatch(r"[A-Za-z0-9]{9}", one) for one in ids)
+    assert (len(server.pieces), len(seen)) == (before[0], before[1] + bool(seen)), "it is not asked again for a while"

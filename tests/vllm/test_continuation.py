@@ -3,6 +3,7 @@ gets what the chat route would have given it."""
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,6 +27,7 @@ from fulgurite.producers.gateway.token_route import (
     generate_request,
     is_plain,
 )
+from fulgurite.producers.gateway.tool_call_ids import ToolCallIds
 from fulgurite.producers.gateway.turn_ends import TEXT, TurnEnds
 from fulgurite.schemas.event import VersionSpan
 from tests.vllm.server import VllmServer
@@ -72,6 +74,7 @@ class Gateway:
 
     def __post_init__(self) -> None:
         self.ends = TurnEnds(Asker(self.client))
+        self.call_ids = ToolCallIds(Asker(self.client))
 
     async def complete(self, body: dict[str, Any]) -> dict[str, Any]:
         rendered = await self.post(RENDER, body)
@@ -92,6 +95,8 @@ class Gateway:
         generated = await self.post(GENERATE, generate_request(body, rendered, prompt))
         asked = None if is_plain(body, rendered) else derender_request(body, generated, prompt)
         derendered = await self.post(DERENDER, asked) if asked else None
+        if asked and derendered:
+            await self.call_ids.put_in(call, asked, derendered, FOR_EVER)
         answer = chat_completion(body, rendered, prompt, generated, derendered, {END_ID: END})
         for choice in answer["choices"]:
             self.conversations.remember(
@@ -182,8 +187,9 @@ async def test_the_answer_is_what_the_chat_route_gives(vllm: VllmServer, more: d
 
 
 def calls_of(choice: dict[str, Any]) -> list[Any]:
-    """Without their ids, which are made up."""
-    return [call["function"] for call in choice["message"].get("tool_calls") or ()]
+    """Of their ids the form: they are made at random."""
+    calls = choice["message"].get("tool_calls") or ()
+    return [(re.sub("[0-9a-f]", "0", call["id"]), call["function"]) for call in calls]
 
 
 def written(choice: dict[str, Any]) -> list[Any]:
