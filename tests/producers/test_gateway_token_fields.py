@@ -26,7 +26,8 @@ class HeldServer(TokenServer):
         (HeldServer, {"tools": TOOLS}, ["structured_outputs"]),  # --tool-strict-level
         (TokenServer, {"tools": STRICT}, None),  # a parser without a grammar: sampled as any other
         (HeldServer, {"response_format": {"type": "json_object"}}, ["response_format", "structured_outputs"]),
-        (HeldServer, {"tools": STRICT, "stream": True}, ["tools"]),  # by the chat route, which does not say
+        (HeldServer, {"tools": TOOLS, "stream": True}, ["structured_outputs"]),
+        (TokenServer, {"tools": TOOLS, "parallel_tool_calls": False}, None),
     ],
 )
 async def test_the_server_says_whether_it_held_an_answer_to_a_grammar(

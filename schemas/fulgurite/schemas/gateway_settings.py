@@ -178,7 +178,8 @@ class GatewaySettings(Section):
     from the call to its first byte; then 504."""
     exact_prompts: bool = True
     """Whether a conversation goes on with exactly the tokens it was sampled with, where a backend takes token ids (vLLM
-    with --enable-scale-out, the embedded server); off: each prompt is tokenised anew, in one request instead of two."""
+    with --enable-scale-out, the embedded server); off: each prompt is tokenised anew, in one request instead of two.
+    Whether it holds tool calls to a grammar a server is asked all the same."""
     publish_seconds: Seconds = 30.0
     """Longest that an answer waits for the broker to acknowledge its span; then 503."""
     answer_unrecorded: bool = False

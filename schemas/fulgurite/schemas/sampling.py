@@ -28,7 +28,7 @@ _HARMLESS: Final = """
 model messages prompt input instructions system suffix documents previous_response_id previous_input_messages
 conversation continue_final_message add_generation_prompt add_special_tokens chat_template chat_template_kwargs
 media_io_kwargs mm_processor_kwargs mm_payload return_mm_kwargs truncate_prompt_tokens truncation_side truncation
-modalities audio functions parallel_tool_calls max_tool_calls web_search_options mcp_servers container
+modalities audio functions max_tool_calls web_search_options mcp_servers container
 max_tokens max_completion_tokens max_output_tokens stop stop_sequences stop_token_ids ignore_eos n
 length_penalty repetition_detection include_stop_str_in_output skip_special_tokens spaces_between_special_tokens
 reasoning reasoning_effort thinking include_reasoning verbosity prediction
@@ -62,6 +62,10 @@ def is_neutral(name: str, value: object) -> bool:
     return value is None or _number(value) in NEUTRAL_SAMPLING[name]
 
 
+def may_call_tools(request: Mapping[str, Any]) -> bool:
+    return bool(request.get("tools")) and request.get("tool_choice") not in ("none", {"type": "none"})
+
+
 def constraints(request: Mapping[str, Any]) -> list[str]:
     """The fields of a request that forbid or shift tokens, or may: logprobs are not those of the distribution that was
     sampled from. A field nobody knows here may be a way of sampling that a server learned since."""
@@ -70,10 +74,12 @@ def constraints(request: Mapping[str, Any]) -> list[str]:
 
 
 def _constrains(request: Mapping[str, Any], name: str, value: Any) -> bool:
+    if name == "parallel_tool_calls":  # vLLM holds to one call by a grammar, of all of the answer
+        return value is False and may_call_tools(request)
     if name in HARMLESS or name in NEUTRAL_SAMPLING or value is None or value is False or value in ("", [], {}):
         return False
     if name == "tools":  # vLLM holds a call of a strict tool to its schema, also one that the model chose to make
-        return request.get("tool_choice") not in ("none", {"type": "none"}) and any(map(_is_strict, _list(value)))
+        return may_call_tools(request) and any(map(_is_strict, _list(value)))
     if name in ("text", "output_config") and isinstance(value, dict):  # of the Responses API, of Anthropic's messages
         value = value.get("format")
         return bool(value) and value != {"type": "text"}

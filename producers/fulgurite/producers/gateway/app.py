@@ -46,6 +46,7 @@ from fulgurite.producers.gateway.budgets import Budgets, allowed_seconds
 from fulgurite.producers.gateway.calls import Call, Sequences, identify, model_of, parse_call
 from fulgurite.producers.gateway.errors import AgentGone, ApiError, interrupted
 from fulgurite.producers.gateway.exchange import Ask, Backends
+from fulgurite.producers.gateway.grammars import Grammars
 from fulgurite.producers.gateway.health import Check, Health
 from fulgurite.producers.gateway.hosts import Hosts
 from fulgurite.producers.gateway.http import Gone, Present, headers_of, read_body, respond
@@ -96,7 +97,10 @@ class Gateway:
         self._keys = Keys(settings.api_keys)
         self._budgets = Budgets(settings.max_rollout_tokens)
         self._tokens = TokenRoute(backends, backends.metrics, enabled=settings.exact_prompts)
-        self._streaming = Streaming(settings, backends, self._recorder, self._log, self._spent, self._tokens)
+        self._grammars = Grammars(backends)
+        self._streaming = Streaming(
+            settings, backends, self._recorder, self._log, self._spent, self._tokens, self._grammars
+        )
         self._sequences = Sequences()
         # Those that wait are the pool's to bound; here it is the memory that bodies and answers take.
         self._most = settings.max_concurrent_requests + settings.max_queued_requests
@@ -195,7 +199,9 @@ class Gateway:
                 if await self._tokens.takes(call, deadline):
                     sampled = await self._tokens.sample(call, deadline, whole_deadline, asked)
                 if sampled is None:
-                    answer = await self._ask(call, ask_for(call, deadline, whole_deadline), asked)
+                    async with self._grammars.asked(call, deadline) as grammar:
+                        answer = await self._ask(call, ask_for(call, deadline, whole_deadline), asked)
+                        await grammar.put_into(asked.served)
         except ApiError as error:
             failure = error
         except Gone:

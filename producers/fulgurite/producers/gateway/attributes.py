@@ -38,6 +38,8 @@ Logprobs are the policy's only where those that shape the distribution are neutr
 
 ATTRIBUTE_CONSTRAINTS: Final = "fulgurite.request.constraints"
 """Which fields of the request forbid or shift tokens, or may. The assembler reads it."""
+OF_TOOLS: Final = frozenset({"tools", "parallel_tool_calls"})
+"""Those among them of which it is the server's parser that decides whether they do."""
 GRAMMAR: Final = "structured_outputs"
 """Named there as well where the server says that it held an answer to one, whatever the request said."""
 ATTRIBUTE_STREAM: Final = "gen_ai.request.stream"
@@ -63,8 +65,8 @@ def request_attributes(call: Call, *, grammar: bool | None = None) -> dict[str, 
         if value is not None and (name := REQUEST_ATTRIBUTES.get(key)):
             found[name] = value if _fits(value) else to_json(value)
     names = constraints(call.body)
-    if grammar is not None:  # it knows better what became of strict tools
-        names = [name for name in names if name != "tools"]
+    if grammar is not None:  # it knows better what became of tools
+        names = [name for name in names if name not in OF_TOOLS]
         names += [GRAMMAR] if grammar and GRAMMAR not in names else []
     if names:
         found[ATTRIBUTE_CONSTRAINTS] = names

@@ -26,6 +26,7 @@ from fulgurite.producers.gateway.asking import Asked, ask_for, ask_unchanged, re
 from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.errors import AgentGone, ApiError, interrupted
 from fulgurite.producers.gateway.exchange import Ask, Backends, Exchange
+from fulgurite.producers.gateway.grammars import Grammars
 from fulgurite.producers.gateway.http import EventStream, Gone, Present
 from fulgurite.producers.gateway.protocols.base import Stream, invalid, unreadable
 from fulgurite.producers.gateway.publishing import STOP_SECONDS, Log
@@ -59,8 +60,10 @@ class Streaming:
         log: Log,
         spent: Callable[[Call, Recording], None],
         tokens: TokenRoute,
+        grammars: Grammars,
     ) -> None:
         self._tokens = tokens
+        self._grammars = grammars
         self._silence_seconds = settings.silence_seconds
         self._backends = backends
         self._recorder = recorder
@@ -96,9 +99,7 @@ class Streaming:
             async with Present(receive):  # 2
                 ask = await self._by_tokens(run, deadline)
                 if ask is None or not await self._relayed(run, ask):
-                    run.translation = None
-                    if not await self._relayed(run, ask_for(call, deadline)):
-                        await self._relayed(run, ask_unchanged(call, deadline))
+                    await self._relay_chat(run, deadline)
         except ApiError as error:
             failure = error
         except Gone:
@@ -152,6 +153,14 @@ class Streaming:
             return None
         run.translation = Translation(run.call, prepared)
         return ask_for_tokens(run.call, GENERATE, streamed_request(prepared.request), deadline)
+
+    async def _relay_chat(self, run: Run, deadline: float) -> None:
+        run.translation = None
+        call = run.call
+        async with self._grammars.asked(call, deadline) as grammar:
+            if not await self._relayed(run, ask_for(call, deadline)):
+                await self._relayed(run, ask_unchanged(call, deadline))
+            await grammar.put_into(run.served)
 
     async def _relayed(self, run: Run, ask: Ask) -> bool:
         """Whether this could be asked; what is left to be asked otherwise has had no effect."""

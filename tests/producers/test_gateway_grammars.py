@@ -1,0 +1,140 @@
+"""Calls with tools by the chat route: whether the server held an answer to a grammar, which that route does not say."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Callable
+from typing import Any
+
+import aiohttp
+import orjson
+import pytest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from fulgurite.producers.gateway.token_route import RENDER
+from tests.producers.gateway_support import MESSAGES, FakePublisher, gateway
+from tests.producers.test_gateway_hostile import ATTEMPT, TOOLS, TokenServer, post
+
+CHAT = "/v1/chat/completions"
+BODY: dict[str, Any] = {"model": "policy", "messages": MESSAGES, "tools": TOOLS, "stream": True}
+ONE_CALL: dict[str, Any] = BODY | {"parallel_tool_calls": False}
+
+TAG: dict[str, Any] = {"structural_tag": "{}"}
+
+
+class HeldServer(TokenServer):
+    structured = TAG
+
+
+class Unscaled(TokenServer):
+    """Without --enable-scale-out."""
+
+    missing = frozenset({"render"})
+
+
+class Waiting(HeldServer):
+    """Renders when the test says so."""
+
+    rendered: asyncio.Event
+
+    def more_routes(self) -> list[tuple[str, str, Callable[[Request], Any]]]:
+        self.rendered = asyncio.Event()
+        found = super().more_routes()
+        (render,) = (handler for route, _, handler in found if route == RENDER)
+
+        async def wait(request: Request) -> Response:
+            await self.rendered.wait()
+            return await render(request)
+
+        return [(RENDER, "POST", wait), *(route for route in found if route[0] != RENDER)]
+
+
+async def constraints_of(server: TokenServer, body: dict[str, Any], **settings: Any) -> Any:
+    publisher = FakePublisher()
+    async with server as backend, gateway(publisher, backend.url, **settings) as url:
+        status, _ = await post(url, CHAT, body)
+    assert status == 200
+    assert CHAT in backend.log
+    (span,) = publisher.spans
+    assert span.status == "ok"
+    return span.attributes.get("fulgurite.request.constraints")
+
+
+@pytest.mark.parametrize(
+    ("server", "body", "settings", "constraints"),
+    [
+        (HeldServer, BODY, {}, ["structured_outputs"]),  # as glm47 holds every call with tools
+        (HeldServer, BODY | {"stream": False}, {"exact_prompts": False}, ["structured_outputs"]),
+        (HeldServer, BODY | {"stream": False, "echo": True}, {}, ["structured_outputs"]),
+        (TokenServer, ONE_CALL, {}, None),  # a parser without a grammar
+        (Unscaled, ONE_CALL, {}, ["parallel_tool_calls"]),
+        (Unscaled, BODY, {}, None),
+    ],
+)
+async def test_a_call_by_the_chat_route_says_whether_a_grammar_held_it(
+    server: type[TokenServer], body: dict[str, Any], settings: dict[str, Any], constraints: list[str] | None
+):
+    assert await constraints_of(server(label="1"), body, **settings) == constraints
+
+
+@pytest.mark.parametrize(
+    "more",
+    [{"tools": None}, {"tool_choice": "none"}, {"temperature": 0.5}, {"response_format": {"type": "json_object"}}],
+)
+async def test_only_of_calls_that_could_be_trained_on_it_is_asked(more: dict[str, Any]):
+    server = HeldServer(label="1")
+    await constraints_of(server, BODY | more, exact_prompts=False)
+    assert RENDER not in server.log
+
+
+async def test_a_server_that_cannot_say_is_not_asked_with_every_call():
+    async with Unscaled(label="1") as backend, gateway(FakePublisher(), backend.url, exact_prompts=False) as url:
+        for _ in range(3):
+            assert (await post(url, CHAT, BODY))[0] == 200
+    assert backend.log.count(RENDER) == 1
+
+
+async def test_a_server_that_fails_to_say_costs_no_answer():
+    server = HeldServer(label="1")
+    server.faults[RENDER] = lambda: JSONResponse({"error": {"message": "no"}}, status_code=429)
+    assert await constraints_of(server, ONE_CALL) == ["parallel_tool_calls"]
+
+
+async def test_where_it_is_not_said_the_last_word_counts():
+    """A parser that holds every call does so with the next one."""
+    publisher = FakePublisher()
+    server = HeldServer(label="1")
+    async with server as backend, gateway(publisher, backend.url) as url:
+        await post(url, CHAT, BODY)
+        server.faults[RENDER] = lambda: JSONResponse({"error": {"message": "no"}}, status_code=429)
+        await post(url, CHAT, BODY)
+    assert [span.attributes["fulgurite.request.constraints"] for span in publisher.spans] == [
+        ["structured_outputs"]
+    ] * 2
+
+
+async def test_only_the_end_of_a_stream_waits_for_it():
+    publisher = FakePublisher()
+    async with (
+        Waiting(label="1") as backend,
+        gateway(publisher, backend.url) as url,
+        aiohttp.ClientSession() as session,
+    ):
+        async with session.post(f"{url}{ATTEMPT}{CHAT}", data=orjson.dumps(BODY)) as answer:
+            assert await asyncio.wait_for(answer.content.readline(), 5)
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(answer.content.read(), 0.3)
+            assert publisher.spans == []
+            backend.rendered.set()
+            assert b"[DONE]" in await answer.content.read()
+        backend.rendered.clear()
+        async with session.post(f"{url}{ATTEMPT}{CHAT}", data=orjson.dumps(BODY)) as answer:
+            assert await answer.content.readline()  # and it hangs up
+        async with asyncio.timeout(5):
+            while len(publisher.spans) < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        backend.rendered.set()
+    assert [span.attributes["fulgurite.request.constraints"] for span in publisher.spans] == [
+        ["structured_outputs"]
+    ] * 2
