@@ -137,6 +137,18 @@ def test_a_response_of_nothing_but_the_end_is_not_derendered():
     assert len(choice["logprobs"]["content"]) == len(choice["token_ids"]) == 1
 
 
+@pytest.mark.parametrize(("parallel", "names"), [(False, ["a"]), (True, ["a", "b"]), (None, ["a", "b"])])
+def test_an_agent_that_wants_one_call_gets_the_first(parallel: bool | None, names: list[str]):
+    """Derendering gives all, where no grammar held the answer to one."""
+    calls = [{"id": name, "type": "function", "function": {"name": name, "arguments": "{}"}} for name in ("a", "b")]
+    parsed = derendered({"content": None, "tool_calls": calls}, 1)
+    body = WITH_TOOLS | {"parallel_tool_calls": parallel}
+    (choice,) = chat_completion(body, RENDERED, [3], generated([5, END]), parsed, {END: "<end>"})["choices"]
+    assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == names
+    assert choice["finish_reason"] == "tool_calls"
+    assert choice["token_ids"] == [5, END]
+
+
 @pytest.mark.parametrize(("more", "content"), [({}, "any tw"), ({"include_stop_str_in_output": True}, "any two")])
 def test_what_comes_after_a_stop_string_is_cut(more: dict[str, Any], content: str):
     engine = generated([5, 6], stop_reason="o")

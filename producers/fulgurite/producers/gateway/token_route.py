@@ -14,6 +14,7 @@ Where this differs from the routes it uses (vLLM 0.32):
 - Derendering where a parser is configured spells out special tokens and does not cut at stop strings. So it is given
   the response without the token that ends the turn, and what comes after a stop string is cut here.
 - It leaves finish_reason "stop" beside tool calls, and refuses a response of no tokens.
+- It gives all calls where parallel ones are switched off: the chat route gives the first.
 - Rendering counts max_tokens from the prompt as it was rendered.
 """
 
@@ -209,6 +210,8 @@ def _parsed_choice(
     stop, content = choice.get("stop_reason"), message.get("content")
     if isinstance(stop, str) and isinstance(content, str) and not body.get("include_stop_str_in_output"):
         message["content"] = content.partition(stop)[0]
+    if message.get("tool_calls") and body.get("parallel_tool_calls") is False:
+        message["tool_calls"] = message["tool_calls"][:1]
     written = ((parsed.get("logprobs") or {}).get("content") or []) if parsed else []
     if not body.get("top_logprobs"):
         written = [token | {"top_logprobs": []} for token in written]
