@@ -74,6 +74,13 @@ def test_what_a_parser_has_to_see_is_asked_for_as_tokens():
     assert is_plain(BODY, RENDERED)
     assert not is_plain(WITH_TOOLS, RENDERED)
     assert not is_plain(BODY, RENDERED | {"reasoning_parser_kwargs": {}})
+    uncalled = WITH_TOOLS | {"tool_choice": "none"}
+    skipping = RENDERED | {"sampling_params": {"max_tokens": 97, "skip_special_tokens": True}}
+    assert is_plain(uncalled, skipping)
+    assert not is_plain(WITH_TOOLS, skipping)
+    assert not is_plain(uncalled, skipping | {"reasoning_parser_kwargs": {}})
+    seeing = RENDERED | {"sampling_params": {"max_tokens": 97, "skip_special_tokens": False}}
+    assert not is_plain(uncalled, seeing), "a parser looks for calls all the same"
     assert generate_request(WITH_TOOLS, RENDERED, [3])["output_mode"] == "tokens"
     assert can_splice(RENDERED)
     assert not can_splice(RENDERED | {"features": {"mm_hashes": {}}})
@@ -135,6 +142,34 @@ def test_a_response_of_nothing_but_the_end_is_not_derendered():
     (choice,) = chat_completion(WITH_TOOLS, RENDERED, [3], engine, None, {})["choices"]
     assert choice["message"]["content"] == ""
     assert len(choice["logprobs"]["content"]) == len(choice["token_ids"]) == 1
+
+
+@pytest.mark.parametrize(
+    ("more", "stop_reason", "kept"),
+    [
+        ({"stop_token_ids": [6]}, 6, [5]),
+        ({"stop_token_ids": [6], "include_stop_str_in_output": True}, 6, [5, 6]),
+        ({"stop": ["o"]}, "o", [5, 6]),
+    ],
+)
+def test_a_token_the_agent_asked_to_stop_at_is_not_of_its_text(more: dict[str, Any], stop_reason: Any, kept: list[int]):
+    engine = generated([5, 6], stop_reason=stop_reason)
+    asked = derender_request(WITH_TOOLS | more, engine, [3])
+    assert asked
+    assert asked["generate_response"]["choices"][0]["token_ids"] == kept
+    parsed = derendered({"content": "a"}, len(kept))
+    (choice,) = chat_completion(WITH_TOOLS | more, RENDERED, [3], engine, parsed, {6: "six"})["choices"]
+    assert choice["token_ids"] == [5, 6]
+    assert [token["token"] for token in choice["logprobs"]["content"]] == ["a", "six" if len(kept) == 1 else "a"]
+
+
+def test_a_named_tool_that_was_called_ends_an_answer_as_text_does():
+    calls = [{"id": "c", "type": "function", "function": {"name": "add", "arguments": "{}"}}]
+    parsed = derendered({"content": "", "tool_calls": calls}, 1)
+    for choice, reason in (({"type": "function", "function": {"name": "add"}}, "stop"), ("required", "tool_calls")):
+        body = WITH_TOOLS | {"tool_choice": choice}
+        (answered,) = chat_completion(body, RENDERED, [3], generated([5, END]), parsed, {})["choices"]
+        assert answered["finish_reason"] == reason
 
 
 @pytest.mark.parametrize(("parallel", "names"), [(False, ["a"]), (True, ["a", "b"]), (None, ["a", "b"])])

@@ -125,3 +125,11 @@ async def test_ids_that_are_not_found_out_are_such_that_no_template_refuses_them
     assert len(set(ids)) == 2
     assert all(re.fullmatch(r"[A-Za-z0-9]{9}", one) for one in ids)
     assert (len(server.pieces), len(seen)) == (before[0], before[1] + bool(seen)), "it is not asked again for a while"
+
+
+async def test_a_token_the_agent_asked_to_stop_at_is_kept_from_the_parser_and_written_for_its_logprob():
+    server = ToolServer(label="1", ended={"stop_reason": 6})
+    async with server as backend, gateway(FakePublisher(), backend.url) as url:
+        choice = await asked(url, stop_token_ids=[6], logprobs=True)
+    assert choice["logprobs"]["content"][-1]["token"] == "<end>"
+    assert server.pieces[0]["generate_chunk"]["choices"][0]["token_ids"] == [5]

@@ -16,6 +16,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any, Final
 
@@ -43,6 +44,7 @@ from fulgurite.producers.gateway.token_route import (
     generate_request,
     is_held_to_grammar,
     is_plain,
+    stops_at_token,
 )
 from fulgurite.producers.gateway.token_stream import Translation
 from fulgurite.producers.gateway.tool_call_ids import ToolCallIds
@@ -58,8 +60,8 @@ MAX_MODELS: Final = 1_000
 """On how many servers each counts, whose state is remembered; then all of it is forgotten."""
 
 
-Kind = tuple[str, bool, str]
-"""Model, whether with tools (they need a route more), and the server's endpoint."""
+Kind = tuple[str, str, str]
+"""Model, tools (they need a route more, those that must not be called perhaps), and the server's endpoint."""
 
 
 @dataclass(slots=True)
@@ -199,7 +201,7 @@ class TokenRoute:
         if asked.served:
             asked.served.grammar = is_held_to_grammar(prepared.rendered)
         derendered = await self._put_into_words(call, prepared, generated, _after(deadline))
-        ends = self._ends.known(call.model)
+        ends = {**self._ends.known(call.model), **await self._stop_texts(call, generated, _after(deadline))}
         response = chat_completion(call.body, prepared.rendered, prepared.prompt, generated, derendered, ends)
         return Sampled(response, prepared, generated["choices"])
 
@@ -225,6 +227,19 @@ class TokenRoute:
             raise invalid("could not be put into words by the server that gave it")
         await self._call_ids.put_in(call, wanted, derendered, deadline)
         return derendered
+
+    async def _stop_texts(self, call: Call, generated: Json, deadline: float) -> dict[int, str]:
+        """How the tokens are written that the agent asked to stop at; nothing where it asks for no logprobs."""
+        if not call.body.get("logprobs"):
+            return {}
+        tokens = {each["token_ids"][-1] for each in generated["choices"] if stops_at_token(call.body, each)}
+        found: dict[int, str] = {}
+        for token in tokens:
+            body = {"model": call.model, "tokens": [token]}
+            with suppress(ApiError, Unserved):
+                if answer := await self._asker.ask(call, DETOKENIZE, body, deadline):
+                    found[token] = answer["prompt"]
+        return found
 
     async def _splice(self, call: Call, rendered: list[int], deadline: float) -> Spliced | None:
         """None where the prompt is to be as the template writes it."""
@@ -274,7 +289,8 @@ def _has_answer(messages: Sequence[Any]) -> bool:
 
 
 def _kind(call: Call, endpoint: str) -> Kind:
-    return call.model, bool(call.body.get("tools")), endpoint
+    tools = bool(call.body.get("tools"))
+    return call.model, ("none" if call.body.get("tool_choice") == "none" else "tools") if tools else "", endpoint
 
 
 def _attempt(call: Call) -> tuple[str, ...]:

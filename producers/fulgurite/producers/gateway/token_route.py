@@ -12,7 +12,7 @@ the chat route with a question for the version before and after it. The answer h
 
 Where this differs from the routes it uses (vLLM 0.32):
 - Derendering where a parser is configured spells out special tokens and does not cut at stop strings. So it is given
-  the response without the token that ends the turn, and what comes after a stop string is cut here.
+  the response without the token that ends it, and what comes after a stop string is cut here.
 - It leaves finish_reason "stop" beside tool calls, and refuses a response of no tokens.
 - It gives all calls where parallel ones are switched off: the chat route gives the first.
 - Rendering counts max_tokens from the prompt as it was rendered.
@@ -88,8 +88,13 @@ def generate_request(body: dict[str, Any], rendered: dict[str, Any], prompt: lis
 
 
 def is_plain(body: dict[str, Any], rendered: dict[str, Any]) -> bool:
-    """Whether the text is the message: no tools to parse calls of, no parser of reasoning."""
-    return not body.get("tools") and rendered.get("reasoning_parser_kwargs") is None
+    """Whether the text is the message: no tools to parse calls of, no parser of reasoning. With tools that must not be
+    called only where no parser wants to see special tokens, as those do that look for calls all the same."""
+    if rendered.get("reasoning_parser_kwargs") is not None:
+        return False
+    if not body.get("tools"):
+        return True
+    return body.get("tool_choice") == "none" and rendered["sampling_params"].get("skip_special_tokens") is True
 
 
 def is_held_to_grammar(rendered: dict[str, Any]) -> bool:
@@ -106,12 +111,19 @@ def ends_turn(body: dict[str, Any], choice: dict[str, Any]) -> bool:
     return reason is None or (isinstance(reason, int) and reason not in (body.get("stop_token_ids") or ()))
 
 
+def stops_at_token(body: dict[str, Any], choice: dict[str, Any]) -> bool:
+    """Whether the response closes with a token that the agent asked to stop at, which is not of its text."""
+    if choice.get("finish_reason") != "stop" or not choice.get("token_ids") or body.get("include_stop_str_in_output"):
+        return False
+    return isinstance(choice.get("stop_reason"), int) and not ends_turn(body, choice)
+
+
 def derender_request(body: dict[str, Any], generated: dict[str, Any], prompt: list[int]) -> dict[str, Any] | None:
     """For DERENDER; None where there is nothing to derender."""
     choices: list[dict[str, Any]] = []
     for choice in generated["choices"]:
         ids = choice["token_ids"] or []
-        kept = len(ids) - ends_turn(body, choice)
+        kept = len(ids) - (ends_turn(body, choice) or stops_at_token(body, choice))
         if kept:
             logprobs = (choice.get("logprobs") or {}).get("content")
             cut = {"content": logprobs[:kept]} if logprobs else None
@@ -210,18 +222,19 @@ def _parsed_choice(
     stop, content = choice.get("stop_reason"), message.get("content")
     if isinstance(stop, str) and isinstance(content, str) and not body.get("include_stop_str_in_output"):
         message["content"] = content.partition(stop)[0]
-    if message.get("tool_calls") and body.get("parallel_tool_calls") is False:
-        message["tool_calls"] = message["tool_calls"][:1]
+    if (calls := message.get("tool_calls")) and body.get("parallel_tool_calls") is False:
+        message["tool_calls"] = calls[:1]
     written = ((parsed.get("logprobs") or {}).get("content") or []) if parsed else []
     if not body.get("top_logprobs"):
         written = [token | {"top_logprobs": []} for token in written]
     sampled = (choice.get("logprobs") or {}).get("content") or []
-    for token in sampled[len(written) :]:  # the end of the turn
+    for token in sampled[len(written) :]:  # what was kept from the parser
         text = end_texts.get(token["token_id"], "")
         entry = {"token": text, "logprob": token["logprob"], "bytes": list(text.encode()), "top_logprobs": []}
         written.append(entry)
     finished = _choice(choice, message, {"content": written})
-    if message.get("tool_calls") and finished["finish_reason"] == "stop":
+    named = isinstance(body.get("tool_choice"), dict)  # then vLLM leaves it, as OpenAI does
+    if message.get("tool_calls") and finished["finish_reason"] == "stop" and not named:
         finished["finish_reason"] = "tool_calls"
     return finished
 
