@@ -126,6 +126,7 @@ def test_the_end_of_a_turn_is_kept_from_the_parser_and_put_back_into_the_tokens(
     (cut,) = asked["generate_response"]["choices"]
     assert (cut["token_ids"], len(cut["logprobs"]["content"])) == ([5], 1)
     assert (asked["prompt_token_ids"], asked["prompt_tokens"]) == ([3, 4], 2)
+    assert asked["generate_response"]["prompt_token_ids"] == [3, 4], "there the parser looks whether reasoning began"
     assert asked["chat_request"] == WITH_TOOLS
     calls = [{"id": "c", "type": "function", "function": {"name": "add", "arguments": "{}"}}]
     parsed = derendered({"content": None, "tool_calls": calls}, 1)

@@ -15,6 +15,7 @@ Where this differs from the routes it uses (vLLM 0.32):
   the response without the token that ends it, and what comes after a stop string is cut here.
 - It leaves finish_reason "stop" beside tool calls, and refuses a response of no tokens.
 - It gives all calls where parallel ones are switched off: the chat route gives the first.
+- It tells a parser the prompt, which may have opened the reasoning, from the response alone.
 - Rendering counts max_tokens from the prompt as it was rendered.
 """
 
@@ -132,7 +133,7 @@ def derender_request(body: dict[str, Any], generated: dict[str, Any], prompt: li
         return None
     return {
         "model": generated.get("model"),
-        "generate_response": generated | {"choices": choices},
+        "generate_response": generated | {"choices": choices, "prompt_token_ids": prompt},
         "prompt_token_ids": prompt,
         "prompt_tokens": len(prompt),
         "chat_request": {name: value for name, value in body.items() if name not in ("stream", "stream_options")},
