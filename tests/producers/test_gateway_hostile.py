@@ -17,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 from fulgurite.producers.gateway import sse
 from fulgurite.producers.gateway.app import Gateway
 from fulgurite.producers.gateway.metrics import Metrics
-from fulgurite.producers.gateway.token_route import RENDER
+from fulgurite.producers.gateway.token_route import GENERATE, RENDER
 from fulgurite.schemas.settings import BackendSettings
 from tests.producers.fake_policy_server import FakePolicyServer
 from tests.producers.gateway_support import MESSAGES, FakePublisher, gateway
@@ -130,6 +130,20 @@ async def test_what_was_sampled_is_not_sampled_again_on_another_route_and_not_fo
     assert "/v1/chat/completions" not in backend.log
     assert [(span.status, span.input_tokens, span.output_tokens) for span in publisher.spans] == [("error", 2, 2)]
     assert [orjson.loads(dead.value or b"")["choices"][0]["token_ids"] for dead in publisher.dead] == [[5, 6]]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_tokens_that_a_server_refuses_are_asked_by_text(stream: bool):
+    """A spliced prompt may be longer than the one that was rendered, which the chat route then answers."""
+    publisher = FakePublisher()
+    async with TokenServer(label="1") as backend, gateway(publisher, backend.url) as url:
+        refused = JSONResponse({"error": {"message": "too long"}}, status_code=400)
+        backend.faults[GENERATE] = lambda: refused
+        body = {"model": "policy", "messages": MESSAGES, "stream": stream}
+        status, answer = await post(url, "/v1/chat/completions", body)
+    assert status == 200, answer
+    assert [backend.log.count(route) for route in (GENERATE, "/v1/chat/completions")] == [1, 1]
+    assert [span.status for span in publisher.spans] == ["ok"]
 
 
 class SlowToSay(TokenServer):

@@ -43,7 +43,7 @@ from fulgurite.schemas.settings import GatewaySettings
 logger = logging.getLogger(__name__)
 
 REFUSED: Final = frozenset({400, 422})
-"""Of a provider that may not know stream_options: it is asked once more without them."""
+"""Of a provider that may not know stream_options: it is asked once more without them. Of a prompt by tokens."""
 TAIL_SECONDS: Final = 0.2
 """After its last event a backend closes the stream: waited for, so that its connection can be used again. In all,
 whatever else it says."""
@@ -170,6 +170,8 @@ class Streaming:
                 if run.translation and exchange.status in UNSERVED:
                     self._tokens.is_unserved(run.call, unserved(run.call, exchange, ask.route))
                     return False
+                if run.translation and exchange.status in REFUSED:
+                    return False  # of these tokens; the chat route says what is wrong, if anything is
                 if exchange.kind == "openai" and exchange.status in REFUSED and _adds(ask, run.call):
                     return False
                 try:
