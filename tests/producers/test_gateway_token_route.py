@@ -13,6 +13,7 @@ from fulgurite.producers.gateway.token_route import (
     ends_turn,
     generate_request,
     is_plain,
+    shortened,
 )
 
 END = 1
@@ -75,10 +76,8 @@ def test_what_a_parser_has_to_see_is_asked_for_as_tokens():
     assert not is_plain(WITH_TOOLS, RENDERED)
     assert not is_plain(BODY, RENDERED | {"reasoning_parser_kwargs": {}})
     uncalled = WITH_TOOLS | {"tool_choice": "none"}
-    skipping = RENDERED | {"sampling_params": {"max_tokens": 97, "skip_special_tokens": True}}
-    assert is_plain(uncalled, skipping)
-    assert not is_plain(WITH_TOOLS, skipping)
-    assert not is_plain(uncalled, skipping | {"reasoning_parser_kwargs": {}})
+    assert is_plain(uncalled, RENDERED), "vLLM leaves out what is as by default: special tokens are skipped"
+    assert not is_plain(uncalled, RENDERED | {"reasoning_parser_kwargs": {}})
     seeing = RENDERED | {"sampling_params": {"max_tokens": 97, "skip_special_tokens": False}}
     assert not is_plain(uncalled, seeing), "a parser looks for calls all the same"
     assert generate_request(WITH_TOOLS, RENDERED, [3])["output_mode"] == "tokens"
@@ -183,6 +182,8 @@ def test_an_agent_that_wants_one_call_gets_the_first(parallel: bool | None, name
     assert [call["function"]["name"] for call in choice["message"]["tool_calls"]] == names
     assert choice["finish_reason"] == "tool_calls"
     assert choice["token_ids"] == [5, END]
+    left_out = shortened(body, parsed)
+    assert left_out == ({0} if parallel is False else set()), "the next prompt is not to go on from what it did not get"
 
 
 @pytest.mark.parametrize(("more", "content"), [({}, "any tw"), ({"include_stop_str_in_output": True}, "any two")])

@@ -44,6 +44,7 @@ from fulgurite.producers.gateway.token_route import (
     generate_request,
     is_held_to_grammar,
     is_plain,
+    shortened,
     stops_at_token,
 )
 from fulgurite.producers.gateway.token_stream import Translation
@@ -71,7 +72,7 @@ class Sampled:
     response: Json
     prepared: Prepared
     generated: list[Json]
-    """Choices as GENERATE gave them."""
+    """Choices as GENERATE gave them, those that the agent got whole."""
 
 
 class TokenRoute:
@@ -203,7 +204,9 @@ class TokenRoute:
         derendered = await self._put_into_words(call, prepared, generated, _after(deadline))
         ends = {**self._ends.known(call.model), **await self._stop_texts(call, generated, _after(deadline))}
         response = chat_completion(call.body, prepared.rendered, prepared.prompt, generated, derendered, ends)
-        return Sampled(response, prepared, generated["choices"])
+        # The next prompt must not hold calls that the agent knows nothing of.
+        left_out = shortened(call.body, derendered)
+        return Sampled(response, prepared, [each for each in generated["choices"] if each["index"] not in left_out])
 
     async def _put_into_words(self, call: Call, prepared: Prepared, generated: Json, deadline: float) -> Json | None:
         """None where its text is the answer. Raises ApiError, never Unserved: another route would sample again."""

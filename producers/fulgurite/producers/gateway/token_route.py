@@ -95,7 +95,8 @@ def is_plain(body: dict[str, Any], rendered: dict[str, Any]) -> bool:
         return False
     if not body.get("tools"):
         return True
-    return body.get("tool_choice") == "none" and rendered["sampling_params"].get("skip_special_tokens") is True
+    # What is as by default vLLM leaves out.
+    return body.get("tool_choice") == "none" and rendered["sampling_params"].get("skip_special_tokens", True) is True
 
 
 def is_held_to_grammar(rendered: dict[str, Any]) -> bool:
@@ -110,6 +111,15 @@ def ends_turn(body: dict[str, Any], choice: dict[str, Any]) -> bool:
     if choice.get("finish_reason") != "stop" or not choice.get("token_ids"):
         return False
     return reason is None or (isinstance(reason, int) and reason not in (body.get("stop_token_ids") or ()))
+
+
+def shortened(body: dict[str, Any], derendered: dict[str, Any] | None) -> frozenset[int]:
+    """Choices of which the agent does not get every call that was sampled."""
+    if derendered is None or body.get("parallel_tool_calls") is not False:
+        return frozenset()
+    return frozenset(
+        choice["index"] for choice in derendered["choices"] if len(choice["message"].get("tool_calls") or ()) > 1
+    )
 
 
 def stops_at_token(body: dict[str, Any], choice: dict[str, Any]) -> bool:
