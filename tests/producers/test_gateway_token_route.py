@@ -194,3 +194,6 @@ def test_what_comes_after_a_stop_string_is_cut(more: dict[str, Any], content: st
     (choice,) = chat_completion(body, RENDERED, [3], engine, parsed, {})["choices"]
     assert choice["finish_reason"] == "stop"
     assert choice["message"]["content"] == content
+    thinking = derendered({"content": None, "reasoning": "any two"}, 2)
+    (choice,) = chat_completion(body, RENDERED, [3], engine, thinking, {})["choices"]
+    assert (choice["message"]["content"], choice["message"]["reasoning"]) == (None, content)

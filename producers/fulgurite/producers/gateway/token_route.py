@@ -230,9 +230,11 @@ def _parsed_choice(
     body: dict[str, Any], choice: dict[str, Any], parsed: dict[str, Any] | None, end_texts: dict[int, str]
 ) -> dict[str, Any]:
     message = dict(parsed["message"]) if parsed else dict(_EMPTY_MESSAGE)
-    stop, content = choice.get("stop_reason"), message.get("content")
-    if isinstance(stop, str) and isinstance(content, str) and not body.get("include_stop_str_in_output"):
-        message["content"] = content.partition(stop)[0]
+    stop = choice.get("stop_reason")
+    if isinstance(stop, str) and not body.get("include_stop_str_in_output"):
+        for name in ("content", "reasoning", "reasoning_content"):
+            if isinstance(text := message.get(name), str):
+                message[name] = text.partition(stop)[0]
     if (calls := message.get("tool_calls")) and body.get("parallel_tool_calls") is False:
         message["tool_calls"] = calls[:1]
     written = ((parsed.get("logprobs") or {}).get("content") or []) if parsed else []
