@@ -5,10 +5,12 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Literal
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fulgurite.schemas.trajectories import Trajectory
+from fulgurite.streams.trainer.run_state import RunState, member_lines, of_windows, restored
 from fulgurite.streams.trainer.windows import (
     FILLED,
     MOST_REFILLS,
@@ -444,6 +446,26 @@ def test_in_a_replay_the_sources_ledger_closes_groups_and_this_run_judges_them()
     w.add(member(7, 2), 0)
     assert w.late == 1
     assert {d.rollout_id: d.reason for d in w.end()} == {"r-g5-r0": "run_ended", "r-g5-r1": "run_ended"}
+
+
+@pytest.mark.parametrize("is_there", [True, False])
+def test_in_a_replay_a_record_that_is_there_twice_makes_no_member_of_who_was_left_out(is_there: bool) -> None:
+    """The source had named it before its group was in a window: its copy comes between the two records."""
+    w = Windows(replace(SHAPE, replayed=True, groups_per_step=1))
+    for index in range(3 if is_there else 2):
+        w.add(member(0, index), 0)
+    w.settle({"r-g0-r2": "deadline"}, version=1)
+    state = RunState(run_id="x", resource="x", version=1, step=1, offsets={}, **of_windows(w))
+    lines = [line.model_dump_json() for line in member_lines(w)]
+    w = restored(RunState.model_validate_json(state.model_dump_json()), lines, w.shape, 0)
+    for _ in range(2):
+        w.add(member(0, 2), 0)
+    w.settle({"r-g0-r0": "", "r-g0-r1": ""}, version=1)
+    window = w.take(1)
+    assert window
+    assert ids(window.groups) == [["r-g0-r0", "r-g0-r1"]]
+    assert dropped(window) == {"r-g0-r2": "deadline"}
+    assert (w.late, w.duplicates) == ((0, 2) if is_there else (1, 1))
 
 
 def test_in_a_replay_groups_that_begin_before_it_are_left_out_whole() -> None:

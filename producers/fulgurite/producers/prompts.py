@@ -25,7 +25,7 @@ from aiokafka.errors import KafkaError
 
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.kafka import connection_options
-from fulgurite.producers.reading import Fetched, fetch, value_of
+from fulgurite.producers.reading import Fetched, fetch, log_ends, value_of
 from fulgurite.schemas.codec import decode
 from fulgurite.schemas.errors import FulguriteError, InvalidEvent
 from fulgurite.schemas.resources import ResourceVersion
@@ -117,7 +117,10 @@ class PromptTemplates:
                     await self._catch_up()
                     found = self._find(name, pin)
         except TimeoutError:
-            raise NoTemplate(f"prompt template {name}: Kafka did not answer within {WAIT_SECONDS:g} s") from None
+            raise NoTemplate(
+                f"prompt template {name}: Kafka did not answer within {WAIT_SECONDS:g} s, or somebody's transaction on "
+                f"{self._settings.topic(RESOURCES)} was open for as long"
+            ) from None
         if isinstance(found, str):
             raise NoTemplate(found)
         return PromptTemplate(found.resource, found.version, found.content)
@@ -144,15 +147,15 @@ class PromptTemplates:
         return newest
 
     async def _catch_up(self) -> None:
-        """Until everything that was published before this call has been read."""
+        """Until everything that was published before this call has been read, behind others' open transactions, too."""
         async with self._read:
             await self._read.wait_for(lambda: self._consumer is not None)
         backoff = Backoff(logger)
         while True:
             try:
-                assert self._consumer is not None
-                ends = await self._consumer.end_offsets(self._partitions)
+                ends = await log_ends(self._settings, self._partitions)
                 async with self._read:
+                    assert self._consumer is not None
                     while any([await self._consumer.position(tp) < ends[tp] for tp in self._partitions]):
                         await self._read.wait()
                 return

@@ -7,13 +7,18 @@ stood.
 Promises: each record once and in order, or the error that getmany raised; a record that nobody can decode comes as
 `Undecodable`, and is logged. A partition that cannot be read at all is tried again, and says so; the others go on.
 Does not know what becomes of such a record: its reader does.
+
+Whoever has to know all that is committed now reads up to `log_ends`, by `fetch_up_to`: the ends that a read_committed
+consumer is told are those of the first transaction that is still open, and somebody else's hides what was committed
+behind its records for as long as it is, up to its time-out where its writer is dead.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Sequence
+import time
+from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
 from typing import Any, Final
 
 from aiokafka import AIOKafkaConsumer, ConsumerRecord, TopicPartition
@@ -26,6 +31,7 @@ from aiokafka.errors import (
     UnsupportedCodecError,
 )
 
+from fulgurite.producers.kafka import connection_options
 from fulgurite.producers.raw import Read, Undecodable, read
 from fulgurite.schemas.errors import InvalidEvent
 from fulgurite.schemas.settings import KafkaSettings
@@ -36,6 +42,8 @@ Fetched = ConsumerRecord[Any, Any] | Undecodable
 Records = dict[TopicPartition, Sequence[Fetched]]
 
 RETRY_SECONDS: Final = 1.0
+REPORT_SECONDS: Final = 5.0
+_POLL_MS: Final = 200
 _AT_ONCE: Final = 8
 """Partitions that are read raw at a time, each by a connection of its own."""
 _OF_A_PARTITION: Final = (CorruptRecordException, UnsupportedCodecError, RecordTooLargeError)
@@ -75,6 +83,33 @@ async def fetch(
     if any(records is None for records in found):
         await asyncio.sleep(RETRY_SECONDS)
     return {tp: records for tp, records in zip(before, found, strict=True) if records}
+
+
+async def log_ends(settings: KafkaSettings, partitions: Sequence[TopicPartition]) -> dict[TopicPartition, int]:
+    """Of the log as it is now, behind open transactions. Raises Kafka's errors."""
+    consumer = AIOKafkaConsumer(**connection_options(settings), enable_auto_commit=False)
+    try:
+        await consumer.start()
+        return await consumer.end_offsets(list(partitions))
+    finally:
+        await consumer.stop()
+
+
+async def fetch_up_to(
+    settings: KafkaSettings, consumer: AIOKafkaConsumer, ends: Mapping[TopicPartition, int]
+) -> AsyncGenerator[Records]:
+    """From where these partitions stand; what lies behind `ends` may come, too. Raises as `fetch`."""
+    heard = time.monotonic()
+    while any([await consumer.position(tp) < end for tp, end in ends.items()]):
+        fetched = await fetch(settings, consumer, *ends, timeout_ms=_POLL_MS)
+        now = time.monotonic()
+        if fetched:
+            heard = now
+        elif now - heard >= REPORT_SECONDS:
+            heard = now
+            topics = ", ".join(sorted({tp.topic for tp in ends}))
+            logger.info("%s: waiting for the end of another writer's open transaction", topics)
+        yield fetched
 
 
 def value_of(record: Fetched) -> bytes | None:

@@ -13,7 +13,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 
 from fulgurite.producers.kafka import connection_options
 from fulgurite.producers.publisher import Publisher
-from fulgurite.producers.reading import Fetched, fetch, value_of
+from fulgurite.producers.reading import Fetched, fetch_up_to, log_ends, value_of
 from fulgurite.schemas.checksum import folder_sha256
 from fulgurite.schemas.codec import decode
 from fulgurite.schemas.errors import InvalidEvent, SettingsError
@@ -23,7 +23,8 @@ from fulgurite.schemas.topics import RESOURCES
 
 
 async def newest_version(settings: KafkaSettings, resource: str) -> ResourceVersion | None:
-    """The newest committed version of `resource` on the topic, None where there is none."""
+    """The newest committed version of `resource` on the topic, None where there is none. Waits for transactions that
+    are still open: the next number may be in one."""
     name = settings.topic(RESOURCES)
     # Not seek_to_beginning: it may lose against the client's own search for a position, and the topic looks empty.
     consumer = AIOKafkaConsumer(
@@ -36,10 +37,9 @@ async def newest_version(settings: KafkaSettings, resource: str) -> ResourceVers
     try:
         partitions = [TopicPartition(name, p) for p in sorted(consumer.partitions_for_topic(name) or {0})]
         consumer.assign(partitions)
-        ends = await consumer.end_offsets(partitions)
         newest: ResourceVersion | None = None
-        while any([await consumer.position(p) < ends[p] for p in partitions]):
-            for records in (await fetch(settings, consumer, timeout_ms=200)).values():
+        async for fetched in fetch_up_to(settings, consumer, await log_ends(settings, partitions)):
+            for records in fetched.values():
                 for record in records:
                     found = _version_of(record, resource)
                     if found and (newest is None or found.version >= newest.version):

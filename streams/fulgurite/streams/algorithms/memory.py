@@ -20,7 +20,7 @@ from aiokafka.errors import KafkaError
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.kafka import connection_options
 from fulgurite.producers.raw import Undecodable
-from fulgurite.producers.reading import fetch, value_of
+from fulgurite.producers.reading import fetch, fetch_up_to, log_ends, value_of
 from fulgurite.schemas.algorithms import AlgorithmState
 from fulgurite.schemas.codec import decode, encode, encode_key
 from fulgurite.schemas.errors import InvalidEvent, SettingsError
@@ -110,7 +110,8 @@ class connected:
 
 
 async def remembered(settings: KafkaSettings, algorithm: str) -> dict[str, Any]:
-    """The newest value of every name of this algorithm, as committed now, the oldest first. Waits for Kafka.
+    """The newest value of every name of this algorithm, as committed now, the oldest first. Waits for Kafka, and for
+    others' transactions that are still open: they hide what was committed behind them.
 
     A value that cannot be read is Unreadable."""
     topic = settings.topic(ALGORITHM_STATE)
@@ -120,10 +121,9 @@ async def remembered(settings: KafkaSettings, algorithm: str) -> dict[str, Any]:
     async def read() -> dict[str, Any]:
         found: dict[bytes, Record] = {}
         async with connected(settings) as consumer:
-            ends = await consumer.end_offsets(partitions)
             consumer.assign(partitions)
-            while any([await consumer.position(tp) < ends[tp] for tp in partitions]):
-                for records in (await fetch(settings, consumer, timeout_ms=_POLL_MS)).values():
+            async for fetched in fetch_up_to(settings, consumer, await log_ends(settings, partitions)):
+                for records in fetched.values():
                     found.update({r.key: r for r in records if r.key is not None and r.key.startswith(prefix)})
         oldest_first = sorted(found.items(), key=lambda item: item[1].timestamp)
         return {key.removeprefix(prefix).decode(): _value(r) for key, r in oldest_first if not _is_tombstone(r)}

@@ -77,6 +77,12 @@ class Group:
     """The version that the age of its tokens is measured against; None: the one that is trained."""
     size: int | None = None
     """Members that it has; None: shape.group_size."""
+    left_out: set[str] = field(default_factory=set[str])
+    """Of a replay: who came and was dropped with the source's reason, and does not come again."""
+
+    def has(self, rollout_id: str) -> bool:
+        """Whether its trajectory came."""
+        return rollout_id in self.members or rollout_id in self.left_out
 
     @property
     def assembled_ns(self) -> int:

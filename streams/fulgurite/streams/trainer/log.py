@@ -8,7 +8,6 @@ was committed behind their records, and are waited for. It waits for Kafka for a
 from __future__ import annotations
 
 import logging
-import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 
@@ -19,7 +18,7 @@ from aiokafka.errors import KafkaError
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.kafka import connection_options
 from fulgurite.producers.raw import Undecodable
-from fulgurite.producers.reading import fetch
+from fulgurite.producers.reading import fetch_up_to, log_ends
 from fulgurite.schemas.codec import decode_union
 from fulgurite.schemas.errors import InvalidEvent
 from fulgurite.schemas.settings import KafkaSettings
@@ -34,9 +33,6 @@ from fulgurite.schemas.training import (
 )
 
 logger = logging.getLogger(__name__)
-
-_POLL_MS = 200
-_REPORT_SECONDS = 5.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -108,33 +104,17 @@ async def records_since(
     try:
         await consumer.start()
         partitions = list(since) or await partitions_of(settings, topic)
-        ends = await (_log_ends(settings, partitions) if wait_for_open else consumer.end_offsets(partitions))
+        ends = await (log_ends(settings, partitions) if wait_for_open else consumer.end_offsets(partitions))
         if all(since.get(tp) == ends[tp] for tp in partitions):
             return found, ends  # nothing new, the usual case: no fetch
         consumer.assign(partitions)
         for tp in since:
             consumer.seek(tp, since[tp])
-        heard = time.monotonic()
-        while any([await consumer.position(tp) < ends[tp] for tp in partitions]):
-            fetched = await fetch(settings, consumer, timeout_ms=_POLL_MS)
-            if fetched or time.monotonic() - heard >= _REPORT_SECONDS:
-                if not fetched:
-                    logger.info("%s: waiting for the end of another writer's open transaction", topic)
-                heard = time.monotonic()
+        async for fetched in fetch_up_to(settings, consumer, ends):
             for records in fetched.values():
                 known = [record for record in records if not isinstance(record, Undecodable)]
                 found += [record.value for record in known if record.key == key]
         return found, {tp: await consumer.position(tp) for tp in partitions}
-    finally:
-        await consumer.stop()
-
-
-async def _log_ends(settings: KafkaSettings, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
-    """Behind open transactions, where a read_committed reader's own question gives the first one's beginning."""
-    consumer = AIOKafkaConsumer(**connection_options(settings), enable_auto_commit=False)
-    try:
-        await consumer.start()
-        return await consumer.end_offsets(partitions)
     finally:
         await consumer.stop()
 

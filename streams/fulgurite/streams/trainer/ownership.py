@@ -48,7 +48,7 @@ class Ownership:
 
     async def take_over(self) -> int:
         """For a new run: what was announced so far is history. The newest version's number, 0 where there is none."""
-        announced = await self._look()
+        announced = await self._look(wait_for_open=True)  # a number that one of them has may be the next
         self._owned = True
         return max((version.version for version in announced), default=0)
 
@@ -67,13 +67,16 @@ class Ownership:
                     "version's folder to go on from, or another trainer.resource"
                 )
 
-    async def _look(self) -> list[ResourceVersion]:
-        """What was announced since the last look, in the log's order. Waits for Kafka for as long as it takes."""
+    async def _look(self, *, wait_for_open: bool = False) -> list[ResourceVersion]:
+        """What was announced since the last look, in the log's order; behind others' open transactions only if they are
+        waited for. Waits for Kafka for as long as it takes."""
         backoff = Backoff(logger)
         topic = self._settings.topic(RESOURCES)
         while True:
             try:
-                values, self._next = await records_since(self._settings, topic, self._resource.encode(), self._next)
+                values, self._next = await records_since(
+                    self._settings, topic, self._resource.encode(), self._next, wait_for_open=wait_for_open
+                )
                 return [version for value in values if (version := _version(value))]
             except (KafkaError, TimeoutError) as error:
                 await backoff.wait(f"reading who makes versions of {self._resource}: {error!r}")

@@ -23,6 +23,7 @@ class OpenGroup(BaseModel):
     closed: bool
     version: int | None = None
     size: int | None = None
+    left_out: list[str] = Field(default_factory=list)
 
 
 class SourceState(BaseModel):
@@ -154,9 +155,15 @@ def restored(state: RunState, lines: Iterable[str], shape: Shape, now_ns: int) -
 
 
 def _open(group: Group) -> OpenGroup:
-    return OpenGroup(index=group.index, closed=group.closed, version=group.version, size=group.size)
+    return OpenGroup(
+        index=group.index,
+        closed=group.closed,
+        version=group.version,
+        size=group.size,
+        left_out=sorted(group.left_out),
+    )
 
 
 def _group(saved: OpenGroup, now_ns: int) -> Group:
     """Without its members, which are lines of their own."""
-    return Group(saved.index, now_ns, {}, saved.closed, saved.version, saved.size)
+    return Group(saved.index, now_ns, {}, saved.closed, saved.version, saved.size, set(saved.left_out))

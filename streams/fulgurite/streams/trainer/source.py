@@ -22,7 +22,7 @@ from pydantic import ValidationError
 from fulgurite.producers.backoff import Backoff
 from fulgurite.producers.kafka import connection_options
 from fulgurite.producers.raw import Undecodable
-from fulgurite.producers.reading import fetch
+from fulgurite.producers.reading import fetch, log_ends
 from fulgurite.schemas.codec import decode_union
 from fulgurite.schemas.errors import InvalidEvent, SettingsError, StartError
 from fulgurite.schemas.settings import KafkaSettings, Settings, SourceSettings, TrainerSettings
@@ -181,17 +181,23 @@ class SourceLedger:
         return None
 
     async def at_end(self) -> bool:
-        """Whether everything that is committed was given out."""
+        """Whether everything that is committed was given out, and no transaction is open that may hold more."""
         assert self._consumer is not None, "start() comes first"
         if self._fetched:
             return False
         partitions = [TopicPartition(self._topic, number) for number in self.offsets]
         try:
-            ends = await self._consumer.end_offsets(partitions)
-            return all([await self._consumer.position(tp) >= ends[tp] for tp in partitions])
+            # The ends of the log itself cost a connection.
+            return await self._is_at(await self._consumer.end_offsets(partitions)) and await self._is_at(
+                await log_ends(self._settings, partitions)
+            )
         except (KafkaError, TimeoutError) as error:
             logger.warning("asking for the end of %s: %r; trying again", self._topic, error)
             return False
+
+    async def _is_at(self, ends: Mapping[TopicPartition, int]) -> bool:
+        assert self._consumer is not None, "start() comes first"
+        return all([await self._consumer.position(tp) >= end for tp, end in ends.items()])
 
     async def close(self) -> None:
         if self._consumer is not None:

@@ -109,12 +109,14 @@ class Windows:
         if index is None:
             self._name_stranger(trajectory.rollout_id)
             return
+        group = self.groups.get(index)
         if trajectory.rollout_id in self.missing:
             self.missing.discard(trajectory.rollout_id)
             self.late += 1
+            if group and self.shape.replayed:
+                group.left_out.add(trajectory.rollout_id)
             return
-        group = self.groups.get(index)
-        if self.is_settled(index) or (group and (group.closed or trajectory.rollout_id in group.members)):
+        if self.is_settled(index) or (group and (group.closed or group.has(trajectory.rollout_id))):
             self.duplicates += 1
             return
         if group is None:
@@ -149,6 +151,7 @@ class Windows:
                 continue
             group = self.groups.get(index)
             if group and group.members.pop(rollout_id, None):
+                group.left_out.add(rollout_id)
                 self._drop(rollout_id, reason)
             elif group and reason == "deadline":
                 self.missing.add(rollout_id)

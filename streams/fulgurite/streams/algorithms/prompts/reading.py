@@ -14,7 +14,7 @@ from collections.abc import Mapping, Sequence
 from aiokafka import TopicPartition
 
 from fulgurite.producers.raw import Undecodable
-from fulgurite.producers.reading import fetch, value_of
+from fulgurite.producers.reading import fetch_up_to, log_ends, value_of
 from fulgurite.schemas.codec import decode, split_lines
 from fulgurite.schemas.errors import InvalidEvent
 from fulgurite.schemas.settings import KafkaSettings
@@ -32,7 +32,6 @@ MAX_SPANS = 200
 """Of a rollout, for the critic."""
 
 _POLL_SECONDS = 0.25
-_POLL_MS = 200
 _REPORT_SECONDS = 10.0
 
 
@@ -81,12 +80,12 @@ async def spans_of(
         found: dict[str, list[Span]] = defaultdict(list)
         async with connected(settings) as consumer:
             partitions = [TopicPartition(topic, number) for number in since]
-            begins, ends = await consumer.beginning_offsets(partitions), await consumer.end_offsets(partitions)
+            begins, ends = await consumer.beginning_offsets(partitions), await log_ends(settings, partitions)
             consumer.assign(partitions)
             for tp in partitions:
                 consumer.seek(tp, min(max(since[tp.partition], begins[tp]), ends[tp]))
-            while any([await consumer.position(tp) < ends[tp] for tp in partitions]):
-                for records in (await fetch(settings, consumer, timeout_ms=_POLL_MS)).values():
+            async for fetched in fetch_up_to(settings, consumer, ends):
+                for records in fetched.values():
                     for record in records:
                         if not isinstance(record, Undecodable):
                             _take(record.value or b"", run_id.encode(), attempts, found)
