@@ -161,6 +161,9 @@ def test_calls_that_are_not_the_sampled_tokens_are_a_fault() -> None:
     wrong = sequence(((0, 2, 5), (1, 5, 8)))
     member, fault = member_of(trajectory("a", 1.0, {}, wrong), "", ModelLimits(100, 100))
     assert (member.reason, fault) == ("bad_tokens", "its calls are not exactly its sampled tokens")
+    for ranges in (((1, 5, 8), (0, 2, 4)), ((0, 2, 4), (1, 2, 4), (2, 7, 8))):
+        member, fault = member_of(trajectory("a", 1.0, {}, sequence(ranges)), "", ModelLimits(100, 100))
+        assert (member.reason, fault) == ("bad_tokens", "its calls overlap, or are not in the order of their tokens")
 
 
 @given(

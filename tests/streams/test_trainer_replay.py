@@ -31,7 +31,7 @@ from fulgurite.schemas.topics import RESOURCES, TRAJECTORIES
 from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
 from fulgurite.streams.trainer import serve
-from fulgurite.streams.trainer.plan import make_plan
+from fulgurite.streams.trainer.plan import OF_ASKING, make_plan
 from fulgurite.streams.trainer.source import adopt
 from tests.streams.test_trainer_metrics import free_port
 from tests.streams.trainer_world import (
@@ -357,12 +357,18 @@ async def test_what_cannot_be_replayed_says_so_at_once(live: Settings) -> None:
         (live.model_copy(update={"source": SourceSettings(follow=False)}), "source.follow has no effect"),
         (replay_of(live, "x", group_size=2), "group_size = 2, but the source run live asked for groups of 4"),
         (replay_of(live, "x", group_size=8), "group_size = 8, but the source run live asked for groups of 4"),
-        (replay_of(live, "x", group_deadline_seconds=5), "trainer.group_deadline_seconds has no effect: a run on"),
+        (
+            replay_of(live, "x", group_deadline_seconds=5, tasks="other:tasks"),
+            "trainer.tasks has no effect, nor has trainer.group_deadline_seconds: a run on",
+        ),
     ]
     for settings, message in wrong:
         with pytest.raises(SettingsError, match=message):
             await run(settings)
-    shadow = replay_of(live, "shadow", group_size=4, tasks="")
+    # What is the source's own has no effect, either, and may stand in the file of both.
+    of_live = {name: getattr(live.trainer, name) for name in live.trainer.model_fields_set & set(OF_ASKING)}
+    assert "tasks" in of_live
+    shadow = replay_of(live, "shadow", group_size=4, **of_live)
     await run(shadow)
     of_shadow = replay_of(live, "y").model_copy(update={"source": SourceSettings(run_id="shadow")})
     with pytest.raises(SettingsError, match="trains on the rollouts of live itself; name that"):

@@ -260,14 +260,28 @@ def test_questions_take_nothing_the_agent_says_for_a_place() -> None:
 
 
 @pytest.mark.parametrize(
-    ("pattern", "answer", "expected"),
+    ("answer", "expected"),
     [
-        (r"-?[0-9]+(?:\.[0-9]+)?", "3 of 4: -0.5.", -0.5),
-        (r"-?[0-9]+(?:\.[0-9]+)?", "Of 20 facts 3 are wrong.\nScore: **8.5 / 10**", 8.5),
-        (r"-?[0-9]+(?:\.[0-9]+)?", "**8** Out of 10", 8.0),
-        ("(?i)score: *[0-9]+", "Score: 3, Score:  7", 7.0),
-        ("(?i)score: *[0-9]+", "Score: 3/10", 3.0),
+        ("3 of 4: -0.5.", -0.5),
+        ("Of 20 facts 3 are wrong.\nScore: **8.5 / 10**", 8.5),
+        ("**8** Out of 10", 8.0),
+        ("8 points out of a possible 10", 8.0),
+        ("$\\boxed{8}/10$", 8.0),
+        ("Step 2 of 3: 7 on a scale of 1 to 10", 7.0),
+        ("8/10 (80%)", 8.0),
+        ("80%", 80.0),
+        ("between 3 and 5, so 4 to 5", 5.0),
+        ("in step 2 correctness of the answer is 7", 7.0),
+        ("I found 3 of 4 facts. Final score: 0.75 (good)", 0.75),
     ],
+)
+def test_the_number_is_the_last_one_that_is_no_scale(answer: str, expected: float) -> None:
+    assert number_in(Expression(portable(RewardSource.model_fields["answer"].default)), answer) == expected
+
+
+@pytest.mark.parametrize(
+    ("pattern", "answer", "expected"),
+    [("(?i)score: *[0-9]+", "Score: 3, Score:  7", 7.0), ("(?i)score: *[0-9]+", "Score: 3/10", 3.0)],
 )
 def test_the_number_is_the_last_match(pattern: str, answer: str, expected: float) -> None:
     assert number_in(Expression(portable(pattern)), answer) == expected

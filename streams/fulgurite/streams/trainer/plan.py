@@ -22,7 +22,7 @@ MAX_RUN_ID_CHARS = 64
 """Rollout and event ids are made of it and must stay below 128."""
 
 
-_OF_ASKING = (
+OF_ASKING = (
     "tasks",
     "agent",
     "sampling_parameters",
@@ -119,10 +119,11 @@ def make_plan(settings: Settings) -> Plan:
     check_together(trainer)
     check_source(settings)
     is_replay = bool(settings.source.run_id) or settings.source.begin == "sql"
-    for name in set_otherwise(trainer, _OF_ASKING) if is_replay else ():
+    if is_replay and (names := list(set_otherwise(trainer, OF_ASKING))):
+        others = "".join(f", nor has trainer.{name}" for name in names[1:])
         raise SettingsError(
-            f"trainer.{name} has no effect: a run on another one's rollouts asks for none and has no clock; leave it "
-            "out, or set it as by default where a file has it"
+            f"trainer.{names[0]} has no effect{others}: a run on another one's rollouts asks for none and has no "
+            "clock; leave that out, or set it as the source run has it, or as by default"
         )
     shape = Shape(
         run_id=settings.source.run_id or run_id,

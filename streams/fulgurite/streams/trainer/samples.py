@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import pairwise
 from pathlib import Path
 from typing import Any, Final
 
@@ -296,6 +297,8 @@ def token_fault(sequence: TokenSequence, limits: ModelLimits) -> str:
         sum(in_calls) != sum(sequence.loss_mask) or in_calls != [call.end - call.start for call in sequence.calls]
     ):
         return "its calls are not exactly its sampled tokens"
+    if any(later.start < call.end for call, later in pairwise(sequence.calls)):
+        return "its calls overlap, or are not in the order of their tokens"
     return ""
 
 

@@ -30,7 +30,7 @@ from fulgurite.schemas.topics import TRAINING
 from fulgurite.schemas.training import TRAINING_EVENT, RolloutsDecided, RunFinished, RunStarted, TrainingStep
 from fulgurite.streams.trainer.ledger import LedgerEvent, whole
 from fulgurite.streams.trainer.log import partitions_of, records_since
-from fulgurite.streams.trainer.plan import at_fault, check_together
+from fulgurite.streams.trainer.plan import OF_ASKING, at_fault, check_together
 
 logger = logging.getLogger(__name__)
 
@@ -43,7 +43,8 @@ FETCH_RECORDS = 64
 
 async def adopt(settings: Settings) -> Settings:
     """Settings of `trainer` and `source` that were not set become those that the source run began with, but for those
-    that do not go together with what is set here, which are named in the log.
+    that do not go together with what is set here, which are named in the log. A setting of how rollouts are asked for
+    that is the source's own, in the file of both perhaps, counts as not set: nothing here reads it.
 
     Raises SettingsError where there is no such run, or where it is itself a replay: then its source is the one to name;
     and where its groups are of another size than is set here.
@@ -58,8 +59,10 @@ async def adopt(settings: Settings) -> Settings:
         raise SettingsError(
             f"source.run_id = {source.run_id}: that run trains on the rollouts of {theirs['run_id']} itself; name that"
         )
-    ours = settings.trainer.model_dump(include=settings.trainer.model_fields_set)
     defaults: dict[str, Any] = TrainerSettings().model_dump(mode="json")
+    here = settings.trainer.model_dump(mode="json")
+    alike = {name for name in OF_ASKING if here[name] == config.get(name, defaults[name])}
+    ours = settings.trainer.model_dump(include=settings.trainer.model_fields_set - alike)
     # What is as by default counts as not set: some settings are refused where they would have no effect.
     taken = {
         name: value

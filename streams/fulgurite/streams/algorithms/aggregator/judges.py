@@ -20,6 +20,7 @@ import asyncio
 import json
 import math
 import re
+from itertools import pairwise
 from weakref import WeakValueDictionary
 
 import httpx
@@ -31,7 +32,7 @@ from fulgurite.schemas.trajectories import FinishedAttempt
 from fulgurite.streams.algorithms.aggregator.combine import Part, fault_of
 from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
 from fulgurite.streams.algorithms.chat import ChatModel, NoAnswer
-from fulgurite.streams.algorithms.expressions import Expression
+from fulgurite.streams.algorithms.expressions import Expression, Found
 from fulgurite.streams.algorithms.transcript import shortened, texts_of
 
 MAX_ANSWER_CHARS = 4_000
@@ -41,8 +42,14 @@ _TOLD = ("input", "output", "transcript")
 """At least one of them is in every question: without, all attempts would have the same verdict."""
 _PLACES = (*_TOLD, "agent", "status")
 _PLACE = re.compile(rf"\{{({'|'.join(_PLACES)})\}}")
-_SCALE = re.compile(r"[\s*_`)]*(/|(out\s+)?of)[\s*_`(]*", re.IGNORECASE)
-"""Between a number and the greatest that there is, with Markdown around them."""
+_SCALE = re.compile(
+    r"[\s*_`)}$]*(?:(?:points?|stars?|marks?)\s+)?(?:/|(?:out\s+)?of|on\s+a\s+scale\s+(?:of|from))"
+    r"(?:\s+(?:a\s+)?(?:total|maximum|max|possible)(?:\s+of)?)?[\s*_`({$]*",
+    re.IGNORECASE,
+)
+"""Between a number and what it is measured by: **8**/10, 8 points out of a possible 10, $\\boxed{8}/10$."""
+_UP_TO = re.compile(r"\s*(?:-|–|to)\s*", re.IGNORECASE)
+"""Between the ends of a scale."""
 _WORD = re.compile(r"(?<![\w\\}^$])\{([A-Za-z_]\w*)\}")
 
 
@@ -107,9 +114,7 @@ class Judge:
 
 def number_in(pattern: Expression, answer: str) -> float:
     """The last match as a number: models reason first. Of 8/10, and of 8 out of 10, the 8. Raises NoAnswer."""
-    found = list(pattern.finditer(answer))
-    while len(found) > 1 and _SCALE.fullmatch(answer[found[-2].end : found[-1].start]):
-        found.pop()
+    found = without_scale(list(pattern.finditer(answer)), answer)
     try:
         # An expression such as "score: [0-9]+" has the number at its end.
         value = float(re.split(r"[^0-9.eE+-]", found[-1].text.strip())[-1]) if found else math.nan
@@ -120,6 +125,19 @@ def number_in(pattern: Expression, answer: str) -> float:
     if fault := fault_of("its number", value):
         raise NoAnswer(f"{fault}; the answer {answer[:500]!r}")
     return value
+
+
+def without_scale(found: list[Found], answer: str) -> list[Found]:
+    """Without the numbers at the end that say what the one before them is measured by: 10 of 8/10; 80 of 8/10 (80%)."""
+    between = [answer[one.end : other.start] for one, other in pairwise(found)]
+    last = len(between)
+    if last > 1 and between[-1].strip() == "(" and answer[found[-1].end :].lstrip().startswith("%"):
+        last -= 1
+    if last > 1 and _UP_TO.fullmatch(between[last - 1]) and _SCALE.fullmatch(between[last - 2]):
+        last -= 1
+    if last > 0 and _SCALE.fullmatch(between[last - 1]):
+        return found[:last]
+    return found
 
 
 def template_fault(template: str) -> str:
