@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import pytest
 from aiokafka.structs import ConsumerRecord
@@ -12,6 +13,7 @@ from fulgurite.schemas.codec import encode
 from fulgurite.schemas.settings import Settings, SourceSettings, TrainerSettings
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
 from fulgurite.streams.trainer.intake import Intake
+from fulgurite.streams.trainer.naming import Naming
 from fulgurite.streams.trainer.plan import make_plan
 from fulgurite.streams.trainer.reader import Record
 from fulgurite.streams.trainer.samples import ModelLimits
@@ -74,6 +76,31 @@ def test_what_an_earlier_life_has_written_is_not_written_again(model: Path) -> N
     settings = Settings(trainer=TrainerSettings.model_validate({"model": model, **LIVE}))
     assert letters(settings, b"r: no JSON", {0: 8, 1: 0}) == 0
     assert letters(settings, b"r: no JSON", {0: 7}) == 1
+
+
+async def test_letters_that_fill_up_are_written_between_versions_and_said_to_be(
+    model: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By a replay, too: its next step may be far."""
+    monkeypatch.setattr("fulgurite.streams.trainer.intake.MAX_DEAD_LETTERS", 2)
+    plan = make_plan(Settings(trainer=TrainerSettings.model_validate({"model": model, **LIVE})))
+    intake = Intake(plan, LIMITS, Windows(plan.shape, asked=5))
+    sent: list[tuple[range, int, dict[int, int]]] = []
+
+    async def more(marker: Any, offsets: Any, groups: range, others: list[Any], buried: dict[int, int]) -> None:
+        sent.append((groups, len(others), buried))
+
+    run = SimpleNamespace(buried={}, marker=lambda: None, committed_offsets={})
+    reader: Any = SimpleNamespace(offsets={0: 0})
+    naming = Naming(plan, cast("Any", run), cast("Any", SimpleNamespace(more=more)), reader, intake, cast("Any", None))
+    for offset in range(5):
+        intake.take_in(record(b"r: no JSON", offset), 0)
+        reader.offsets = {0: offset + 1}
+        await naming.bury()
+    assert sent == [(range(0), 3, {0: 3})]
+    await naming.bury(range(5, 6))
+    assert sent[1:] == [(range(5, 6), 0, {0: 3})]
+    assert len(intake.dead_letters) == 2
 
 
 def test_a_group_whose_records_cannot_be_decoded_is_not_waited_for_for_ever(model: Path) -> None:

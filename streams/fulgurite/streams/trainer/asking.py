@@ -21,7 +21,6 @@ from fulgurite.streams.trainer.naming import Naming
 from fulgurite.streams.trainer.pacing import groups_allowed
 from fulgurite.streams.trainer.plan import Plan
 from fulgurite.streams.trainer.progress import waiting_for, why_dropped
-from fulgurite.streams.trainer.publishing import Publishing
 from fulgurite.streams.trainer.reader import POLL_SECONDS, TrajectoryReader
 from fulgurite.streams.trainer.recovery import Run
 from fulgurite.streams.trainer.windows import Window
@@ -63,13 +62,10 @@ class Pauses:
 class Asking:
     """Fills `run.windows` from trajectories that it has asked for."""
 
-    def __init__(
-        self, plan: Plan, run: Run, publishing: Publishing, reader: TrajectoryReader, intake: Intake, naming: Naming
-    ) -> None:
+    def __init__(self, plan: Plan, run: Run, reader: TrajectoryReader, intake: Intake, naming: Naming) -> None:
         self._plan = plan
         self._naming = naming
         self._run = run
-        self._publishing = publishing
         self._reader = reader
         self._intake = intake
         self._failed_before = run.windows.groups_failed
@@ -90,8 +86,7 @@ class Asking:
             if window is not None:
                 return window
             await self._naming.relieve()
-            if self._intake.is_full:
-                await self._publish_between_versions(range(0))
+            await self._naming.bury()
             failed = self._run.windows.groups_failed - self._failed_before
             if count := pauses.replaceable(now, self._missing_groups(), failed):
                 await self._replace_groups(count, pauses.for_failed)
@@ -151,16 +146,7 @@ class Asking:
         level = logging.WARNING if pause_seconds == REPLACE_SECONDS[1] else logging.INFO
         message = "asking for %d groups in place of dropped ones; rollouts dropped since the last step: %s"
         logger.log(level, message, len(groups), reasons or "none")
-        await self._publish_between_versions(groups)
-
-    async def _publish_between_versions(self, groups: range) -> None:
-        """Dead letters go along only where they fill up: else they wait for the transaction that moves the offsets. The
-        marker says which have gone, so they are not written again."""
-        run = self._run
-        letters = self._intake.take_dead_letters() if self._intake.is_full else []
-        if letters:
-            run.buried = dict(self._reader.offsets)
-        await self._publishing.more(run.marker(), run.committed_offsets, groups, letters, run.buried)
+        await self._naming.bury(groups)
 
     def _missing_groups(self) -> int:
         return max(0, self._allowed(self._run.step) - self._run.windows.asked)

@@ -118,6 +118,7 @@ class Replaying:
         while any(have[number] < offset for number, offset in offsets.items() if number in have):
             for record in await self._reader.poll(POLL_SECONDS):
                 self._intake.take_in(record, 0)
+            await self._naming.bury()
 
 
 class Selected:

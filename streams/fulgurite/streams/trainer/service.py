@@ -142,8 +142,8 @@ async def _train(plan: Plan, metrics: Metrics) -> None:
         if run is not None:
             publishing = Publishing(plan, transactions, reader.partitions)
             intake = Intake(plan, run.limits, run.windows, run.buried)
-            naming = Naming(plan, run, publishing, reader, metrics)
-            supply = await _supply(plan, run, publishing, reader, intake, naming)
+            naming = Naming(plan, run, publishing, reader, intake, metrics)
+            supply = await _supply(plan, run, reader, intake, naming)
             await Trainer(plan, run, publishing, reader, checkpoints, ownership, intake, supply, metrics).train()
         await _release_ranks(run)
     finally:
@@ -153,16 +153,14 @@ async def _train(plan: Plan, metrics: Metrics) -> None:
         await transactions.close()
 
 
-async def _supply(
-    plan: Plan, run: Run, publishing: Publishing, reader: TrajectoryReader, intake: Intake, naming: Naming
-) -> Supply:
+async def _supply(plan: Plan, run: Run, reader: TrajectoryReader, intake: Intake, naming: Naming) -> Supply:
     """Where the windows come from."""
     if plan.trainer.demonstrations is not None:
         return Demonstrating(plan, run)
     if plan.source.begin == "sql":
         return Selected(plan, run, reader, intake, naming)
     if not plan.source.run_id:
-        return Asking(plan, run, publishing, reader, intake, naming)
+        return Asking(plan, run, reader, intake, naming)
     ledger = SourceLedger(plan.settings.kafka, plan.source)
     await ledger.start(run.source.offsets if run.source else {})
     return Replaying(plan, run, reader, intake, naming, ledger)
