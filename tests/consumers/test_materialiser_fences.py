@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from fulgurite.consumers.materialiser.blocks import OWN_TABLE, Partition, Slice
-from fulgurite.consumers.materialiser.errors import Fenced
+from fulgurite.consumers.materialiser.blocks import BOTH_TABLES, OWN_TABLE, TOO_SLOW, Partition, Slice
+from fulgurite.consumers.materialiser.errors import Fenced, TooSlow
 from fulgurite.consumers.materialiser.fences import greater_fence, renewed
 from fulgurite.consumers.materialiser.store import Store
 from fulgurite.schemas import topics
@@ -108,6 +108,40 @@ async def test_an_insert_that_has_begun_is_seen_until_it_is_over(
     await until(two, PARTS, running=False)  # it is seen a moment longer than its answer takes
     present = await two.present(dict.fromkeys(PARTS, 0))
     assert [present[part].get(0, 0) & OWN_TABLE for part in PARTS] == [1, 1, 0]
+
+
+async def test_an_insert_that_may_take_longer_is_waited_for_by_server_and_client(
+    stores: list[Store], clickhouse_settings: ClickHouseSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that was given up as too slow, with its fence renewed, counts as there in both tables."""
+
+    class Slow:
+        def __init__(self, pieces: Sequence[bytes | memoryview]) -> None:
+            self._pieces = pieces
+
+        async def __aiter__(self) -> AsyncIterator[bytes]:
+            body = b"".join(self._pieces)
+            yield body[: len(body) // 2]
+            await asyncio.sleep(0.8)
+            yield body[len(body) // 2 :]
+
+    monkeypatch.setattr("fulgurite.consumers.materialiser.store.ANSWER_SECONDS", 0)
+    hasty = Store(clickhouse_settings, 0.4, "hasty")
+    await hasty.connect()
+    monkeypatch.setattr("fulgurite.consumers.materialiser.store.Pieces", Slow)
+    one = slices(PARTS[:1], 0, await stores[0].fence(PARTS), size=4_000_000)
+    with pytest.raises(TooSlow):
+        await hasty.insert(one, hasty.guard(one))
+    await until(stores[0], PARTS, running=False)
+    anew = slices(PARTS[:1], 0, await stores[0].fence(PARTS), size=4_000_000)
+    with pytest.raises(Fenced):
+        await hasty.insert(one, hasty.guard(one), 8)
+    await hasty.insert(anew, hasty.guard(anew), 8)
+    monkeypatch.undo()
+    given_up = slices(PARTS[:1], 1, anew[0].fence)
+    await hasty.insert_dead(given_up[0], "takes too long", hasty.guard(given_up), TOO_SLOW)
+    assert (await stores[0].present({PARTS[0]: 0}))[PARTS[0]] == {0: BOTH_TABLES, 1: BOTH_TABLES}
+    await hasty.close()
 
 
 async def until(store: Store, parts: Sequence[Partition], *, running: bool) -> None:

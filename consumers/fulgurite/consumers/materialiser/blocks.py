@@ -30,7 +30,9 @@ OWN_TABLE: Final = 1
 DEAD_LETTERS_TABLE: Final = 2
 BOTH_TABLES: Final = OWN_TABLE | DEAD_LETTERS_TABLE
 TOO_LARGE: Final = "too_large"
-"""Reason of a dead letter that is all of a record of which alone no insert succeeds."""
+TOO_SLOW: Final = "too_slow"
+GIVEN_UP: Final = (TOO_LARGE, TOO_SLOW)
+"""Reasons of the materialiser's dead letters that are all of a record, of which alone no insert succeeds."""
 
 MAX_LINES: Final = 200_000
 """Of a record: each is a row, which needs memory however short its line is. Some 8 MiB of ever so short ones would take

@@ -21,8 +21,8 @@ from clickhouse_connect.driver.exceptions import ClickHouseError
 from fulgurite.consumers.materialiser.blocks import (
     BOTH_TABLES,
     DEAD_LETTERS_TABLE,
+    GIVEN_UP,
     OWN_TABLE,
-    TOO_LARGE,
     OffsetRange,
     Partition,
     Slice,
@@ -65,6 +65,9 @@ _IN_DEAD_LETTERS = "in_rejected"
 
 _ONE_BLOCK = 2**40
 
+ANSWER_SECONDS = 5.0
+"""So much longer than an insert may take a client waits: the server ends it by itself, and the client is told so."""
+
 
 @dataclass(frozen=True, slots=True)
 class LogEntry:
@@ -101,13 +104,16 @@ class Store:
 
     async def connect(self) -> None:
         """Raises Unavailable."""
+        self._client = await self._new_client(self._insert_seconds)
+
+    async def _new_client(self, seconds: float) -> AsyncClient:
+        """For inserts of so many seconds. Raises Unavailable."""
         try:
-            self._client = await clickhouse_connect.get_async_client(
+            return await clickhouse_connect.get_async_client(
                 **connection_options(self._settings),
                 database=self._settings.database,
                 connect_timeout=5,
-                # The server ends the insert by itself after insert_seconds; the client then still gets its answer.
-                send_receive_timeout=self._insert_seconds + 5,
+                send_receive_timeout=seconds + ANSWER_SECONDS,
                 compress=False,
             )
         except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
@@ -122,18 +128,18 @@ class Store:
         """Lets their insert through as long as their fences are the greatest."""
         return fenced(self._settings.database, slices)
 
-    async def insert(self, slices: Sequence[Slice], guard: Guard) -> None:
+    async def insert(self, slices: Sequence[Slice], guard: Guard, times: int = 1) -> None:
         """One block of one topic into in_<topic>, for the tables that lack it; a slice has only records that one lacks
-        (`missing`). Raises Rejected, Fenced or Unavailable."""
+        (`missing`). It may take `times` as long as inserts may. Raises Rejected, Fenced or Unavailable."""
         topic = slices[0].partition.topic
         into = f"in_{topic.name}"
         try:
-            await self._insert(into, await asyncio.to_thread(body, slices), guard)
+            await self._insert(into, await asyncio.to_thread(body, slices), guard, times)
         except Rejected:
             if topic is not topics.OTLP_SPANS:
                 raise
             # Nothing of it is in the tables: the same rows, written so that the server reads them.
-            await self._insert(into, await asyncio.to_thread(body, slices, mend=True), guard)
+            await self._insert(into, await asyncio.to_thread(body, slices, mend=True), guard, times)
 
     async def insert_dead(self, one: Slice, message: str, guard: Guard, reason: str = "rejected") -> None:
         """A record no table takes, as a dead letter. Raises Fenced or Unavailable."""
@@ -144,10 +150,10 @@ class Store:
         """Records that are `Undecodable`, as dead letters. Raises Fenced or Unavailable."""
         await self._insert(_IN_DEAD_LETTERS, await asyncio.to_thread(undecodable_body, part, self._redactor), guard)
 
-    async def _insert(self, into: str, body: Body, guard: Guard) -> None:
+    async def _insert(self, into: str, body: Body, guard: Guard, times: int = 1) -> None:
         settings: dict[str, Any] = {
             "async_insert": 0,
-            "max_execution_time": self._insert_seconds,
+            "max_execution_time": times * self._insert_seconds,
             "max_threads": 1,
             # One block in, one block to each table, whatever its size.
             "max_insert_block_size": _ONE_BLOCK,
@@ -167,12 +173,18 @@ class Store:
         columns = ", ".join(f"`{name}`" for name in body.columns)
         guarded = f" SELECT {columns} FROM input() WHERE {guard.condition}" if guard.condition else ""
         statement = f"INSERT INTO {into} ({columns}){guarded} FORMAT {body.format}\n"
+        # How long a client waits is its own: for an insert that may take longer there is one of its own.
+        patient = await self._new_client(times * self._insert_seconds) if times > 1 else None
         try:
             # The client hands on to aiohttp what it does not know.
             pieces = cast(Any, Pieces([statement.encode(), *body.data]))
-            await self._connected.raw_insert(insert_block=pieces, settings=settings, compression=None)
+            client = patient or self._connected
+            await client.raw_insert(insert_block=pieces, settings=settings, compression=None)
         except (ClickHouseError, aiohttp.ClientError, OSError, TimeoutError) as error:
             raise meaning(error, body.refusals) from error
+        finally:
+            if patient is not None:
+                await patient.close()
 
     async def log(self, entries: Sequence[LogEntry]) -> None:
         """Says that these ranges are in. Raises Unavailable."""
@@ -270,7 +282,7 @@ class Store:
             (TABLES[topic], OWN_TABLE, ""),
             ("dead_letters", DEAD_LETTERS_TABLE, ""),
             # All of the record: no table has any of it, nor may get it.
-            ("dead_letters", BOTH_TABLES, f" AND reason = '{TOO_LARGE}' AND topic = _topic"),
+            ("dead_letters", BOTH_TABLES, f" AND reason IN {GIVEN_UP} AND topic = _topic"),
         ):
             query = (
                 f"SELECT DISTINCT _partition, _offset FROM {table} WHERE _topic = {{name:String}} AND ({where}){only}"
