@@ -72,6 +72,9 @@ class Server:
     """More need too much memory."""
     times_out: bool = False
     """Or too much time."""
+    no_memory: str = "code 241, Query memory limit exceeded"
+    enough_times: int = 1_000
+    """With so much more time a huge record goes in."""
     trouble: float = 0.0
     """How likely it is, at each step of an insert, that its answer is lost."""
     slow: int = 0
@@ -82,9 +85,9 @@ class Server:
         for _ in range(self.rand.randint(0, self.slow) if self.slow else 0):
             await asyncio.sleep(0)
 
-    async def insert(self, slices: Sequence[Slice]) -> None:
+    async def insert(self, slices: Sequence[Slice], times: int = 1) -> None:
         """Goes on by itself when its client is cancelled or gets no answer."""
-        task = asyncio.create_task(self._insert(slices))
+        task = asyncio.create_task(self._insert(slices, times))
         self.left_behind.add(task)
         task.add_done_callback(self.left_behind.discard)
         task.add_done_callback(lambda done: done.cancelled() or done.exception())
@@ -93,7 +96,7 @@ class Server:
             raise Unavailable("no answer")
         await asyncio.shield(task)
 
-    async def _insert(self, slices: Sequence[Slice]) -> None:
+    async def _insert(self, slices: Sequence[Slice], times: int) -> None:
         await self.turns()  # on the wire
         numbers = {part.partition.number for part in slices}
         self.inserts.append([(part.partition.number, [r.offset for r in part.records]) for part in slices])
@@ -106,8 +109,9 @@ class Server:
             records = [(part, record) for part in slices for record in part.records]
             if any(record.value == b"refused" for _, record in records):
                 raise Rejected("code 6")
-            if len(records) > self.most_records or any(record.value == b"huge" for _, record in records):
-                raise (TooSlow("code 159") if self.times_out else TooLarge("code 241"))
+            huge = any(record.value == b"huge" for _, record in records)
+            if len(records) > self.most_records or (huge and (len(records) > 1 or times < self.enough_times)):
+                raise (TooSlow("code 159") if self.times_out else TooLarge(self.no_memory))
             if self.cut_short >= 0:
                 self.rows.update((part.partition.number, r.offset) for part, r in records[: self.cut_short])
                 self.cut_short = -1
@@ -140,8 +144,8 @@ class FakeStore:
     def guard(self, slices: Sequence[Slice]) -> None:
         return None
 
-    async def insert(self, slices: Sequence[Slice], guard: None) -> None:
-        await self.server.insert(slices)
+    async def insert(self, slices: Sequence[Slice], guard: None, times: int = 1) -> None:
+        await self.server.insert(slices, times)
 
     async def insert_dead(self, one: Slice, message: str, guard: None, reason: str = "rejected") -> None:
         record = FakeRecord(one.records[0].offset, b"poison")

@@ -5,17 +5,14 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
-from dataclasses import replace
 from typing import Any, cast
 
 import pytest
 from aiokafka import TopicPartition
 
-from fulgurite.consumers.materialiser import lone as lone_module
 from fulgurite.consumers.materialiser import partition as partition_module
 from fulgurite.consumers.materialiser import topic as topic_module
-from fulgurite.consumers.materialiser.blocks import OWN_TABLE, Partition, Slice, TooManyLines, block, dead_block
-from fulgurite.consumers.materialiser.lone import Lone
+from fulgurite.consumers.materialiser.blocks import Partition, Slice, TooManyLines, block, dead_block
 from fulgurite.consumers.materialiser.store import LogEntry
 from fulgurite.schemas import topics
 from tests.consumers.materialiser_fakes import FakeRecord, Member, Server, partition
@@ -163,41 +160,6 @@ async def test_an_insert_that_needs_too_much_memory_or_time_is_made_smaller(
     member.append(0, records(range(20, 50)))
     await member.until(lambda: len(server.rows) == 70)
     assert len(server.inserts[-1][0][1]) > 7, "it grows again"
-
-
-async def test_a_record_that_alone_needs_too_much_memory_becomes_a_dead_letter(
-    server: Server, members: list[Member], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(topic_module, "LEAST_BATCH_BYTES", 2**30)
-    monkeypatch.setattr(lone_module, "SECONDS", 0.0)
-    members.append(member := Member(server))
-    await member.start()
-    member.append(0, [*records(range(3)), *records([3], b"huge"), *records(range(4, 9))])
-    await member.until(lambda: len(server.rows) == 8 and len(server.dead) == 1)
-    assert set(server.dead) == {(0, 3)}
-    assert set(server.rows.values()) == {1}
-
-
-def test_a_lone_record_is_hopeless_after_many_failures_and_some_time() -> None:
-    now = [0.0]
-    lone = Lone(lambda: now[0])
-    one, two = ([Slice(partition(), records(offsets), present={})] for offsets in ([7], [7, 8]))
-    lone.failed(two, "code 241", least=True, alone=True)
-    assert lone.singly
-    for _ in range(20):
-        lone.failed(one, "memory limit exceeded: (total)", least=True, alone=False)
-    now[0] = 1_000.0
-    assert lone.hopeless(one) == ""
-    for _ in range(lone_module.TRIES):
-        lone.failed(one, "Query memory limit exceeded: would use", least=True, alone=False)
-    assert lone.hopeless(one) == ""
-    now[0] += lone_module.SECONDS
-    assert lone.hopeless(two) == ""
-    assert "more memory" in lone.hopeless(one)
-    assert lone.hopeless([replace(one[0], present={7: OWN_TABLE})]) == ""
-    lone.done(two)
-    assert not lone.singly
-    assert lone.hopeless(one) == ""
 
 
 async def test_who_is_not_of_the_group_goes_no_further(server: Server, members: list[Member]) -> None:

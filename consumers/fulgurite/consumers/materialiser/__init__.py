@@ -42,9 +42,11 @@ The code carries these numbers.
                 partitions of the insert, so that one still on its way is refused, and insert what is missing then. An
                 insert that the server refuses for what is in it left nothing: OTLP is then written so that it can be
                 read (consumers/otlp/mend.py), anything else is halved down to the record that nobody will take. One
-                that needs too much memory or time is made smaller; a record that alone needs too much memory, six
-                times over a minute and not because of others, is one dead letter, `too_large` (lone.py), which in 0.5
-                stands for all of it; one that has rows already is tried on.
+                that needs too much memory or time is made smaller. A record that fails so alone, and that is large
+                enough to be to blame, goes alone from then on, one of all topics at a time, and gets more time at each
+                try; at last it is one dead letter, `too_large` or `too_slow` (lone.py), which in 0.5 stands for all of
+                it; one that has rows already is tried on. However long an insert may take, one whose client gave up
+                may happen until 0.4 saw it end.
     2  log      ingest_log: lo..hi is in, and at which offsets before hi Kafka has no record, or is still to be asked
                 (skipped.py). Within some seconds, for all partitions at once. What Kafka says later of a range is
                 logged with that range once more, if the log still has it. Where that fails, back to 0: the database

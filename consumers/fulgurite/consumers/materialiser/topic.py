@@ -24,7 +24,7 @@ from aiokafka import TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError
 
 from fulgurite.consumers.materialiser.agreement import another, ends_before
-from fulgurite.consumers.materialiser.blocks import DEAD_LETTERS_TABLE, TOO_LARGE, Partition, Slice, halves, parted
+from fulgurite.consumers.materialiser.blocks import DEAD_LETTERS_TABLE, Partition, Slice, halves, parted
 from fulgurite.consumers.materialiser.errors import NotUnderstood, OtherLog, Rejected, TooLarge, TooSlow, Unavailable
 from fulgurite.consumers.materialiser.history import NEAR, Look
 from fulgurite.consumers.materialiser.lone import Lone
@@ -32,6 +32,7 @@ from fulgurite.consumers.materialiser.metrics import Metrics
 from fulgurite.consumers.materialiser.offsets import Lost, Offsets
 from fulgurite.consumers.materialiser.partition import BATCH_BYTES, BATCH_LINES, Budget, Consumer, PartitionBuffer, Room
 from fulgurite.consumers.materialiser.store import LogEntry, Store
+from fulgurite.consumers.materialiser.weight import weight
 from fulgurite.schemas.settings import MaterialiserSettings
 
 logger = logging.getLogger(__name__)
@@ -46,6 +47,10 @@ RETRY_SECONDS = (0.2, 5.0)
 QUIET_SECONDS = 0.05
 """How often the server is asked whether an insert still runs."""
 COMPLAIN_SECONDS = 5.0
+LIGHT_PART = 20
+"""An insert of a twentieth of what a record has as rows is not why that one lacks memory."""
+TURN_SECONDS = 1.0
+"""How soon it is looked whether the record that goes alone is done, of whatever topic: another waits for its turn."""
 LOOK_AGAIN_SECONDS = 5.0
 """How soon it is looked again at a log that is not the one of the tables: somebody may have mended it."""
 
@@ -80,8 +85,10 @@ class Shared:
     checkpoint: Checkpoint = no_checkpoint
     budget: Budget = field(default_factory=Budget)
     metrics: Metrics = field(default_factory=Metrics)
-    running: list[str] = field(default_factory=list[str])
-    """Of each insert under way, its topic."""
+    running: list[int] = field(default_factory=list[int])
+    """Of each insert under way, its bytes."""
+    suspected: set[Partition] = field(default_factory=set[Partition])
+    """Of the record under way, one of all topics, that failed alone before: it may take long, others go on beside."""
 
 
 class TopicWriter:
@@ -140,8 +147,9 @@ class TopicWriter:
             unsettled = [buffer for buffer in self._buffers.values() if not buffer.settled and not buffer.busy]
             open_ones = [buffer for buffer in unsettled if buffer.try_at <= time.monotonic()]
             if not open_ones:
+                first = min((buffer.try_at for buffer in unsettled), default=None)
                 with contextlib.suppress(TimeoutError):
-                    async with asyncio.timeout(LOOK_AGAIN_SECONDS if unsettled else None):
+                    async with asyncio.timeout(None if first is None else first - time.monotonic()):
                         await self._doubt.wait()
                 continue
             await asyncio.sleep(self._pause_seconds)
@@ -263,18 +271,28 @@ class TopicWriter:
     def _due_in(self) -> float | None:
         ready = self._ready()
         if not ready:
-            return None
+            return TURN_SECONDS if any(buffer.ready for buffer in self._buffers.values()) else None
         if sum(buffer.bytes for buffer in ready) >= self._limit_bytes:
             return 0.0
         return ready[0].waiting_since + self._shared.settings.batch_wait_ms / 1000 - time.monotonic()
 
     def _ready(self) -> list[PartitionBuffer]:
         """Those whose records may be taken, the longest waiting one first."""
-        return sorted((b for b in self._buffers.values() if b.ready), key=lambda buffer: buffer.waiting_since)
+        ready = [buffer for buffer in self._buffers.values() if buffer.ready]
+        if self._shared.suspected:
+            ready = [buffer for buffer in ready if not self._suspected(buffer)]
+        return sorted(ready, key=lambda buffer: buffer.waiting_since)
+
+    def _suspected(self, buffer: PartitionBuffer) -> bool:
+        """Whether what it has next goes alone, because it failed alone before."""
+        return self._lone.suspects(buffer.partition, buffer.oldest)
 
     def _cut(self) -> list[Slice]:
         """What the next insert takes: of every partition its share of the room that is left."""
         ready = self._ready()
+        if suspected := [buffer for buffer in ready if self._suspected(buffer)]:
+            found = suspected[0].take(Room(1), at_least_one=True)
+            return [found] if found is not None else []
         if not self._inserting and sum(buffer.bytes for buffer in ready) > SPLIT_BYTES:
             ready = ready[::2]  # the other lane takes the others
         records, size, lines = self._shared.settings.batch_records, self._limit_bytes, BATCH_LINES
@@ -297,28 +315,45 @@ class TopicWriter:
         ours = [part.partition for part in slices]
         started = time.monotonic()
         self._inserting += 1
-        self._shared.running.append(self._name)
-        alone = len(self._shared.running) == 1
+        size, others = sum(buffer.taken_bytes for buffer in buffers), sum(self._shared.running)
+        self._shared.running.append(size)
+        if suspected := self._lone.tries(slices) > 0:
+            self._shared.suspected.add(ours[0])
         try:
             await self._at_checkpoint("cut", ours)
             await self._insert(slices)
             await self._at_checkpoint("inserted", ours)
         except Unavailable as error:
+            if isinstance(error, TooLarge | TooSlow):
+                await self._too_much(slices, buffers, error, max(others, sum(self._shared.running) - size))
             for buffer in buffers:
                 buffer.give_back()
-            if isinstance(error, TooLarge):
-                alone = alone and len(self._shared.running) == 1
-                self._lone.failed(slices, str(error), least=self._limit_bytes <= LEAST_BATCH_BYTES, alone=alone)
-            if isinstance(error, TooLarge | TooSlow):
-                self._limit_bytes = max(LEAST_BATCH_BYTES, min(self._limit_bytes, sum(b.bytes for b in buffers)) // 2)
             self._failed("insert", buffers, error)
             self._doubt.set()
         else:
             self._done(slices, buffers, time.monotonic() - started)
         finally:
             self._inserting -= 1
-            self._shared.running.remove(self._name)
+            self._shared.running.remove(size)
+            if suspected:
+                self._shared.suspected.discard(ours[0])
             self._changed.set()
+
+    async def _too_much(
+        self, slices: Sequence[Slice], buffers: Sequence[PartitionBuffer], error: Unavailable, others: int
+    ) -> None:
+        """It needed too much memory or time. `others`: bytes of ours that were inserted at the same time."""
+        if sum(len(part.records) for part in slices) > 1:
+            self._lone.failed_together(slices, least=self._limit_bytes <= LEAST_BATCH_BYTES)
+            taken = min(self._limit_bytes, sum(buffer.taken_bytes for buffer in buffers))
+            self._limit_bytes = max(LEAST_BATCH_BYTES, taken // 2)
+            return
+        (part,), (buffer,) = slices, buffers
+        rows_bytes = await asyncio.to_thread(weight, part.partition.topic, part.records[0])
+        self._lone.failed(slices, error, rows_bytes, alone=LIGHT_PART * others <= rows_bytes)
+        first, longest = RETRY_SECONDS
+        if tries := self._lone.tries(slices):  # others that succeed meanwhile do not shorten its pause
+            buffer.try_at = time.monotonic() + min(first * 2 ** min(tries, 10), longest)
 
     def _done(self, slices: Sequence[Slice], buffers: Sequence[PartitionBuffer], seconds: float) -> None:
         self._pause_seconds = 0.0
@@ -343,11 +378,12 @@ class TopicWriter:
             self._shared.metrics.undecodable(*_labels(part.partition), count)
         if not good:
             return
-        if why := self._lone.hopeless(good):
-            await self._refuse(good[0], why, TOO_LARGE)
+        if hopeless := self._lone.hopeless(good):
+            reason, why = hopeless
+            await self._refuse(good[0], why, reason)
             return
         try:
-            await store.insert(good, store.guard(good))
+            await store.insert(good, store.guard(good), self._lone.times(good))
         except Rejected as error:
             await self._bisect(good, error)
 
