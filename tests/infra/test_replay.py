@@ -12,8 +12,8 @@ import pytest
 from aiokafka import AIOKafkaProducer, TopicPartition
 from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
-from fulgurite.consumers.materialiser.blocks import Slice
-from fulgurite.consumers.materialiser.errors import TooLarge
+from fulgurite.consumers.materialiser.blocks import GIVEN_UP, Slice
+from fulgurite.consumers.materialiser.errors import TooLarge, TooSlow
 from fulgurite.infra.replay import command, run
 from fulgurite.infra.replay.run import Watch
 from fulgurite.infra.replay.store import ReplayStore
@@ -156,14 +156,17 @@ async def test_one_frozen_and_one_that_goes_on(world: World, rebuild: bool, aban
     assert world.ask(RECONCILED) == [(80, 40, 0, 0)]
 
 
-async def test_what_needs_too_much_memory_is_made_smaller(world: World, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("problem", [TooLarge, TooSlow])
+async def test_what_needs_too_much_is_made_smaller(
+    world: World, monkeypatch: pytest.MonkeyPatch, problem: type[TooLarge | TooSlow]
+) -> None:
     tried: list[int] = []
     insert_missing = ReplayStore.insert_missing
 
     async def little_memory(store: ReplayStore, part: Slice) -> None:
         tried.append(sum((record.value or b"").count(b"\n") + 1 for record in part.records))
         if len(part.records) > 3:
-            raise TooLarge("memory limit exceeded")
+            raise problem("limit exceeded")
         await insert_missing(store, part)
 
     monkeypatch.setattr(run, "BATCH_LINES", 21)
@@ -175,6 +178,44 @@ async def test_what_needs_too_much_memory_is_made_smaller(world: World, monkeypa
         assert (done.items[0]["records"], done.items[0]["rows"]) == (60, 80)
     assert max(tried) == 20
     assert world.ask(RECONCILED) == [(80, 40, 0, 0)]
+
+
+async def test_a_record_that_was_given_up_is_its_dead_letter_until_it_is_made_anew(
+    world: World, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(run, "LONE_SECONDS", 0.0)
+    monkeypatch.setattr(run, "RETRY_SECONDS", (0.01, 0.01))
+    words = ["replay", "spans", "--from-offset", "0", "--json"]
+    async with world.materialiser():
+        await world.produce(topics.SPANS, [span(span_id="before"), span(span_id="large"), span(span_id="after")])
+        await world.until("SELECT max(hi) FROM ingest_log", lambda rows: rows == [(2,)])
+        letter = "topic, partition, offset, stage, _topic, _partition, _offset, _ts"
+        world.ask(
+            f"INSERT INTO dead_letters ({letter}, reason) SELECT _topic, _partition, _offset, 'materialiser', _topic, "
+            f"_partition, _offset, _ts, '{GIVEN_UP[-1]}' FROM spans WHERE span_id = 'large'"
+        )
+        world.ask("DELETE FROM spans WHERE _offset < 2")
+        filled = await world.cli(*words)
+        assert (filled.items[0]["there"], filled.items[0]["inserted"]) == (2, 1), filled
+        assert world.ask("SELECT span_id FROM spans ORDER BY _offset") == [("before",), ("after",)]
+        assert world.ask("SELECT _offset FROM dead_letters") == [(1,)]
+        # With as little memory as then it says so, and there is still the letter; with more there are rows instead.
+        with monkeypatch.context() as patched:
+            insert_missing = ReplayStore.insert_missing
+
+            async def little_memory(store: ReplayStore, part: Slice) -> None:
+                if any(record.offset == 1 for record in part.records):
+                    raise TooLarge("memory limit exceeded")
+                await insert_missing(store, part)
+
+            patched.setattr(ReplayStore, "insert_missing", little_memory)
+            ended = await asyncio.wait_for(world.cli(*words, "--rebuild"), 60)
+            assert (ended.code, "the record at offset 1 alone needs more memory" in ended.err) == (1, True), ended
+        assert world.ask("SELECT _offset FROM dead_letters") == [(1,)]
+        done = await world.cli(*words, "--rebuild")
+        assert (done.code, "going on with the replay" in done.err) == (0, True), done.err
+    assert world.ask("SELECT span_id FROM spans ORDER BY _offset") == [("before",), ("large",), ("after",)]
+    assert world.ask(RECONCILED) == [(3, 0, 0, 0)]
 
 
 async def test_what_kafka_has_forgotten_stays(world: World) -> None:

@@ -25,12 +25,13 @@ The contract, for one partition. The code carries these numbers.
     1  read     A chunk of records.
     2  ask      Where nobody knows what became of an insert of ours, claim anew, lower than whoever claimed since: it
                 is refused if it comes now. Wait until no insert of a replay of the partition runs, ask which offsets
-                are in which table. --rebuild: only rows ingested since `begun` are there; older ones are to be
-                replaced. Refused where a row, of whatever age, has another time than the record at its offset: the log
-                is another one, for which 0.1 need not have found a row.
+                are in which table; a dead letter of GIVEN_UP is all of its record. --rebuild: only rows ingested since
+                `begun` are there; older ones are to be replaced. Refused where a row, of whatever age, has another time
+                than the record at its offset: the log is another one, for which 0.1 need not have found a row.
     3  insert   What is missing: one block, guarded by the claim. Each table takes its part wholly or not at all. One
-                that needs more memory than there is: both halves of its range by 2 and 3, each. Refused by its guard:
-                the partition is another replay's, and this process ends.
+                that needs more memory than there is, or more time: both halves of its range by 2 and 3, each. One
+                record that does: this process ends, and says so. Refused by its guard: the partition is another
+                replay's, and this process ends.
     4  delete   --rebuild, after some chunks: rows ingested before `begun`, of offsets that have rows since `begun`.
     5  log      `part`: lo..hi is done. After the last: `done`.
 

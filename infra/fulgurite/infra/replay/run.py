@@ -1,7 +1,9 @@
 """One partition's replay, chunk by chunk: steps 1 to 5 of the contract (see the package).
 
-Bounds: a chunk in records, bytes and lines; one that needs too much memory is halved. Both stores are waited for, for
-ever, and it says so; stop it whenever you like.
+Bounds: a chunk in records, bytes and lines; one that needs too much memory or time is halved, and those behind it begin
+smaller. Both stores are waited for, for ever, and it says so; stop it whenever you like. Not for ever is waited for one
+record of which alone no insert succeeds: the replay ends with a sentence. It makes no dead letter of it, which in a
+rebuild would replace rows that are there.
 """
 
 from __future__ import annotations
@@ -17,7 +19,7 @@ from aiokafka import AIOKafkaConsumer, TopicPartition
 from clickhouse_connect.driver.exceptions import OperationalError
 
 from fulgurite.consumers.materialiser.blocks import LINE_TOPICS, Partition, Slice, halves, missing, parted
-from fulgurite.consumers.materialiser.errors import Fenced, OtherLog, Rejected, TooLarge, Unavailable
+from fulgurite.consumers.materialiser.errors import Fenced, OtherLog, Rejected, TooLarge, TooSlow, Unavailable
 from fulgurite.consumers.materialiser.lines import line_feeds
 from fulgurite.consumers.materialiser.partition import BATCH_LINES
 from fulgurite.infra.replay import marks
@@ -36,11 +38,17 @@ Kafka = Fetched
 
 CHUNK_RECORDS = 5_000
 CHUNK_BYTES = 16 * 1024 * 1024
+LEAST_CHUNK_BYTES = 64 * 1024
+GROWS_AFTER_CHUNKS = 10
+"""Those that were inserted whole: then twice as much is tried again."""
 CHUNKS_PER_PART = 20
 """A delete rewrites a mask of every part of the table that has such rows: not for every chunk."""
 POLL_MS = 500
 RETRY_SECONDS = (0.2, 5.0)
 COMPLAIN_SECONDS = 5.0
+LONE_TRIES = 6
+LONE_SECONDS = 60.0
+"""Of one record that needs too much memory or time: given up at the last of so many tries, not sooner."""
 
 
 @dataclass(slots=True)
@@ -90,6 +98,8 @@ class Replayer:
         self._store = store
         self._watch = watch
         self._complained = 0.0
+        self._limit_bytes = CHUNK_BYTES
+        self._whole_chunks = 0
         self._consumer: AIOKafkaConsumer = AIOKafkaConsumer(
             **connection_options(kafka),
             isolation_level="read_committed",
@@ -171,23 +181,28 @@ class Replayer:
             lines += line_feeds(record.value or b"") + 1 if reading.has_lines else 1
             if record.offset >= hi:
                 return chunk, hi
-            if chunk and (len(chunk) >= CHUNK_RECORDS or size > CHUNK_BYTES or lines > BATCH_LINES):
+            if chunk and (len(chunk) >= CHUNK_RECORDS or size > self._limit_bytes or lines > BATCH_LINES):
                 return chunk, record.offset
             chunk.append(reading.buffer.popleft())
         return chunk, hi
 
     async def _insert_missing(self, mark: Mark, where: Range, records: Sequence[Kafka], counts: Counts) -> None:
+        self._whole_chunks += 1
         first = await self._fill(mark, where, records)
+        if self._whole_chunks >= GROWS_AFTER_CHUNKS:
+            self._whole_chunks, self._limit_bytes = 0, min(2 * self._limit_bytes, CHUNK_BYTES)
         there = sum(1 for record in records if first.get(record.offset, 0))
         counts.records += len(records)
         counts.there += there
         counts.inserted += len(records) - there
 
-    async def _fill(self, mark: Mark, where: Range, records: Sequence[Kafka]) -> Mapping[int, int]:
-        """2 and 3. What was there before."""
+    async def _fill(
+        self, mark: Mark, where: Range, records: Sequence[Kafka], *, in_doubt: bool = False
+    ) -> Mapping[int, int]:
+        """2 and 3. What was there before. `in_doubt`: an insert of some of them may still come. Raises Refused."""
         since_ms = mark.begun_ms if mark.rebuild else None
         first: Mapping[int, int] | None = None
-        in_doubt = False
+        failures: list[float] = []
 
         async def attempt() -> bool:
             """False: it must be made smaller."""
@@ -208,19 +223,28 @@ class Replayer:
             for part in whole:
                 try:
                     await self._insert(part)
-                except TooLarge as error:
+                except (TooLarge, TooSlow) as error:
                     if len(records) == 1:
+                        failures.append(time.monotonic())
+                        if len(failures) >= LONE_TRIES and failures[-1] - failures[0] >= LONE_SECONDS:
+                            raise _hopeless(where.partition, records[0], error, len(failures)) from error
                         raise
                     self._complain(f"ClickHouse: cannot insert {len(records)} records, trying fewer: {error}")
+                    self._make_smaller(records)
                     return False
             return True
 
         if not await self._patiently("insert", attempt):
-            # Of the whole, a table may have its part: each half asks again.
+            # Of the whole, a table may have its part, or get it: each half asks again.
             for part, half in _halves(where, records):
-                await self._fill(mark, part, half)
+                await self._fill(mark, part, half, in_doubt=True)
         assert first is not None
         return first
+
+    def _make_smaller(self, records: Sequence[Kafka]) -> None:
+        size = sum(len(record.value or b"") + len(record.key or b"") for record in records)
+        self._whole_chunks = 0
+        self._limit_bytes = max(LEAST_CHUNK_BYTES, min(self._limit_bytes, size) // 2)
 
     async def _insert(self, part: Slice) -> None:
         """Halves what ClickHouse will not take, until the record that it refuses stands alone: a dead letter."""
@@ -259,6 +283,19 @@ class Replayer:
         if now - self._complained >= COMPLAIN_SECONDS:
             self._complained = now
             self._watch.complain(problem)
+
+
+def _hopeless(partition: Partition, record: Kafka, error: TooLarge | TooSlow, tries: int) -> Refused:
+    what, more = (
+        ("memory than ClickHouse has for an insert", "Give ClickHouse more memory")
+        if isinstance(error, TooLarge)
+        else ("time than an insert may take", "Raise materialiser.insert_seconds")
+    )
+    return Refused(
+        f"{partition}: the record at offset {record.offset} alone needs more {what} (tried {tries} times): {error}. "
+        f"{more} and give the same command again, which goes on there; or end it with --abandon, and replay what "
+        f"lies before it (--to-offset {record.offset}) and behind it (--from-offset {record.offset + 1})"
+    )
 
 
 def _halves(where: Range, records: Sequence[Kafka]) -> Iterator[tuple[Range, Sequence[Kafka]]]:

@@ -13,7 +13,14 @@ import aiohttp
 from clickhouse_connect.driver.exceptions import ClickHouseError
 
 from fulgurite.consumers.materialiser.agreement import differ, other_record
-from fulgurite.consumers.materialiser.blocks import DEAD_LETTERS_TABLE, OWN_TABLE, Partition, Slice
+from fulgurite.consumers.materialiser.blocks import (
+    BOTH_TABLES,
+    DEAD_LETTERS_TABLE,
+    GIVEN_UP,
+    OWN_TABLE,
+    Partition,
+    Slice,
+)
 from fulgurite.consumers.materialiser.errors import Unavailable
 from fulgurite.consumers.materialiser.fences import Guard, fenced, renewed
 from fulgurite.consumers.materialiser.store import TABLES, Store
@@ -24,6 +31,8 @@ DEAD_LETTERS = "dead_letters"
 QUIET_SECONDS = 0.1
 
 _RANGE = "_topic = {name:String} AND _partition = {number:UInt32} AND _offset >= {lo:UInt64} AND _offset < {hi:UInt64}"
+# All of the record: no table has any of it, nor may get it beside this.
+_GIVEN_UP = f" AND topic = _topic AND reason IN ({', '.join(repr(reason) for reason in GIVEN_UP)})"
 _NEW = "_ingested >= fromUnixTimestamp64Milli({since_ms:Int64}, 'UTC')"
 _OLD = "_ingested < fromUnixTimestamp64Milli({since_ms:Int64}, 'UTC')"
 
@@ -86,9 +95,14 @@ class ReplayStore(Store):
         found: dict[int, int] = {}
         others: list[int] = []
         counts = _NEW if since_ms is not None else "true"
-        for table, bit in ((TABLES[where.partition.topic], OWN_TABLE), (DEAD_LETTERS, DEAD_LETTERS_TABLE)):
+        for table, bit, only in (
+            (TABLES[where.partition.topic], OWN_TABLE, ""),
+            (DEAD_LETTERS, DEAD_LETTERS_TABLE, ""),
+            (DEAD_LETTERS, BOTH_TABLES, _GIVEN_UP),
+        ):
             query = (
-                f"SELECT _offset, toUnixTimestamp64Milli(_ts), max({counts}) FROM {table} WHERE {_RANGE} GROUP BY ALL"
+                f"SELECT _offset, toUnixTimestamp64Milli(_ts), max({counts}) FROM {table} WHERE {_RANGE}{only} "
+                "GROUP BY ALL"
             )
             for offset, time_ms, new in await self._query(query, where.parameters(since_ms)):
                 if offset in times and differ(time_ms, times[offset]):
