@@ -330,3 +330,27 @@ async def test_a_slow_taker_gets_all_of_an_answer(short: None):
             assert len(await peer.reader.readexactly(4_000_000)) == 4_000_000
             await asyncio.sleep(0.4)
         assert await peer.reader.read() == b""
+
+
+@pytest.mark.parametrize("route", ["/now", "/slow"])
+@pytest.mark.parametrize("trailers", [b"x: y\r\n", b"x"])
+async def test_trailers_are_bounded(route: str, trailers: bytes):
+    """Behind a body that has ended, whatever the application does meanwhile; one that never ends is a name."""
+    async with slow() as (_, url):
+        begin = f"GET {route} HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n2\r\n{{}}\r\n0\r\n"
+        peer = await Peer.to(url, begin.encode())
+        with suppress(ConnectionError):
+            for _ in range(16 * connections.MAX_HEAD_BYTES // 8192):  # some may come with the body, uncounted
+                peer.writer.write(trailers * (8192 // len(trailers)))
+                await peer.writer.drain()
+        assert await peer.closed_after(5) < 5
+
+
+async def test_a_large_body_in_parts_and_trailers_are_taken():
+    async with slow() as (_, url):
+        peer = await Peer.to(url, b"POST /now HTTP/1.1\r\nhost: a\r\ntransfer-encoding: chunked\r\n\r\n")
+        for _ in range(20):
+            peer.writer.write(b"4000\r\n" + b"x" * 0x4000 + b"\r\n")
+            await peer.writer.drain()
+        peer.writer.write(b"0\r\nsum: 1\r\n\r\n")
+        assert b"200 OK" in await asyncio.wait_for(peer.reader.readline(), 5)

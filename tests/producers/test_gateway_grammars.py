@@ -138,3 +138,40 @@ async def test_only_the_end_of_a_stream_waits_for_it():
     assert [span.attributes["fulgurite.request.constraints"] for span in publisher.spans] == [
         ["structured_outputs"]
     ] * 2
+
+
+async def test_agents_that_come_at_once_ask_once_and_all_are_told():
+    """Of hardly more seats, and hardly more who may wait, than the calls themselves need."""
+    publisher = FakePublisher()
+    server = HeldServer(label="1")
+    bounds = {"max_concurrent_requests": 4, "max_queued_requests": 60}
+    async with server as backend, gateway(publisher, backend.url, **bounds) as url:
+        found = await asyncio.gather(*(post(url, CHAT, BODY | {"user": str(number)}) for number in range(60)))
+        assert [status for status, _ in found] == [200] * 60
+        assert backend.log.count(RENDER) == 1
+        other = [{"type": "function", "function": {"name": "other"}}]
+        await post(url, CHAT, BODY | {"tools": other})
+        await post(url, CHAT, BODY | {"tools": other, "messages": [*MESSAGES, *MESSAGES]})
+        assert backend.log.count(RENDER) == 2
+    constrained = [span.attributes.get("fulgurite.request.constraints") for span in publisher.spans]
+    assert constrained == [["structured_outputs"]] * 62
+
+
+async def test_a_whole_answer_is_kept_of_an_agent_that_does_not_wait_for_what_is_said_of_it():
+    publisher = FakePublisher()
+    async with (
+        Waiting(label="1") as backend,
+        gateway(publisher, backend.url, exact_prompts=False) as url,
+        aiohttp.ClientSession() as session,
+    ):
+        body = orjson.dumps(BODY | {"stream": False})
+        with pytest.raises(TimeoutError):
+            await session.post(f"{url}{ATTEMPT}{CHAT}", data=body, timeout=aiohttp.ClientTimeout(0.5))
+        async with asyncio.timeout(5):
+            while not publisher.spans:  # noqa: ASYNC110
+                await asyncio.sleep(0.01)
+        backend.rendered.set()
+    (span,) = publisher.spans
+    assert (span.status, len(span.response_token_ids)) == ("ok", len(span.logprobs))
+    assert span.response_token_ids
+    assert span.attributes["fulgurite.request.constraints"] == ["structured_outputs"], "nobody knows"

@@ -186,6 +186,14 @@ def test_an_agent_that_wants_one_call_gets_the_first(parallel: bool | None, name
     assert left_out == ({0} if parallel is False else set()), "the next prompt is not to go on from what it did not get"
 
 
+@pytest.mark.parametrize(("more", "content"), [({}, "a"), ({"min_tokens": 3}, "aXb")])
+def test_before_min_tokens_no_stop_string_ends_an_answer(more: dict[str, Any], content: str):
+    engine = generated([5, 6, 7, 8], stop_reason="X")
+    body = WITH_TOOLS | {"stop": ["X"]} | more
+    (choice,) = chat_completion(body, RENDERED, [3], engine, derendered({"content": "aXbX"}, 4), {})["choices"]
+    assert choice["message"]["content"] == content
+
+
 @pytest.mark.parametrize(("more", "content"), [({}, "any tw"), ({"include_stop_str_in_output": True}, "any two")])
 def test_what_comes_after_a_stop_string_is_cut(more: dict[str, Any], content: str):
     engine = generated([5, 6], stop_reason="o")

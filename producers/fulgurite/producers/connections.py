@@ -7,7 +7,8 @@ are never finished, without any key. Promises:
 - a connection on which something came, but no request with its whole head, is closed after HEAD_SECONDS: a half-sent
   head, the rest of a body that was refused. So is a new one on which nothing came. How long a body may take is the
   application's business;
-- one whose head is larger than MAX_HEAD_BYTES is answered 431 and closed;
+- one whose head is larger than MAX_HEAD_BYTES is answered 431 and closed; trailers behind a body are not kept, and one
+  with as many bytes of them is closed;
 - one that was served and is quiet since stays for KEEP_ALIVE_SECONDS: its client may have it in a pool;
 - one that takes nothing of its answers for `stalled_seconds` is closed;
 - beyond `most` connections a new one takes the place of the one that has asked nothing for longest, those first that
@@ -16,7 +17,7 @@ are never finished, without any key. Promises:
 
 Requests pay next to nothing for that: the connections are looked at once a second. Of uvicorn's protocols it needs
 `cycle` and its `response_complete`, `transport`, `timeout_keep_alive_task`, which is there while a served connection is
-quiet, and `headers`, which are those of the cycle's scope until another head begins.
+quiet, `headers`, which are those of the cycle's scope until another head begins, and what its parser calls.
 """
 
 from __future__ import annotations
@@ -252,22 +253,35 @@ def _is_idle(connection: Any) -> bool:
 
 
 def _behind(door: Door, protocol: type[Any]) -> type[asyncio.Protocol]:
+    is_counted = hasattr(protocol, "on_headers_complete")  # uvicorn's other protocol has bounds of its own
+
     class Connection(protocol):
         _head_bytes = 0
-        """Of a head that has not ended; below 0: none has begun since the last request."""
+        """Since a head, a piece of a body or a request was whole: of what the parser keeps until its end comes."""
 
         def data_received(self, data: bytes) -> None:
+            self._head_bytes += len(data)
             super().data_received(data)
-            cycle = self.cycle
-            if cycle is not None and cycle.scope["headers"] is self.headers:
-                self._head_bytes = -1
-            elif self._head_bytes < 0:  # what came before it in these bytes is not the head's
-                self._head_bytes = 0
-            else:
-                self._head_bytes += len(data)
-                if self._head_bytes > MAX_HEAD_BYTES and not self.transport.is_closing():
+            if self._head_bytes > MAX_HEAD_BYTES and is_counted and not self.transport.is_closing():
+                if self.cycle is None or self.cycle.response_complete:
                     self.transport.write(HEAD_TOO_LARGE)
-                    self.transport.close()
+                self.transport.close()
+
+        def on_headers_complete(self) -> None:
+            self._head_bytes = 0
+            super().on_headers_complete()
+
+        def on_header(self, name: bytes, value: bytes) -> None:
+            if self.cycle is None or self.cycle.scope["headers"] is not self.headers:
+                super().on_header(name, value)  # else it is a trailer, which no application of ours reads
+
+        def on_body(self, body: bytes) -> None:
+            self._head_bytes = 0
+            super().on_body(body)
+
+        def on_message_complete(self) -> None:
+            self._head_bytes = 0
+            super().on_message_complete()
 
         def connection_made(self, transport: Any) -> None:
             now = asyncio.get_running_loop().time()

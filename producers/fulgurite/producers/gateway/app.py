@@ -200,12 +200,13 @@ class Gateway:
                     sampled = await self._tokens.sample(call, deadline, whole_deadline, asked)
                 if sampled is None:
                     async with self._grammars.asked(call, deadline) as grammar:
-                        answer = await self._ask(call, ask_for(call, deadline, whole_deadline), asked)
+                        answer = asked.sampled = await self._ask(call, ask_for(call, deadline, whole_deadline), asked)
                         await grammar.put_into(asked.served)
         except ApiError as error:
             failure = error
         except Gone:
-            failure = AgentGone("client_disconnected", "the agent closed its connection before the answer")
+            if not answer:  # else it is whole, and only what is said of it was waited for
+                failure = AgentGone("client_disconnected", "the agent closed its connection before the answer")
         except asyncio.CancelledError:
             await in_its_own_task(self._interrupted(call, asked))
             raise

@@ -17,7 +17,7 @@ class Asked:
     served: Served | None = None
     """Who was asked last for an answer."""
     sampled: bytes = b""
-    """Of a call by token ids: what was sampled. It cost what it cost, even if it cannot be put into words."""
+    """What was sampled, once all of it is there. It cost what it cost, even if it cannot be put into words."""
 
 
 def ask_for(call: Call, deadline: float, whole_deadline: float = 0.0) -> Ask:

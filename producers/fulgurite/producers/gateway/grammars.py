@@ -2,10 +2,12 @@
 
 A call that a grammar may hold is not to be trained on: its logprobs are not the policy's, or not those of what was
 sampled from. What the request asks does not tell (attributes.py): some parsers of vLLM hold every call with tools,
-others none. RENDER says what the server makes of the request. It is asked beside the call itself, so that an answer
-waits for it only where the answer is there first. Only calls with tools that could be trained on otherwise: without
-tools it is the request that asks for a grammar. Where the server does not say, what the request asks counts, and
-whether the model's last call that asked for nothing was held. Bounded: models by number.
+others none. RENDER says what the server makes of the request. It makes the same of all that differ only in what is said
+(their form), so one of them asks, beside the call itself, and its answer counts for SAID_SECONDS; a call waits for it
+only at its own end. Only calls with tools that could be trained on otherwise: without tools it is the request that asks
+for a grammar. Where the server does not say, what the request asks counts, and what it said last of the form, or of a
+call of the model that asked for nothing. Where our own bounds, or an agent that hung up, kept the question from the
+server, the call counts as held. Bounded: forms and models by number, waits by WAIT_SECONDS.
 """
 
 from __future__ import annotations
@@ -14,6 +16,8 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
+from dataclasses import dataclass
+from hashlib import blake2b
 from typing import Final
 
 from fulgurite.producers.gateway.attributes import OF_TOOLS
@@ -22,31 +26,61 @@ from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.exchange import Backends
 from fulgurite.producers.gateway.outcome import Served
 from fulgurite.producers.gateway.protocols import CHAT
-from fulgurite.producers.gateway.protocols.base import where
+from fulgurite.producers.gateway.protocols.base import to_bytes, where
 from fulgurite.producers.gateway.token_asking import TokenAsker, Unserved
 from fulgurite.producers.gateway.token_route import RENDER, is_held_to_grammar
-from fulgurite.schemas.sampling import NEUTRAL_SAMPLING, constraints, is_neutral, may_call_tools
+from fulgurite.schemas.sampling import HARMLESS, NEUTRAL_SAMPLING, constraints, is_neutral, may_call_tools
 
 logger = logging.getLogger(__name__)
 
-UNSERVED_SECONDS: Final = 60.0
-"""A model whose servers do not have the route is asked for it again after this."""
-MAX_MODELS: Final = 1_000
-"""Whose state is remembered; then all of it is forgotten."""
+SAID_SECONDS: Final = 60.0
+"""A server is asked again after this, also for the route where it has none: it may have been replaced."""
+WAIT_SECONDS: Final = 10.0
+"""Longest that the end of an answer waits."""
+MAX_FORMS: Final = 1_000
+"""And models, whose state is remembered; then all of it is forgotten."""
+
+_OF_ITS_OWN: Final = HARMLESS - {"chat_template", "chat_template_kwargs", "reasoning", "reasoning_effort", "thinking"}
+"""Fields that calls of one form may have each for itself."""
+
+
+@dataclass(slots=True)
+class _Form:
+    held: bool | None = None
+    """As the server said last."""
+    until: float = 0.0
+    """So long that counts."""
+    asking: asyncio.Task[None] | None = None
+    unasked: bool = False
+    """The last question did not reach the server, or its answer nobody: our own bounds, or an agent that hung up."""
 
 
 class Asking:
-    """Of one call, under way beside it."""
+    """Of one call."""
 
-    def __init__(self, task: asyncio.Task[bool | None] | None, expected: bool | None) -> None:
-        self._task = task
-        self._expected = expected
+    def __init__(self, grammars: Grammars, call: Call, form: _Form | None, deadline: float) -> None:
+        self._grammars = grammars
+        self._call = call
+        self._form = form
+        self._deadline = deadline
 
     async def put_into(self, served: Served | None) -> None:
         """What the server says, once it does."""
-        if self._task and served:
-            served.grammar = self._expected  # in case the agent does not wait for it
-            served.grammar = await self._task
+        if not served or not self._form:
+            return
+        now = asyncio.get_running_loop().time
+        served.grammar = self._grammars.last_word(self._call, self._form)  # in case the agent does not wait for it
+        with suppress(TimeoutError):
+            async with asyncio.timeout_at(min(self._deadline, now() + WAIT_SECONDS)):
+                # Whoever asked may have hung up, or been kept from it: then this call asks itself, once.
+                for own in (False, True):
+                    if self._form.until >= now():
+                        break
+                    if self._form.asking:
+                        await asyncio.wait([self._form.asking])
+                    elif own and self._form.unasked:
+                        await self._grammars.ask(self._call, self._form, self._deadline)
+        served.grammar = self._grammars.last_word(self._call, self._form)
 
 
 class Grammars:
@@ -56,23 +90,66 @@ class Grammars:
         self._backends = backends
         self._asker = TokenAsker(backends)
         self._unserved_until: dict[str, float] = {}
+        self._forms: dict[bytes, _Form] = {}
         self._holding: set[str] = set()
         """Models of which calls are held that ask for nothing of the kind."""
 
     @asynccontextmanager
     async def asked(self, call: Call, deadline: float) -> AsyncGenerator[Asking]:
-        """Within the block the chat route is asked. What of it is not over at its end is given up."""
-        task = asyncio.create_task(self._ask(call, deadline)) if self._matters(call) else None
+        """Within the block the chat route is asked. What of this call's question is not over at its end is given up."""
+        form = self._form(call) if self._matters(call) else None
+        task: asyncio.Task[None] | None = None
+        if form and not form.asking and form.until < asyncio.get_running_loop().time():
+            task = form.asking = asyncio.create_task(self.ask(call, form, deadline))
+            task.add_done_callback(lambda _: setattr(form, "asking", None))
         try:
-            yield Asking(task, self._expected(call))
+            yield Asking(self, call, form, deadline)
         finally:
             if task and not task.done():
                 task.cancel()
-                with suppress(asyncio.CancelledError):
-                    await task
+                await asyncio.wait([task])
 
-    def _expected(self, call: Call) -> bool | None:
-        return True if call.model in self._holding else None
+    def last_word(self, call: Call, form: _Form) -> bool | None:
+        """None where what the request asks counts."""
+        if form.held is not None:
+            return form.held
+        return True if form.unasked or call.model in self._holding else None
+
+    async def ask(self, call: Call, form: _Form, deadline: float) -> None:
+        """Raises nothing."""
+        body = {name: value for name, value in call.body.items() if name not in ("stream", "stream_options")}
+        form.unasked = True
+        try:
+            follows = await self._backends.follows_policy(call.model, deadline, call.caller.authorization)
+            rendered = await self._asker.ask(call, RENDER, body, deadline) if follows else None
+            form.unasked = False
+        except Unserved as error:
+            form.unasked = False
+            logger.info("%s", error)
+            if len(self._unserved_until) >= MAX_FORMS:
+                self._unserved_until.clear()
+            self._unserved_until[call.model] = asyncio.get_running_loop().time() + SAID_SECONDS
+        except ApiError as error:
+            form.unasked = error.code == "too_many_requests" and not error.of_backend
+            logger.info("whether an answer is held to a grammar could not be asked: %s", error.code)
+        except Exception as error:
+            form.unasked = False
+            logger.error("whether an answer is held to a grammar could not be read: %s", where(error))
+        else:
+            if rendered is not None:
+                form.held = is_held_to_grammar(rendered)
+                form.until = asyncio.get_running_loop().time() + SAID_SECONDS
+                if not constraints(call.body):
+                    self._note(call.model, form.held)
+
+    def _form(self, call: Call) -> _Form:
+        wanted = {name: value for name, value in call.body.items() if name not in _OF_ITS_OWN or name == "model"}
+        key = blake2b(to_bytes(wanted), digest_size=16).digest()
+        if key not in self._forms:
+            if len(self._forms) >= MAX_FORMS:
+                self._forms.clear()
+            self._forms[key] = _Form()
+        return self._forms[key]
 
     def _matters(self, call: Call) -> bool:
         if call.api is not CHAT or not call.rollout_id or not may_call_tools(call.body):
@@ -83,31 +160,8 @@ class Grammars:
             return False
         return self._unserved_until.get(call.model, 0.0) < asyncio.get_running_loop().time()
 
-    async def _ask(self, call: Call, deadline: float) -> bool | None:
-        body = {name: value for name, value in call.body.items() if name not in ("stream", "stream_options")}
-        try:
-            if not await self._backends.follows_policy(call.model, deadline, call.caller.authorization):
-                return None
-            rendered = await self._asker.ask(call, RENDER, body, deadline)
-        except Unserved as error:
-            logger.info("%s", error)
-            if len(self._unserved_until) >= MAX_MODELS:
-                self._unserved_until.clear()
-            self._unserved_until[call.model] = asyncio.get_running_loop().time() + UNSERVED_SECONDS
-        except ApiError as error:
-            logger.info("whether an answer is held to a grammar could not be asked: %s", error.code)
-        except Exception as error:
-            logger.error("whether an answer is held to a grammar could not be read: %s", where(error))
-        else:
-            if rendered is not None:
-                held = is_held_to_grammar(rendered)
-                if not constraints(call.body):
-                    self._note(call.model, held)
-                return held
-        return self._expected(call)
-
     def _note(self, model: str, held: bool) -> None:
         if not held:
             self._holding.discard(model)
-        elif len(self._holding) < MAX_MODELS:
+        elif len(self._holding) < MAX_FORMS:
             self._holding.add(model)

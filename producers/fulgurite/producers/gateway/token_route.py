@@ -234,7 +234,9 @@ def _parsed_choice(
     if isinstance(stop, str) and not body.get("include_stop_str_in_output"):
         for name in ("content", "reasoning", "reasoning_content"):
             if isinstance(text := message.get(name), str):
-                message[name] = text.partition(stop)[0]
+                # The first one ends an answer, but before min_tokens none does.
+                at = text.rfind(stop) if body.get("min_tokens") else text.find(stop)
+                message[name] = text[:at] if at >= 0 else text
     if (calls := message.get("tool_calls")) and body.get("parallel_tool_calls") is False:
         message["tool_calls"] = calls[:1]
     written = ((parsed.get("logprobs") or {}).get("content") or []) if parsed else []
