@@ -157,6 +157,18 @@ async def test_agents_that_come_at_once_ask_once_and_all_are_told():
     assert constrained == [["structured_outputs"]] * 62
 
 
+async def test_a_server_that_lost_the_route_has_said_it_before():
+    publisher = FakePublisher()
+    server = HeldServer(label="1")
+    async with server as backend, gateway(publisher, backend.url) as url:
+        await post(url, CHAT, ONE_CALL)
+        server.faults[RENDER] = lambda: JSONResponse({"error": {"message": "gone"}}, status_code=404)
+        await post(url, CHAT, BODY)
+        await post(url, CHAT, ONE_CALL)
+    found = [span.attributes.get("fulgurite.request.constraints") for span in publisher.spans]
+    assert found == [["structured_outputs"], None, ["structured_outputs"]]
+
+
 async def test_a_whole_answer_is_kept_of_an_agent_that_does_not_wait_for_what_is_said_of_it():
     publisher = FakePublisher()
     async with (

@@ -189,10 +189,13 @@ async def test_agents_that_fail_for_long_end_no_run_and_no_rollout_is_named_twic
 ) -> None:
     """A life dies before it has named any, the next one behind its first such record. And a shadow sees it all."""
     answered: list[str] = []
+    groups: dict[str, int] = {}
 
     def alter(trajectory: Trajectory) -> Trajectory:
         answered.append(trajectory.rollout_id)
-        if len(answered) > FAILING:
+        if (
+            groups.setdefault(trajectory.group_id, len(groups)) >= FAILING // 4
+        ):  # whole ones, in whatever order they come
             return trajectory
         return trajectory.model_copy(update={"status": "failed", "sequences": [], "reward": None})
 

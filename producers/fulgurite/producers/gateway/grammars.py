@@ -79,7 +79,8 @@ class Asking:
                     if self._form.asking:
                         await asyncio.wait([self._form.asking])
                     elif own and self._form.unasked:
-                        await self._grammars.ask(self._call, self._form, self._deadline)
+                        async with self._grammars.asking(self._call, self._form, self._deadline) as question:
+                            await asyncio.wait([question])
         served.grammar = self._grammars.last_word(self._call, self._form)
 
 
@@ -97,15 +98,24 @@ class Grammars:
     @asynccontextmanager
     async def asked(self, call: Call, deadline: float) -> AsyncGenerator[Asking]:
         """Within the block the chat route is asked. What of this call's question is not over at its end is given up."""
-        form = self._form(call) if self._matters(call) else None
-        task: asyncio.Task[None] | None = None
-        if form and not form.asking and form.until < asyncio.get_running_loop().time():
-            task = form.asking = asyncio.create_task(self.ask(call, form, deadline))
-            task.add_done_callback(lambda _: setattr(form, "asking", None))
-        try:
+        form = self._form(call) if _matters(call) else None
+        now = asyncio.get_running_loop().time()
+        if form is None or form.asking or max(form.until, self._unserved_until.get(call.model, 0.0)) >= now:
             yield Asking(self, call, form, deadline)
+        else:
+            async with self.asking(call, form, deadline):
+                yield Asking(self, call, form, deadline)
+
+    @asynccontextmanager
+    async def asking(self, call: Call, form: _Form, deadline: float) -> AsyncGenerator[asyncio.Task[None]]:
+        """The question is under way, others of the form wait for it. At the end of the block it is given up."""
+        form.unasked = True
+        task = form.asking = asyncio.create_task(self._ask(call, form, deadline))
+        task.add_done_callback(lambda _: setattr(form, "asking", None))
+        try:
+            yield task
         finally:
-            if task and not task.done():
+            if not task.done():
                 task.cancel()
                 await asyncio.wait([task])
 
@@ -115,10 +125,9 @@ class Grammars:
             return form.held
         return True if form.unasked or call.model in self._holding else None
 
-    async def ask(self, call: Call, form: _Form, deadline: float) -> None:
+    async def _ask(self, call: Call, form: _Form, deadline: float) -> None:
         """Raises nothing."""
         body = {name: value for name, value in call.body.items() if name not in ("stream", "stream_options")}
-        form.unasked = True
         try:
             follows = await self._backends.follows_policy(call.model, deadline, call.caller.authorization)
             rendered = await self._asker.ask(call, RENDER, body, deadline) if follows else None
@@ -151,17 +160,17 @@ class Grammars:
             self._forms[key] = _Form()
         return self._forms[key]
 
-    def _matters(self, call: Call) -> bool:
-        if call.api is not CHAT or not call.rollout_id or not may_call_tools(call.body):
-            return False
-        if set(constraints(call.body)) - OF_TOOLS:
-            return False
-        if not all(is_neutral(name, call.body.get(name)) for name in NEUTRAL_SAMPLING):
-            return False
-        return self._unserved_until.get(call.model, 0.0) < asyncio.get_running_loop().time()
-
     def _note(self, model: str, held: bool) -> None:
         if not held:
             self._holding.discard(model)
         elif len(self._holding) < MAX_FORMS:
             self._holding.add(model)
+
+
+def _matters(call: Call) -> bool:
+    """Whether it could be trained on, as far as all but its tools goes."""
+    if call.api is not CHAT or not call.rollout_id or not may_call_tools(call.body):
+        return False
+    if set(constraints(call.body)) - OF_TOOLS:
+        return False
+    return all(is_neutral(name, call.body.get(name)) for name in NEUTRAL_SAMPLING)
