@@ -191,8 +191,9 @@ async def test_another_replica_answers_for_one_that_is_away(status: int):
     async with fakes(2) as (bad, good), pool_of(bad.settings(), good.settings()) as pool:
         bad.answer = with_status(status)
         began = time.monotonic()
-        assert {await asked_by(pool, pin=str(pin)) for pin in range(10)} == {"1"}
-        assert time.monotonic() - began < 1
+        # So many, that the chance is none that all are pinned to the good one.
+        assert {await asked_by(pool, pin=str(pin)) for pin in range(40)} == {"1"}
+        assert time.monotonic() - began < 3
         assert bad.completions >= 1
 
 
