@@ -13,6 +13,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fulgurite.producers.gateway.token_route import RENDER
+from tests.producers.fake_policy_server import until
 from tests.producers.gateway_support import MESSAGES, FakePublisher, gateway
 from tests.producers.test_gateway_hostile import ATTEMPT, TOOLS, TokenServer, post
 
@@ -131,9 +132,7 @@ async def test_only_the_end_of_a_stream_waits_for_it():
         backend.rendered.clear()
         async with session.post(f"{url}{ATTEMPT}{CHAT}", data=orjson.dumps(BODY)) as answer:
             assert await answer.content.readline()  # and it hangs up
-        async with asyncio.timeout(5):
-            while len(publisher.spans) < 2:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        await until(lambda: len(publisher.spans) == 2, 5)
         backend.rendered.set()
     assert [span.attributes["fulgurite.request.constraints"] for span in publisher.spans] == [
         ["structured_outputs"]
@@ -179,9 +178,7 @@ async def test_a_whole_answer_is_kept_of_an_agent_that_does_not_wait_for_what_is
         body = orjson.dumps(BODY | {"stream": False})
         with pytest.raises(TimeoutError):
             await session.post(f"{url}{ATTEMPT}{CHAT}", data=body, timeout=aiohttp.ClientTimeout(0.5))
-        async with asyncio.timeout(5):
-            while not publisher.spans:  # noqa: ASYNC110
-                await asyncio.sleep(0.01)
+        await until(lambda: publisher.spans, 5)
         backend.rendered.set()
     (span,) = publisher.spans
     assert (span.status, len(span.response_token_ids)) == ("ok", len(span.logprobs))

@@ -23,6 +23,7 @@ quiet, `headers`, which are those of the cycle's scope until another head begins
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
 import resource
 from collections import deque
@@ -87,7 +88,8 @@ def server_of(
     stalled_seconds: float = STALLED_SECONDS,
     grace_seconds: int | None = None,
 ) -> uvicorn.Server:
-    """A server for the app, not begun yet, with as many connections as that, or as the process may open files for."""
+    """A server for the app, not begun yet, with as many connections as that, or as the process may open files for. It
+    leaves the process's signals alone."""
     import uvicorn
 
     most, backlog = within_file_limit(max_connections, name)
@@ -115,7 +117,10 @@ def server_of(
             door.look(asyncio.get_running_loop().time())
         return await tick(counter)
 
-    setattr(server, "on_tick", on_tick)  # noqa: B010 (a subclass would want uvicorn where this module is imported)
+    # Not a subclass, which would want uvicorn where this module is imported.
+    setattr(server, "on_tick", on_tick)  # noqa: B010
+    # run_service has handlers of its own; uvicorn's would replace them.
+    setattr(server, "capture_signals", contextlib.nullcontext)  # noqa: B010
     return server
 
 

@@ -125,13 +125,9 @@ def bind(name: str, host: str, port: int) -> socket.socket:
 async def serve_asgi(app: Any, host: str, port: int, stop: asyncio.Event, name: str, **bounds: Any) -> None:
     """Serves an ASGI app until `stop`, then lets requests under way finish (5 s), and cancels what is left of them. A
     taken port raises StartError. `bounds`: of its connections, see `connections.server_of`."""
-    import contextlib
-
     from fulgurite.producers.connections import server_of
 
     server = server_of(app, name=name, grace_seconds=5, **bounds)
-    # run_service has handlers of its own; uvicorn's would replace them.
-    setattr(server, "capture_signals", contextlib.nullcontext)  # noqa: B010
 
     async def run(listener: socket.socket) -> None:
         try:

@@ -110,6 +110,11 @@ class Span(Event):
             raise ValueError(f"weight_versions end at {at}, the response at {tokens}")
         return self
 
+    def without_tokens(self) -> Self:
+        """With all that was said in words."""
+        nothing = dict[str, object](prompt_token_ids=[], response_token_ids=[], logprobs=[], weight_versions=[])
+        return self.model_copy(update=nothing)
+
     @property
     def is_llm_call(self) -> bool:
         """Whether this span carries sampled tokens one can train on."""

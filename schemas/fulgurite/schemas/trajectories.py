@@ -102,6 +102,11 @@ class Trajectory(Event):
     assembled_ns: TimeNs = 0
     metadata: Labels = Field(default_factory=dict)
 
+    def without_records(self) -> Self:
+        """With nothing of its spans and rewards, and no metadata."""
+        nothing: dict[str, object] = {"sequences": [], "rewards": [], "metadata": {}, "calls": 0}
+        return self.model_copy(update=nothing | {"min_version": None, "max_version": None})
+
 
 class FinishedAttempt(Trajectory):
     """Topic `attempts`, key as of the trajectory. A trajectory that still lacks rewards, with what they are found in.

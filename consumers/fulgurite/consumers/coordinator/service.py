@@ -229,8 +229,6 @@ async def serve(settings: Settings, stop: asyncio.Event) -> None:
     with bind("coordinator", settings.coordinator.host, settings.coordinator.port) as listener:  # 1
         coordinator = Coordinator(settings)
         server = server_of(coordinator.app, name="coordinator", lifespan="off", grace_seconds=2)
-        # run_service has handlers of its own; uvicorn's would replace them.
-        server.capture_signals = contextlib.nullcontext  # pyright: ignore[reportAttributeAccessIssue]
         running = asyncio.create_task(coordinator.run())
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         stopping = asyncio.create_task(stop.wait())

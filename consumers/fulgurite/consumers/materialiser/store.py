@@ -63,6 +63,9 @@ in."""
 _IN_DEAD_LETTERS = "in_rejected"
 """Hands on to dead_letters by way of the view that redacts: nothing else may write there."""
 
+OF_ALL = f"topic = _topic AND reason IN {GIVEN_UP}"
+"""Holds for dead letters that are all of a record: no table has any of it, nor may get it beside this."""
+
 _ONE_BLOCK = 2**40
 
 ANSWER_SECONDS = 5.0
@@ -281,8 +284,7 @@ class Store:
         for table, bit, only in (
             (TABLES[topic], OWN_TABLE, ""),
             ("dead_letters", DEAD_LETTERS_TABLE, ""),
-            # All of the record: no table has any of it, nor may get it.
-            ("dead_letters", BOTH_TABLES, f" AND reason IN {GIVEN_UP} AND topic = _topic"),
+            ("dead_letters", BOTH_TABLES, f" AND {OF_ALL}"),
         ):
             query = (
                 f"SELECT DISTINCT _partition, _offset FROM {table} WHERE _topic = {{name:String}} AND ({where}){only}"

@@ -21,6 +21,8 @@ from clickhouse_connect.driver.exceptions import OperationalError
 from fulgurite.consumers.materialiser.blocks import LINE_TOPICS, Partition, Slice, halves, missing, parted
 from fulgurite.consumers.materialiser.errors import Fenced, OtherLog, Rejected, TooLarge, TooSlow, Unavailable
 from fulgurite.consumers.materialiser.lines import line_feeds
+from fulgurite.consumers.materialiser.lone import SECONDS as LONE_SECONDS
+from fulgurite.consumers.materialiser.lone import TRIES as LONE_TRIES
 from fulgurite.consumers.materialiser.partition import BATCH_LINES
 from fulgurite.infra.replay import marks
 from fulgurite.infra.replay.begin import Refused
@@ -46,9 +48,6 @@ CHUNKS_PER_PART = 20
 POLL_MS = 500
 RETRY_SECONDS = (0.2, 5.0)
 COMPLAIN_SECONDS = 5.0
-LONE_TRIES = 6
-LONE_SECONDS = 60.0
-"""Of one record that needs too much memory or time: given up at the last of so many tries, not sooner."""
 
 
 @dataclass(slots=True)

@@ -16,14 +16,13 @@ from fulgurite.consumers.materialiser.agreement import differ, other_record
 from fulgurite.consumers.materialiser.blocks import (
     BOTH_TABLES,
     DEAD_LETTERS_TABLE,
-    GIVEN_UP,
     OWN_TABLE,
     Partition,
     Slice,
 )
 from fulgurite.consumers.materialiser.errors import Unavailable
 from fulgurite.consumers.materialiser.fences import Guard, fenced, renewed
-from fulgurite.consumers.materialiser.store import TABLES, Store
+from fulgurite.consumers.materialiser.store import OF_ALL, TABLES, Store
 from fulgurite.schemas.redaction import RedactionSettings
 from fulgurite.schemas.settings import ClickHouseSettings
 
@@ -31,8 +30,6 @@ DEAD_LETTERS = "dead_letters"
 QUIET_SECONDS = 0.1
 
 _RANGE = "_topic = {name:String} AND _partition = {number:UInt32} AND _offset >= {lo:UInt64} AND _offset < {hi:UInt64}"
-# All of the record: no table has any of it, nor may get it beside this.
-_GIVEN_UP = f" AND topic = _topic AND reason IN ({', '.join(repr(reason) for reason in GIVEN_UP)})"
 _NEW = "_ingested >= fromUnixTimestamp64Milli({since_ms:Int64}, 'UTC')"
 _OLD = "_ingested < fromUnixTimestamp64Milli({since_ms:Int64}, 'UTC')"
 
@@ -98,7 +95,7 @@ class ReplayStore(Store):
         for table, bit, only in (
             (TABLES[where.partition.topic], OWN_TABLE, ""),
             (DEAD_LETTERS, DEAD_LETTERS_TABLE, ""),
-            (DEAD_LETTERS, BOTH_TABLES, _GIVEN_UP),
+            (DEAD_LETTERS, BOTH_TABLES, f" AND {OF_ALL}"),
         ):
             query = (
                 f"SELECT _offset, toUnixTimestamp64Milli(_ts), max({counts}) FROM {table} WHERE {_RANGE}{only} "

@@ -231,7 +231,7 @@ class Gateway:
             recording = self._recorder.answered(call, served, outcome, answer)  # 3
         except Exception as error:
             failure = error if isinstance(error, ApiError) else unreadable(error)
-            recording = self._recorder.unreadable(call, served, asked.sampled or answer, failure)
+            recording = self._recorder.unreadable(call, served, asked.sampled, failure)
             self._spent(call, recording)
             await self._log.publish(call, recording)
             raise failure from None

@@ -27,14 +27,14 @@ from fulgurite.producers.gateway.exchange import Backends
 from fulgurite.producers.gateway.outcome import Served
 from fulgurite.producers.gateway.protocols import CHAT
 from fulgurite.producers.gateway.protocols.base import to_bytes, where
-from fulgurite.producers.gateway.token_asking import TokenAsker, Unserved
-from fulgurite.producers.gateway.token_route import RENDER, is_held_to_grammar
+from fulgurite.producers.gateway.token_asking import Lacking, TokenAsker, Unserved
+from fulgurite.producers.gateway.token_route import RENDER, is_held_to_grammar, unstreamed
 from fulgurite.schemas.sampling import HARMLESS, NEUTRAL_SAMPLING, constraints, is_neutral, may_call_tools
 
 logger = logging.getLogger(__name__)
 
 SAID_SECONDS: Final = 60.0
-"""A server is asked again after this, also for the route where it has none: it may have been replaced."""
+"""A server is asked again after this: it may have been replaced."""
 WAIT_SECONDS: Final = 10.0
 """Longest that the end of an answer waits."""
 MAX_FORMS: Final = 1_000
@@ -90,7 +90,8 @@ class Grammars:
     def __init__(self, backends: Backends) -> None:
         self._backends = backends
         self._asker = TokenAsker(backends)
-        self._unserved_until: dict[str, float] = {}
+        self._lacking: Lacking[str] = Lacking()
+        """By model."""
         self._forms: dict[bytes, _Form] = {}
         self._holding: set[str] = set()
         """Models of which calls are held that ask for nothing of the kind."""
@@ -99,8 +100,8 @@ class Grammars:
     async def asked(self, call: Call, deadline: float) -> AsyncGenerator[Asking]:
         """Within the block the chat route is asked. What of this call's question is not over at its end is given up."""
         form = self._form(call) if _matters(call) else None
-        now = asyncio.get_running_loop().time()
-        if form is None or form.asking or max(form.until, self._unserved_until.get(call.model, 0.0)) >= now:
+        is_said = form is not None and form.until >= asyncio.get_running_loop().time()
+        if form is None or form.asking or is_said or call.model in self._lacking:
             yield Asking(self, call, form, deadline)
         else:
             async with self.asking(call, form, deadline):
@@ -127,17 +128,14 @@ class Grammars:
 
     async def _ask(self, call: Call, form: _Form, deadline: float) -> None:
         """Raises nothing."""
-        body = {name: value for name, value in call.body.items() if name not in ("stream", "stream_options")}
         try:
             follows = await self._backends.follows_policy(call.model, deadline, call.caller.authorization)
-            rendered = await self._asker.ask(call, RENDER, body, deadline) if follows else None
+            rendered = await self._asker.ask(call, RENDER, unstreamed(call.body), deadline) if follows else None
             form.unasked = False
         except Unserved as error:
             form.unasked = False
             logger.info("%s", error)
-            if len(self._unserved_until) >= MAX_FORMS:
-                self._unserved_until.clear()
-            self._unserved_until[call.model] = asyncio.get_running_loop().time() + SAID_SECONDS
+            self._lacking.add(call.model)
         except ApiError as error:
             form.unasked = error.code == "too_many_requests" and not error.of_backend
             logger.info("whether an answer is held to a grammar could not be asked: %s", error.code)

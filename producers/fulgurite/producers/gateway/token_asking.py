@@ -7,9 +7,10 @@ looked at: it cost its tokens, whatever comes next.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+import asyncio
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 from fulgurite.producers.gateway.answers import backend_error, parse_answer
 from fulgurite.producers.gateway.asking import Asked, read_all, served_by
@@ -22,6 +23,32 @@ from fulgurite.producers.gateway.tokens import are_ids
 
 UNSERVED: Final = frozenset({403, 404, 405, 501})
 """vLLM answers 403 where --enable-scale-out is off, 404 where the route is of a later version."""
+
+K = TypeVar("K", bound=Hashable)
+
+UNSERVED_SECONDS: Final = 60.0
+"""Who lacks the routes is asked for them again after this: it may have been replaced."""
+MAX_LACKING: Final = 1_000
+"""So many are remembered; then all are forgotten."""
+
+
+class Lacking(Generic[K]):
+    """Who lacks these routes, as far as was found out: a model, or a kind of call of a server."""
+
+    def __init__(self) -> None:
+        self._until: dict[K, float] = {}
+
+    def add(self, key: K) -> None:
+        if len(self._until) >= MAX_LACKING:
+            self._until.clear()
+        self._until[key] = asyncio.get_running_loop().time() + UNSERVED_SECONDS
+
+    def __bool__(self) -> bool:
+        """Whether anybody was ever found so."""
+        return bool(self._until)
+
+    def __contains__(self, key: K) -> bool:
+        return self._until.get(key, 0.0) >= asyncio.get_running_loop().time()
 
 
 class Unserved(Exception):

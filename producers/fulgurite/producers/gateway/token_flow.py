@@ -30,7 +30,7 @@ from fulgurite.producers.gateway.metrics import Metrics
 from fulgurite.producers.gateway.outcome import Outcome
 from fulgurite.producers.gateway.protocols import CHAT
 from fulgurite.producers.gateway.protocols.base import Json, invalid, unreadable, where
-from fulgurite.producers.gateway.token_asking import Prepared, TokenAsker, Unserved
+from fulgurite.producers.gateway.token_asking import Lacking, Prepared, TokenAsker, Unserved
 from fulgurite.producers.gateway.token_route import (
     DERENDER,
     DETOKENIZE,
@@ -46,6 +46,7 @@ from fulgurite.producers.gateway.token_route import (
     is_plain,
     shortened,
     stops_at_token,
+    unstreamed,
 )
 from fulgurite.producers.gateway.token_stream import Translation
 from fulgurite.producers.gateway.tool_call_ids import ToolCallIds
@@ -53,8 +54,6 @@ from fulgurite.producers.gateway.turn_ends import TEXT, TurnEnds
 
 logger = logging.getLogger(__name__)
 
-UNSERVED_SECONDS: Final = 60.0
-"""A server that does not have the routes is asked again after this: it may have been replaced."""
 AFTERWARDS_SECONDS: Final = 30.0
 """Longest that what an answer needs beside its tokens is waited for, where the time for a first byte is over."""
 MAX_MODELS: Final = 1_000
@@ -83,7 +82,7 @@ class TokenRoute:
         self._backends = backends
         self._metrics = metrics
         self._conversations = Conversations()
-        self._unserved_until: dict[Kind, float] = {}
+        self._lacking: Lacking[Kind] = Lacking()
         self._probed: set[Kind] = set()
         self._asker = TokenAsker(backends)
         self._ends = TurnEnds(self._asker)
@@ -98,10 +97,9 @@ class TokenRoute:
             return False
         if not await self._backends.follows_policy(call.model, deadline, call.caller.authorization):
             return False
-        if not self._unserved_until:
+        if not self._lacking:
             return True
-        kind = _kind(call, self._backends.preferred(call.model, call.rollout_id))
-        return self._unserved_until.get(kind, 0.0) < asyncio.get_running_loop().time()
+        return _kind(call, self._backends.preferred(call.model, call.rollout_id)) not in self._lacking
 
     async def sample(self, call: Call, deadline: float, whole_deadline: float, asked: Asked) -> Sampled | None:
         """The answer; None where the chat route is to be asked. Raises ApiError; who was asked stands in `asked`."""
@@ -133,9 +131,7 @@ class TokenRoute:
         logger.info("%s", why)
         kind = _kind(call, why.endpoint)
         self._probed.discard(kind)
-        if len(self._unserved_until) >= MAX_MODELS:
-            self._unserved_until.clear()
-        self._unserved_until[kind] = asyncio.get_running_loop().time() + UNSERVED_SECONDS
+        self._lacking.add(kind)
 
     def remember(self, call: Call, sampled: Sampled) -> None:
         """What the agent got: the next call may continue it. Raises nothing: the call is recorded."""
@@ -174,8 +170,7 @@ class TokenRoute:
         )
 
     async def _prepare(self, call: Call, deadline: float, asked: Asked) -> Prepared | None:
-        body = {name: value for name, value in call.body.items() if name not in ("stream", "stream_options")}
-        rendered = await self._asker.ask(call, RENDER, body, deadline, asked)
+        rendered = await self._asker.ask(call, RENDER, unstreamed(call.body), deadline, asked)
         if rendered is None or not can_splice(rendered):
             return None  # the chat route says what is wrong with it
         await self._closing(call, TEXT, deadline)

@@ -58,6 +58,11 @@ def can_answer(body: dict[str, Any]) -> bool:
     )
 
 
+def unstreamed(body: dict[str, Any]) -> dict[str, Any]:
+    """The same question, for an answer that comes whole."""
+    return {name: value for name, value in body.items() if name not in ("stream", "stream_options")}
+
+
 def _asks(value: Any) -> bool:
     return value is not None and value is not False and value not in ("", [], {})
 
@@ -146,7 +151,7 @@ def derender_request(body: dict[str, Any], generated: dict[str, Any], prompt: li
         "generate_response": generated | {"choices": choices, "prompt_token_ids": prompt},
         "prompt_token_ids": prompt,
         "prompt_tokens": len(prompt),
-        "chat_request": {name: value for name, value in body.items() if name not in ("stream", "stream_options")},
+        "chat_request": unstreamed(body),
     }
 
 

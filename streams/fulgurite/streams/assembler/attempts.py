@@ -20,8 +20,7 @@ def spans_of(spans: Sequence[Span], finished: RolloutFinished) -> tuple[list[Spa
     """
     own = [span for span in spans if span.attempt_id in (finished.attempt_id, "")]
     own.sort(key=lambda span: (span.start_ns, span.sequence_id, span.end_ns, span.span_id))
-    nothing = dict[str, object](prompt_token_ids=[], response_token_ids=[], logprobs=[], weight_versions=[])
-    readable = [span.model_copy(update=nothing) for span in own if _is_readable(span)]
+    readable = [span.without_tokens() for span in own if _is_readable(span)]
     return readable, len(own) - len(readable)
 
 

@@ -34,10 +34,9 @@ def build(
 def without_data(trajectory: Trajectory) -> Trajectory:
     """The same rollout's end, with nothing of its records."""
     words = dict.fromkeys([*filter(None, trajectory.partial.split(",")), INVALID_RECORD])
-    nothing: dict[str, object] = {"sequences": [], "rewards": [], "reward": None, "metadata": {}, "calls": 0}
-    nothing |= {"min_version": None, "max_version": None, "partial": ",".join(words)}
-    spans = {"spans": []} if isinstance(trajectory, FinishedAttempt) else {}
-    return trajectory.model_copy(update=nothing | spans)
+    changes: dict[str, object] = {"reward": None, "partial": ",".join(words)}
+    changes |= {"spans": []} if isinstance(trajectory, FinishedAttempt) else {}
+    return trajectory.without_records().model_copy(update=changes)
 
 
 def _of_its_end(pending: Pending, announced: Announcement, keep_spans: bool) -> Trajectory:

@@ -161,8 +161,7 @@ def rewarded(
 
 def unscored(attempt: FinishedAttempt) -> Trajectory:
     """Where nothing more can be published of it: without all that its records were, so that its group waits no more."""
-    nothing = {"sequences": [], "rewards": [], "metadata": {}, "calls": 0, "min_version": None, "max_version": None}
-    return rewarded(attempt, [], None, failed=True).model_copy(update=nothing)
+    return rewarded(attempt, [], None, failed=True).without_records()
 
 
 def _id(attempt: FinishedAttempt, name: str) -> str:

@@ -104,8 +104,7 @@ def _take(value: bytes, needle: bytes, attempts: Mapping[str, str], found: dict[
             continue  # the materialiser keeps it as a dead letter
         own = attempts.get(span.rollout_id)
         if own is not None and span.attempt_id in (own, "") and len(found[span.rollout_id]) < MAX_SPANS:
-            nothing = dict[str, object](prompt_token_ids=[], response_token_ids=[], logprobs=[], weight_versions=[])
-            found[span.rollout_id].append(span.model_copy(update=nothing))
+            found[span.rollout_id].append(span.without_tokens())
 
 
 def _trajectory(record: Record) -> Trajectory | None:
