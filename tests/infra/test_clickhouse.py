@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import http.client
 import importlib.metadata
+import json
 import os
 import socket
 import stat
@@ -20,7 +21,9 @@ import pytest
 
 from fulgurite.infra.clickhouse import EmbeddedClickHouse
 from fulgurite.infra.clickhouse_config import MERGE_NICE
+from fulgurite.infra.ports import free_port
 from fulgurite.schemas.errors import StartError
+from tests.infra.taken_ports import taken_once_there
 
 CAP_SYS_NICE = 23
 TABLE = (
@@ -210,6 +213,14 @@ def test_a_taken_port_is_a_clear_error(tmp_path: Path) -> None:
         port = other.getsockname()[1]
         with pytest.raises(StartError, match=rf"ClickHouse: port {port} on 127\.0\.0\.1 is taken"):
             EmbeddedClickHouse(tmp_path, port=port).start()
+
+
+def test_a_port_that_is_taken_while_it_starts_is_replaced(tmp_path: Path) -> None:
+    clickhouse, taken = EmbeddedClickHouse(tmp_path), free_port()
+    (tmp_path / "ports.json").write_text(json.dumps({"http": taken}))
+    with taken_once_there(tmp_path / "conf" / "own_access", taken), clickhouse:
+        assert clickhouse.command("SELECT 1").strip() == "1"
+        assert clickhouse.url != f"http://127.0.0.1:{taken}"
 
 
 def test_an_engine_that_ends_at_its_start_is_reported_with_its_log(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import json
 import os
 import signal
 import socket
@@ -19,12 +20,14 @@ from aiokafka import AIOKafkaConsumer, AIOKafkaProducer, TopicPartition
 from fulgurite.infra.java import kafka_jars
 from fulgurite.infra.kafka import EmbeddedKafka
 from fulgurite.infra.kafka_probe import PROBE_TOPIC, is_usable, run_in_thread
+from fulgurite.infra.ports import free_port
 from fulgurite.infra.processes import wait_until
 from fulgurite.infra.topics import create_topics
 from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.settings import KafkaSettings
 from fulgurite.schemas.topics import RESOURCES, TOPICS
 from tests.consumers.poison import poison
+from tests.infra.taken_ports import taken_once_there
 
 
 async def _send(settings: KafkaSettings, values: list[bytes], then: Callable[[], None] = lambda: None) -> None:
@@ -114,6 +117,14 @@ def test_a_taken_port_is_a_clear_error(tmp_path: Path) -> None:
         with pytest.raises(StartError, match=rf"Kafka: port {port} on 127\.0\.0\.1 is taken"):
             kafka.start()
     assert not kafka.running
+
+
+def test_a_port_that_is_taken_while_it_starts_is_replaced(tmp_path: Path) -> None:
+    kafka, taken = EmbeddedKafka(tmp_path), free_port()
+    (tmp_path / "ports.json").write_text(json.dumps({"broker": free_port([taken]), "controller": taken}))
+    with taken_once_there(tmp_path / "server.properties", taken), kafka:
+        assert is_usable(kafka.settings())
+        assert json.loads((tmp_path / "ports.json").read_text())["controller"] != taken
 
 
 def test_an_unusable_folder_is_a_clear_error(tmp_path: Path) -> None:

@@ -26,7 +26,7 @@ from pydantic import SecretStr
 from fulgurite.infra.clickhouse_config import READER, USER, config_xml, users_xml
 from fulgurite.infra.clickhouse_room import check_definitions, check_room
 from fulgurite.infra.folder_lock import FolderLock
-from fulgurite.infra.ports import remembered_ports
+from fulgurite.infra.ports import is_free, remembered_ports
 from fulgurite.infra.processes import ChildProcess, start_process, tail
 from fulgurite.infra.settings_file import stored_password, write_private
 from fulgurite.schemas.errors import StartError
@@ -61,6 +61,7 @@ class EmbeddedClickHouse:
         self._wanted_port = port
         self._max_memory_bytes = max_memory_mb * _MIB
         self._port = 0
+        self._usable_port = 0
         self._password = ""
         self._reader_password = SecretStr("")
         self._process: ChildProcess | None = None
@@ -99,26 +100,15 @@ class EmbeddedClickHouse:
         """Returns when queries work. Raises StartError: why, with the last lines of the engine's log."""
         if self.running:
             return self
+        deadline = time.monotonic() + timeout_seconds
         self._release()
         self._lock = FolderLock(self.folder, "the embedded ClickHouse", wait_seconds=self._lock_wait_seconds)
         try:
-            # After a crash its clients wait at the old port: that port or none.
-            wanted = self._wanted_port or self._port or None
-            port = remembered_ports(self.folder / "ports.json", ("http",), wanted, "ClickHouse")["http"]
             self._password = stored_password(self.folder / "password").get_secret_value()
             self._reader_password = stored_password(self.folder / "reader_password")
             check_room(self.folder)
-            self._configure(port)
-            check_definitions(self.folder / "data")
-            self._process = start_process(
-                "ClickHouse",
-                [sys.executable, "-m", "fulgurite.infra.clickhouse_child", str(self.folder / "data")],
-                self.folder / "console.log",
-                cwd=self.folder / "conf",
-                keep_open=(self._lock.fileno,),  # the lock stays held until the engine, too, is gone
-            )
-            self._port = port
-            self._wait_until_usable(timeout_seconds)
+            while not self._begin(deadline, timeout_seconds):
+                pass  # each time with another port, until the deadline
         except OSError as error:
             self.kill()
             raise StartError(f"ClickHouse cannot use its data folder {self.folder}: {error}") from error
@@ -126,6 +116,31 @@ class EmbeddedClickHouse:
             self.kill()
             raise
         return self
+
+    def _begin(self, deadline: float, timeout_seconds: float) -> bool:
+        """False where somebody took the port between our look at it and the engine's."""
+        assert self._lock is not None
+        # After a crash its clients wait at the old port: that port or none.
+        wanted = self._wanted_port or self._usable_port or None
+        port = remembered_ports(self.folder / "ports.json", ("http",), wanted, "ClickHouse")["http"]
+        self._configure(port)
+        check_definitions(self.folder / "data")
+        self._process = start_process(
+            "ClickHouse",
+            [sys.executable, "-m", "fulgurite.infra.clickhouse_child", str(self.folder / "data")],
+            self.folder / "console.log",
+            cwd=self.folder / "conf",
+            keep_open=(self._lock.fileno,),  # the lock stays held until the engine, too, is gone
+        )
+        self._port = port
+        try:
+            self._wait_until_usable(deadline, timeout_seconds)
+        except StartError:
+            if self.running or is_free(port):
+                raise
+            return False
+        self._usable_port = port
+        return True
 
     def stop(self, timeout_seconds: float = 20.0) -> None:
         """A clean shutdown; SIGKILL if it takes longer."""
@@ -178,9 +193,8 @@ class EmbeddedClickHouse:
         write_private(conf / "users.xml", users)
         write_private(conf / "own_access", f"http://127.0.0.1:{port}\n{USER}\n{self._password}\n")
 
-    def _wait_until_usable(self, timeout_seconds: float) -> None:
+    def _wait_until_usable(self, deadline: float, timeout_seconds: float) -> None:
         assert self._process is not None
-        deadline = time.monotonic() + timeout_seconds
         while not self._answers():
             if self._process.wait(0.05) is not None:
                 code = self._process.returncode
@@ -191,7 +205,7 @@ class EmbeddedClickHouse:
     def _answers(self) -> bool:
         """Whether our user gets an answer: not only that a port, perhaps a stranger's, is open."""
         try:
-            return self.command("SELECT 'usable'").strip() == "usable"
+            return self.command("SELECT 'usable'", timeout_seconds=2.0).strip() == "usable"
         except (OSError, http.client.HTTPException, StartError):
             return False
 

@@ -23,7 +23,7 @@ from fulgurite.infra.java import java_program, kafka_jars
 from fulgurite.infra.kafka_config import log4j2_config, server_properties
 from fulgurite.infra.kafka_probe import is_usable
 from fulgurite.infra.kafka_security import BrokerSecurity
-from fulgurite.infra.ports import remembered_ports
+from fulgurite.infra.ports import is_free, remembered_ports
 from fulgurite.infra.processes import ChildProcess, start_process, tail
 from fulgurite.infra.settings_file import write_private
 from fulgurite.schemas.errors import StartError
@@ -61,6 +61,7 @@ class EmbeddedKafka:
         self._wanted_port = port
         self._heap_mb = heap_mb
         self._port = 0
+        self._usable_port = 0
         self._process: ChildProcess | None = None
         self._lock: FolderLock | None = None
 
@@ -94,15 +95,8 @@ class EmbeddedKafka:
         self._release()
         self._lock = FolderLock(self.folder, "the embedded Kafka", wait_seconds=self._lock_wait_seconds)
         try:
-            # After a crash its clients wait at the old port: that port or none.
-            wanted = self._wanted_port or self._port or None
-            ports = remembered_ports(self.folder / "ports.json", ("broker", "controller"), wanted, "Kafka")
-            self._configure(ports)
-            self._format(java, jars)
-            # The broker inherits the lock: it stays held until the broker, too, is gone.
-            self._process = self._java(java, jars, [_MAIN, "server.properties"], keep_open=(self._lock.fileno,))
-            self._port = ports["broker"]
-            self._wait_until_usable(deadline, timeout_seconds)
+            while not self._begin(java, jars, deadline, timeout_seconds):
+                pass  # each time with other ports, until the deadline
         except OSError as error:
             self.kill()
             raise StartError(f"Kafka cannot use its data folder {self.folder}: {error}") from error
@@ -110,6 +104,26 @@ class EmbeddedKafka:
             self.kill()
             raise
         return self
+
+    def _begin(self, java: Path, jars: Path, deadline: float, timeout_seconds: float) -> bool:
+        """False where somebody took one of the ports between our look at it and the broker's."""
+        assert self._lock is not None
+        # After a crash its clients wait at the old port: that port or none.
+        wanted = self._wanted_port or self._usable_port or None
+        ports = remembered_ports(self.folder / "ports.json", ("broker", "controller"), wanted, "Kafka")
+        self._configure(ports)
+        self._format(java, jars)
+        # The broker inherits the lock: it stays held until the broker, too, is gone.
+        self._process = self._java(java, jars, [_MAIN, "server.properties"], keep_open=(self._lock.fileno,))
+        self._port = ports["broker"]
+        try:
+            self._wait_until_usable(deadline, timeout_seconds)
+        except StartError:
+            if self.running or all(is_free(port) for port in ports.values()):
+                raise
+            return False
+        self._usable_port = self._port
+        return True
 
     def stop(self, timeout_seconds: float = 20.0) -> None:
         """A clean shutdown; SIGKILL if it takes longer."""

@@ -14,6 +14,8 @@ from fulgurite.schemas.errors import StartError
 # takes its port by chance.
 _FIRST_PORT, _LAST_PORT = 20_000, 32_000
 _TRIES = 200
+# Of the system: programs that seed `random` alike would find the same ports at the same time.
+_random = random.SystemRandom()
 
 
 def is_free(port: int, host: str = "127.0.0.1") -> bool:
@@ -31,7 +33,7 @@ def is_free(port: int, host: str = "127.0.0.1") -> bool:
 def free_port(avoid: Sequence[int] = ()) -> int:
     """A port nobody listens on. Raises StartError when none was found."""
     for _ in range(_TRIES):
-        port = random.randint(_FIRST_PORT, _LAST_PORT)
+        port = _random.randint(_FIRST_PORT, _LAST_PORT)
         if port not in avoid and is_free(port):
             return port
     raise StartError(f"no free port between {_FIRST_PORT} and {_LAST_PORT} on 127.0.0.1 after {_TRIES} tries")
