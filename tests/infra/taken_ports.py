@@ -5,14 +5,14 @@ from __future__ import annotations
 import contextlib
 import socket
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator
 from pathlib import Path
 
 from fulgurite.infra.processes import wait_until
 
 
 @contextlib.contextmanager
-def taken_once_there(file: Path, port: int) -> Iterator[None]:
+def taken_once_there(file: Path, port: int) -> Generator[None]:
     """Until the end of the block, from the moment when the file is there: the store has chosen its ports then."""
     taken: list[socket.socket] = []
 
