@@ -76,6 +76,7 @@ _BACKOFF_SECONDS = 0.25
 _WARN_SECONDS = 5.0
 _CLOSE_SECONDS = 1.0
 _LOOK_SECONDS = 5.0
+_LOOK_AGAIN_SECONDS = 0.02
 
 _HOPELESS = (
     GroupAuthorizationFailedError,
@@ -156,10 +157,17 @@ class Transactions:
 
         For an owner that undoes what a predecessor left outside of Kafka, or takes long to its first commit. Such a
         predecessor that was cut off in the middle of a commit, and comes back, would find the offsets as it left them,
-        fence its heir and commit; now it finds a stranger's stamp. Raises Fenced as `commit` does.
+        fence its heir and commit; now it finds a stranger's stamp, whenever it looks: the stamps can be read when this
+        returns. Raises Fenced as `commit` does.
         """
         before = await self.committed(partitions)
+        theirs = dict(self._stamps)
         await self.commit([], {tp: OffsetAndMetadata(0, "") if at is None else at for tp, at in before.items()})
+        # Acknowledged before the broker has written the markers. Whoever looks until then would fence us.
+        while any(  # noqa: ASYNC110 (the broker tells nobody)
+            _stamp(at) == theirs[tp] for tp, at in (await self._read(before)).items()
+        ):
+            await asyncio.sleep(_LOOK_AGAIN_SECONDS)
         return before
 
     async def commit(self, records: Sequence[Outgoing], offsets: Mapping[TopicPartition, OffsetAndMetadata]) -> None:
