@@ -121,7 +121,7 @@ def test_groups_that_were_named_are_replaced_and_counted_once() -> None:
     gone = [*dropped(1, "zero_variance"), DroppedRollout(rollout_id="r-g0-r1", reason="deadline")]
     far = DroppedRollout(rollout_id="r-g5-r0", reason="failed: 3")
     restore(windows, [*gone, far, DroppedRollout(rollout_id="who", reason="not_asked")], by_rollout=False)
-    assert (windows.groups_dropped, windows.refilled, windows.asked) == (2, 1, 6)
+    assert (windows.groups_settled, windows.refilled, windows.asked) == (2, 1, 6)
     assert windows.named == {"zero_variance": 1, "deadline": 1, "failed": 1, "not_asked": 1}
     assert windows.outstanding() == ["r-g0-r1", *(f"r-g{g}-r{i}" for g in range(1, 5) for i in range(2))]
     windows.add(member(0, 1), 0)

@@ -140,6 +140,8 @@ async def test_a_run_that_is_over_is_left_alone(
     before = await training_events(kafka_settings, RUN)
     await train(kafka_settings, trainer)
     assert await training_events(kafka_settings, RUN) == before
+    with pytest.raises(SettingsError, match=r"trainer\.resource = 'other', but what the log knows as run .* 'policy'"):
+        await train(kafka_settings, trainer.model_copy(update={"resource": "other"}))
 
 
 async def test_a_zombie_is_fenced_and_cannot_publish(
@@ -409,6 +411,8 @@ async def test_a_crash_while_training_does_not_change_what_is_trained_on(
                 await training
             with pytest.raises(SettingsError, match="began with 2: groups are on their way"):
                 await train(kafka_settings, trainer.model_copy(update={"group_size": 4}))
+            with pytest.raises(SettingsError, match=r"trainer\.agents = \['solver'\], but run .* began with \[\]"):
+                await train(kafka_settings, trainer.model_copy(update={"agents": ["solver"]}))
             for name in ("model", "reference"):
                 with pytest.raises(SettingsError, match=rf"trainer\.{name} = .* is the reference of the KL penalty"):
                     await train(kafka_settings, trainer.model_copy(update={name: other}))

@@ -294,14 +294,13 @@ def shape() -> Shape:
 
 def test_a_checkpoint_gives_back_the_windows_as_they_were(tmp_path: Path) -> None:
     sliding = replace(shape(), overlap_groups=1)
-    windows = Windows(sliding, asked=9, settled_below=1, settled={3}, groups_dropped=2)
+    windows = Windows(sliding, asked=9, settled_below=1, settled={3})
     for group, index, reason in ((1, 0, ""), (1, 1, "failed"), (2, 2, "")):
         given = trajectory(sequence(), rollout_id=f"r-g{group}-r{index}", group_id=f"r-g{group}")
         windows.add(Member(given, reason, 3), 5)
     windows.close([2])
     earlier = Member(trajectory(sequence(), rollout_id="r-g0-r1", group_id="r-g0"), "", 2)
     windows.recent = [Group(0, 5, {"r-g0-r1": earlier}, True, size=1)]
-    windows.groups_short = 1
     folder = Checkpoints(tmp_path, "r", {"loss": "dapo"})
     written = checkpoint(folder, 7, windows)
     assert json.loads((written.folder / "settings.json").read_text()) == {"loss": "dapo"}

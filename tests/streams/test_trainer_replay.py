@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import time
 import zlib
 from datetime import UTC, datetime
 from pathlib import Path
@@ -13,6 +14,7 @@ from typing import Any
 import clickhouse_connect
 import pytest
 import torch
+from aiokafka import TopicPartition
 from transformers import AutoModelForCausalLM
 
 from fulgurite.schemas.codec import encode
@@ -32,6 +34,7 @@ from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
 from fulgurite.streams.trainer import serve
 from fulgurite.streams.trainer.plan import OF_ASKING, make_plan
+from fulgurite.streams.trainer.reader import TrajectoryReader
 from fulgurite.streams.trainer.source import adopt
 from tests.streams.test_trainer_metrics import free_port
 from tests.streams.trainer_world import (
@@ -198,6 +201,34 @@ async def test_a_replay_need_not_wait_for_a_source_that_has_stopped(live: Settin
     assert finished.step == done
 
 
+async def test_a_time_without_an_offset_is_utc(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[int] = []
+
+    class Client:
+        async def offsets_for_times(self, wanted: dict[TopicPartition, int]) -> dict[TopicPartition, None]:
+            asked.extend(wanted.values())
+            return dict.fromkeys(wanted)
+
+        async def end_offsets(self, partitions: list[TopicPartition]) -> dict[TopicPartition, int]:
+            return dict.fromkeys(partitions, 0)
+
+        def __getattr__(self, name: str) -> Any:
+            return lambda *_: None
+
+    reader = TrajectoryReader(KafkaSettings(), "trajectories")
+    reader._consumer = Client()  # type: ignore[assignment]  # pyright: ignore[reportPrivateUsage, reportAttributeAccessIssue]
+    reader.partitions = [TopicPartition("trajectories", 0)]
+    monkeypatch.setattr(reader, "first_offsets", lambda: asyncio.sleep(0, {}))
+    monkeypatch.setenv("TZ", "America/New_York")
+    time.tzset()
+    try:
+        await reader.seek_to_begin(SourceSettings.model_validate({"begin": "time", "time": "2026-11-22T08:00"}))
+    finally:
+        monkeypatch.undo()
+        time.tzset()
+    assert datetime.fromtimestamp(asked[0] / 1000, UTC) == datetime(2026, 11, 22, 8, tzinfo=UTC)
+
+
 async def test_a_replay_from_an_offset_or_a_time_begins_with_the_first_whole_group(live: Settings) -> None:
     live = live.model_copy(update={"trainer": live.trainer.model_copy(update={"pacing_staleness": 0})})
     async with World(live.kafka).running():
@@ -303,6 +334,10 @@ async def test_two_policies_that_act_in_the_same_rollouts_have_a_trainer_each(li
     assert finished.reason == "its source is over; 1 steps done"
     fates = all_once(await training_events(live.kafka, "critic"))
     assert {fates[f"live-g{group}-r0"] for group in (3, 4, 5)} == {"stale"}, "version 1 sampled them, 2 is trained"
+    # Another policy on the same tokens: what the ledger counts are versions of neither.
+    shadow = trainer.model_copy(update={"run_id": "critic-shadow", "resource": "critic-shadow"})
+    await run(critic.model_copy(update={"trainer": shadow}))
+    assert len(await steps_of(critic.model_copy(update={"trainer": shadow}))) == 2
 
 
 async def test_the_command_needs_only_the_name_of_the_run(live: Settings, tmp_path: Path) -> None:

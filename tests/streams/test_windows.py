@@ -112,7 +112,7 @@ def test_a_group_with_one_survivor_is_dropped_whole_and_counted_for_pacing() -> 
     w.close([0])
     assert w.take(5) is None
     assert dropped(w) == {"r-g0-r2": "deadline", "r-g0-r0": "too_few", "r-g0-r1": "failed"}
-    assert w.groups_dropped == 1
+    assert w.groups_settled == 1
 
 
 def test_stale_rollouts_are_dropped_when_the_version_has_moved_on() -> None:
@@ -125,7 +125,7 @@ def test_stale_rollouts_are_dropped_when_the_version_has_moved_on() -> None:
     assert window
     assert ids(window.groups) == [[f"r-g{g}-r{i}" for i in range(3)] for g in (1, 2)]
     assert {d.reason for d in window.dropped} == {"stale"}
-    assert w.groups_dropped == 1
+    assert w.groups_settled == 3
 
 
 def test_duplicates_and_strangers() -> None:
@@ -304,14 +304,14 @@ def test_groups_without_a_signal_are_replaced_within_a_bound() -> None:
     window = w.take(5)
     assert window
     assert [group[0].trajectory.group_id for group in window.groups] == [f"r-g{MOST_REFILLS}"], "enough of asking"
-    assert w.groups_dropped == MOST_REFILLS
+    assert w.groups_settled == MOST_REFILLS + 1
     assert {d.reason for d in window.dropped} == {"zero_variance"}
     for index in range(3):
         w.add(member(20, index, reward=float(index)), 0)
     window = w.take(5)
     assert window
     assert [group[0].trajectory.group_id for group in window.groups] == ["r-g20"]
-    assert w.groups_dropped == MOST_REFILLS + 1
+    assert w.groups_settled == MOST_REFILLS + 3
 
 
 def test_rewards_that_differ_by_rounding_alone_are_no_signal() -> None:
@@ -390,7 +390,7 @@ def test_the_deadline_counts_from_a_record_that_says_no_more_than_its_group() ->
     w.close([1])
     assert w.take(5) is None
     assert dropped(w) == {f"r-g1-r{index}": "deadline" for index in range(3)}
-    assert w.groups_dropped == 1, "pacing asks for another"
+    assert w.groups_settled == 1, "pacing asks for another"
 
 
 def test_a_choice_that_cannot_be_taken_any_more_is_forgotten() -> None:
@@ -427,7 +427,7 @@ def test_a_window_closed_by_time_has_what_is_there_and_pacing_knows() -> None:
     window = w.take(5, least=1)
     assert window
     assert len(window.groups) == 1
-    assert w.groups_short == 1
+    assert w.groups_settled == 1
 
 
 def test_in_a_replay_the_sources_ledger_closes_groups_and_this_run_judges_them() -> None:
@@ -466,6 +466,23 @@ def test_in_a_replay_a_record_that_is_there_twice_makes_no_member_of_who_was_lef
     assert ids(window.groups) == [["r-g0-r0", "r-g0-r1"]]
     assert dropped(window) == {"r-g0-r2": "deadline"}
     assert (w.late, w.duplicates) == ((0, 2) if is_there else (1, 1))
+
+
+def test_age_within_a_group_is_that_of_the_tokens_that_are_trained_on() -> None:
+    """Neither the versions of this run, nor those of other policies in the same rollouts."""
+    aged = [replace(member(0, index, min_version=version), max_version=version) for index, version in ((0, 4), (1, 9))]
+    other = replace(member(0, 2, "wrong_model"), max_version=500)
+    selected = Windows(replace(SHAPE, replayed=True, groups_per_step=1, max_staleness=5))
+    selected.put(0, [*aged, other])
+    settled = Windows(selected.shape)
+    for each in (*aged, other):
+        settled.add(each, 0)
+    settled.settle(dict.fromkeys(("r-g0-r0", "r-g0-r1", "r-g0-r2"), ""), version=90, within_groups=True)
+    for w in (selected, settled):
+        window = w.take(40)
+        assert window
+        assert window.measured_at == {"r-g0-r0": 9, "r-g0-r1": 9}
+        assert dropped(window) == {"r-g0-r2": "wrong_model"}
 
 
 def test_in_a_replay_groups_that_begin_before_it_are_left_out_whole() -> None:

@@ -11,7 +11,7 @@ from aiokafka import AIOKafkaProducer
 
 from fulgurite.schemas.codec import encode, encode_key
 from fulgurite.schemas.settings import AlgorithmSettings, KafkaSettings, Settings
-from fulgurite.schemas.topics import Topic
+from fulgurite.schemas.topics import TRAINING, Topic
 from fulgurite.schemas.trajectories import Trajectory
 from fulgurite.streams.algorithms.definition import Algorithm
 from fulgurite.streams.algorithms.memory import Start
@@ -33,8 +33,8 @@ async def send(kafka: KafkaSettings, topic: Topic, *events: Any) -> None:
             if isinstance(event, bytes):
                 await producer.send_and_wait(kafka.topic(topic), event, b"k")
             else:
-                names = (getattr(event, name, "") for name in ("group_id", "rollout_id", "resource"))
-                key = next(filter(None, names))
+                names = ("run_id",) if topic is TRAINING else ("group_id", "rollout_id", "resource")
+                key = next(filter(None, (getattr(event, name, "") for name in names)))
                 await producer.send_and_wait(kafka.topic(topic), encode(event), encode_key(key))
     finally:
         await producer.stop()

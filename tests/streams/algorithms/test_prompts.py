@@ -22,7 +22,7 @@ from fulgurite.schemas.resources import ResourceVersion, prompt_version
 from fulgurite.schemas.rollouts import ROLLOUT_EVENT, RolloutQueued
 from fulgurite.schemas.settings import KafkaSettings, PromptSettings, Settings
 from fulgurite.schemas.spans import Span
-from fulgurite.schemas.topics import RESOURCES, ROLLOUTS, SPANS, TRAJECTORIES
+from fulgurite.schemas.topics import RESOURCES, ROLLOUTS, SPANS, TRAINING, TRAJECTORIES
 from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
 from fulgurite.schemas.trajectories import Trajectory
 from fulgurite.streams.algorithms.chat import ChatModel, NoAnswer
@@ -221,6 +221,17 @@ async def test_another_writer_ends_the_search(kafka_settings: KafkaSettings, tmp
         await send(kafka_settings, RESOURCES, prompt_version("greeting", 9, "mine"))
         with pytest.raises(ResourceTaken, match="version 9 was announced by a writer without run_id"):
             await serve(settings, asyncio.Event())
+
+
+async def test_the_name_of_a_training_run_is_taken(kafka_settings: KafkaSettings, tmp_path: Path) -> None:
+    """Both write what became of the name to the same key of `training`; a restart believes what it finds there."""
+    trained = RunStarted(run_id=RUN, step=0, resource="policy", version=1, steps_total=4)
+    await send(kafka_settings, TRAINING, trained)
+    async with model_server(critic) as server:
+        settings = settings_for(kafka_settings, server, tmp_path)
+        with pytest.raises(SettingsError, match="a run of this name makes versions of policy already"):
+            await serve(settings, asyncio.Event())
+    assert await read_topic(kafka_settings, RESOURCES) == []
 
 
 @pytest.mark.parametrize(

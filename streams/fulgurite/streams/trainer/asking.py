@@ -152,11 +152,10 @@ class Asking:
         return max(0, self._allowed(self._run.step) - self._run.windows.asked)
 
     def _allowed(self, steps_done: int) -> int:
+        trainer = self._plan.trainer
         return groups_allowed(
-            steps_done=steps_done,
-            steps=self._plan.trainer.steps,
-            groups_per_step=self._plan.trainer.groups_per_step,
-            pacing_staleness=self._plan.trainer.pacing_staleness,
-            groups_dropped=self._run.windows.groups_dropped,
-            groups_short=self._run.windows.groups_short,
+            groups_settled=self._run.windows.groups_settled,
+            steps_left=trainer.steps - steps_done,
+            groups_per_step=trainer.groups_per_step,
+            pacing_staleness=trainer.pacing_staleness,
         )

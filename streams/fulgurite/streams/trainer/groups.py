@@ -85,6 +85,11 @@ class Group:
         return rollout_id in self.members or rollout_id in self.left_out
 
     @property
+    def max_version(self) -> int:
+        """The newest that sampled a token of it, as far as its members give data."""
+        return max((member.max_version for member in self.members.values() if not member.reason), default=0)
+
+    @property
     def assembled_ns(self) -> int:
         """When its last member was written."""
         return max((member.trajectory.assembled_ns for member in self.members.values()), default=0)

@@ -113,7 +113,6 @@ def passes_over(windows: Windows, index: int, rollout_ids: Collection[str]) -> b
 def _pass_over(windows: Windows, index: int, without_signal: bool) -> None:
     if windows.is_settled(index):
         return
-    windows.groups_dropped += 1
     windows.refilled += without_signal
     if not windows.shape.replayed:
         windows.asked = max(windows.asked, index + 1)  # the ledger knows it, whatever Kafka has forgotten

@@ -14,7 +14,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable, Mapping
-from datetime import datetime
+from datetime import UTC, datetime
 from typing import TypeVar
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -188,6 +188,7 @@ class TrajectoryReader:
     async def _at_time(self, time: datetime | None) -> dict[int, int]:
         """The first records written then or later; where there are none, the end."""
         assert time is not None, "make_plan refuses begin = time without one"
+        time = time if time.tzinfo else time.replace(tzinfo=UTC)
         milliseconds = int(time.timestamp() * 1000)
         found = await self._asked(lambda: self._client.offsets_for_times(dict.fromkeys(self.partitions, milliseconds)))
         ends = await self.ends()

@@ -87,16 +87,17 @@ async def recover(
     if committed is None:
         checkpoints.discard_uncommitted(None, {transactions.lineage}, begun=bool(_markers(before)))
         return await _begin(plan, reader, checkpoints, ownership)
+    if committed.resource != plan.trainer.resource:
+        raise SettingsError(
+            f"trainer.resource = {plan.trainer.resource!r}, but what the log knows as run {plan.run_id} makes versions "
+            f"of {committed.resource!r}; set it back, or trainer.run_id to a new name"
+        )
     if committed.finished:
         logger.info(
             "run %s is over: %d steps, version %d; nothing to do (set trainer.run_id to a new name for a new run)",
             plan.run_id, committed.step, committed.version,
         )  # fmt: skip
         return None
-    if committed.resource != plan.trainer.resource:
-        raise SettingsError(
-            f"trainer.resource = {plan.trainer.resource!r}, but run {plan.run_id} trains {committed.resource!r}"
-        )
     _check_unchanged(plan, checkpoints.settings(committed.version))
     await ownership.check()
     lineages = None if committed.lineages is None else committed.lineages | {transactions.lineage}
@@ -142,6 +143,12 @@ def _check_unchanged(plan: Plan, before: Mapping[str, Any]) -> None:
         raise SettingsError(
             f"trainer.group_size = {now['group_size']}, but run {plan.run_id} began with {before['group_size']}: "
             "groups are on their way; set it back, or trainer.run_id to a new name"
+        )
+    if before.get("agents", now["agents"]) != now["agents"]:
+        raise SettingsError(
+            f"trainer.agents = {now['agents']}, but run {plan.run_id} began with {before['agents']}: rollouts on their "
+            "way were judged by it; set it back, or trainer.run_id to a new name and trainer.model to a version's "
+            "weights/"
         )
     if plan.trainer.demonstrations is not None:
         for name in ("groups_per_step", "seed"):

@@ -6,9 +6,11 @@ Asks for nothing and cancels nothing. Windows follow from the log alone (`source
 done twice, or killed and started again, trains on the same rollouts in the same order.
 
 Staleness of a replay is that of the source: versions between a token and the version that the source trained when it
-settled the group. `trainer.max_staleness` bounds it as it does there. How far this run's own policy is from the one
-that sampled, versions of another run cannot tell: the recorded logprobs do, in the metrics `rollout_corr/*` and
-`sampling/effective_sample_size`, which trainer.max_mismatch_kl and trainer.min_effective_sample_size bound.
+settled the group. `trainer.max_staleness` bounds it as it does there. Within the group it is measured where the ledger
+counts versions of another policy than the one that sampled (`source.resource`), and in a selection. How far this run's
+own policy is from the one that sampled, versions of another run cannot tell: the recorded logprobs do, in the metrics
+`rollout_corr/*` and `sampling/effective_sample_size`, which trainer.max_mismatch_kl and
+trainer.min_effective_sample_size bound.
 """
 
 from __future__ import annotations
@@ -30,7 +32,7 @@ from fulgurite.streams.trainer.reader import POLL_SECONDS, TrajectoryReader
 from fulgurite.streams.trainer.recovery import Run
 from fulgurite.streams.trainer.selection import SelectedGroup, selection
 from fulgurite.streams.trainer.source import SourceLedger
-from fulgurite.streams.trainer.windows import Member, Window
+from fulgurite.streams.trainer.windows import Window
 
 logger = logging.getLogger(__name__)
 
@@ -99,7 +101,9 @@ class Replaying:
         """Everything that the source had read by this record is read; then its groups are ours to use."""
         await self._read_up_to({int(partition): offset for partition, offset in step.offsets.items()})
         decided = dict.fromkeys(step.rollout_ids, "") | {each.rollout_id: each.reason for each in step.dropped}
-        cut = self._run.windows.settle(decided, None if self._plan.is_own_policy else step.version_in)
+        version = None if self._plan.is_own_policy else step.version_in
+        within_groups = version is not None and step.resource != self._plan.sampling_resource
+        cut = self._run.windows.settle(decided, version, within_groups=within_groups)
         if cut and not self._cut:
             # Asked for, unless all of the source's rollouts were.
             logger.log(
@@ -174,10 +178,4 @@ class Selected:
                 )
         if passes_over(self._run.windows, self._state.groups, [each.trajectory.rollout_id for each in members]):
             return
-        newest = max((version for member in members if (version := _newest(member)) is not None), default=0)
-        self._run.windows.put(self._state.groups, members, None if self._plan.is_own_policy else newest)
-
-
-def _newest(member: Member) -> int | None:
-    versions = [part.version for sequence in member.trajectory.sequences for part in sequence.weight_versions]
-    return max(versions, default=None)
+        self._run.windows.put(self._state.groups, members)

@@ -56,8 +56,6 @@ class RunState(BaseModel):
     """Next offset per partition of `trajectories`."""
     asked: int
     """Groups asked for: the cursor over tasks."""
-    groups_dropped: int = 0
-    groups_short: int = 0
     settled_below: int = 0
     settled: list[int] = Field(default_factory=list)
     missing: list[str] = Field(default_factory=list)
@@ -92,8 +90,6 @@ def of_windows(windows: Windows) -> dict[str, Any]:
     """The part of the state that the windows hold."""
     return {
         "asked": windows.asked,
-        "groups_dropped": windows.groups_dropped,
-        "groups_short": windows.groups_short,
         "settled_below": windows.settled_below,
         "settled": sorted(windows.settled),
         "missing": sorted(windows.missing),
@@ -138,8 +134,6 @@ def restored(state: RunState, lines: Iterable[str], shape: Shape, now_ns: int) -
         dropped=list(state.dropped),
         strangers=dict.fromkeys(state.strangers or unnamed),
         passed=dict(state.passed),
-        groups_dropped=state.groups_dropped,
-        groups_short=state.groups_short,
         recent=[_group(g, now_ns) for g in state.recent],
     )
     recent = {group.index: group for group in windows.recent}

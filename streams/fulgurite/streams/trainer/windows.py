@@ -81,11 +81,8 @@ class Windows:
     """Dropped rollouts that records since the last window have named, by reason."""
     passed: dict[str, str] = field(default_factory=dict[str, str])
     """Of a replay by selection: named already, and why; their groups are still to come."""
-    groups_dropped: int = 0
     groups_failed: int = 0
-    """Of these, since this life of the run began, the ones with too few survivors: agents failed, or were too slow."""
-    groups_short: int = 0
-    """How many fewer than groups_per_step windows have had, in all: a window may be closed by time."""
+    """Since this life of the run began, groups dropped for too few survivors: agents failed, or were too slow."""
     recent: list[Group] = field(default_factory=list[Group])
     """Of earlier windows, for the next ones: their survivors, oldest group first."""
     choice: Choice | None = None
@@ -134,12 +131,13 @@ class Windows:
         if self.shape.group_id(index) == group_id and index < self.asked and not self.is_settled(index):
             self.groups.setdefault(index, Group(index, now_ns))
 
-    def settle(self, decided: Mapping[str, str], version: int | None) -> int:
+    def settle(self, decided: Mapping[str, str], version: int | None, *, within_groups: bool = False) -> int:
         """For a replay: what a record of the source's ledger decided, rollout by rollout; "" or why it was dropped.
 
         Called when everything that the source had read by then is here. What it dropped because of its clock (LEFT_OUT)
         is dropped with its reason; the other groups are closed, for this run's own judgement. A group of which
-        something lies before the replay's begin is dropped whole, its number of groups is returned.
+        something lies before the replay's begin is dropped whole, its number of groups is returned. The age of tokens
+        is measured against `version`, or within each group.
         """
         groups: dict[int, list[str]] = {}
         for rollout_id, reason in decided.items():
@@ -163,13 +161,14 @@ class Windows:
                 cut += 1
                 self._settle(group, 0, "before_begin")
             else:
-                group.closed, group.version = True, version
+                group.closed, group.version = True, group.max_version if within_groups else version
         return cut
 
-    def put(self, index: int, members: Iterable[Member], version: int | None) -> None:
-        """For a replay by selection: a whole group, at this place of the order."""
+    def put(self, index: int, members: Iterable[Member]) -> None:
+        """For a replay by selection: a whole group, at this place of the order. Its age is measured within it."""
         found = {member.trajectory.rollout_id: member for member in members}
-        self.groups[index] = Group(index, 0, found, True, version, len(found))
+        group = self.groups[index] = Group(index, 0, found, True, None, len(found))
+        group.version = group.max_version
 
     def deadline_due(self, now_ns: int) -> list[int]:
         """Groups that have waited long enough. Ask the log for what is there before `close` them."""
@@ -201,7 +200,6 @@ class Windows:
             if not group.closed:
                 continue
             if fault := self._fault(group, version_in):
-                self.groups_dropped += 1
                 self.groups_failed += fault == "too_few"
                 self.refilled += fault == "zero_variance"
                 self._settle(group, version_in, fault)
@@ -222,7 +220,6 @@ class Windows:
         }
         for group in chosen:
             self._settle(group, version_in, "")
-        self.groups_short += self.shape.groups_per_step - len(chosen)
         repeated = frozenset(rollout_id for group in again for rollout_id in group.members)
         choice = Choice(version_in, {group.index: sorted(group.members) for group in chosen})
         window = Window(
@@ -278,6 +275,11 @@ class Windows:
             self.mark_settled(index)
         dropped, self.dropped = self.dropped, []
         return dropped
+
+    @property
+    def groups_settled(self) -> int:
+        """How many groups windows have had, or were dropped whole."""
+        return self.settled_below + len(self.settled)
 
     def is_settled(self, index: int) -> bool:
         return index < self.settled_below or index in self.settled

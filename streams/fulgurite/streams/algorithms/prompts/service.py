@@ -51,6 +51,7 @@ from fulgurite.streams.algorithms.prompts.publishing import ALGORITHM, Publishin
 from fulgurite.streams.algorithms.prompts.reading import results_of, span_ends, spans_of
 from fulgurite.streams.algorithms.prompts.search import EXAMPLES_PER_SHOWN, Candidate, Example, Search, as_reward
 from fulgurite.streams.algorithms.transcript import shortened, texts_of
+from fulgurite.streams.trainer.log import committed_run
 from fulgurite.streams.trainer.ownership import Ownership
 from fulgurite.streams.trainer.reader import TrajectoryReader
 from fulgurite.streams.trainer.tasks import TaskFunction, load_tasks, task_input
@@ -188,6 +189,12 @@ class Optimiser:
 
     async def _begin(self) -> Search:
         """2."""
+        known = await committed_run(self._settings.kafka, self._prompt.run_id)
+        if known is not None and known.resource != self._prompt.resource:
+            raise SettingsError(
+                f"prompt.run_id = {self._prompt.run_id}: a run of this name makes versions of {known.resource} "
+                "already; give the search a name of its own"
+            )
         newest = await newest_version(self._settings.kafka, self._prompt.resource)
         if newest is not None and newest.kind != "prompt_template":
             raise SettingsError(
