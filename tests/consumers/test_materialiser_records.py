@@ -23,7 +23,7 @@ from fulgurite.schemas.rollouts import AttemptFinished, AttemptStarted, RolloutF
 from fulgurite.schemas.settings import Settings
 from fulgurite.schemas.spans import Span
 from fulgurite.schemas.training import DroppedRollout, RunFinished, RunStarted, TrainingStep, VersionApplied
-from fulgurite.schemas.trajectories import Trajectory
+from fulgurite.schemas.trajectories import LeftOutCall, Trajectory
 from fulgurite.schemas.workers import WorkerHeartbeat
 
 SHA = "a" * 64
@@ -141,7 +141,17 @@ async def test_one_row_for_every_record(settings: Settings) -> None:
                 }
             ),
         ),
-        (topics.TRAJECTORIES, "g", Trajectory(rollout_id="r2", status="failed", partial="no_calls", **identity)),
+        (
+            topics.TRAJECTORIES,
+            "g",
+            Trajectory(
+                rollout_id="r2",
+                status="failed",
+                partial="no_calls",
+                left_out=[LeftOutCall(reason="unfinished", agent="judge")],
+                **identity,
+            ),
+        ),
         (topics.RESOURCES, "policy", ResourceVersion(resource="policy", version=8, uri="file:///x", sha256=SHA)),
         (topics.TRAINING, "run", RunStarted(run_id="run", resource="policy", version=7, config={"lr": 1})),
         (
@@ -211,6 +221,9 @@ async def test_one_row_for_every_record(settings: Settings) -> None:
     assert ask(
         settings, "SELECT tokens, sampled_tokens, sequences.token_ids FROM trajectories WHERE rollout_id = 'r1'"
     ) == [(4, 2, [[1, 2, 3, 4]])]
+    assert ask(settings, "SELECT rollout_id, left_out FROM trajectories ORDER BY rollout_id") == [
+        ("r1", []), ("r2", [{"reason": "unfinished", "agent": "judge", "resource": ""}])
+    ]  # fmt: skip
     assert ask(settings, "SELECT rollout_id, outcome, reason, step, times_trained FROM ledger ORDER BY rollout_id") == [
         ("r1", "trained", "", 1, 1), ("r2", "dropped", "failed", 1, 0), ("r3", "dropped", "run_ended", 1, 0)
     ]  # fmt: skip

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.spans import Span
-from fulgurite.schemas.trajectories import CallRange, TokenSequence, Trajectory
+from fulgurite.schemas.trajectories import MAX_LEFT_OUT, CallRange, TokenSequence, Trajectory
 from fulgurite.streams.assembler import join
 from fulgurite.streams.assembler.join import EXPIRED, Announcement, assemble, merge_calls
 from tests.streams.assembler_records import finished, llm_call, reward, value
@@ -194,6 +194,24 @@ def test_a_call_that_broke_off_is_left_out_and_forgotten_where_it_was_asked_agai
     again = retry(llm_call("r", 2, [1], [2, 4]), 1)
     assert joined([broken, again]).partial == ""
     assert [sequence.token_ids for sequence in joined([broken, again]).sequences] == [[1, 2, 4]]
+
+
+def test_whose_calls_are_left_out_is_said_each_kind_once() -> None:
+    own = llm_call("r", 1, [1], [2]).model_copy(update={"agent": "solver"})
+    of_user = {"agent": "user", "resource": "simulator"}
+    cold = [
+        with_attributes(llm_call("r", n, [1], [n]), gen_ai__request__temperature=0.2).model_copy(update=of_user)
+        for n in (3, 4)
+    ]
+    broken = llm_call("r", 5, [1], [9]).model_copy(update={"agent": "judge", "status": "error"})
+    trajectory = joined([broken, own, *cold])
+    assert trajectory.partial == "sampling,unfinished"
+    assert [(each.reason, each.agent, each.resource) for each in trajectory.left_out] == [
+        ("sampling", "user", "simulator"),
+        ("unfinished", "judge", "policy"),
+    ]
+    many = [broken.model_copy(update={"agent": f"judge {n}", "span_id": f"s{n}"}) for n in range(MAX_LEFT_OUT + 1)]
+    assert (joined([own, *many]).partial, joined([own, *many]).left_out) == ("unfinished", []), "then of everybody"
 
 
 def test_evaluations_may_sample_as_they_like() -> None:

@@ -17,7 +17,7 @@ from fulgurite.schemas.checksum import folder_sha256
 from fulgurite.schemas.errors import Fenced, LogprobMismatch, SettingsError, StartError
 from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.settings import Settings, TrainerSettings
-from fulgurite.schemas.trajectories import TokenSequence, Trajectory, TrajectoryReward
+from fulgurite.schemas.trajectories import LeftOutCall, TokenSequence, Trajectory, TrajectoryReward
 from fulgurite.streams.evaluate import evaluation_rollouts
 from fulgurite.streams.learners.comparison import UNCHECKED_STEPS
 from fulgurite.streams.learners.learner import BadStep, Learner, load_learner
@@ -91,6 +91,30 @@ def test_what_cannot_be_trained_on_says_why(given: Trajectory, reason: str) -> N
     if reason:
         assert abs(member.trajectory.reward or 0.0) <= 1e9, "a reward that is none would be filled in"
     assert bool(member.trajectory.sequences) == (reason == "")
+
+
+@pytest.mark.parametrize(
+    ("resource", "agents", "reason"),
+    [
+        ("policy", ["solver"], ""),
+        ("policy", [], "partial:unfinished"),
+        ("policy", ["solver", "judge"], "partial:unfinished"),
+        ("simulator", ["solver"], ""),
+        ("simulator", [], "partial:sampling"),
+    ],
+)
+def test_calls_of_agents_and_policies_that_are_not_trained_spoil_nothing(
+    resource: str, agents: list[str], reason: str
+) -> None:
+    left_out = [
+        LeftOutCall(reason="sampling", agent="user", resource="simulator"),
+        LeftOutCall(reason="unfinished", agent="judge", resource="policy"),
+    ]
+    own = sequence(agent="solver", resource=resource)
+    given = trajectory(own, partial="sampling,unfinished", left_out=left_out)
+    assert member_of(given, resource, LIMITS, agents)[0].reason == reason
+    unnamed = given.model_copy(update={"partial": "expired,sampling,unfinished"})
+    assert "expired" in member_of(unnamed, resource, LIMITS, agents)[0].reason, "what is named nowhere is of all"
 
 
 def test_the_oldest_token_of_all_sequences_decides_the_age() -> None:

@@ -62,6 +62,21 @@ class TokenSequence(BaseModel):
         return self
 
 
+MAX_LEFT_OUT = 64
+"""Kinds of calls that are named; where there are more, none is."""
+
+
+class LeftOutCall(BaseModel):
+    """A kind of calls whose tokens are in no sequence."""
+
+    model_config = ConfigDict(use_attribute_docstrings=True)
+
+    reason: Name
+    """A word of `partial`."""
+    agent: Name = ""
+    resource: Name = ""
+
+
 class TrajectoryReward(BaseModel):
     """One reward as it counted."""
 
@@ -89,6 +104,9 @@ class Trajectory(Event):
     error: ShortText = ""
     partial: ShortText = ""
     """Why it is not whole (`no_reward`, `no_calls`, `deadline`, …); empty when it is whole."""
+    left_out: Annotated[list[LeftOutCall], Field(max_length=MAX_LEFT_OUT)] = Field(default_factory=list[LeftOutCall])
+    """Whose calls words of `partial` are about: who trains other agents or policies may pass over these words. A word
+    that is not named here is about all of them."""
     sequences: list[TokenSequence] = Field(default_factory=list)
     rewards: list[TrajectoryReward] = Field(default_factory=list)
     reward: FiniteFloat | None = None
@@ -104,7 +122,7 @@ class Trajectory(Event):
 
     def without_records(self) -> Self:
         """With nothing of its spans and rewards, and no metadata."""
-        nothing: dict[str, object] = {"sequences": [], "rewards": [], "metadata": {}, "calls": 0}
+        nothing: dict[str, object] = {"sequences": [], "rewards": [], "metadata": {}, "left_out": [], "calls": 0}
         return self.model_copy(update=nothing | {"min_version": None, "max_version": None})
 
 

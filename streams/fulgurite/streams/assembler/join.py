@@ -23,6 +23,8 @@ Does not know Kafka, offsets, or when a rollout is complete.
     expired          a record was deleted by Kafka's retention before the rollout ended
     too_long         a call exceeds the longest sequence there may be; it is left out
     too_large        the trajectory exceeds kafka.max_record_bytes; it is sent without its sequences and spans
+For the words about calls `left_out` says whose they were: a rollout may have agents, judges and simulated users that
+nobody trains.
 Failed and cancelled rollouts have no sequences; their spans are not even read (`calls` is 0), their rewards are kept.
 
 Retries. Where the gateway dies, or gives 503, after a call was recorded, the agent's client asks again and the agent
@@ -46,7 +48,15 @@ from fulgurite.schemas.rewards import FINAL_REWARD, Reward
 from fulgurite.schemas.rollouts import RolloutFinished
 from fulgurite.schemas.sampling import NEUTRAL_SAMPLING, is_neutral
 from fulgurite.schemas.spans import Span
-from fulgurite.schemas.trajectories import CallRange, FinishedAttempt, TokenSequence, Trajectory, TrajectoryReward
+from fulgurite.schemas.trajectories import (
+    MAX_LEFT_OUT,
+    CallRange,
+    FinishedAttempt,
+    LeftOutCall,
+    TokenSequence,
+    Trajectory,
+    TrajectoryReward,
+)
 from fulgurite.streams.assembler.attempts import spans_of
 
 E = TypeVar("E", Span, Reward)
@@ -91,12 +101,14 @@ def assemble(
 ) -> Joined:
     """The trajectory of an ended rollout from all records of it, in the order of the log; with its spans if wanted."""
     partial: list[str] = []
+    left_out: set[tuple[str, str, str]] = set()
     invalid = 0
     calls: list[Span] = []
     found: list[Span] = []
     if finished.status == "succeeded":
         found, invalid = read_spans(spans, finished.rollout_id, partial)
-        calls = select_calls(found, finished, partial)
+        calls, left_out = select_calls(found, finished)
+        partial += [reason for reason, *_ in sorted(left_out)]
     kept, invalid_rewards = read_rewards(rewards, finished, partial)
     own, too_deep = spans_of(found, finished) if keep_spans else ([], 0)
     partial += [INVALID_RECORD] * bool(too_deep)
@@ -117,6 +129,7 @@ def assemble(
         status=finished.status,
         error=finished.error,
         partial=",".join(dict.fromkeys(partial)),
+        left_out=_named(left_out),
         sequences=sequences,
         rewards=[TrajectoryReward(reward_id=r.reward_id, name=r.name, value=r.value, span_id=r.span_id) for r in kept],
         reward=final[-1] if final else None,
@@ -163,22 +176,29 @@ def read_spans(values: Sequence[bytes], rollout_id: str, partial: list[str]) -> 
     return list(spans.values()), invalid
 
 
-def select_calls(spans: Sequence[Span], finished: RolloutFinished, partial: list[str]) -> list[Span]:
-    """The trainable LLM calls of the last attempt in their order. Adds to `partial` what is left out."""
+def _named(left_out: set[tuple[str, str, str]]) -> list[LeftOutCall]:
+    if len(left_out) > MAX_LEFT_OUT:
+        return []
+    return [LeftOutCall(reason=reason, agent=agent, resource=resource) for reason, agent, resource in sorted(left_out)]
+
+
+def select_calls(spans: Sequence[Span], finished: RolloutFinished) -> tuple[list[Span], set[tuple[str, str, str]]]:
+    """The trainable LLM calls of the last attempt in their order, and what is left out: reason, agent, resource."""
     calls: list[Span] = []
+    left_out: set[tuple[str, str, str]] = set()
     for span in spans:
         if not span.response_token_ids or span.attempt_id not in (finished.attempt_id, ""):
             continue
         if not span.attempt_id and finished.attempts > 1:
-            partial.append("unattributed")
+            left_out.add(("unattributed", span.agent, span.resource))
         elif not span.is_llm_call:
-            partial.append("missing_logprobs")
+            left_out.add(("missing_logprobs", span.agent, span.resource))
         elif not span.prompt_token_ids:
-            partial.append("missing_prompt")
+            left_out.add(("missing_prompt", span.agent, span.resource))
         elif len(span.prompt_token_ids) + len(span.response_token_ids) > MAX_TOKENS:
-            partial.append("too_long")
+            left_out.add(("too_long", span.agent, span.resource))
         elif finished.mode == "train" and not sampled_neutrally(span):
-            partial.append("sampling")
+            left_out.add(("sampling", span.agent, span.resource))
         else:
             calls.append(span)
     # span_id only breaks ties, so that the arrival of spans does not matter.
@@ -187,9 +207,12 @@ def select_calls(spans: Sequence[Span], finished: RolloutFinished, partial: list
     else:
         calls.sort(key=lambda span: (span.start_ns, span.end_ns, span.span_id))
     wanted = without_superseded(calls)
-    finished_calls = [call for call in wanted if call.status != "error" and call.finish_reason != ABORTED]
-    partial += ["unfinished"] * (len(wanted) - len(finished_calls))
-    return finished_calls
+    left_out |= {("unfinished", call.agent, call.resource) for call in wanted if _broke_off(call)}
+    return [call for call in wanted if not _broke_off(call)], left_out
+
+
+def _broke_off(call: Span) -> bool:
+    return call.status == "error" or call.finish_reason == ABORTED
 
 
 def sampled_neutrally(call: Span) -> bool:

@@ -17,7 +17,7 @@ from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.rewards import MAX_REWARD
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.schemas.training import DroppedRollout
-from fulgurite.schemas.trajectories import TokenSequence, Trajectory
+from fulgurite.schemas.trajectories import LeftOutCall, TokenSequence, Trajectory
 from fulgurite.streams.objectives.advantages import OVER_WINDOW
 from fulgurite.streams.objectives.rewards import overlong_penalty
 from fulgurite.streams.trainer.credit import calls_of, credited, teaches
@@ -133,7 +133,7 @@ def member_of(
     """The trajectory as a member of its group, and what exactly is wrong with its tokens (empty when nothing is)."""
     sequences = trained_sequences(trajectory, resource, agents)
     fault = next(filter(None, (token_fault(sequence, limits) for sequence in sequences)), "")
-    reason = _reason(trajectory, sequences, fault)
+    reason = _reason(trajectory, own_partial(trajectory, resource, agents), sequences, fault)
     if not reason and (fault := reward_fault(trajectory)):
         reason = "bad_reward"
     if reason == "no_calls" and (others := _of_other_policies(trajectory, resource)):
@@ -152,11 +152,18 @@ def member_of(
 def trained_sequences(trajectory: Trajectory, resource: str, agents: Sequence[str] = ()) -> list[TokenSequence]:
     """The sequences this resource's policy sampled tokens of, for these agents (empty: all); other policies and agents
     have trainers of their own."""
-    return [
-        s
-        for s in trajectory.sequences
-        if s.resource in ("", resource) and (not agents or s.agent in agents) and any(s.loss_mask)
-    ]
+    return [s for s in trajectory.sequences if _is_trained(s, resource, agents) and any(s.loss_mask)]
+
+
+def own_partial(trajectory: Trajectory, resource: str, agents: Sequence[str] = ()) -> str:
+    """The words of `partial` but those that are about calls of other policies and agents alone."""
+    named = {each.reason for each in trajectory.left_out}
+    own = {each.reason for each in trajectory.left_out if _is_trained(each, resource, agents)}
+    return ",".join(word for word in trajectory.partial.split(",") if word not in named - own)
+
+
+def _is_trained(calls: TokenSequence | LeftOutCall, resource: str, agents: Sequence[str]) -> bool:
+    return calls.resource in ("", resource) and (not agents or calls.agent in agents)
 
 
 def _of_other_policies(trajectory: Trajectory, resource: str) -> list[str]:
@@ -257,11 +264,11 @@ class _Member:
         ]
 
 
-def _reason(trajectory: Trajectory, sequences: list[TokenSequence], fault: str) -> str:
+def _reason(trajectory: Trajectory, partial: str, sequences: list[TokenSequence], fault: str) -> str:
     if trajectory.status != "succeeded":
         return trajectory.status
-    if trajectory.partial:
-        return trajectory.partial if trajectory.partial in KNOWN_PARTIAL else f"partial:{trajectory.partial}"[:512]
+    if partial:
+        return partial if partial in KNOWN_PARTIAL else f"partial:{partial}"[:512]
     if trajectory.reward is None:
         return "no_reward"
     if not sequences:
