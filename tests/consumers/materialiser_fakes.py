@@ -12,7 +12,7 @@ import asyncio
 import random
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 from aiokafka import TopicPartition
@@ -24,6 +24,7 @@ from fulgurite.consumers.materialiser.blocks import (
     Partition,
     Record,
     Slice,
+    Unreadable,
     missing,
 )
 from fulgurite.consumers.materialiser.errors import Fenced, Rejected, TooLarge, TooSlow, Unavailable
@@ -145,7 +146,16 @@ class FakeStore:
         return None
 
     async def insert(self, slices: Sequence[Slice], guard: None, times: int = 1) -> None:
+        unreadable = [(p.partition, r.offset) for p in slices for r in p.records if r.value == b"unreadable"]
+        if unreadable:
+            raise Unreadable(dict.fromkeys(unreadable, "no rows"))
         await self.server.insert(slices, times)
+
+    async def insert_unreadable(self, dead: Sequence[Slice], error: Unreadable, guard: None) -> None:
+        records = [[cast(Record, FakeRecord(record.offset, b"poison")) for record in part.records] for part in dead]
+        await self.server.insert(
+            [replace(part, records=some, present={}) for part, some in zip(dead, records, strict=True)]
+        )
 
     async def insert_dead(self, one: Slice, message: str, guard: None, reason: str = "rejected") -> None:
         record = FakeRecord(one.records[0].offset, b"poison")

@@ -26,7 +26,7 @@ class Tables:
         self._offset = 0
 
     def insert(self, records: Sequence[Record], token: str = "", into: int = BOTH_TABLES) -> None:
-        """`token`: as a replay inserts, once. Raises Rejected."""
+        """`token`: as a replay inserts, once. Raises Unreadable or Rejected."""
         asyncio.run(self._insert(records, token or secrets.token_hex(8), into))
 
     async def _insert(self, records: Sequence[Record], token: str, into: int) -> None:

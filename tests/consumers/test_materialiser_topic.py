@@ -12,7 +12,7 @@ from aiokafka import TopicPartition
 
 from fulgurite.consumers.materialiser import partition as partition_module
 from fulgurite.consumers.materialiser import topic as topic_module
-from fulgurite.consumers.materialiser.blocks import Partition, Slice, TooManyLines, block, dead_block
+from fulgurite.consumers.materialiser.blocks import Letter, Partition, Slice, Unreadable, block, dead_block
 from fulgurite.consumers.materialiser.store import LogEntry
 from fulgurite.schemas import topics
 from tests.consumers.materialiser_fakes import FakeRecord, Member, Server, partition
@@ -100,6 +100,31 @@ async def test_what_clickhouse_refuses_is_cut_out_of_its_partition(server: Serve
     assert server.dead == {(1, 3): 1, (1, 17): 1}
     assert set(server.rows) == {(number, n) for number in range(3) for n in range(20)} - set(server.dead)
     assert set(server.rows.values()) == {1}
+
+
+async def test_records_without_rows_are_dead_letters_of_one_insert_however_many_they_are(
+    server: Server, members: list[Member]
+) -> None:
+    members.append(member := Member(server, range(3), batch_records=1_000))
+    await member.start()
+    for number in range(3):
+        member.append(number, [FakeRecord(n, b"{}" if n % 3 else b"unreadable") for n in range(90)])
+    await member.until(lambda: len(member.finished) == 3)
+    assert len(server.inserts) == 2, "the dead letters of all partitions, and the others"
+    places = [(number, n) for number in range(3) for n in range(90)]
+    assert server.dead == {place: 1 for place in places if place[1] % 3 == 0}
+    assert server.rows == {place: 1 for place in places if place[1] % 3}
+
+
+async def test_one_without_rows_that_is_a_dead_letter_already_is_no_second_one(
+    server: Server, members: list[Member]
+) -> None:
+    server.dead[0, 1] = 1
+    members.append(member := Member(server, topic=topics.SPANS))
+    await member.start()
+    member.append(0, [FakeRecord(0), FakeRecord(1, b"unreadable"), FakeRecord(2)])
+    await member.until(lambda: len(server.rows) == 2)
+    assert server.dead == {(0, 1): 1}
 
 
 async def test_after_doubt_only_what_is_missing_is_inserted_and_under_a_new_fence(
@@ -207,7 +232,7 @@ async def test_a_full_buffer_pauses_its_partition_until_it_is_drained(
 
 
 def test_a_record_of_too_many_lines_is_not_even_split() -> None:
-    with pytest.raises(TooManyLines, match="has 4,000,001 lines, of at most 200,000"):
+    with pytest.raises(Unreadable, match="has 4,000,001 lines, of at most 200,000"):
         block([Slice(partition(0, topics.SPANS), cast(Any, [FakeRecord(0, b"x\n" * 4_000_000)]))])
 
 
@@ -225,5 +250,5 @@ def test_a_block_has_the_lines_of_all_partitions_by_rollout() -> None:
 def test_a_clock_of_any_year_makes_a_dead_letter() -> None:
     late = FakeRecord(0, b"x")
     late.timestamp = 10**15
-    row = dead_block(Partition(topics.SPANS, "spans", 0), cast(Any, late), "no")
+    row = dead_block([Letter(Partition(topics.SPANS, "spans", 0), cast(Any, late), "no")])
     assert (row.num_rows, row["_ts"].cast("int64").to_pylist()) == (1, [10**15])

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from fulgurite.consumers.materialiser.errors import Rejected
+from fulgurite.consumers.materialiser.blocks import Unreadable
 from fulgurite.consumers.otlp.spans import MAX_DEPTH
 from tests.consumers.otlp_encoding import (
     SPAN,
@@ -182,7 +182,7 @@ def test_any_key(tables: Tables, key: bytes | None) -> None:
     ],
 )
 def test_a_record_without_spans_to_tell_apart_is_refused_whole(tables: Tables, value: bytes, why: str) -> None:
-    with pytest.raises(Rejected, match=why):
+    with pytest.raises(Unreadable, match=why):
         tables.insert([Record(1, value)])
     assert not tables.rows("spans")
 

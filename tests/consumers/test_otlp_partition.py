@@ -14,6 +14,25 @@ from tests.consumers.test_materialiser_records import ask, materialiser, produce
 DEEP = {"gen_ai.input.messages": [{"role": "user", "parts": [{"type": "text", "content": "hi"}]}]}
 
 
+async def test_a_stream_of_what_is_no_otlp_does_not_hold_up_the_rest(settings: Settings) -> None:
+    """As of a Collector with another encoding: an insert each would take minutes, and the slots of all topics."""
+    zipkin = b'[{"traceId": "5982fe77008310cc80f1da5e10147517", "name": "get"}]'
+    count = 6_000
+    async with producer(settings) as client:
+        for at in range(count):
+            await client.send(settings.kafka.topic(OTLP_SPANS), zipkin if at % 10 else record(span()), partition=at % 2)
+        await client.flush()
+        async with materialiser(settings):
+            await until(settings, "SELECT count() FROM spans", lambda found: found == [(count // 10,)])
+            await until(settings, "SELECT count() FROM dead_letters", lambda found: found == [(count - count // 10,)])
+            ended = "SELECT sum(hi + 1) FROM (SELECT max(hi) AS hi FROM ingest_log GROUP BY _partition)"
+            await until(settings, ended, lambda found: found == [(count,)])
+    once = "SELECT sum(rows), sum(dead), sum(duplicates), sum(gaps) FROM reconciliation"
+    assert await asyncio.to_thread(ask, settings, once) == [(count // 10, count - count // 10, 0, 0)]
+    why = "SELECT DISTINCT reason, message FROM dead_letters"
+    assert await asyncio.to_thread(ask, settings, why) == [("rejected", "a field has the wire type 3")]
+
+
 async def test_every_sort_of_record_and_a_restart(settings: Settings) -> None:
     broken = span(more=part(9, part(2, b"\x0a\xff")))
     values = [

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fulgurite.consumers.otlp.batches import body, otlp, scopes
+from fulgurite.consumers.otlp.batches import MalformedRecords, body, otlp, scopes
 from fulgurite.consumers.otlp.mend import mended
 from fulgurite.consumers.otlp.spans import decode
 from fulgurite.consumers.otlp.to_json import to_json
@@ -81,6 +81,15 @@ def test_the_numbers_are_those_of_the_decoder() -> None:
 def test_what_is_no_traces_data_is_refused(value: bytes | None, what: str) -> None:
     with pytest.raises(Malformed, match=what):
         body("otlp_spans", 0, [Record(0, value)], lambda _: 3)
+
+
+@pytest.mark.parametrize("mend", [False, True])
+def test_all_records_of_a_batch_that_are_refused_are_named_at_once(mend: bool) -> None:
+    values = [record(span()), b"[zipkin]", record(), record(span()), b"Hello"]
+    with pytest.raises(MalformedRecords) as caught:
+        body("otlp_spans", 0, [Record(10 + at, value) for at, value in enumerate(values)], lambda _: 3, mend=mend)
+    assert list(caught.value.why) == [11, 12, 14]
+    assert caught.value.why[12] == "the record has no spans"
 
 
 @given(st.binary(max_size=200) | st.binary(max_size=60).map(lambda junk: record(span({"a": 1})) + junk))

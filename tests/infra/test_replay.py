@@ -22,6 +22,8 @@ from fulgurite.schemas.codec import encode
 from fulgurite.schemas.errors import FulguriteError
 from fulgurite.schemas.resources import ResourceVersion
 from fulgurite.schemas.settings import Settings, load_settings
+from tests.consumers.otlp_encoding import record
+from tests.consumers.otlp_encoding import span as otlp_span
 from tests.consumers.poison import plain_builder, send_poison
 from tests.infra.dlq_world import World, span
 
@@ -68,6 +70,21 @@ async def test_what_nobody_can_decode_is_a_dead_letter_again(world: World) -> No
             assert done.code == 0, done.err
             assert world.ask("SELECT span_id FROM spans ORDER BY _offset") == [("before",), ("after",)]
             assert world.ask(letters) == [(1, "undecodable", "materialiser", "r", 1)]
+
+
+async def test_what_is_no_otlp_is_a_dead_letter_again(world: World) -> None:
+    async with world.materialiser():
+        await world.produce(topics.OTLP_SPANS, [record(otlp_span()), b"[zipkin]", record(otlp_span()), b"Hello"])
+        await world.until("SELECT max(hi) FROM ingest_log", lambda rows: rows == [(3,)])
+        for table in ("spans", "dead_letters"):
+            world.ask(f"TRUNCATE TABLE {table}")
+            done = await world.cli("replay", "otlp_spans", "--from-offset", "0", "--json")
+            assert done.code == 0, done.err
+            assert world.ask("SELECT _offset FROM spans ORDER BY ALL") == [(0,), (2,)]
+            assert world.ask("SELECT _offset, reason FROM dead_letters ORDER BY ALL") == [
+                (1, "rejected"),
+                (3, "rejected"),
+            ]
 
 
 async def test_what_is_missing_is_filled_in(world: World) -> None:

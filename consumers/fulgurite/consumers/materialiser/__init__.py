@@ -41,7 +41,9 @@ The code carries these numbers.
                 a table takes all rows or none. Refused by its guard, no answer, an error: back to 0 with all
                 partitions of the insert, so that one still on its way is refused, and insert what is missing then. An
                 insert that the server refuses for what is in it left nothing: OTLP is then written so that it can be
-                read (consumers/otlp/mend.py), anything else is halved down to the record that nobody will take. One
+                read (consumers/otlp/mend.py), anything else is halved down to the record that nobody will take. Records
+                that are no OTLP, or of too many lines, are known without the server: however many there are, they are
+                dead letters with one insert of their own, before the others. One
                 that needs too much memory or time is made smaller. A record that fails so alone, and that is large
                 enough to be to blame, goes alone from then on, one of all topics at a time, and gets more time at each
                 try; at last it is one dead letter, `too_large` or `too_slow` (lone.py), which in 0.5 stands for all of

@@ -8,9 +8,9 @@ one chunk a column, so that the server sees one block, of which a table takes al
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Final, Protocol
+from typing import Final, NamedTuple, Protocol
 
 import numpy as np
 import numpy.typing as npt
@@ -37,10 +37,6 @@ GIVEN_UP: Final = (TOO_LARGE, TOO_SLOW)
 MAX_LINES: Final = 200_000
 """Of a record: each is a row, which needs memory however short its line is. Some 8 MiB of ever so short ones would take
 more than an engine has."""
-
-
-class TooManyLines(Exception):
-    """Of a record, which says how many it has."""
 
 
 OffsetRange = tuple[int, int]
@@ -80,6 +76,26 @@ class Slice:
     """Where an entry begins that the log of inserts has of the partition: it goes back where that is gone."""
 
 
+class Unreadable(Exception):
+    """Some records hold no rows that can be told apart, or too many: no server needs to be asked. `why`: of each of
+    them, by partition and offset."""
+
+    def __init__(self, why: Mapping[tuple[Partition, int], str]) -> None:
+        super().__init__(next(iter(why.values())))
+        self.why = why
+
+
+class Letter(NamedTuple):
+    """A record that no table takes."""
+
+    partition: Partition
+    record: Record
+    message: str
+    reason: str = "rejected"
+    value: bytes | None = None
+    """In place of its own."""
+
+
 def missing(topic: Topic, present: int) -> int:
     """Of the tables that may take a record, those that may still lack rows of it; `present` are those that have some.
 
@@ -109,22 +125,32 @@ def parted(slices: Sequence[Slice]) -> tuple[Sequence[Slice], list[Slice]]:
     """What is for the input table, and of what is undecodable that which no dead letter is there of."""
     if not any(isinstance(record, Undecodable) for part in slices for record in part.records):
         return slices, []
+    return _apart(slices, lambda part, record: isinstance(record, Undecodable))
+
+
+def readable(slices: Sequence[Slice], error: Unreadable) -> tuple[list[Slice], list[Slice]]:
+    """The others, and of those that are not readable what no dead letter is there of."""
+    return _apart(slices, lambda part, record: (part.partition, record.offset) in error.why)
+
+
+def _apart(slices: Sequence[Slice], is_dead: Callable[[Slice, Record], bool]) -> tuple[list[Slice], list[Slice]]:
     good: list[Slice] = []
     dead: list[Slice] = []
     for part in slices:
-        whole = [record for record in part.records if not isinstance(record, Undecodable)]
-        lost = [
-            record
-            for record in part.records
-            if isinstance(record, Undecodable) and not part.present.get(record.offset, 0) & DEAD_LETTERS_TABLE
-        ]
+        whole: list[Record] = []
+        lost: list[Record] = []
+        for record in part.records:
+            if not is_dead(part, record):
+                whole.append(record)
+            elif not part.present.get(record.offset, 0) & DEAD_LETTERS_TABLE:
+                lost.append(record)
         good += [replace(part, records=whole)] if whole else []
         dead += [replace(part, records=lost)] if lost else []
     return good, dead
 
 
 def block(slices: Sequence[Slice]) -> pa.Table:
-    """The records as rows. Of each of them a table lacks its part (`missing`). Raises TooManyLines."""
+    """The records as rows. Of each of them a table lacks its part (`missing`). Raises Unreadable."""
     if slices[0].partition.topic in LINE_TOPICS:
         return _lines_block(slices)
     return _records_block(slices)
@@ -162,9 +188,8 @@ def _lines_block(slices: Sequence[Slice]) -> pa.Table:
     keys = pa.array([record.key or b"" for record in records], pa.binary()).dictionary_encode()
     order = _order(keys)
     values = [records[place].value or b"" for place in order.tolist()]
-    for value in values:
-        if len(value) > MAX_LINES and (count := line_feeds(value)) > MAX_LINES:
-            raise TooManyLines(f"the record has {count + 1:,} lines, of at most {MAX_LINES:,}: send several records")
+    if any(len(value) > MAX_LINES for value in values):
+        _look_for_too_many_lines(slices)
     lines = all_lines(values)
     # Of each row, its record.
     row_of = np.repeat(order, lines.counts)
@@ -188,6 +213,18 @@ def _lines_block(slices: Sequence[Slice]) -> pa.Table:
             "_into": pa.array(into[row_of]),
         }
     )
+
+
+def _look_for_too_many_lines(slices: Sequence[Slice]) -> None:
+    why = {
+        (part.partition, record.offset): f"the record has {count + 1:,} lines, of at most {MAX_LINES:,}: send several "
+        "records"
+        for part in slices
+        for record in part.records
+        if len(value := record.value or b"") > MAX_LINES and (count := line_feeds(value)) > MAX_LINES
+    }
+    if why:
+        raise Unreadable(why)
 
 
 def _order(keys: pa.DictionaryArray) -> npt.NDArray[np.int64]:
@@ -218,26 +255,29 @@ def _records_block(slices: Sequence[Slice]) -> pa.Table:
     )
 
 
-def dead_block(
-    partition: Partition, record: Record, message: str, reason: str = "rejected", value: bytes | None = None
-) -> pa.Table:
-    """A record that ClickHouse refused, or never saw, as its row of dead_letters; `value`: in place of its own."""
-    fields: dict[str, tuple[object, pa.DataType]] = {
-        "topic": (partition.name, pa.string()),
-        "partition": (partition.number, pa.int32()),
-        "offset": (record.offset, pa.int64()),
-        "stage": ("materialiser", pa.string()),
-        "reason": (reason, pa.string()),
-        "message": (message, pa.string()),
-        "key": (record.key or b"", pa.binary()),
-        "value": (value or record.value or b"", pa.binary()),
-        "_topic": (partition.name, pa.string()),
-        "_partition": (partition.number, pa.uint32()),
-        "_offset": (record.offset, pa.uint64()),
-        # As a number: a producer's clock may be of a year that datetime does not know.
-        "_ts": (max(record.timestamp, 0), pa.timestamp("ms", "UTC")),
+def dead_block(letters: Sequence[Letter]) -> pa.Table:
+    """Records that ClickHouse refused, or never saw, as rows of dead_letters."""
+    places = [letter.partition for letter in letters]
+    records = [letter.record for letter in letters]
+    names = [place.name for place in places]
+    numbers = [place.number for place in places]
+    offsets = [record.offset for record in records]
+    fields: dict[str, tuple[Sequence[object], pa.DataType]] = {
+        "topic": (names, pa.string()),
+        "partition": (numbers, pa.int32()),
+        "offset": (offsets, pa.int64()),
+        "stage": (["materialiser"] * len(letters), pa.string()),
+        "reason": ([letter.reason for letter in letters], pa.string()),
+        "message": ([letter.message for letter in letters], pa.string()),
+        "key": ([record.key or b"" for record in records], pa.binary()),
+        "value": ([letter.value or letter.record.value or b"" for letter in letters], pa.binary()),
+        "_topic": (names, pa.string()),
+        "_partition": (numbers, pa.uint32()),
+        "_offset": (offsets, pa.uint64()),
+        # As numbers: a producer's clock may be of a year that datetime does not know.
+        "_ts": ([max(record.timestamp, 0) for record in records], pa.timestamp("ms", "UTC")),
     }
-    return pa.table({name: pa.array([value], kind) for name, (value, kind) in fields.items()})
+    return pa.table({name: pa.array(values, kind) for name, (values, kind) in fields.items()})
 
 
 def _constant(text: str, count: int) -> pa.DictionaryArray:

@@ -8,16 +8,16 @@ from dataclasses import dataclass
 import pyarrow as pa
 
 from fulgurite.consumers.materialiser.blocks import (
+    Letter,
     Partition,
-    Record,
     Slice,
-    TooManyLines,
+    Unreadable,
     arrow,
     block,
     dead_block,
     missing,
 )
-from fulgurite.consumers.materialiser.errors import REJECTED_CODES, Rejected
+from fulgurite.consumers.materialiser.errors import REJECTED_CODES
 from fulgurite.consumers.otlp import batches
 from fulgurite.consumers.otlp.to_json import to_json
 from fulgurite.consumers.otlp.wire import Malformed
@@ -40,45 +40,63 @@ class Body:
 
 
 def body(slices: Sequence[Slice], *, mend: bool = False) -> Body:
-    """Raises Rejected where there is nothing to send to the server, because it is not what it should be."""
+    """Raises Unreadable, of all the records that are not what they should be."""
     if slices[0].partition.topic is not topics.OTLP_SPANS:
+        return arrow_body(block(slices))
+    data: list[bytes] = []
+    why: dict[tuple[Partition, int], str] = {}
+    for part in slices:
         try:
-            return arrow_body(block(slices))
-        except TooManyLines as error:
-            raise Rejected(str(error)) from error
-    try:
-        data = [_otlp(part, mend=mend) for part in slices]
-    except Malformed as error:
-        raise Rejected(str(error)) from error
+            data.append(_otlp(part, mend=mend))
+        except batches.MalformedRecords as error:
+            why |= {(part.partition, offset): text for offset, text in error.why.items()}
+    if why:
+        raise Unreadable(why)
     return Body(batches.COLUMNS, data, batches.FORMAT, batches.insert_settings(), REJECTED_CODES | batches.REFUSALS)
 
 
-def dead_body(one: Slice, message: str, redactor: Redactor | None, reason: str = "rejected") -> Body:
-    """A record that no table takes."""
-    return arrow_body(_kept(one.partition, one.records[0], message, reason, redactor))
+def dead_body(letters: Sequence[Letter], redactor: Redactor | None) -> Body:
+    """Records that no table takes."""
+    return arrow_body(dead_block([_kept(letter, redactor) for letter in letters]))
 
 
-def undecodable_body(part: Slice, redactor: Redactor | None) -> Body:
+def refused(one: Slice, message: str, reason: str) -> list[Letter]:
+    """Of its one record."""
+    return [Letter(one.partition, one.records[0], message, reason)]
+
+
+def undecodable(part: Slice) -> list[Letter]:
     """Those of its records that are `Undecodable`."""
-    lost = [record for record in part.records if isinstance(record, Undecodable)]
-    return arrow_body(
-        pa.concat_tables([_kept(part.partition, record, record.why, "undecodable", redactor) for record in lost])
-    )
+    return [
+        Letter(part.partition, record, record.why, "undecodable")
+        for record in part.records
+        if isinstance(record, Undecodable)
+    ]
 
 
-def _kept(partition: Partition, record: Record, message: str, reason: str, redactor: Redactor | None) -> pa.Table:
-    """A record as its row of dead_letters. Parts that rules take out of protobuf leave bytes that nobody can read:
-    there it is kept as OTLP JSON, of which the view takes them out."""
-    value = record.value
-    if redactor is not None and value and partition.topic is topics.OTLP_SPANS and not value.startswith(b"{"):
-        try:
-            text = to_json(value)
-        except Malformed:
-            text = b""  # nobody can read it as it is
-        if text and (redactor.letter(value) != value or redactor.letter(text) != text):
-            said = f"{message} (kept as OTLP JSON: rules of redaction take out parts of it)"
-            return dead_block(partition, record, said, reason, text)
-    return dead_block(partition, record, message, reason)
+def unreadable(dead: Sequence[Slice], error: Unreadable) -> list[Letter]:
+    """Of all their records."""
+    return [
+        Letter(part.partition, record, error.why[part.partition, record.offset])
+        for part in dead
+        for record in part.records
+    ]
+
+
+def _kept(letter: Letter, redactor: Redactor | None) -> Letter:
+    """Parts that rules take out of protobuf leave bytes that nobody can read: there it is kept as OTLP JSON, of which
+    the view takes them out."""
+    value = letter.record.value
+    if redactor is None or not value or letter.partition.topic is not topics.OTLP_SPANS or value.startswith(b"{"):
+        return letter
+    try:
+        text = to_json(value)
+    except Malformed:
+        return letter  # nobody can read it as it is
+    if redactor.letter(value) == value and redactor.letter(text) == text:
+        return letter
+    said = f"{letter.message} (kept as OTLP JSON: rules of redaction take out parts of it)"
+    return letter._replace(message=said, value=text)
 
 
 def _otlp(part: Slice, *, mend: bool) -> bytes:

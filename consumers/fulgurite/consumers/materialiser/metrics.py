@@ -99,8 +99,8 @@ class Metrics:
         self._retries.labels(topic, partition).inc()
         self._waits_for[f"{topic}-{partition}"] = why
 
-    def rejected(self, topic: str, partition: int) -> None:
-        self._rejected.labels(topic, partition).inc()
+    def rejected(self, topic: str, partition: int, records: int = 1) -> None:
+        self._rejected.labels(topic, partition).inc(records)
 
     def undecodable(self, topic: str, partition: int, records: int) -> None:
         self._undecodable.labels(topic, partition).inc(records)

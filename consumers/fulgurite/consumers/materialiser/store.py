@@ -23,12 +23,21 @@ from fulgurite.consumers.materialiser.blocks import (
     DEAD_LETTERS_TABLE,
     GIVEN_UP,
     OWN_TABLE,
+    Letter,
     OffsetRange,
     Partition,
     Slice,
+    Unreadable,
 )
 from fulgurite.consumers.materialiser.body import Pieces
-from fulgurite.consumers.materialiser.contents import Body, body, dead_body, undecodable_body
+from fulgurite.consumers.materialiser.contents import (
+    Body,
+    body,
+    dead_body,
+    refused,
+    undecodable,
+    unreadable,
+)
 from fulgurite.consumers.materialiser.errors import Rejected, Unavailable, first_line, meaning, of_a_question
 from fulgurite.consumers.materialiser.fences import (
     RUNNING,
@@ -133,7 +142,7 @@ class Store:
 
     async def insert(self, slices: Sequence[Slice], guard: Guard, times: int = 1) -> None:
         """One block of one topic into in_<topic>, for the tables that lack it; a slice has only records that one lacks
-        (`missing`). It may take `times` as long as inserts may. Raises Rejected, Fenced or Unavailable."""
+        (`missing`). It may take `times` as long as inserts may. Raises Unreadable, Rejected, Fenced or Unavailable."""
         topic = slices[0].partition.topic
         into = f"in_{topic.name}"
         try:
@@ -146,12 +155,18 @@ class Store:
 
     async def insert_dead(self, one: Slice, message: str, guard: Guard, reason: str = "rejected") -> None:
         """A record no table takes, as a dead letter. Raises Fenced or Unavailable."""
-        kept = await asyncio.to_thread(dead_body, one, message, self._redactor, reason)
-        await self._insert(_IN_DEAD_LETTERS, kept, guard)
+        await self._insert_letters(refused(one, message, reason), guard)
 
     async def insert_undecodable(self, part: Slice, guard: Guard) -> None:
         """Records that are `Undecodable`, as dead letters. Raises Fenced or Unavailable."""
-        await self._insert(_IN_DEAD_LETTERS, await asyncio.to_thread(undecodable_body, part, self._redactor), guard)
+        await self._insert_letters(undecodable(part), guard)
+
+    async def insert_unreadable(self, dead: Sequence[Slice], error: Unreadable, guard: Guard) -> None:
+        """Records that the error names, as dead letters. Raises Fenced or Unavailable."""
+        await self._insert_letters(unreadable(dead, error), guard)
+
+    async def _insert_letters(self, letters: Sequence[Letter], guard: Guard) -> None:
+        await self._insert(_IN_DEAD_LETTERS, await asyncio.to_thread(dead_body, letters, self._redactor), guard)
 
     async def _insert(self, into: str, body: Body, guard: Guard, times: int = 1) -> None:
         settings: dict[str, Any] = {

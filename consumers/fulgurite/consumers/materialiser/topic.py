@@ -24,7 +24,15 @@ from aiokafka import TopicPartition
 from aiokafka.errors import IllegalStateError, KafkaError
 
 from fulgurite.consumers.materialiser.agreement import another, ends_before
-from fulgurite.consumers.materialiser.blocks import DEAD_LETTERS_TABLE, Partition, Slice, halves, parted
+from fulgurite.consumers.materialiser.blocks import (
+    DEAD_LETTERS_TABLE,
+    Partition,
+    Slice,
+    Unreadable,
+    halves,
+    parted,
+    readable,
+)
 from fulgurite.consumers.materialiser.errors import NotUnderstood, OtherLog, Rejected, TooLarge, TooSlow, Unavailable
 from fulgurite.consumers.materialiser.history import NEAR, Look
 from fulgurite.consumers.materialiser.lone import Lone
@@ -384,8 +392,26 @@ class TopicWriter:
             return
         try:
             await store.insert(good, store.guard(good), self._lone.times(good))
+        except Unreadable as error:
+            await self._insert_apart(good, error)
         except Rejected as error:
             await self._bisect(good, error)
+
+    async def _insert_apart(self, slices: Sequence[Slice], error: Unreadable) -> None:
+        """What is not readable becomes dead letters, all with one insert: a stream of it must not take as many as it
+        has records. Then come the others."""
+        store = self._shared.store
+        others, dead = readable(slices, error)
+        if dead:
+            await store.insert_unreadable(dead, error, store.guard(dead))
+        for part in dead:
+            offset, count = part.records[0].offset, len(part.records)
+            what = "%s: %d records from offset %d on become dead letters; that one: %s"
+            why = error.why[part.partition, offset]
+            logger.warning(what, part.partition, count, offset, why, extra=_place(part.partition, offset))
+            self._shared.metrics.rejected(*_labels(part.partition), count)
+        if others:
+            await self._insert(others)
 
     async def _bisect(self, slices: Sequence[Slice], error: Rejected) -> None:
         """Halves until the record that ClickHouse will not take stands alone; that one becomes a dead letter."""

@@ -12,11 +12,12 @@ ClickHouse refuses a body with a value that is nested too deeply for its schema,
 insert is in the tables then, and the same records are tried again with `mend` (mend.py), which looks into each span.
 
 Promises: the order of records, ScopeSpans and spans; nothing of a span is left out; every record has a span. Raises
-Malformed where the outer messages are none; what is wrong within them, ClickHouse says.
+MalformedRecords where the outer messages are none; what is wrong within them, ClickHouse says.
 """
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from importlib.resources import files
@@ -50,6 +51,14 @@ _COMPRESSED: Final = {b"\x1f\x8b": "gzip", b"\x28\xb5\x2f\xfd": "zstd"}
 _PART: Final = varint(9 << 3 | LENGTH)
 
 
+class MalformedRecords(Malformed):
+    """Records of which spans cannot be told apart. `why`: of each of them, by its offset."""
+
+    def __init__(self, why: Mapping[int, str]) -> None:
+        super().__init__(next(iter(why.values())))
+        self.why = why
+
+
 @cache
 def insert_settings() -> Mapping[str, str | int]:
     """What ClickHouse must be told, beside FORMAT, to read a body."""
@@ -70,11 +79,16 @@ def body(
     topic: str, partition: int, records: Sequence[LogRecord], into: Callable[[int], int], *, mend: bool = False
 ) -> bytes:
     """One insert into in_otlp_spans. `into(offset)` says which tables may take the record: see 0002_spans.sql. `mend`:
-    these records were refused."""
+    these records were refused. Raises MalformedRecords."""
     place = length_field(1, topic.encode()) + number_field(2, partition)
     parts: list[bytes | memoryview] = []
+    wrong: dict[int, str] = {}
     for record in records:
-        value = mended(otlp(record.value)) if mend else otlp(record.value)
+        try:
+            found = _found(otlp(record.value), mend=mend)
+        except Malformed as error:
+            wrong[record.offset] = str(error)
+            continue
         head = b"".join(
             (
                 place,
@@ -84,10 +98,20 @@ def body(
                 number_field(6, into(record.offset)),
             )
         )
-        for first, resource, spans in scopes(value):
+        for first, resource, spans in found:
             start = b"".join((head, number_field(7, first), resource, _PART, varint(len(spans))))
             parts += (varint(len(start) + len(spans)), start, spans)
+    if wrong:
+        raise MalformedRecords(wrong)
     return b"".join(parts)
+
+
+def _found(value: bytes, *, mend: bool) -> list[tuple[int, bytes, memoryview]]:
+    """Its ScopeSpans. One of which only a resource or a scope is broken within can be mended."""
+    if not mend:
+        with contextlib.suppress(Malformed):
+            return scopes(value)
+    return scopes(mended(value))
 
 
 def otlp(value: bytes | None) -> bytes:

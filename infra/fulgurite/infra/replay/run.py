@@ -18,7 +18,16 @@ from typing import TYPE_CHECKING, TypeVar
 from aiokafka import AIOKafkaConsumer, TopicPartition
 from clickhouse_connect.driver.exceptions import OperationalError
 
-from fulgurite.consumers.materialiser.blocks import LINE_TOPICS, Partition, Slice, halves, missing, parted
+from fulgurite.consumers.materialiser.blocks import (
+    LINE_TOPICS,
+    Partition,
+    Slice,
+    Unreadable,
+    halves,
+    missing,
+    parted,
+    readable,
+)
 from fulgurite.consumers.materialiser.errors import Fenced, OtherLog, Rejected, TooLarge, TooSlow, Unavailable
 from fulgurite.consumers.materialiser.lines import line_feeds
 from fulgurite.consumers.materialiser.lone import SECONDS as LONE_SECONDS
@@ -246,9 +255,16 @@ class Replayer:
         self._limit_bytes = max(LEAST_CHUNK_BYTES, min(self._limit_bytes, size) // 2)
 
     async def _insert(self, part: Slice) -> None:
-        """Halves what ClickHouse will not take, until the record that it refuses stands alone: a dead letter."""
+        """What is not readable is left out and becomes dead letters; what ClickHouse will not take is halved, until the
+        record that it refuses stands alone: a dead letter."""
         try:
             await self._store.insert_missing(part)
+        except Unreadable as error:
+            others, dead = readable([part], error)
+            for one in dead:
+                await self._store.insert_left_out(one, error)
+            for one in others:
+                await self._insert(one)
         except Rejected as error:
             if len(part.records) == 1:
                 await self._store.insert_refused(part, str(error))

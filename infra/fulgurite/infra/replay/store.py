@@ -19,6 +19,7 @@ from fulgurite.consumers.materialiser.blocks import (
     OWN_TABLE,
     Partition,
     Slice,
+    Unreadable,
 )
 from fulgurite.consumers.materialiser.errors import Unavailable
 from fulgurite.consumers.materialiser.fences import Guard, fenced, renewed
@@ -72,12 +73,16 @@ class ReplayStore(Store):
         self._claims[partition] = fence
 
     async def insert_missing(self, part: Slice) -> None:
-        """One block. Raises Rejected, Fenced or Unavailable."""
+        """One block. Raises Unreadable, Rejected, Fenced or Unavailable."""
         await self.insert([part], self._by_claim(part.partition))
 
     async def insert_refused(self, part: Slice, message: str) -> None:
         """A record no table takes, as a dead letter. Raises Fenced or Unavailable."""
         await self.insert_dead(part, message, self._by_claim(part.partition))
+
+    async def insert_left_out(self, part: Slice, error: Unreadable) -> None:
+        """Records that the error names, as dead letters. Raises Fenced or Unavailable."""
+        await self.insert_unreadable([part], error, self._by_claim(part.partition))
 
     async def insert_lost(self, part: Slice) -> None:
         """Records that nobody can decode, as dead letters. Raises Fenced or Unavailable."""
