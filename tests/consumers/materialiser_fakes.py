@@ -141,11 +141,23 @@ class FakeStore:
 
     server: Server
     name: str = "a"
+    begun: asyncio.Event = field(default_factory=asyncio.Event)
+    """An insert is at the gate."""
+    gate: asyncio.Event | None = None
+    """The next insert waits for it."""
+    fails: bool = False
+    """Then, having done nothing."""
 
     def guard(self, slices: Sequence[Slice]) -> None:
         return None
 
     async def insert(self, slices: Sequence[Slice], guard: None, times: int = 1) -> None:
+        gate, self.gate = self.gate, None
+        if gate is not None:
+            self.begun.set()
+            await gate.wait()
+            if self.fails:
+                raise Unavailable("a reset connection")
         unreadable = [(p.partition, r.offset) for p in slices for r in p.records if r.value == b"unreadable"]
         if unreadable:
             raise Unreadable(dict.fromkeys(unreadable, "no rows"))
@@ -263,12 +275,13 @@ class Member:
     ) -> None:
         self.server, self.consumer, self.group = server, FakeConsumer(), FakeGroup()
         self.history, self.metrics = FakeHistory(self.consumer), Metrics()
+        self.store = FakeStore(server, name)
         self.finished: list[LogEntry] = []
         self.budget = Budget()
         shared = Shared(
             settings=MaterialiserSettings(batch_records=batch_records, batch_wait_ms=5),
             consumer=self.consumer,
-            store=cast(Store, FakeStore(server, name)),
+            store=cast(Store, self.store),
             offsets=cast(Offsets, self.group),
             inserts=asyncio.Semaphore(2),
             history=self.history,

@@ -142,6 +142,53 @@ async def test_after_doubt_only_what_is_missing_is_inserted_and_under_a_new_fenc
     assert all(server.fences[number] > before[number] for number in range(2))
 
 
+async def _insert_under_way(member: Member) -> asyncio.Event:
+    """What it waits for; of offsets 0 to 9, and there is none at 4."""
+    member.store.gate = gate = asyncio.Event()
+    member.append(0, records([0, 1, 2, 3, 5, 6, 7, 8, 9]))
+    await member.store.begun.wait()
+    return gate
+
+
+@pytest.mark.parametrize("why", ["a leader's epoch", "the log of inserts failed"])
+async def test_a_partition_doubted_while_an_insert_of_it_succeeds_goes_on(
+    server: Server, members: list[Member], why: str
+) -> None:
+    members.append(member := Member(server))
+    await member.start()
+    gate = await _insert_under_way(member)
+    if why == "a leader's epoch":
+        member.writer.doubt(TopicPartition("rollouts", 0), why)
+    else:
+        member.writer.unsettle(partition())
+    await asyncio.sleep(0.01)  # the settler looks, and finds it busy
+    gate.set()
+    await member.until(lambda: len(member.finished) == 1)
+    assert (ranges(member.finished), member.finished[0].gaps) == ([(0, 0, 9)], [(4, 4)])
+    await member.until(lambda: member.buffers[0].settled)
+    member.append(0, records(range(10, 20)))
+    await member.until(lambda: len(server.rows) == 19)
+    assert set(server.rows.values()) == {1}
+
+
+async def test_what_was_doubted_while_an_insert_of_it_fails_is_read_anew_and_comes_once(
+    server: Server, members: list[Member]
+) -> None:
+    members.append(member := Member(server))
+    await member.start()
+    gate = await _insert_under_way(member)
+    member.store.fails = True
+    member.writer.doubt(TopicPartition("rollouts", 0), "a leader's epoch")
+    gate.set()
+    await member.until(lambda: member.buffers[0].settled)
+    assert (member.consumer.at, member.budget.used) == ({0: 0}, 0), "Kafka gives them again"
+    member.store.fails = False
+    member.append(0, records([0, 1, 2, 3, 5, 6, 7, 8, 9]))
+    await member.until(lambda: len(member.finished) == 1)
+    await asyncio.sleep(0.05)
+    assert (sum(server.rows.values()), member.finished[0].gaps) == (9, [(4, 4)])
+
+
 async def test_a_record_of_lines_is_inserted_again_for_the_table_that_lacks_its_part(
     server: Server, members: list[Member]
 ) -> None:

@@ -208,12 +208,13 @@ class PartitionBuffer:
         self._breathe()
 
     def forget(self) -> None:
-        """What was read may be of another log than what comes: as if it was never settled. What is taken, stays."""
+        """What was read may be of another log than what comes: as if it was never settled. What is taken, stays
+        until it is done or given back, and does not come back here then."""
         self.settled = self._reading = False
         self._budget.used -= self.bytes
         self._buffer.clear()
         self._present = {}
-        self._gaps = []
+        self._gaps = self.gaps(self.taken[-1].offset) if self.taken else []
         self.bytes = self.first = self._next = 0
         if not self._paused:
             self._paused = True
@@ -258,13 +259,18 @@ class PartitionBuffer:
         return found
 
     def give_back(self) -> None:
-        """What was taken may be in the tables or not, or arrive there yet: until the partition is settled again."""
+        """What was taken may be in the tables or not, or arrive there yet: until the partition is settled again. Where
+        it was forgotten meanwhile, Kafka is asked for it anew."""
+        self.settled = False
+        if not self._reading:
+            self._gaps = []
+            self._release()
+            return
         if not self._buffer:
             self.waiting_since = time.monotonic()
         self._buffer.extendleft(reversed(self.taken))
         self.bytes += self.taken_bytes
         self.taken, self.taken_bytes, self.taken_lines = (), 0, 0
-        self.settled = False
 
     def close(self) -> None:
         """Holds nothing any more, and takes nothing: the partition is not ours."""

@@ -337,7 +337,6 @@ class TopicWriter:
             for buffer in buffers:
                 buffer.give_back()
             self._failed("insert", buffers, error)
-            self._doubt.set()
         else:
             self._done(slices, buffers, time.monotonic() - started)
         finally:
@@ -346,6 +345,8 @@ class TopicWriter:
             if suspected:
                 self._shared.suspected.discard(ours[0])
             self._changed.set()
+            if not all(buffer.settled for buffer in buffers):
+                self._doubt.set()  # also of one that was doubted meanwhile: while it was busy, nobody settled it
 
     async def _too_much(
         self, slices: Sequence[Slice], buffers: Sequence[PartitionBuffer], error: Unavailable, others: int
