@@ -125,7 +125,7 @@ async def test_rebuild_makes_every_row_anew(world: World) -> None:
 @pytest.mark.parametrize(
     ("step", "rebuild"),
     [
-        *((step, True) for step in ("begun", "asked", "inserted", "deleted", "logged")),
+        *((step, True) for step in ("begun", "asked", "inserted", "whole", "deleted", "logged")),
         *((step, False) for step in ("asked", "inserted")),
     ],
 )
@@ -279,6 +279,24 @@ async def test_wrong_arguments_and_abandoning(world: World) -> None:
         ended = await world.cli("replay", "spans", "--abandon")
         assert (ended.code, "Ended 1 unfinished replay" in ended.out) == (0, True), ended
     assert world.ask(RECONCILED) == [(80, 40, 0, 0)]
+
+
+@pytest.mark.parametrize("table", ["spans", "dead_letters"])
+@pytest.mark.parametrize("step", ["inserted", "whole"])
+async def test_what_was_abandoned_half_way_has_all_its_rows(world: World, step: str, table: str) -> None:
+    """Killed where a chunk reached one table of two, or where the old rows of one of two are gone."""
+    async with world.materialiser():
+        await fill(world)
+        child = await asyncio.create_subprocess_exec(*(sys.executable, __file__, step, "1"), env=world.environment)
+        await asyncio.wait_for(child.wait(), 90)
+        begun = "(SELECT min(at) FROM replay_log)"
+        world.ask(f"DELETE FROM {table} WHERE _ingested {'<' if step == 'whole' else '>='} {begun} AND _partition = 0")
+        ended = await world.cli("replay", "spans", "--abandon")
+        assert ended.code == 0, ended.err
+    assert world.ask(RECONCILED) == [(80, 40, 0, 0)]
+    assert world.ask("SELECT uniqExact(span_id) FROM spans") == [(80,)]
+    new = world.ask(f"SELECT _partition, countIf(_ingested >= {begun}) FROM {table} GROUP BY 1 ORDER BY 1")
+    assert [rows > 0 for _, rows in new] == [step == "whole", False]
 
 
 def _child() -> int:

@@ -21,7 +21,9 @@ The contract, for one partition. The code carries these numbers.
                     given again goes on with its own unfinished replay, behind the last `part`.
                 0.4 Claim every partition: a fence as the materialiser's (its fences.py), of replays alone. From now on
                     the server refuses each insert of a replay of them that begins with another one. `--abandon` claims,
-                    too, waits as 2 does, and then writes `abandoned`.
+                    too, and waits as 2 does. Of a --rebuild it then does 4 for what is `whole`, and behind that takes
+                    back what was made anew: rows ingested since `begun` go where older ones are. At last it writes
+                    `abandoned`.
     1  read     A chunk of records.
     2  ask      Where nobody knows what became of an insert of ours, claim anew, lower than whoever claimed since: it
                 is refused if it comes now. Wait until no insert of a replay of the partition runs, ask which offsets
@@ -32,7 +34,8 @@ The contract, for one partition. The code carries these numbers.
                 that needs more memory than there is, or more time: both halves of its range by 2 and 3, each. One
                 record that does: this process ends, and says so. Refused by its guard: the partition is another
                 replay's, and this process ends.
-    4  delete   --rebuild, after some chunks: rows ingested before `begun`, of offsets that have rows since `begun`.
+    4  delete   --rebuild, after some chunks: `whole`, lo..hi has all that will ever be there of it anew. Then rows
+                ingested before `begun` go, of offsets that have rows since `begun`.
     5  log      `part`: lo..hi is done. After the last: `done`.
 
 A crash after
@@ -41,7 +44,7 @@ A crash after
     3 (rebuild) old and new rows are both there: twice in the tables (`reconciliation` says so), once in the views,
                 until the same command has done 4. In the other order, rows would be missing meanwhile, and lost for
                 good where Kafka forgets them before somebody comes back.
-    4           there is nothing left to delete: it is done again and finds nothing.
+    4           what is left to delete is deleted: the same command finds all rows in 2, and does 4 again.
     5           nothing to do.
 
 Two at once: of the same command given twice, the later one has the claim; the other ends at its next insert, whenever

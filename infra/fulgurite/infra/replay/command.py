@@ -86,7 +86,7 @@ def replay(settings: Settings, options: Options, *, as_json: bool, watch: Watch 
 
 
 def abandon(settings: Settings, options: Options) -> int:
-    """Ends unfinished replays of the topic; where one made rows anew, without leaving any twice."""
+    """Ends unfinished replays of the topic; where one made rows anew, without leaving any twice, or half of them."""
     topic = _topic(settings, options)
     name = settings.kafka.topic(topic)
 
@@ -95,11 +95,12 @@ def abandon(settings: Settings, options: Options) -> int:
             # 0.4: where it sleeps, its next insert is refused.
             await store.claim([Partition(topic, name, mark.partition) for mark in found])
             for mark in found:
-                where = Range(Partition(topic, name, mark.partition), mark.next, mark.hi)
-                await store.when_quiet(where.partition)
+                partition = Partition(topic, name, mark.partition)
+                await store.when_quiet(partition)
                 if mark.rebuild:
-                    # 4, for what it inserted beyond its last part: no row stays twice.
-                    await store.delete_old(where, mark.begun_ms)
+                    await store.delete_old(Range(partition, mark.next, mark.whole), mark.begun_ms)
+                    # What reached one table of two has no rows in the other that could take the place of the old ones.
+                    await store.delete_new(Range(partition, mark.whole, mark.hi), mark.begun_ms)
         marks.write(client, found, marks.ABANDONED)
 
     with _stores(settings) as client:

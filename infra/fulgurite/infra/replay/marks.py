@@ -14,7 +14,7 @@ from fulgurite.schemas.ids import new_id
 if TYPE_CHECKING:
     from clickhouse_connect.driver import Client
 
-BEGUN, PART, DONE, WITHDRAWN, ABANDONED = "begun", "part", "done", "withdrawn", "abandoned"
+BEGUN, WHOLE, PART, DONE, WITHDRAWN, ABANDONED = "begun", "whole", "part", "done", "withdrawn", "abandoned"
 
 _ENDS = f"'{DONE}', '{WITHDRAWN}', '{ABANDONED}'"
 
@@ -36,6 +36,8 @@ class Mark:
     who: str = ""
     next: int = 0
     """Everything before this offset is done."""
+    whole: int = 0
+    """Of everything before this offset, at least `next`, all rows were made."""
     begun_ms: int = 0
     """By the server's clock; 0 where it is not written yet."""
 
@@ -49,14 +51,14 @@ def unfinished(client: Client, topic: str) -> list[Mark]:
     result = client.query(
         f"SELECT replay_id, _partition, anyIf(lo, state = '{BEGUN}'), anyIf(hi, state = '{BEGUN}'), any(rebuild), "
         f"any(asked), any(who), maxIf(hi, state = '{PART}'), "
-        f"toUnixTimestamp64Milli(minIf(at, state = '{BEGUN}')) AS begun_at "
+        f"maxIf(hi, state = '{WHOLE}'), toUnixTimestamp64Milli(minIf(at, state = '{BEGUN}')) AS begun_at "
         "FROM replay_log WHERE _topic = {topic:String} GROUP BY replay_id, _partition "
         f"HAVING countIf(state IN ({_ENDS})) = 0 ORDER BY begun_at, replay_id, _partition",
         parameters={"topic": topic},
     )
     return [
-        Mark(replay_id, topic, partition, lo, hi, bool(rebuild), asked, who, max(lo, done), begun)
-        for replay_id, partition, lo, hi, rebuild, asked, who, done, begun in result.result_rows
+        Mark(replay_id, topic, partition, lo, hi, bool(rebuild), asked, who, max(lo, done), max(lo, done, whole), begun)
+        for replay_id, partition, lo, hi, rebuild, asked, who, done, whole, begun in result.result_rows
     ]
 
 
@@ -69,6 +71,6 @@ def write(client: Client, marks: Sequence[Mark], state: str) -> None:
     client.insert("replay_log", rows, column_names=names, settings=settings)
 
 
-def write_part(client: Client, mark: Mark, lo: int, hi: int) -> None:
-    """5: this piece of it is done."""
-    write(client, [replace(mark, lo=lo, hi=hi)], PART)
+def write_piece(client: Client, mark: Mark, lo: int, hi: int, state: str) -> None:
+    """4 and 5: this piece of it is whole, or done."""
+    write(client, [replace(mark, lo=lo, hi=hi)], state)

@@ -151,11 +151,19 @@ class Replayer:
     async def _end_part(self, mark: Mark, part: Range) -> None:
         if mark.rebuild:
             # 4
+            await self._log(mark, part, marks.WHOLE)
+            self._watch.checkpoint("whole")
             await self._patiently("delete old rows", lambda: self._store.delete_old(part, mark.begun_ms))
         self._watch.checkpoint("deleted")
         # 5
-        await self._patiently("log", lambda: self._mark(lambda: marks.write_part(self._client, mark, part.lo, part.hi)))
+        await self._log(mark, part, marks.PART)
         self._watch.checkpoint("logged")
+
+    async def _log(self, mark: Mark, part: Range, state: str) -> None:
+        def write() -> None:
+            marks.write_piece(self._client, mark, part.lo, part.hi, state)
+
+        await self._patiently("log", lambda: self._mark(write))
 
     async def _skip_expired(self, reading: _Reading, at: int, hi: int, counts: Counts) -> int:
         begin = (await self._consumer.beginning_offsets([reading.tp]))[reading.tp]

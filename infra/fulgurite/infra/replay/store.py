@@ -123,13 +123,18 @@ class ReplayStore(Store):
 
     async def delete_old(self, where: Range, since_ms: int) -> None:
         """4: rows of the range from before `since_ms` whose offset has a row since. Raises Unavailable."""
-        own = TABLES[where.partition.topic]
-        new = " UNION ALL ".join(
-            f"SELECT _offset FROM {table} WHERE {_RANGE} AND {_NEW}" for table in (own, DEAD_LETTERS)
-        )
-        for table in (own, DEAD_LETTERS):
+        await self._delete(_OLD, _NEW, where, since_ms)
+
+    async def delete_new(self, where: Range, since_ms: int) -> None:
+        """0.4: rows of the range since `since_ms` whose offset has a row from before. Raises Unavailable."""
+        await self._delete(_NEW, _OLD, where, since_ms)
+
+    async def _delete(self, what: str, beside: str, where: Range, since_ms: int) -> None:
+        tables = (TABLES[where.partition.topic], DEAD_LETTERS)
+        others = " UNION ALL ".join(f"SELECT _offset FROM {table} WHERE {_RANGE} AND {beside}" for table in tables)
+        for table in tables:
             await self._command(
-                f"DELETE FROM {table} WHERE {_RANGE} AND {_OLD} AND _offset IN ({new})", where.parameters(since_ms)
+                f"DELETE FROM {table} WHERE {_RANGE} AND {what} AND _offset IN ({others})", where.parameters(since_ms)
             )
 
     async def rows(self, where: Range) -> tuple[int, int]:
