@@ -147,6 +147,34 @@ def test_the_key_follows_a_mended_id() -> None:
     assert found == [b"k", b"r2", None, b"k"]
 
 
+def test_a_whole_record_of_several_lines_goes_as_it_came_where_each_is_good() -> None:
+    lines = span() + b"\n\n" + span(span_id="t") + b"\n"
+    for reason in ("undecodable", "rejected", "too_large", "too_slow"):
+        out = outgoing(KAFKA, letter(lines, reason=reason), None, (), force=False)
+        assert isinstance(out, Outgoing)
+        assert (out.value, out.key) == (lines, b"r")
+    bad = outgoing(KAFKA, letter(lines + span(name=5), reason="undecodable"), None, (), force=False)
+    assert isinstance(bad, Refusal)
+    assert "bad_field: line 3: spans: name" in bad.why
+    one_line = outgoing(KAFKA, letter(lines, reason="bad_field"), mend(lines), (), force=False)
+    assert isinstance(one_line, Refusal), "others of its record are rows already"
+    with pytest.raises(InvalidEvent, match="200,002 lines, of at most 200,000"):
+        validate(KAFKA, "t.spans", b"\n" * 200_001, is_record=True)
+
+
+def test_an_object_spread_over_lines_is_one_event() -> None:
+    for topic, event in (("t.spans", json.loads(span())), ("t.rollouts", {"event": "queued", "rollout_id": "r"})):
+        assert validate(KAFKA, topic, json.dumps(event, indent=1).encode()).rollout_id == "r"
+
+
+def test_each_reward_of_a_record_has_the_name_of_its_line() -> None:
+    lines = b'{"rollout_id": "r", "value": 1}\n{"rollout_id": "r", "value": 2, "reward_id": "own"}\n' * 2
+    out = outgoing(KAFKA, letter(lines, "t.rewards", "undecodable"), None, (), force=False)
+    assert isinstance(out, Outgoing)
+    named = [json.loads(line)["reward_id"] for line in out.value.splitlines()]
+    assert named == ["t.rewards-1-7", "own", "t.rewards-1-7-2", "own"]
+
+
 def test_no_force_revives_what_cannot_live() -> None:
     for topic in ("", "t.resources", "t.dead_letters", "elsewhere"):
         refused = outgoing(KAFKA, letter(b"{}", topic=topic), None, (), force=True)

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
+from fulgurite.consumers.materialiser.blocks import GIVEN_UP
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.settings import KafkaSettings
 from fulgurite.schemas.topics import TOPICS, Topic
@@ -23,6 +24,9 @@ MAX_LETTERS = 10_000
 
 PLACES_PER_QUERY = 1_000
 """So that a request stays small."""
+
+_OF_RECORDS = ("undecodable", "rejected", *GIVEN_UP)
+"""Reasons of dead letters that are all of a record, whose lines nobody told apart."""
 
 _FIELDS = "topic, partition, offset, `index`, stage, reason, message, original_topic, first_time, time, verdicts"
 
@@ -58,6 +62,11 @@ class Letter:
     value: bytes = b""
     verdicts: tuple[tuple[str, str, str], ...] = ()
     """(stage, reason, message) of everyone who refused it."""
+
+    @property
+    def is_record(self) -> bool:
+        """Whether it is all of a record, and not one of its lines."""
+        return self.reason in _OF_RECORDS and self.place.index == 0
 
 
 @dataclass(frozen=True, slots=True)

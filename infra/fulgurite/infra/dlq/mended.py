@@ -73,7 +73,7 @@ def _mended(kafka: KafkaSettings, letter: Letter, mending: Mending) -> bytes:
     value = mending(letter.value)
     if value == letter.value:
         raise MendError("the mend changes nothing")
-    validate(kafka, letter.original_topic, value)
+    validate(kafka, letter.original_topic, value, is_record=letter.is_record)
     return value
 
 

@@ -19,9 +19,10 @@ from typing import Any
 
 from pydantic import TypeAdapter
 
+from fulgurite.consumers.materialiser.blocks import LINE_TOPICS, MAX_LINES
 from fulgurite.infra.dlq.letters import topic_named
 from fulgurite.infra.dlq.otlp import checked_spans
-from fulgurite.schemas.codec import decode_union
+from fulgurite.schemas.codec import decode_union, split_lines
 from fulgurite.schemas.errors import FulguriteError, InvalidEvent, RecordTooLarge, SettingsError
 from fulgurite.schemas.exports import EVENTS
 from fulgurite.schemas.settings import KafkaSettings
@@ -92,9 +93,9 @@ def by_fields(assignments: Sequence[str]) -> Mending:
     return mend
 
 
-def validate(settings: KafkaSettings, topic_name: str, data: bytes) -> Any:
-    """The event these bytes are (the spans, of OTLP), where somebody here can check them, else None. Raises
-    InvalidEvent."""
+def validate(settings: KafkaSettings, topic_name: str, data: bytes, *, is_record: bool = False) -> Any:
+    """The event these bytes are, where somebody here can check them, else None. Of OTLP its spans, of a whole record
+    (`is_record`) of several lines the events. Raises InvalidEvent."""
     if len(data) > settings.max_record_bytes:
         raise RecordTooLarge(f"{len(data)} bytes; kafka.max_record_bytes allows {settings.max_record_bytes}")
     topic = topic_named(settings, topic_name)
@@ -103,13 +104,29 @@ def validate(settings: KafkaSettings, topic_name: str, data: bytes) -> Any:
     adapter = EVENTS.get(topic) if topic else None
     if topic is None or adapter is None:
         return None
+    if topic in LINE_TOPICS:
+        return _validate_lines(adapter, topic, data, is_record=is_record)
     return _validate(adapter, topic, data)
 
 
+def _validate_lines(adapter: TypeAdapter[Any], topic: Topic, data: bytes, *, is_record: bool) -> Any:
+    if (feeds := data.count(b"\n")) > MAX_LINES:
+        raise InvalidEvent("rejected", f"{topic.name}: {feeds + 1:,} lines, of at most {MAX_LINES:,} a record")
+    numbers, lines = split_lines(data)
+    if len(lines) == 1:
+        return _validate(adapter, topic, lines[0])
+    if not is_record:
+        raise InvalidEvent("not_json", f"{topic.name}: {len(lines)} lines; this dead letter is one event")
+    found: list[Any] = []
+    for number, line in zip(numbers, lines, strict=True):
+        try:
+            found.append(_validate(adapter, topic, line))
+        except InvalidEvent as error:
+            raise InvalidEvent(error.reason, f"line {number}: {error}") from None
+    return found
+
+
 def _validate(adapter: TypeAdapter[Any], topic: Topic, data: bytes) -> Any:
-    lines = [line for line in data.splitlines() if line.strip()]
-    if len(lines) > 1:
-        raise InvalidEvent("not_json", f"{topic.name}: {len(lines)} lines; one dead letter is one event")
     event = decode_union(adapter, topic.name, data)
     try:  # pydantic reads NaN where JSON has none; the tables do not
         record = json.loads(data, parse_constant=_no_constant)

@@ -139,7 +139,8 @@ def _known_rollouts(
         if any(reason == "unknown_rollout" for _, reason, _ in letter.verdicts):
             mend = mends.get(letter.place)
             try:
-                asked.add(rollout_of(validate(kafka, letter.original_topic, mend.value if mend else letter.value)))
+                value = mend.value if mend else letter.value
+                asked.add(rollout_of(validate(kafka, letter.original_topic, value, is_record=letter.is_record)))
             except InvalidEvent:
                 continue
     known: set[str] = set()

@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from fulgurite.infra.dlq.actions import Mend
-from fulgurite.infra.dlq.letters import Letter, topic_named
+from fulgurite.infra.dlq.letters import Letter, Place, topic_named
 from fulgurite.infra.dlq.mending import validate
 from fulgurite.schemas import topics
+from fulgurite.schemas.codec import split_lines
 from fulgurite.schemas.errors import InvalidEvent
 from fulgurite.schemas.settings import KafkaSettings
 
@@ -48,7 +49,7 @@ def outgoing(
         return refusal
     value = mend.value if mend else letter.value
     try:
-        event = validate(settings, letter.original_topic, value)
+        event = validate(settings, letter.original_topic, value, is_record=letter.is_record)
     except InvalidEvent as error:
         event = None
         refusal = Refusal(
@@ -125,9 +126,16 @@ def _with_identity(settings: KafkaSettings, letter: Letter, event: Any, value: b
     once."""
     if topic_named(settings, letter.original_topic) is not topics.REWARDS or event is None:
         return value
-    record = json.loads(value)
-    if record.get("reward_id"):
-        return value
+    numbers, lines = split_lines(value)
     place = letter.place
+    return b"\n".join(
+        _named(line, replace(place, index=place.index + number)) for number, line in zip(numbers, lines, strict=True)
+    )
+
+
+def _named(line: bytes, place: Place) -> bytes:
+    record = json.loads(line)
+    if record.get("reward_id"):
+        return line
     name = f"{place.topic}-{place.partition}-{place.offset}" + (f"-{place.index}" if place.index else "")
     return json.dumps({**record, "reward_id": name}, ensure_ascii=False, separators=(",", ":")).encode()
