@@ -27,6 +27,9 @@ INTEGRITY: list[tuple[Topic, dict[str, Any], bool]] = [
     (topics.SPANS, {"start_ns": -1}, False),
     (topics.SPANS, {"input_tokens": -1}, False),
     (topics.SPANS, {"end_ns": 2**63 - 1}, True),
+    (topics.SPANS, {"start_ns": "1", "end_ns": "9223372036854775807", "input_tokens": "7"}, True),
+    (topics.SPANS, {"events": [{"name": "e", "time_ns": "1795000000000000123"}]}, True),
+    (topics.SPANS, {"start_ns": "soon"}, False),
     (topics.REWARDS, {"value": 1e25}, True),
     (topics.REWARDS, {"value": "1.5"}, False),
 ]

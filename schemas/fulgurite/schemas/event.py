@@ -23,15 +23,16 @@ def _unquoted(value: object) -> object:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-Unquoted = BeforeValidator(_unquoted)
-"""For the integers of spans, as the table's view reads them."""
-
 Text = Annotated[str, StringConstraints(max_length=MAX_TEXT_CHARS)]
 ShortText = Annotated[str, StringConstraints(max_length=4_096)]
 Name = Annotated[str, StringConstraints(max_length=512)]
 TokenIds = Annotated[list[Annotated[int, Field(ge=0, lt=2**32)]], Field(max_length=MAX_TOKENS)]
 Logprobs = Annotated[list[FiniteFloat], Field(max_length=MAX_TOKENS)]
 TimeNs = Annotated[int, Field(ge=0, lt=2**63)]
+Unquoted = BeforeValidator(
+    _unquoted, json_schema_input_type=TimeNs | Annotated[str, StringConstraints(pattern=r"^[0-9]{1,19}$")]
+)
+"""For the integers of spans from 0 to 2^63-1, as the table's view reads them."""
 Version = Annotated[int, Field(ge=0, lt=2**63)]
 Attributes = Annotated[dict[str, Any], Field(max_length=MAX_ATTRIBUTES)]
 Labels = Annotated[dict[str, ShortText], Field(max_length=MAX_ATTRIBUTES)]

@@ -36,7 +36,7 @@ class SpanEvent(BaseModel):
     """Something that happened at one instant of a span."""
 
     name: Name
-    time_ns: TimeNs = 0
+    time_ns: Annotated[TimeNs, Unquoted] = 0
     attributes: Attributes = Field(default_factory=dict)
 
 
