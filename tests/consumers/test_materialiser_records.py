@@ -19,8 +19,8 @@ from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.migrations import connection_options
 from fulgurite.schemas.resources import ResourceVersion
 from fulgurite.schemas.rewards import Reward
-from fulgurite.schemas.rollouts import AttemptFinished, AttemptStarted, RolloutFinished, RolloutQueued
-from fulgurite.schemas.settings import Settings
+from fulgurite.schemas.rollouts import AttemptFinished, AttemptStarted, RolloutFinished, RolloutQueued, RolloutRequeued
+from fulgurite.schemas.settings import ClickHouseSettings, Settings
 from fulgurite.schemas.spans import Span
 from fulgurite.schemas.training import DroppedRollout, RunFinished, RunStarted, TrainingStep, VersionApplied
 from fulgurite.schemas.trajectories import LeftOutCall, Trajectory
@@ -336,6 +336,24 @@ async def test_unknown_fields_are_kept(settings: Settings) -> None:
         await client.send_and_wait(name, _span(new_field={"a": [1, 2]}, other="x"))
         rows = await until(settings, "SELECT extra FROM spans", lambda rows: len(rows) == 1)
     assert {key: json.loads(value) for key, value in rows[0][0].items()} == {"new_field": {"a": [1, 2]}, "other": "x"}
+
+
+def test_a_rollout_that_is_queued_again_goes_on(migrated_settings: ClickHouseSettings) -> None:
+    events = [
+        (RolloutQueued(rollout_id="r", run_id="first"), "queuing"),
+        (AttemptStarted(rollout_id="r", attempt_id="a", sequence_id=1), "running"),
+        (RolloutQueued(rollout_id="r", run_id="again"), "running"),
+        (RolloutRequeued(rollout_id="r"), "requeuing"),
+        (RolloutQueued(rollout_id="r", run_id="again"), "requeuing"),
+        (RolloutFinished(rollout_id="r", attempt_id="a", status="succeeded"), "succeeded"),
+    ]
+    with clickhouse_connect.get_client(
+        **connection_options(migrated_settings), database=migrated_settings.database
+    ) as client:
+        for offset, (event, status) in enumerate(events):
+            row = {"raw": encode(event).decode(), "_topic": "rollouts", "_offset": offset}
+            client.insert("in_rollouts", [list(row.values())], column_names=list(row))
+            assert client.query("SELECT status, run_id FROM rollouts").result_rows == [(status, "first")]
 
 
 async def test_what_a_producer_sent_twice_counts_once(settings: Settings) -> None:
