@@ -14,8 +14,10 @@ import pytest
 from aiohttp import web
 
 from fulgurite.schemas.checksum import folder_of, folder_sha256
+from fulgurite.schemas.codec import decode
 from fulgurite.schemas.dead_letters import HEADER_REASON
 from fulgurite.schemas.errors import Fenced, LogprobMismatch, SettingsError
+from fulgurite.schemas.resources import ResourceVersion
 from fulgurite.schemas.settings import CoordinatorSettings, KafkaSettings, Settings, TrainerSettings
 from fulgurite.schemas.topics import DEAD_LETTERS, RESOURCES, TRAJECTORIES
 from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
@@ -174,21 +176,75 @@ async def test_a_zombie_is_fenced_and_cannot_publish(
     assert set(all_once(events).values()) <= {"trained", "zero_variance"}
 
 
-async def test_a_sampler_that_disagrees_about_the_same_version_stops_the_run(
+def with_wrong_logprob(trajectory: Trajectory) -> Trajectory:
+    """Rewards differ; the third token's log p is another one than the policy's."""
+    index = int(trajectory.rollout_id.rpartition("r")[2])
+    changed = trajectory.model_copy(deep=True, update={"reward": float(index)})
+    changed.sequences[0].logprobs[3] += 0.5
+    return changed
+
+
+async def test_a_sampler_that_disagrees_about_the_same_version_can_stop_the_run(
     kafka_settings: KafkaSettings, trainer_settings: TrainerSettings
 ) -> None:
     def alter(trajectory: Trajectory) -> Trajectory:
-        index = int(trajectory.rollout_id.rpartition("r")[2])
-        changed = trajectory.model_copy(deep=True, update={"reward": float(index)})
-        if trajectory.rollout_id == f"{RUN}-g1-r2":
-            changed.sequences[0].logprobs[3] += 0.5
-        return changed
+        return with_wrong_logprob(trajectory) if trajectory.rollout_id == f"{RUN}-g1-r2" else trajectory
 
+    trainer = trainer_settings.model_copy(update={"on_bad_step": "stop"})
+    words = r"version 1: logprob_mismatch rollout run-g1-r2, position 3, token \d+: log p is -.*usual causes"
     async with World(kafka_settings, alter).running():
-        with pytest.raises(LogprobMismatch, match=r"version 1: rollout run-g1-r2, position 3, token \d+: log p is -"):
-            await train(kafka_settings, trainer_settings)
+        with pytest.raises(LogprobMismatch, match=words):
+            await train(kafka_settings, trainer)
     assert not any(isinstance(e, TrainingStep) for e in await training_events(kafka_settings, RUN))
     assert len(await read_topic(kafka_settings, RESOURCES)) == 1
+
+
+async def test_a_window_with_a_token_that_the_sampler_saw_otherwise_is_skipped(
+    kafka_settings: KafkaSettings, trainer_settings: TrainerSettings
+) -> None:
+    """One token of one rollout must not end the run, again at each start."""
+
+    def alter(trajectory: Trajectory) -> Trajectory:
+        index = int(trajectory.rollout_id.rpartition("r")[2])
+        wrong = trajectory.rollout_id == f"{RUN}-g0-r1"
+        return with_wrong_logprob(trajectory) if wrong else trajectory.model_copy(update={"reward": float(index)})
+
+    bounds = {"steps": 2, "groups_per_step": 1, "group_size": 2}
+    async with World(kafka_settings, alter).running():
+        await train(kafka_settings, trainer_settings.model_copy(update=bounds))
+    events = await training_events(kafka_settings, RUN)
+    steps = [event for event in events if isinstance(event, TrainingStep)]
+    assert [(step.version_out, step.rollout_ids) for step in steps] == [(2, []), (3, [f"{RUN}-g1-r0", f"{RUN}-g1-r1"])]
+    assert steps[0].metrics["rollouts/dropped/logprob_mismatch"] == 2.0
+    assert steps[0].metrics["sampling/same_version_logp_difference/max"] == pytest.approx(0.5, abs=1e-3)
+    fates = all_once(events)
+    said = f"logprob_mismatch:rollout {RUN}-g0-r1, position 3, token "
+    assert all(fates[f"{RUN}-g0-r{index}"].startswith(said) for index in range(2))
+    weights = [decode(ResourceVersion, record.value).sha256 for record in await read_topic(kafka_settings, RESOURCES)]
+    assert weights[0] == weights[1] != weights[2]
+
+
+async def test_a_sampler_that_always_disagrees_ends_the_run_whatever_is_trained_on_between(
+    kafka_settings: KafkaSettings, trainer_settings: TrainerSettings
+) -> None:
+    """Every second window has tokens of older versions alone: it tells nothing of the sampler."""
+
+    def alter(trajectory: Trajectory) -> Trajectory:
+        changed = with_wrong_logprob(trajectory)
+        if int(trajectory.group_id.rpartition("g")[2]) % 2:
+            sequence = changed.sequences[0]
+            sequence.weight_versions = [part.model_copy(update={"version": 1}) for part in sequence.weight_versions]
+        return changed
+
+    bounds = {"steps": 9, "groups_per_step": 1, "group_size": 2, "max_bad_steps": 3, "max_staleness": 8}
+    async with World(kafka_settings, alter).running():
+        with pytest.raises(
+            LogprobMismatch, match=r"3 steps in a row .*logprob_mismatch rollout run-g4-r.*usual causes"
+        ):
+            await train(kafka_settings, trainer_settings.model_copy(update=bounds))
+    events = await training_events(kafka_settings, RUN)
+    steps = [event for event in events if isinstance(event, TrainingStep)]
+    assert [bool(step.rollout_ids) for step in steps] == [False, True, False, True]
 
 
 async def test_a_bad_step_is_skipped_and_the_ledger_says_why(

@@ -214,7 +214,12 @@ def test_mismatch_is_an_error_for_this_version_and_a_correction_for_older_ones(m
     samples = samples_from(model_folder)
     samples[2].behaviour_logprobs[-1] -= 0.01
     with pytest.raises(LogprobMismatch, match=f"rollout r2, position {len(samples[2].token_ids) - 1}, "):
-        load_learner(model_folder, TrainerSettings()).step(samples, 3)
+        load_learner(model_folder, TrainerSettings(on_bad_step="stop")).step(samples, 3)
+    skipped = load_learner(model_folder, TrainerSettings()).step(samples, 3)
+    assert skipped.skipped.startswith("logprob_mismatch:rollout r2, position ")
+    assert (skipped.tokens, skipped.is_mismatched, skipped.is_compared) == (0, True, True)
+    assert skipped.left_out.keys() == {sample.rollout_id for sample in samples}
+    assert all(math.isfinite(value) for value in (skipped.loss, skipped.grad_norm, *skipped.metrics.values()))
     assert load_learner(model_folder, TrainerSettings()).step(samples, 4).tokens == 18
 
 

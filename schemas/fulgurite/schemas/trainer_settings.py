@@ -175,12 +175,13 @@ class TrainerSettings(Section):
     overlong_penalty: Annotated[float, Field(gt=0, le=MAX_REWARD)] = 1.0
     """By how much, in units of the reward."""
     max_logprob_difference: Annotated[float, Field(gt=0)] | None = None
-    """Largest |difference| of log p between trainer and sampler for tokens of the same version; beyond it the run
-    stops. Not set: 1e-3 in float32; 0.5 in bfloat16, whose rounding alone makes hundredths, and more of rare tokens."""
+    """Largest |difference| of log p between trainer and sampler for tokens of the same version; beyond it the step is a
+    bad one. Not set: 1e-3 in float32; 0.5 in bfloat16, whose rounding alone makes hundredths, and more of rare
+    tokens."""
     on_bad_step: Literal["stop", "skip"] = "skip"
-    """A step whose loss or gradient is no number, or past one of the three bounds below, changes nothing. skip: it
-    makes a version of the same weights, and the ledger names its rollouts and the reason; of several updates only that
-    one is left out, with the rollouts that no other was made of. stop: the run ends with the reason."""
+    """A step whose loss or gradient is no number, or past the bound above or one of the three below, changes nothing.
+    skip: it makes a version of the same weights, and the ledger names its rollouts and the reason; of several updates
+    only that one is left out, with the rollouts that no other was made of. stop: the run ends with the reason."""
     max_bad_steps: Annotated[int, Field(ge=1, le=MAX_COUNT)] = 5
     """With skip: so many of them in a row, and the run ends after all."""
     grad_norm_limit: Annotated[float, Field(gt=0)] | None = None

@@ -55,6 +55,7 @@ def live(life: dict[str, Any]) -> None:
         "micro_batch_tokens": 60,
         "importance_cap": 1_000.0,
         "correction": "truncate",
+        "on_bad_step": "stop",
     }
     settings = TrainerSettings.model_validate(fields | life.get("settings", {}))
     state = Path(life["state"]) if life.get("state") else None

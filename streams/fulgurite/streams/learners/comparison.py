@@ -6,6 +6,7 @@ Knows no engine; a rank compares what it scored.
 from __future__ import annotations
 
 import logging
+from typing import Final
 
 import torch
 from torch import Tensor
@@ -21,8 +22,17 @@ UNCHECKED_STEPS = 20
 """So many steps in a row without one token of the current version are worth a warning: nothing was compared."""
 
 
+MISMATCH: Final = "logprob_mismatch"
+"""Kind of a fault: trainer and sampler disagree."""
+USUAL_CAUSES: Final = (
+    "usual causes: a temperature or top_p other than 1, a stale prefix cache after a swap, weights not as announced; "
+    "or a sampler of another precision than trainer.dtype, then raise trainer.max_logprob_difference"
+)
+
+
 def same_version_fault(settings: TrainerSettings, batch: PackedBatch, current: Tensor, version_in: int) -> str:
-    """The worst disagreement, with its place, beyond trainer.max_logprob_difference; empty where there is none."""
+    """The worst disagreement, with its place, beyond trainer.max_logprob_difference, as `kind:figures`; empty where
+    there is none."""
     same = batch.versions == version_in
     difference = torch.where(same, (current - batch.behaviour_logprobs).abs(), torch.zeros_like(current))
     # NaN counts as a difference: it compares false with everything.
@@ -32,14 +42,11 @@ def same_version_fault(settings: TrainerSettings, batch: PackedBatch, current: T
         return ""
     at = int(difference.nan_to_num(nan=float("inf")).argmax())
     return (
-        f"trainer and sampler disagree about version {version_in}: "
-        f"rollout {batch.rollout_ids[int(batch.sequences[at])]}, "
+        f"{MISMATCH}:rollout {batch.rollout_ids[int(batch.sequences[at])]}, "
         f"position {int(batch.position_ids[batch.predicting[at]]) + 1}, "
         f"token {int(batch.targets[at])}: log p is {current[at].item():.6f} here, "
         f"{batch.behaviour_logprobs[at].item():.6f} as recorded; {int(wrong.sum())} of {len(wrong)} tokens differ "
-        f"by more than trainer.max_logprob_difference = {bound:g}. Nothing was "
-        "published. Usual causes: a temperature or top_p other than 1, a stale prefix cache after a swap, weights "
-        "not as announced; or a sampler of another precision than trainer.dtype, then raise the bound"
+        f"by more than trainer.max_logprob_difference = {bound:g}"
     )
 
 

@@ -31,7 +31,7 @@ from fulgurite.schemas.checksum import weights_sha256
 from fulgurite.schemas.errors import FulguriteError, LogprobMismatch
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.allocator import give_back_blocks_of
-from fulgurite.streams.learners.comparison import ComparisonWatch, same_version_fault
+from fulgurite.streams.learners.comparison import MISMATCH, USUAL_CAUSES, ComparisonWatch, same_version_fault
 from fulgurite.streams.learners.engine import (
     AdamW,
     Engine,
@@ -74,6 +74,17 @@ _NOTHING: Final = Sample("", [0, 0], [0, 1], [0.0, 0.0], [-1, -1], 0.0)
 class BadStep(FulguriteError):
     """Loss or gradient is no number, or past a bound of the settings: nothing was published, the run stops with the
     evidence in the message (trainer.on_bad_step = stop)."""
+
+
+def too_many_bad_steps(version: int, steps: int, fault: str) -> FulguriteError:
+    """What ends a run that had so many in a row, the last one for this fault (trainer.on_bad_step = skip)."""
+    evidence = (
+        f"version {version}: {steps} steps in a row changed nothing, the last one for {fault.replace(':', ' ', 1)}; "
+        "the ledger has the reasons of those before"
+    )
+    if fault.startswith(MISMATCH):
+        return LogprobMismatch(f"{evidence}; {USUAL_CAUSES}")
+    return BadStep(f"{evidence}; lower trainer.learning_rate, or widen the bound, or set trainer.max_bad_steps")
 
 
 class Learner:
@@ -156,8 +167,6 @@ class Learner:
         found, metrics, fault = self._backward(samples, version_in, totals, None)
         rate = learning_rate(self._settings, self._updates)
         norm = self.engine.update(rate, self._settings.grad_norm_limit or math.inf)
-        if found.mismatches:
-            raise LogprobMismatch(found.mismatches[0])
         self._compared(samples, metrics)
         known = math.nan if fault else norm
         fault = fault or norm_fault(self._settings, norm)
@@ -170,11 +179,9 @@ class Learner:
     def _several_updates(self, samples: list[Sample], version_in: int, updates: list[list[int]]) -> StepResult:
         totals = window_totals(sum(sample.loss_mask) for sample in samples)
         before = self._look(samples, version_in, totals)
-        if before.mismatches:
-            raise LogprobMismatch(before.mismatches[0])
         metrics = step_metrics(before.seen)
         self._compared(samples, metrics)
-        fault = window_fault(self._settings, before.loss, metrics)
+        fault = before.mismatch or window_fault(self._settings, before.loss, metrics)
         if fault:
             self._refuse(fault, before.loss, math.nan, samples, version_in)
             everything = left_out(samples, [(range(len(samples)), fault)])
@@ -226,12 +233,14 @@ class Learner:
         return after, penalty_metrics(trained, by_token[: len(trained)], after, self._settings.kl_coefficient)
 
     def _refuse(self, fault: str, loss: float, norm: float, samples: list[Sample], version_in: int) -> None:
-        """Says what was wrong with an update, and raises BadStep or returns, as the settings say."""
+        """Says what was wrong with an update; raises LogprobMismatch or BadStep, or returns, as the settings say."""
         rollouts = sorted({sample.rollout_id for sample in samples})
         evidence = (
             f"version {version_in}: {fault.replace(':', ' ', 1)}; loss {loss:g}, gradient norm {norm:g} of "
             f"{len(samples)} sequences, rollouts {', '.join(rollouts[:8])}{', …' if len(rollouts) > 8 else ''}"
         )
+        if self._settings.on_bad_step == "stop" and fault.startswith(MISMATCH):
+            raise LogprobMismatch(f"{evidence}: trainer and sampler disagree; nothing was published; {USUAL_CAUSES}")
         if self._settings.on_bad_step == "stop":
             raise BadStep(
                 f"{evidence}: nothing was published; lower trainer.learning_rate, look at these rollouts' logprobs, or "
@@ -265,7 +274,8 @@ class Learner:
             found = Pass.of(self.engine.gather(mine))
             metrics = step_metrics(found.seen)
             fault = loss_fault(found.loss) if proximal else window_fault(self._settings, found.loss, metrics)
-            self.engine.backward(part * math.nan if found.mismatches or fault else part, last=True)
+            fault = found.mismatch or fault
+            self.engine.backward(part * math.nan if fault else part, last=True)
             return found, metrics | {"timing_s/pack": pack_seconds}, fault
         raise AssertionError("a window has samples, and so every rank a micro-batch")
 

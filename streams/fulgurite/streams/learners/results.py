@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
-from fulgurite.streams.learners.metrics import Seen
+from fulgurite.streams.learners.comparison import MISMATCH
+from fulgurite.streams.learners.metrics import SAME_VERSION_TOKENS, Seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,6 +26,16 @@ class StepResult:
     """Rollouts that no update was made of, and why: all of the window where nothing was changed, or those whose every
     update was refused."""
 
+    @property
+    def is_mismatched(self) -> bool:
+        """Whether it was skipped as trainer and sampler disagree."""
+        return self.skipped.startswith(MISMATCH)
+
+    @property
+    def is_compared(self) -> bool:
+        """Whether it has tokens that tell if they do."""
+        return self.metrics.get(SAME_VERSION_TOKENS, 0.0) > 0.0
+
 
 @dataclass(slots=True)
 class Pass:
@@ -32,22 +43,22 @@ class Pass:
 
     loss: float = 0.0
     seen: list[Seen] = field(default_factory=list[Seen])
-    mismatches: list[str] = field(default_factory=list[str])
-    """How trainer and sampler disagree, where they do."""
+    mismatch: str = ""
+    """How trainer and sampler disagree, by the first part in which they do; empty where they do not."""
     logprobs: dict[int, Tensor] = field(default_factory=dict[int, Tensor])
     """By sample, of its sampled tokens; of a look alone."""
 
     def add(self, part: Tensor, seen: Seen, mismatch: str) -> None:
         self.loss += part.item()
         self.seen.append(seen)
-        self.mismatches += [mismatch] if mismatch else []
+        self.mismatch = self.mismatch or mismatch
 
     @staticmethod
     def of(parts: list[Pass]) -> Pass:
         return Pass(
             sum(part.loss for part in parts),  # fsum refuses inf - inf, which is a fault like others
             [seen for part in parts for seen in part.seen],
-            [mismatch for part in parts for mismatch in part.mismatches],
+            next((part.mismatch for part in parts if part.mismatch), ""),
             {number: tensor for part in parts for number, tensor in part.logprobs.items()},
         )
 

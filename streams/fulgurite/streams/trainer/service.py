@@ -200,6 +200,7 @@ class Trainer:
         self._intake = intake
         self._supply = supply
         self._bad_steps = 0
+        self._is_mismatched = False
         self._progress = Progress(plan.trainer.steps, run.step, metrics)
 
     async def train(self) -> None:
@@ -240,18 +241,18 @@ class Trainer:
         return True
 
     def _count_bad_step(self, result: StepResult | None) -> None:
-        """Raises BadStep at one too many in a row: what is wrong then is not a window. A restart counts anew."""
+        """Raises BadStep, or LogprobMismatch where the last one was one, at one too many in a row: what is wrong then
+        is not a window. A restart counts anew."""
         if result is None:
             return  # a window without a signal says nothing of what is wrong
+        if self._is_mismatched and not result.skipped and not result.is_compared:
+            return  # nor does one whose tokens are all of older versions tell whether the sampler still disagrees
+        self._is_mismatched = result.is_mismatched
         self._bad_steps = self._bad_steps + 1 if result.skipped else 0
         if self._bad_steps >= self._plan.trainer.max_bad_steps:
-            from fulgurite.streams.learners.learner import BadStep  # not at the top: it brings torch
+            from fulgurite.streams.learners.learner import too_many_bad_steps  # not at the top: it brings torch
 
-            raise BadStep(
-                f"version {self._run.version}: {self._bad_steps} steps in a row changed nothing, the last one for "
-                f"{result.skipped.replace(':', ' ', 1)}; the ledger has the reasons of those before; lower "
-                "trainer.learning_rate, or widen the bound, or set trainer.max_bad_steps"
-            )
+            raise too_many_bad_steps(self._run.version, self._bad_steps, result.skipped)
 
     async def fill(self) -> Window | None:
         """1. Waits for a window for the current version; None where there will be none any more."""
