@@ -50,6 +50,8 @@ _SCALE = re.compile(
 """Between a number and what it is measured by: **8**/10, 8 points out of a possible 10, $\\boxed{8}/10$."""
 _UP_TO = re.compile(r"\s*(?:-|–|to)\s*", re.IGNORECASE)
 """Between the ends of a scale."""
+_HYPHENATED = re.compile(r"[\w)\]}%]")
+"""What a hyphen follows: 1-10, \\boxed{7}-8, GPT-4."""
 _WORD = re.compile(r"(?<![\w\\}^$])\{([A-Za-z_]\w*)\}")
 
 
@@ -114,7 +116,7 @@ class Judge:
 
 def number_in(pattern: Expression, answer: str) -> float:
     """The last match as a number: models reason first. Of 8/10, and of 8 out of 10, the 8. Raises NoAnswer."""
-    found = without_scale(list(pattern.finditer(answer)), answer)
+    found = without_scale([unhyphened(one, answer) for one in pattern.finditer(answer)], answer)
     try:
         # An expression such as "score: [0-9]+" has the number at its end.
         value = float(re.split(r"[^0-9.eE+-]", found[-1].text.strip())[-1]) if found else math.nan
@@ -127,6 +129,13 @@ def number_in(pattern: Expression, answer: str) -> float:
     return value
 
 
+def unhyphened(found: Found, answer: str) -> Found:
+    """Without a minus that stands directly behind a number or a word: a hyphen, as in 1-10."""
+    if found.text.startswith("-") and _HYPHENATED.fullmatch(answer[found.start - 1 : found.start]):
+        return Found(found.start + 1, found.end, found.text[1:])
+    return found
+
+
 def without_scale(found: list[Found], answer: str) -> list[Found]:
     """Without the numbers at the end that say what the one before them is measured by: 10 of 8/10; 80 of 8/10 (80%)."""
     between = [answer[one.end : other.start] for one, other in pairwise(found)]
@@ -135,9 +144,10 @@ def without_scale(found: list[Found], answer: str) -> list[Found]:
         last -= 1
     if last > 1 and _UP_TO.fullmatch(between[last - 1]) and _SCALE.fullmatch(between[last - 2]):
         last -= 1
-    if last > 0 and _SCALE.fullmatch(between[last - 1]):
-        return found[:last]
-    return found
+    measured = last
+    while measured > 0 and _SCALE.fullmatch(between[measured - 1]):
+        measured -= 1
+    return found[: measured + 1] if measured < last else found
 
 
 def template_fault(template: str) -> str:
