@@ -208,6 +208,40 @@ async def test_budgets_hold_and_a_lost_rollout_costs_no_candidate(
     assert "4 calls of the critic" in last.reason
 
 
+async def stopped_at(step: str, settings: Settings) -> None:
+    def hook(reached: str) -> None:
+        if reached == step:
+            raise Killed
+
+    with pytest.raises(Killed):
+        async with asyncio.timeout(30):
+            await serve(settings, asyncio.Event(), hook)
+
+
+@pytest.mark.parametrize(("stop", "rounds"), [("scored", 1), ("proposed", 2)])
+async def test_a_smaller_budget_ends_a_search_that_goes_on(
+    kafka_settings: KafkaSettings, tmp_path: Path, stop: str, rounds: int
+) -> None:
+    async with model_server(critic) as server, agents(kafka_settings):
+        await stopped_at(stop, settings_for(kafka_settings, server, tmp_path))
+        async with asyncio.timeout(60):
+            await serve(settings_for(kafka_settings, server, tmp_path, max_critic_calls=1), asyncio.Event())
+        assert len(server.questions) == 2 * (rounds - 1)
+    events = await training_events(kafka_settings, RUN)
+    assert [type(event) for event in events] == [RunStarted, *[TrainingStep] * rounds, RunFinished]
+
+
+@pytest.mark.parametrize(("name", "value"), [("val_batch", 4), ("agent", "other"), ("tasks", f"{__name__}:critic")])
+async def test_what_would_make_candidates_incomparable_is_refused(
+    kafka_settings: KafkaSettings, tmp_path: Path, name: str, value: Any
+) -> None:
+    async with model_server(critic) as server, agents(kafka_settings):
+        await stopped_at("scored", settings_for(kafka_settings, server, tmp_path))
+        changed = settings_for(kafka_settings, server, tmp_path, **{name: value})
+        with pytest.raises(SettingsError, match=rf"prompt\.{name} = {value}, but search {RUN} began with "):
+            await serve(changed, asyncio.Event())
+
+
 async def test_another_writer_ends_the_search(kafka_settings: KafkaSettings, tmp_path: Path) -> None:
     async with model_server(critic) as server, agents(kafka_settings):
         settings = settings_for(kafka_settings, server, tmp_path)

@@ -28,6 +28,10 @@ EXAMPLES_PER_SHOWN = 2
 """Rollouts remembered of a candidate, for each that the critic is shown: its edits see different ones."""
 
 
+KEPT = ("resource", "tasks", "agent", "val_batch")
+"""Settings that stay as a search began with: with others its candidates could not be compared."""
+
+
 class Example(BaseModel):
     """A rollout, for the critic."""
 
@@ -68,6 +72,10 @@ class Search(BaseModel):
 
     run_id: str
     resource: str
+    tasks: str | None = None
+    """Of the settings it began with, as the two below; None where it was remembered without."""
+    agent: str | None = None
+    val_batch: int | None = None
     phase: Literal["evaluate", "propose", "over"] = "evaluate"
     round: int = 0
     candidates: list[Candidate] = Field(default_factory=list[Candidate])
@@ -83,6 +91,14 @@ class Search(BaseModel):
     """Reward of any rollout so far."""
     spans_from: dict[int, int] = Field(default_factory=dict[int, int])
     """By partition: before it lies no span of the candidates being tried."""
+
+    def change(self, settings: PromptSettings) -> str:
+        """Which of the settings is another one than the search began with; empty where none is."""
+        for name in KEPT:
+            began, now = getattr(self, name), getattr(settings, name)
+            if began not in (None, now):
+                return f"prompt.{name} = {now}, but search {self.run_id} began with {began}"
+        return ""
 
     def waiting(self) -> list[Candidate]:
         """Candidates being tried."""
@@ -119,8 +135,12 @@ class Search(BaseModel):
                 Candidate(number=number, text=text, version=version, round=self.round, parent=parent.number), settings
             )
         if self.next_parent(settings) is None:
-            self.phase = "evaluate" if self.waiting() else "over"
+            self.end_proposing()
         return made
+
+    def end_proposing(self) -> None:
+        """This round has no more edits: what there is is tried."""
+        self.phase = "evaluate" if self.waiting() else "over"
 
     def fault(self, text: str, settings: PromptSettings) -> str:
         """Why an edit is thrown away; empty where it is not."""

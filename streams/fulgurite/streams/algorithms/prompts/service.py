@@ -14,6 +14,7 @@ The contract. All that the search knows is one record of `algorithm_state` (sear
    search is from now on), its rollouts, `run_started`, and the offsets from which rewards are read.
    Crash before the commit: as if it had never begun.
 3. propose: the critic is asked for one edit.  Crash: it is asked again; these calls are on its bill, not in the budget.
+   Where settings leave none (budgets made smaller at a restart), 4 has the state alone, and the round goes on.
 4. One transaction with the state, the candidate, its rollouts.  Crash before: as 3. After: the next edit's turn comes.
 5. evaluate: rewards are read until all are there.  Crash: they are read again, from the committed offsets.
 6. One transaction with the state (scores, beam, next round), the step on `training`, the better version if there is
@@ -49,7 +50,7 @@ from fulgurite.streams.algorithms.memory import Unreadable, remembered
 from fulgurite.streams.algorithms.prompts.critic import Critic
 from fulgurite.streams.algorithms.prompts.publishing import ALGORITHM, Publishing
 from fulgurite.streams.algorithms.prompts.reading import results_of, span_ends, spans_of
-from fulgurite.streams.algorithms.prompts.search import EXAMPLES_PER_SHOWN, Candidate, Example, Search, as_reward
+from fulgurite.streams.algorithms.prompts.search import EXAMPLES_PER_SHOWN, KEPT, Candidate, Example, Search, as_reward
 from fulgurite.streams.algorithms.transcript import shortened, texts_of
 from fulgurite.streams.trainer.log import committed_run
 from fulgurite.streams.trainer.ownership import Ownership
@@ -167,9 +168,10 @@ class Optimiser:
         if found is None:
             return None
         search = self._read(found)
-        if search.resource != self._prompt.resource:
+        if change := search.change(self._prompt):
             raise SettingsError(
-                f"prompt.resource = {self._prompt.resource}, but search {search.run_id} is for {search.resource}"
+                f"{change}: candidates are compared on the same tasks. Set it back, or begin another search under a "
+                "new prompt.run_id"
             )
         return search
 
@@ -203,7 +205,8 @@ class Optimiser:
         text = self._seed(newest.content if newest is not None else None)
         version = 1 + await self._ownership.take_over()
         await self._reader.seek_to_end()
-        search = Search(run_id=self._prompt.run_id, resource=self._prompt.resource, version=version)
+        kept = {name: getattr(self._prompt, name) for name in KEPT}
+        search = Search(run_id=self._prompt.run_id, version=version, **kept)
         if fault := search.fault(text, self._prompt):
             raise SettingsError(f"the seed of prompt template {self._prompt.resource} cannot be used: {fault}")
         search.spans_from = await span_ends(self._settings.kafka)
@@ -229,7 +232,11 @@ class Optimiser:
     async def _propose(self, search: Search) -> None:
         """3. and 4., for one edit."""
         found = search.next_parent(self._prompt)
-        assert found is not None, "the phase is propose only where there is an edit to ask for"
+        if found is None:  # a budget is smaller than when the round began
+            search.end_proposing()
+            records = [self._publishing.finished(search)] if search.phase == "over" else []
+            await self._publishing.commit(search, records)
+            return
         parent, branch = found
         text = await self._critic.edit(parent, branch, search.round)  # 3.
         self._hook("asked")
