@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import itertools
 import re
 from collections.abc import AsyncGenerator, Callable, Sequence
 from pathlib import Path
@@ -22,7 +23,7 @@ from fulgurite.schemas.resources import ResourceVersion, prompt_version
 from fulgurite.schemas.rollouts import ROLLOUT_EVENT, RolloutQueued
 from fulgurite.schemas.settings import KafkaSettings, PromptSettings, Settings
 from fulgurite.schemas.spans import Span
-from fulgurite.schemas.topics import RESOURCES, ROLLOUTS, SPANS, TRAINING, TRAJECTORIES
+from fulgurite.schemas.topics import ALGORITHM_STATE, RESOURCES, ROLLOUTS, SPANS, TRAINING, TRAJECTORIES
 from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
 from fulgurite.schemas.trajectories import Trajectory
 from fulgurite.streams.algorithms.chat import ChatModel, NoAnswer
@@ -240,6 +241,35 @@ async def test_what_would_make_candidates_incomparable_is_refused(
         changed = settings_for(kafka_settings, server, tmp_path, **{name: value})
         with pytest.raises(SettingsError, match=rf"prompt\.{name} = {value}, but search {RUN} began with "):
             await serve(changed, asyncio.Event())
+
+
+async def test_templates_that_its_record_has_no_room_for_do_not_end_a_search(
+    kafka_settings: KafkaSettings, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it remembers is one record: bounded like others, and of examples the worst ones stay."""
+    small = kafka_settings.model_copy(update={"max_record_bytes": 40_000})
+
+    numbers = itertools.count()
+
+    def wordy(question: str) -> str | int:
+        said = str(critic(question))
+        return said.replace("!\n</template>", f" {next(numbers)} {'é' * 3_000}!\n</template>")
+
+    caplog.set_level("INFO")
+    async with model_server(wordy) as server, agents(kafka_settings):
+        settings = settings_for(small, server, tmp_path, gradient_batch=4)
+        async with asyncio.timeout(60):
+            await serve(settings, asyncio.Event())
+        refused = settings_for(small, server, tmp_path, run_id="long")
+        (tmp_path / "seed.txt").write_text("Answer {question}" + "é" * 15_000)
+        with pytest.raises(SettingsError, match=r"its 30019 bytes have no room .*kafka\.max_record_bytes = 40000"):
+            await serve(refused, asyncio.Event())
+    assert "bytes have no room in the search's record" in caplog.text
+    steps = await steps_of(kafka_settings)
+    assert steps[-1].metrics["prompt/best"] > 0
+    assert isinstance((await training_events(kafka_settings, RUN))[-1], RunFinished)
+    remembered = [len(record.value) for record in await read_topic(kafka_settings, ALGORITHM_STATE) if record.value]
+    assert 20_000 < max(remembered) <= 40_000
 
 
 async def test_another_writer_ends_the_search(kafka_settings: KafkaSettings, tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from fulgurite.producers.prompts import CANDIDATE_OF, pin_of
@@ -22,6 +23,12 @@ from fulgurite.streams.transactions import Outgoing, Transactions
 ALGORITHM = "prompt"
 """Under which searches are remembered."""
 
+EXAMPLES_SHARE = 0.25
+"""Of the record, for what the critic is shown."""
+
+_CANDIDATE_BYTES = 512
+"""Most of a candidate in the record, besides its text and examples."""
+
 
 class Publishing:
     """Every commit returns when it is committed."""
@@ -35,8 +42,19 @@ class Publishing:
         self._reader = reader
         self._commits = Commits(transactions, reader.partitions)
 
+    def room_fault(self, search: Search, text: str) -> str:
+        """Why one more template cannot be remembered; empty where it can. All but EXAMPLES_SHARE of the record is for
+        templates."""
+        known = len(search.model_dump_json(exclude={"candidates": {"__all__": {"examples"}}}).encode())
+        size = len(json.dumps(text, ensure_ascii=False).encode())
+        most = self._settings.kafka.max_record_bytes
+        if known + size + _CANDIDATE_BYTES * (1 + len(search.candidates)) <= most * (1 - EXAMPLES_SHARE):
+            return ""
+        return f"its {size} bytes have no room in the search's record; kafka.max_record_bytes = {most}"
+
     async def commit(self, search: Search, records: list[Outgoing]) -> None:
         """The records, what is to be remembered from now on, and the offsets of what was read."""
+        search.keep_examples(int(self._settings.kafka.max_record_bytes * EXAMPLES_SHARE))
         state = remembering(self._settings.kafka, ALGORITHM, search.run_id, search.model_dump(mode="json"))
         offsets = {tp: self._reader.offsets[tp.partition] for tp in self._reader.partitions}
         await self._commits.commit([*records, state], offsets)

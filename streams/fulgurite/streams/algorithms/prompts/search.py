@@ -197,6 +197,14 @@ class Search(BaseModel):
         self.phase = "propose" if going_on else "over"
         return self._better(ranked)
 
+    def keep_examples(self, max_bytes: int) -> None:
+        """As many as there is room for: whose take the most loses the best of them, again and again."""
+        sizes = {one.number: [len(e.model_dump_json().encode()) for e in one.examples] for one in self.candidates}
+        while sum(map(sum, sizes.values())) > max_bytes:
+            most = max(sizes, key=lambda number: sum(sizes[number]))
+            sizes[most].pop()
+            self.candidates[most].examples.pop()
+
     def ranked(self) -> list[Candidate]:
         """The best first; of equals the one that was tried first."""
         tried = [candidate for candidate in self.candidates if candidate.score is not None]

@@ -207,7 +207,7 @@ class Optimiser:
         await self._reader.seek_to_end()
         kept = {name: getattr(self._prompt, name) for name in KEPT}
         search = Search(run_id=self._prompt.run_id, version=version, **kept)
-        if fault := search.fault(text, self._prompt):
+        if fault := search.fault(text, self._prompt) or self._publishing.room_fault(search, text):
             raise SettingsError(f"the seed of prompt template {self._prompt.resource} cannot be used: {fault}")
         search.spans_from = await span_ends(self._settings.kafka)
         seed = search.first(text, _clock(), self._prompt)
@@ -240,9 +240,11 @@ class Optimiser:
         parent, branch = found
         text = await self._critic.edit(parent, branch, search.round)  # 3.
         self._hook("asked")
-        fault = search.fault(text, self._prompt) if text is not None else ""
-        if fault:
+        if text is not None and (
+            fault := search.fault(text, self._prompt) or self._publishing.room_fault(search, text)
+        ):
             logger.info("an edit of candidate %d is thrown away: %s", parent.number, fault)
+            text = None
         candidate = search.proposed(parent, text, _clock(), self._prompt)
         records = self._publishing.candidate(search, candidate) if candidate is not None else []
         records += [self._publishing.finished(search)] if search.phase == "over" else []
