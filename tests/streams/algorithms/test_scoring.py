@@ -159,6 +159,29 @@ async def test_rules_alone_can_be_what_is_trained_on() -> None:
     assert (found.reward, found.partial) == (None, "no_reward"), "the agent's own is a part of the sum"
 
 
+@pytest.mark.parametrize(
+    ("aggregator", "expected"),
+    [
+        ({}, 7.0),
+        ({"agent_weight": 0.5, "high": 2.0}, 2.0),
+        ({"agent_weight": 0.0}, None),
+        ({"sources": [{"name": "x", "function": f"{__name__}:huge"}]}, None),
+        ({"sources": [{"name": "x", "function": f"{__name__}:huge", "required": False}]}, 7.0),
+        ({"sources": [{"name": "x", "function": f"{__name__}:huge", "agent": "other"}]}, 7.0),
+        ({"agent_weight": 1e9}, None),
+    ],
+)
+@pytest.mark.parametrize("changes", [{"status": "failed"}, {"partial": "expired"}])
+async def test_what_is_not_scored_has_no_reward_on_another_scale(
+    changes: dict[str, str], aggregator: dict[str, Any], expected: float | None
+) -> None:
+    """trainer.incomplete = fill compares it with the sums of others."""
+    given = attempt(TrajectoryReward(reward_id="own", name="reward", value=7.0)).model_copy(update=changes)
+    found, rewards = await scored(given, aggregator=aggregator, compliance={"rules": [RULE]})
+    assert (found.reward, found.partial, rewards) == (expected, given.partial, [])
+    assert [(each.name, each.value) for each in found.rewards] == [("reward", 7.0)], "as the agent gave it"
+
+
 @pytest.mark.parametrize("compliance", [{}, {"weight": 0.0, "rules": [RULE]}])
 async def test_a_sum_of_nothing_is_refused(compliance: dict[str, Any]) -> None:
     own = TrajectoryReward(reward_id="own", name="reward", value=1.0)

@@ -159,6 +159,16 @@ def rewarded(
     return attempt.trajectory().model_copy(update=changes)
 
 
+def passed_on(attempt: FinishedAttempt, settings: AggregatorSettings) -> Trajectory:
+    """The trajectory of an attempt that no source was asked about. Its reward is the agent's own by its weight, to be
+    compared with others' sums; none where that does not count, or where a part is required that is not there."""
+    added = total(settings, attempt.reward, [], None)
+    required = any(source.required and source.agent in ("", attempt.agent) for source in settings.sources)
+    if required or added is None or total_fault(settings, attempt.reward, added):
+        return attempt.trajectory().model_copy(update={"reward": None})
+    return attempt.trajectory().model_copy(update={"reward": added[0]})
+
+
 def unscored(attempt: FinishedAttempt) -> Trajectory:
     """Where nothing more can be published of it: without all that its records were, so that its group waits no more."""
     return rewarded(attempt, [], None, failed=True).without_records()

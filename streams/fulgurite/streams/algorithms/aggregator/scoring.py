@@ -2,8 +2,9 @@
 
 Promises: whatever a source does, an attempt becomes exactly one trajectory. With all required parts it has the sum as
 its reward; without one it has none, says `reward_failed`, and InputRefused carries it together with the dead letter's
-reason. An attempt that did not succeed, or of which the assembler says that records are missing, is passed on as it
-is: nothing could be said of it. And whatever else is in an attempt that cannot be scored, it is `reward_failed`, too.
+reason. An attempt that did not succeed, or of which the assembler says that records are missing, is passed on, as
+nothing could be said of it: the agent's own reward is all that it may have. And whatever else is in an attempt that
+cannot be scored, it is `reward_failed`, too.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ from fulgurite.streams.algorithms.aggregator.combine import (
     Part,
     fault_of,
     part_reward,
+    passed_on,
     rewarded,
     shares,
     sum_reward,
@@ -103,7 +105,7 @@ class Scoring:
 
     async def _scored(self, attempt: FinishedAttempt) -> list[BaseModel]:
         if attempt.status != "succeeded" or INCOMPLETE & set(attempt.partial.split(",")):
-            return [attempt.trajectory()]
+            return [passed_on(attempt, self._settings)]
         wanted = [(source, scorer) for source, scorer in self._scorers if source.agent in ("", attempt.agent)]
         results = await asyncio.gather(*(_outcome(scorer, attempt) for _, scorer in wanted))
         parts = [result for result in results if isinstance(result, Part)]
