@@ -22,6 +22,8 @@ RESERVED_SOURCES = frozenset({"reward", "agent", "compliance"})
 SourceName = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]{0,63}$")]
 Concurrency = Annotated[int, Field(ge=1, le=1_024)]
 Tries = Annotated[int, Field(ge=1, le=100)]
+Temperature = Annotated[float, Field(ge=0, le=2)] | Literal["default"]
+"""default: the model's own, the field is not sent at all; reasoning models of some providers refuse any value."""
 
 
 class AlgorithmSettings(Section):
@@ -55,6 +57,8 @@ class RewardSource(Section):
     """The judge's `model`."""
     api_key: SecretStr = SecretStr("")
     """The judge's."""
+    temperature: Temperature = 0.0
+    """The judge's. default: it is not sent, for models that refuse any (o3, gpt-5)."""
     template: Path | None = None
     """File with what the judge is asked: text with {input}, {output} or {transcript}, and {agent} and {status}."""
     answer: str = r"-?[0-9]+(?:\.[0-9]+)?"
@@ -266,6 +270,9 @@ class PromptSettings(Section):
     """Its `model`. Required."""
     critic_api_key: SecretStr = SecretStr("")
     """Its key."""
+    critic_temperature: Temperature = 1.0
+    """Its temperature: not 0, as several edits of one template shall differ. default: it is not sent, for models that
+    refuse any."""
     critic_timeout_seconds: Seconds = 120.0
     """Longest one answer may take, from the connection to its last byte."""
     gradient_template: Path | None = None

@@ -170,6 +170,19 @@ async def test_what_fails_is_a_dead_letter_and_never_a_zero(kafka_settings: Kafk
     assert sum("of vague" in question for question in server.questions) == 2, "tried as often as the settings say"
 
 
+async def test_a_judge_that_takes_no_temperature_is_asked_without(
+    kafka_settings: KafkaSettings, tmp_path: Path
+) -> None:
+    async with model_server(lambda question: "4") as server:
+        bare = judge(server.url, tmp_path, name="bare", temperature="default")
+        warm = judge(server.url, tmp_path, name="warm", temperature=0.5)
+        async with aggregating(with_sources(kafka_settings, bare, warm, judge(server.url, tmp_path))):
+            await send(kafka_settings, topics.ATTEMPTS, attempt("r"))
+            found = await trajectories(kafka_settings, 1)
+    assert found["r"].reward == 13.0
+    assert sorted(str(body.get("temperature", "none")) for body in server.bodies) == ["0.0", "0.5", "none"]
+
+
 async def test_a_judge_that_is_away_is_waited_for(kafka_settings: KafkaSettings, tmp_path: Path) -> None:
     replies: list[str | int] = [503, 429, "4"]
     async with (

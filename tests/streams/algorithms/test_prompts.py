@@ -196,11 +196,13 @@ async def test_budgets_hold_and_a_lost_rollout_costs_no_candidate(
         agents(kafka_settings, lambda rollout_id: rollout_id == f"{RUN}-c0-t1") as done,
     ):
         settings = settings_for(
-            kafka_settings, server, tmp_path, max_rollouts=6, max_critic_calls=4, candidate_deadline_seconds=2
-        )
+            kafka_settings, server, tmp_path, max_rollouts=6, max_critic_calls=4, candidate_deadline_seconds=2,
+            critic_temperature="default",
+        )  # fmt: skip
         async with asyncio.timeout(60):
             await serve(settings, asyncio.Event())
     assert len(server.questions) <= 4
+    assert not any("temperature" in body for body in server.bodies)
     assert len(done) <= 6
     first, *_ = await steps_of(kafka_settings)
     assert first.metrics["prompt/out"] == 0

@@ -11,11 +11,13 @@ from __future__ import annotations
 import asyncio
 import logging
 from dataclasses import dataclass
+from typing import Any
 
 import httpx
 from pydantic import SecretStr
 
 from fulgurite.producers.backoff import Backoff
+from fulgurite.schemas.algorithm_settings import Temperature
 
 logger = logging.getLogger(__name__)
 
@@ -38,14 +40,12 @@ class ChatModel:
     api_key: SecretStr
     timeout_seconds: float
 
-    async def ask(self, question: str, temperature: float) -> str:
+    async def ask(self, question: str, temperature: Temperature) -> str:
         """Raises NoAnswer."""
         url = f"{self.url.rstrip('/')}/chat/completions"
-        body = {
-            "model": self.model,
-            "messages": [{"role": "user", "content": question}],
-            "temperature": temperature,
-        }
+        body: dict[str, Any] = {"model": self.model, "messages": [{"role": "user", "content": question}]}
+        if temperature != "default":
+            body["temperature"] = temperature
         key = self.api_key.get_secret_value()
         headers = {"authorization": f"Bearer {key}"} if key else {}
         backoff = Backoff(logger)

@@ -2,8 +2,8 @@
 
 Promises: the same question is asked once, as long as its verdict is kept; a judge that is away (no connection, 429,
 502, 503, 504) is waited for, for ever, visibly; any other failure (another status, no answer in time, an answer without
-a number) is tried aggregator.tries times and is then a PartFailed. At temperature 0, so that asking again says the same
-where the server can. Does not know what the number is good for.
+a number) is tried aggregator.tries times and is then a PartFailed. At temperature 0, if its source says no other, so
+that asking again says the same where the server can. Does not know what the number is good for.
 
 The question is the source's template with these in place of their names:
     {input}        what the agent was given: the input of its root span, or of its first call
@@ -89,7 +89,8 @@ class Judge:
     async def score(self, attempt: FinishedAttempt) -> Part:
         """Raises PartFailed."""
         question = question_of(self._template, attempt, self._settings.max_transcript_chars)
-        identity = json.dumps([self._source.url, self._source.model, question])
+        asked = [self._source.url, self._source.model, question]
+        identity = json.dumps(asked if self._source.temperature == 0 else [*asked, self._source.temperature])
         turn = self._turns.setdefault(identity, asyncio.Lock())
         async with turn:  # the same question asked meanwhile waits for this one's verdict
             return await self._verdict(question, identity)
@@ -102,7 +103,7 @@ class Judge:
             try:
                 if answer is None:
                     async with self._room:
-                        answer = await self._model.ask(question, temperature=0)
+                        answer = await self._model.ask(question, self._source.temperature)
                 value = number_in(self._number, answer)
             except NoAnswer as error:
                 problem = str(error)

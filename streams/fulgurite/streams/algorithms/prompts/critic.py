@@ -19,9 +19,6 @@ from fulgurite.streams.algorithms.prompts.search import Candidate, Example
 
 logger = logging.getLogger(__name__)
 
-TEMPERATURE = 1.0
-"""Several edits of one template shall differ."""
-
 GRADIENT = """You review the prompt template of an agent. Values are put into the places in braces.
 
 <template>
@@ -82,7 +79,8 @@ class Critic:
         return found
 
     async def _ask(self, question: str, values: Mapping[str, str]) -> str:
-        return await self._model.ask(_PLACE.sub(lambda place: values.get(place[1], ""), question), TEMPERATURE)
+        filled_in = _PLACE.sub(lambda place: values.get(place[1], ""), question)
+        return await self._model.ask(filled_in, self._settings.critic_temperature)
 
 
 def chosen(examples: Sequence[Example], settings: PromptSettings, seed: str) -> list[Example]:
