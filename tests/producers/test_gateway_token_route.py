@@ -55,15 +55,21 @@ def derendered(message: dict[str, Any], tokens: int) -> dict[str, Any]:
     return {"choices": [{"index": 0, "message": {"role": "assistant"} | message, "logprobs": {"content": content}}]}
 
 
-def test_a_longer_prompt_takes_its_room_from_what_the_agent_left_open():
-    prompt = [3, 4, 5, 6, 7]
+@pytest.mark.parametrize("prompt", [[3, 4, 5], [3, 4, 5, 6, 7], [3], [3] * 200])
+def test_an_answer_may_be_as_long_as_the_chat_routes_whatever_the_prompt(prompt: list[int]):
+    """97 may be what is left of the context, which ends an answer anyway, or the server's cap."""
     asked = generate_request(BODY, RENDERED, prompt)
     assert asked["token_ids"] == prompt
-    assert asked["sampling_params"]["max_tokens"] == 95
+    assert asked["sampling_params"]["max_tokens"] == 97
     assert asked["output_mode"] == "text"
     assert generate_request(BODY | {"max_tokens": 97}, RENDERED, prompt)["sampling_params"]["max_tokens"] == 97
-    assert generate_request(BODY, RENDERED, [3] * 200)["sampling_params"]["max_tokens"] == 1
-    assert RENDERED["sampling_params"]["max_tokens"] == 97
+
+
+@pytest.mark.parametrize("body", [BODY | {"max_tokens": 16}, BODY | {"max_completion_tokens": 16}, BODY])
+def test_a_bound_that_vllm_leaves_out_is_its_default(body: dict[str, Any]):
+    rendered = RENDERED | {"sampling_params": {"logprobs": 0}}
+    assert generate_request(body, rendered, [3, 4, 5, 6])["sampling_params"]["max_tokens"] == 16
+    assert "max_tokens" not in rendered["sampling_params"]
 
 
 def test_no_seed_reaches_the_engine_and_logprobs_are_always_asked_for():

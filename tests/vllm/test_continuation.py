@@ -157,6 +157,8 @@ async def test_every_prompt_begins_with_what_was_sampled_before(world: World, or
         {"tools": [TOOL], "tool_choice": "required", "max_tokens": 300},
         {"tools": [TOOL], "stop": ["e"], "max_tokens": 500},
         {"max_tokens": 1_500},
+        {"max_tokens": 16, "ignore_eos": True},  # vLLM's own default, which rendering leaves out
+        {"max_tokens": None, "min_tokens": 20},
         {"tools": [TOOL], "max_tokens": 1_500},
     ],
 )

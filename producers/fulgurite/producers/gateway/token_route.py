@@ -16,7 +16,7 @@ Where this differs from the routes it uses (vLLM 0.32):
 - It leaves finish_reason "stop" beside tool calls, and refuses a response of no tokens.
 - It gives all calls where parallel ones are switched off: the chat route gives the first.
 - It tells a parser the prompt, which may have opened the reasoning, from the response alone.
-- Rendering counts max_tokens from the prompt as it was rendered.
+- Rendering leaves out what is SamplingParams' own default, also a max_tokens of 16, which generation takes for none.
 """
 
 from __future__ import annotations
@@ -27,6 +27,9 @@ RENDER: Final = "/v1/chat/completions/render"
 GENERATE: Final = "/inference/v1/generate"
 DERENDER: Final = "/v1/chat/completions/derender"
 DETOKENIZE: Final = "/detokenize"
+
+DEFAULT_MAX_TOKENS: Final = 16
+"""Of vLLM's SamplingParams: RENDER means it where it says none."""
 
 _HONOURED: Final = """
 model messages documents chat_template chat_template_kwargs add_special_tokens media_io_kwargs mm_processor_kwargs
@@ -84,9 +87,9 @@ def generate_request(body: dict[str, Any], rendered: dict[str, Any], prompt: lis
     """For GENERATE: what was rendered of the agent's body, on the prompt's own tokens."""
     sampling = dict(rendered["sampling_params"])
     sampling.pop("seed", None)
-    if body.get("max_tokens") is None and body.get("max_completion_tokens") is None:
-        room = sampling["max_tokens"] + len(rendered["token_ids"]) - len(prompt)
-        sampling["max_tokens"] = max(1, room)
+    # As many as the chat route would give: it may be the server's own cap, and the end of the context ends an answer
+    # anyway. Always said: without it vLLM refuses min_tokens above its default, and older ones stop there.
+    sampling.setdefault("max_tokens", DEFAULT_MAX_TOKENS)
     if sampling.get("logprobs") is None:
         sampling["logprobs"] = 0
     mode = "text" if is_plain(body, rendered) else "tokens"
