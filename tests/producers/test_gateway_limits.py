@@ -5,20 +5,25 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections.abc import Callable
 from typing import Any
 
 import aiohttp
 import openai
 import pytest
 from prometheus_client import generate_latest
+from starlette.requests import Request
+from starlette.responses import Response
 
 from fulgurite.producers.gateway.app import Gateway
 from fulgurite.producers.gateway.keys import new_key
 from fulgurite.producers.gateway.pool import Pool
+from fulgurite.producers.gateway.token_route import DERENDER, GENERATE
 from fulgurite.schemas.settings import ApiKeySettings, BackendSettings, GatewaySettings
 from tests.producers.fake_backend import FakeBackend, never
 from tests.producers.fake_policy_server import FakePolicyServer, until
 from tests.producers.gateway_support import MESSAGES, FakePublisher, ask, client, gateway, serving, well
+from tests.producers.test_gateway_hostile import TOOLS, TokenServer, post
 
 
 async def test_without_the_key_nobody_asks_and_with_it_the_token_carries_ids_too(caplog: pytest.LogCaptureFixture):
@@ -111,3 +116,46 @@ async def test_a_killed_replica_costs_no_call_and_a_provider_is_traced():
     assert not publisher.dead
     assert (judged.endpoint, judged.resource, judged.status) == (provider.url, "", "ok")
     assert f'fulgurite_gateway_answers_total{{backend="{provider.url}",status="2xx"}} 1.0' in metrics
+
+
+class Generating(TokenServer):
+    """Says what it sampled when the test lets it."""
+
+    sampled: asyncio.Event
+
+    def more_routes(self) -> list[tuple[str, str, Callable[[Request], Any]]]:
+        self.sampled = asyncio.Event()
+        found = super().more_routes()
+        (generate,) = (handler for route, _, handler in found if route == GENERATE)
+
+        async def wait(request: Request) -> Response:
+            await self.sampled.wait()
+            return await generate(request)
+
+        return [(GENERATE, "POST", wait), *(route for route in found if route[0] != GENERATE)]
+
+
+async def test_what_was_sampled_is_put_into_words_before_anybody_in_line_is_asked():
+    """It would be sampled again, where the line is too long."""
+    publisher = FakePublisher()
+    bounds = {"max_concurrent_requests": 1, "max_queued_requests": 1, "queue_seconds": 0.5}
+    async with Generating(label="1") as backend, gateway(publisher, backend.url, **bounds) as url:
+        rollout = {"model": "policy", "messages": MESSAGES, "tools": TOOLS}
+        sampling = asyncio.create_task(post(url, "/v1/chat/completions", rollout))
+        await until(lambda: GENERATE in backend.log)
+        backend.hold = ("/v1/chat/completions", 1)  # takes the seat, and keeps it
+        async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0) as agent:
+            waiting = [
+                asyncio.create_task(agent.chat.completions.create(model="policy", messages=MESSAGES)) for _ in range(2)
+            ]
+            await asyncio.sleep(0.1)
+            backend.sampled.set()
+            await backend.held.wait()
+            assert (await sampling)[0] == 200
+            for task in waiting:
+                task.cancel()
+            found = await asyncio.gather(*waiting, return_exceptions=True)
+    assert DERENDER in backend.log
+    assert sum(isinstance(error, openai.RateLimitError) for error in found) == 1, "the line was full"
+    assert [span.status for span in publisher.spans if span.rollout_id] == ["ok"]
+    assert not publisher.dead

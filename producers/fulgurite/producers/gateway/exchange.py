@@ -39,6 +39,9 @@ class Ask:
     """The agent's, for a provider."""
     newest_adapter: bool = False
     """Whether the model is a resource that is served as adapters: each replica means its newest. The pool says so."""
+    past_bounds: bool = False
+    """Whether it passes the lines and bounds of backends that are well: a small question, without which an answer that
+    was sampled would be lost."""
 
 
 class Exchange(Protocol):

@@ -3,7 +3,9 @@
 A request takes a Seat at one of the backends that would do, and leaves it exactly once. Requests that would do with the
 same backends wait in one line, first come first served; of several lines the one whose head has waited longest goes
 first. Nobody waits while there is room for them: a line is looked at when a seat is left, when a backend's health
-changes, and when a breaker lets the next one through.
+changes, and when a breaker lets the next one through. What a call needs once it is sampled passes lines and bounds
+(`past_bounds`): it is small, and what was sampled would be lost. It holds a seat all the same, so nobody else begins
+before it ends.
 
 Which backend (`choose`): for a pinned request the first that takes it in the pin's own order of all backends
 (rendezvous hashing: a backend that goes or comes moves only the pins that are its own; one that is full sends each of
@@ -132,9 +134,9 @@ def score(pin: str, url: str) -> int:
     return int.from_bytes(blake2b(f"{pin}\n{url}".encode("utf-8", "replace"), digest_size=8).digest())
 
 
-def choose(candidates: Sequence[Capacity], pin: str, now: float) -> Capacity | None:
+def choose(candidates: Sequence[Capacity], pin: str, now: float, *, past_bounds: bool = False) -> Capacity | None:
     """The one to ask, None when none takes a request now."""
-    free = [capacity for capacity in candidates if capacity.takes(now)]
+    free = [capacity for capacity in candidates if (capacity.answers if past_bounds else capacity.takes)(now)]
     if len(free) < 2:
         return free[0] if free else None
     if pin:
@@ -168,9 +170,9 @@ class Places:
         """A request is ours within the block. Raises ApiError(429) when it would have to wait, and too many do."""
         return Admission(self, candidates)
 
-    def admit(self, candidates: tuple[Capacity, ...]) -> None:
+    def admit(self, candidates: tuple[Capacity, ...], *, past_bounds: bool = False) -> None:
         """What `admitted` does at its beginning."""
-        if not self._has_room(candidates):
+        if not past_bounds and not self._has_room(candidates):
             if self.waiting >= self._most_waiting:
                 message = f"{self.waiting} requests wait already (gateway.max_queued_requests)"
                 raise ApiError(429, "too_many_requests", message)
@@ -184,12 +186,12 @@ class Places:
         """The end of a request that was admitted."""
         self._admitted -= 1
 
-    def take_now(self, candidates: Sequence[Capacity], pin: str) -> Seat | None:
+    def take_now(self, candidates: Sequence[Capacity], pin: str, *, past_bounds: bool = False) -> Seat | None:
         """A seat, where there is one without waiting. Passes whoever stands in line: for those who stood there once."""
-        if self.in_flight >= self._most:
+        if self.in_flight >= self._most and not past_bounds:
             return None
         now = self._loop.time()
-        capacity = choose(candidates, pin, now)
+        capacity = choose(candidates, pin, now, past_bounds=past_bounds)
         return self._seated(capacity, now) if capacity else None
 
     async def take(self, candidates: tuple[Capacity, ...], pin: str, busy_until: float, until: float) -> Seat:

@@ -94,7 +94,7 @@ class Pool:
             raise ApiError(404, "not_found", f"no backend is asked for {ask.route[:200]}")
         tries.ask, serving = await self._members.serving(ask)
         tries.candidates = tuple(member.capacity for member in serving)
-        self._places.admit(tries.candidates)
+        self._places.admit(tries.candidates, past_bounds=tries.ask.past_bounds)
         tries.began = self._loop.time()
         try:
             return await self.answered(tries)
@@ -160,7 +160,8 @@ class Pool:
         ask, candidates = tries.ask, tries.candidates
         while True:
             untried = [capacity for capacity in candidates if capacity not in tries.tried]
-            seat = self._places.take_now(untried, ask.pin) if tries.count else None
+            may_pass = tries.count > 0 or ask.past_bounds
+            seat = self._places.take_now(untried, ask.pin, past_bounds=ask.past_bounds) if may_pass else None
             if seat is None:
                 away = f"{tries.away}; {tries.count} tries" if tries.count else "not well"
                 if tries.count:

@@ -126,6 +126,7 @@ def ask_for(call: Call, route: str, body: Mapping[str, Any], deadline: float, wh
         deadline=deadline,
         whole_deadline=whole_deadline,
         headers=call.caller.headers if route == GENERATE else {},
+        past_bounds=route in (DERENDER, DETOKENIZE),
     )
 
 
