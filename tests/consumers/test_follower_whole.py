@@ -3,6 +3,7 @@ what vLLM dies of."""
 
 from __future__ import annotations
 
+import asyncio
 import shutil
 from collections.abc import AsyncGenerator, Callable
 from pathlib import Path
@@ -136,6 +137,52 @@ async def test_a_server_without_anything_whole_stays_paused_until_a_version_can_
         await until(lambda: follower.outcome == [(4, False), (4, True)])
         assert not metrics.not_ready()
     assert "STAYS PAUSED" in caplog.text
+
+
+class Dying(FragileVllm):
+    """Does not outlive the load of some folders, and is started again with a model of its own."""
+
+    deadly = frozenset({"v4"})
+    starts = 0
+
+    async def _collective_rpc(self, request: Request) -> Response:
+        if Path((await request.json())["kwargs"]["weights_path"]).name not in self.deadly:
+            return await super()._collective_rpc(request)
+        self.starts += 1
+        assert self._server
+        for listener in self._server.servers:
+            listener.close()  # at once: nobody asks one that is dead
+        self.starting = asyncio.create_task(self.restart(weights=10))
+        await asyncio.Event().wait()
+        raise AssertionError
+
+
+@pytest.mark.parametrize("rollout_policy", ["rolling", "together"])
+async def test_a_version_that_takes_the_server_down_is_refused_and_the_one_before_serves(
+    session: aiohttp.ClientSession, tmp_path: Path, caplog: pytest.LogCaptureFixture, rollout_policy: str
+):
+    async with Dying() as server:
+        follower = Follower(server, session, make_version(tmp_path, 3), rollout_policy=rollout_policy)
+        async with follower.running():
+            await until(lambda: serves(server, 3))
+            follower.versions.add(make_version(tmp_path, 4))
+            await until(lambda: follower.outcome == [(3, True), (4, False), (3, True)])
+            assert serves(server, 3)
+    assert server.starts == LOAD_TRIES
+    assert "REFUSED policy version 4" in caplog.text
+
+
+async def test_a_load_that_is_never_answered_refuses_the_version_in_the_end(
+    server: FragileVllm, session: aiohttp.ClientSession, tmp_path: Path
+):
+    follower = Follower(server, session, make_version(tmp_path, 3), request_seconds=0.2)
+    async with follower.running():
+        await until(lambda: serves(server, 3))
+        server.before_load = lambda: setattr(server, "hold", ("/collective_rpc", 1))
+        follower.versions.add(make_version(tmp_path, 4))
+        await until(lambda: (4, False) in follower.outcome)
+        server.before_load = None
+        await until(lambda: serves(server, 3))
 
 
 async def test_a_newer_version_ends_the_wait(server: FragileVllm, session: aiohttp.ClientSession, tmp_path: Path):

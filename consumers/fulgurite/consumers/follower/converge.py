@@ -44,11 +44,12 @@ begins with 1 again and finds out by itself:
 A version of kind `lora` has 1, then is loaded beside what is served, looked for among the served models, and reported:
 nothing is paused (`adapters.py`).
 
-An unusable version (files not as announced, refused by the server) is refused loudly, reported with ok=False and not
-tried again while this process lives; what the server has goes on, and if it has nothing, the newest usable version is
-loaded. Everything that may pass is tried for ever, an error of a disk too, unless it is that files are not there. A
-server that restarts is noticed within follower.check_seconds by its label; one that came back with the label it had
-before would not be (servers start without a number, or with none of ours).
+An unusable version is refused loudly, reported with ok=False and not tried again while this process lives; what the
+server has goes on, and if it has nothing, the newest usable version is loaded. Unusable are files not as announced,
+what the server refused, and what failed LOAD_TRIES times, also because the server did not answer or outlive it.
+Everything that may pass is tried for ever, an error of a disk too, unless it is that files are not there. A server that
+restarts is noticed within follower.check_seconds by its label; one that came back with the label it had before would
+not be (servers start without a number, or with none of ours).
 
 One follower acts on a server: two would resume each other's pauses. Which one Kafka says (`owner.py`): 1 begins, a
 server is paused and one left paused is resumed only while the lease runs; without a broker nothing is begun. A load
@@ -77,7 +78,7 @@ from fulgurite.schemas.training import VersionApplied
 logger = logging.getLogger(__name__)
 
 LOAD_TRIES: Final = 3
-"""A server that is there and fails this often to load a version is taken at its word."""
+"""A version whose load fails this often, also by the server's end, is refused."""
 MAX_BACKOFF_SECONDS: Final = 5.0
 LOG_EVERY_SECONDS: Final = 5.0
 
@@ -246,8 +247,11 @@ class Convergence:
         except LoadFailed as error:
             if wanted.kind != "lora":
                 self._reported = None  # the server had something else meanwhile, whatever it has now
+            if not error.answered:
+                self._weights.forget()
             key = identity(wanted)
-            self._failures[key] = self._failures.get(key, 0) + (error.answered and error.counts)
+            # A server that is away is not loaded into: this one was there, and the load may be what ended it.
+            self._failures[key] = self._failures.get(key, 0) + error.counts
             if self._failures[key] >= LOAD_TRIES:
                 raise Unusable(f"the server failed to load it {LOAD_TRIES} times: {error}") from None
             raise

@@ -23,7 +23,7 @@ class LoadFailed(Unreachable):
     instead is not known."""
 
     counts: ClassVar[bool] = True
-    """Whether it speaks against the version, if the server answered."""
+    """Whether it speaks against the version."""
 
 
 class LoadUncertain(LoadFailed):
