@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from itertools import count
 from typing import Any
 
 import aiohttp
+import orjson
 import pytest
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
 
 from fulgurite.producers.gateway.places import score
 from fulgurite.schemas.settings import BackendSettings
@@ -25,11 +29,14 @@ def rollout_of(server: TokenServer, other: TokenServer) -> str:
     return next(rollout for rollout in rollouts if score(rollout, server.url) > score(rollout, other.url))
 
 
-async def post(url: str, rollout: str, body: dict[str, Any]) -> int:
+async def asked(url: str, rollout: str, body: dict[str, Any]) -> tuple[int, bytes]:
     path = f"{url}/rollout/{rollout}/attempt/a1{CHAT}"
     async with aiohttp.ClientSession() as session, session.post(path, json=body) as answer:
-        await answer.read()
-        return answer.status
+        return answer.status, await answer.read()
+
+
+async def post(url: str, rollout: str, body: dict[str, Any]) -> int:
+    return (await asked(url, rollout, body))[0]
 
 
 @pytest.mark.parametrize(
@@ -69,3 +76,45 @@ async def test_a_rollout_whose_replica_is_away_goes_on_exactly_on_another():
             assert await post(url, rollout, BODY) == 200
         assert (older.log.count(CHAT), good.log.count(GENERATE)) == (1, 1)
         assert replicas.pool.preferred("nobody", rollout) == ""
+
+
+class Wordless(TokenServer):
+    """Passes over `output_mode`: tokens alone, whole or streamed."""
+
+    def more_routes(self) -> list[tuple[str, str, Callable[[Request], Any]]]:
+        found = super().more_routes()
+        (generate,) = (handler for route, _, handler in found if route == GENERATE)
+
+        async def tokens(request: Request) -> Response:
+            answer = orjson.loads((await generate(request)).body)
+            for choice in answer["choices"]:
+                del choice["text"]
+            if not (await request.json()).get("stream"):
+                return JSONResponse(answer)
+            return Response(b"data: " + orjson.dumps(answer) + b"\n\n", media_type="text/event-stream")
+
+        return [(GENERATE, "POST", tokens), *(route for route in found if route[0] != GENERATE)]
+
+
+async def test_tokens_without_text_are_put_into_words():
+    async with Wordless(label="1") as server:
+        replicas = behind(BackendSettings(url=server.url))
+        async with replicas as url:
+            status, answer = await asked(url, "r1", BODY)
+        (choice,) = orjson.loads(answer)["choices"]
+        assert (status, choice["message"]["content"]) == (200, "y")
+        assert CHAT not in server.log
+    (span,) = replicas.publisher.spans
+    assert (span.status, span.response_token_ids) == ("ok", [5, 6])
+
+
+async def test_a_stream_of_tokens_without_text_is_asked_of_the_chat_route():
+    async with Wordless(label="1") as server:
+        replicas = behind(BackendSettings(url=server.url))
+        async with replicas as url:
+            for _ in range(2):
+                status, answer = await asked(url, "r1", BODY | {"stream": True})
+                assert (status, b"[DONE]" in answer, b"error" in answer) == (200, True, False)
+        assert (server.log.count(GENERATE), server.log.count(CHAT)) == (1, 2)
+    assert [span.status for span in replicas.publisher.spans] == ["ok"] * 2
+    assert not replicas.publisher.dead

@@ -179,6 +179,10 @@ class Streaming:
                     exchange.succeeded()
                     return True
                 except ApiError as error:
+                    if run.translation and run.translation.wordless and not run.out.begun:
+                        self._tokens.is_unserved(run.call, unserved(run.call, exchange, ask.route, "without text"))
+                        run.begin_anew()
+                        return False
                     if not run.is_of_backend(exchange, error):
                         raise
                     await answers.blame(error.code, reported=error.of_backend)

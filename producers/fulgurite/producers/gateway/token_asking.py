@@ -130,8 +130,9 @@ def ask_for(call: Call, route: str, body: Mapping[str, Any], deadline: float, wh
     )
 
 
-def unserved(call: Call, exchange: Exchange, route: str) -> Unserved:
-    message = f"{exchange.endpoint} answers {route} with {exchange.status}: {call.model} is asked by text there"
+def unserved(call: Call, exchange: Exchange, route: str, how: str = "") -> Unserved:
+    how = how or f"with {exchange.status}"
+    message = f"{exchange.endpoint} answers {route} {how}: {call.model} is asked by text there"
     return Unserved(message, exchange.endpoint)
 
 

@@ -42,6 +42,7 @@ from fulgurite.producers.gateway.token_route import (
     derender_request,
     ends_turn,
     generate_request,
+    has_texts,
     is_held_to_grammar,
     is_plain,
     shortened,
@@ -212,7 +213,7 @@ class TokenRoute:
             self.is_unserved(call, error)  # this answer can do without
         except ApiError as error:
             logger.info("how a model's turn ends could not be asked: %s", error)
-        if not is_plain(call.body, prepared.rendered):
+        if not is_plain(call.body, prepared.rendered) or not has_texts(generated):
             wanted = derender_request(call.body, generated, prepared.prompt)
         if wanted is None:
             return None

@@ -107,6 +107,11 @@ def is_plain(body: dict[str, Any], rendered: dict[str, Any]) -> bool:
     return body.get("tool_choice") == "none" and rendered["sampling_params"].get("skip_special_tokens", True) is True
 
 
+def has_texts(generated: dict[str, Any]) -> bool:
+    """Whether GENERATE gave them, as `output_mode` asks: a vLLM that does not know the field passes over it."""
+    return all("text" in choice for choice in generated["choices"])
+
+
 def is_held_to_grammar(rendered: dict[str, Any]) -> bool:
     """Whether GENERATE is asked to: for a format, for a tool that is strict or must be called, or for every tool where
     the server is set so (vLLM's --tool-strict-level)."""

@@ -9,7 +9,7 @@ from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.protocols.base import Json, invalid, parse_data
 from fulgurite.producers.gateway.protocols.choices import DONE
 from fulgurite.producers.gateway.token_asking import Prepared, has_choices
-from fulgurite.producers.gateway.token_route import chat_chunk
+from fulgurite.producers.gateway.token_route import chat_chunk, has_texts
 
 
 class Translation:
@@ -19,6 +19,8 @@ class Translation:
         self.prepared = prepared
         self.ends: dict[int, Json] = {}
         """Of each choice that came to its end: its last event's, for what ended it."""
+        self.wordless = False
+        """Whether its last event has tokens alone: the server does not know `output_mode`."""
         self._call = call
         self._begun: set[int] = set()
 
@@ -28,8 +30,11 @@ class Translation:
         given = parse_data(event)
         if given.get("error"):
             return event
-        if not has_choices(given) or not all(isinstance(choice.get("text"), str) for choice in given["choices"]):
+        if not has_choices(given):
             raise invalid("has an event without choices")
+        self.wordless = not has_texts(given)
+        if not all(isinstance(choice.get("text"), str) for choice in given["choices"]):
+            raise invalid("has an event without text")
         self.ends |= {choice["index"]: choice for choice in given["choices"] if choice.get("finish_reason")}
         created = self._call.start_ns // 10**9
         if not self._begun.issuperset(choice["index"] for choice in given["choices"]):  # each choice begins by itself
