@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from io import BytesIO
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
@@ -51,6 +52,8 @@ class TokenServer(FakePolicyServer):
     """Derenderings that go well before it is missing."""
     structured: dict[str, Any] | None = None
     """The grammar that answers are held to."""
+    sampling: Mapping[str, Any] = MappingProxyType({})
+    """What it samples with by itself."""
 
     def more_routes(self) -> list[tuple[str, str, Callable[[Request], Any]]]:
         def route(answer: dict[str, Any]) -> Callable[[Request], Any]:
@@ -63,7 +66,7 @@ class TokenServer(FakePolicyServer):
 
             return handler
 
-        sampling = {"max_tokens": 5, "structured_outputs": self.structured}
+        sampling = {"max_tokens": 5, "structured_outputs": self.structured, **self.sampling}
         rendered = {"request_id": "x", "token_ids": [1, 2], "sampling_params": sampling, "model": "policy"}
         entry = {"token": "y", "token_id": 5, "logprob": -1.0, "bytes": [], "top_logprobs": []}
         choice = {

@@ -5,6 +5,7 @@ Names are OpenTelemetry's `gen_ai.*` where it has one; `fulgurite.*` elsewhere.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any, Final
 
 from fulgurite.producers.gateway.calls import Call
@@ -32,7 +33,8 @@ REQUEST_ATTRIBUTES: Final = {
     "reasoning_effort": "gen_ai.request.reasoning_effort",
     "n": "gen_ai.request.choice.count",
 }
-"""Field of the request -> OpenTelemetry's name; those it does not know (min_p, ignore_eos, …) in its manner.
+"""Field of the request -> OpenTelemetry's name; those it does not know (min_p, ignore_eos, …) in its manner. Of what
+the request leaves open or a server changes, what was really sampled with.
 
 Logprobs are the policy's only where those that shape the distribution are neutral: the assembler reads them here."""
 
@@ -58,12 +60,16 @@ ATTRIBUTE_VERSION_LABELS: Final = "fulgurite.weight_version_labels"
 """Labels that could not be recorded as the version: not numbers, or different before and after the call."""
 
 
-def request_attributes(call: Call, *, grammar: bool | None = None) -> dict[str, Any]:
-    """`grammar`: whether the server held the answer to one, where it says so."""
+def request_attributes(
+    call: Call, *, grammar: bool | None = None, sampling: Mapping[str, float] | None = None
+) -> dict[str, Any]:
+    """`grammar`: whether the server held the answer to one, where it says so. `sampling`: what it says that it really
+    sampled with, which may be defaults of its own."""
     found: dict[str, Any] = {}
     for key, value in call.body.items():
         if value is not None and (name := REQUEST_ATTRIBUTES.get(key)):
             found[name] = value if _fits(value) else to_json(value)
+    found |= {REQUEST_ATTRIBUTES[name]: value for name, value in (sampling or {}).items()}
     names = constraints(call.body)
     if grammar is not None:  # it knows better what became of tools
         names = [name for name in names if name not in OF_TOOLS]

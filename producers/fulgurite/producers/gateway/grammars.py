@@ -1,4 +1,5 @@
-"""Whether the policy's server holds an answer of its chat route to a grammar, which that route does not say.
+"""Whether the policy's server holds an answer of its chat route to a grammar, which that route does not say; and with
+which sampling parameters of its own it answers.
 
 A call that a grammar may hold is not to be trained on: its logprobs are not the policy's, or not those of what was
 sampled from. What the request asks does not tell (attributes.py): some parsers of vLLM hold every call with tools,
@@ -16,7 +17,7 @@ import asyncio
 import logging
 from collections.abc import AsyncGenerator
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from hashlib import blake2b
 from typing import Final
 
@@ -28,7 +29,7 @@ from fulgurite.producers.gateway.outcome import Served
 from fulgurite.producers.gateway.protocols import CHAT
 from fulgurite.producers.gateway.protocols.base import to_bytes, where
 from fulgurite.producers.gateway.token_asking import Lacking, TokenAsker, Unserved
-from fulgurite.producers.gateway.token_route import RENDER, is_held_to_grammar, unstreamed
+from fulgurite.producers.gateway.token_route import RENDER, is_held_to_grammar, shaping, unstreamed
 from fulgurite.schemas.sampling import HARMLESS, NEUTRAL_SAMPLING, constraints, is_neutral, may_call_tools
 
 logger = logging.getLogger(__name__)
@@ -48,6 +49,8 @@ _OF_ITS_OWN: Final = HARMLESS - {"chat_template", "chat_template_kwargs", "reaso
 class _Form:
     held: bool | None = None
     """As the server said last."""
+    sampling: dict[str, float] = field(default_factory=dict[str, float])
+    """And what it samples with, by its own defaults, that is not the policy."""
     until: float = 0.0
     """So long that counts."""
     asking: asyncio.Task[None] | None = None
@@ -69,7 +72,7 @@ class Asking:
         if not served or not self._form:
             return
         now = asyncio.get_running_loop().time
-        served.grammar = self._grammars.last_word(self._call, self._form)  # in case the agent does not wait for it
+        self._put_last_word(served, self._form)  # in case the agent does not wait for more
         with suppress(TimeoutError):
             async with asyncio.timeout_at(min(self._deadline, now() + WAIT_SECONDS)):
                 # Whoever asked may have hung up, or been kept from it: then this call asks itself, once.
@@ -81,7 +84,11 @@ class Asking:
                     elif own and self._form.unasked:
                         async with self._grammars.asking(self._call, self._form, self._deadline) as question:
                             await asyncio.wait([question])
-        served.grammar = self._grammars.last_word(self._call, self._form)
+        self._put_last_word(served, self._form)
+
+    def _put_last_word(self, served: Served, form: _Form) -> None:
+        served.grammar = self._grammars.last_word(self._call, form)
+        served.sampling = form.sampling
 
 
 class Grammars:
@@ -144,7 +151,7 @@ class Grammars:
             logger.error("whether an answer is held to a grammar could not be read: %s", where(error))
         else:
             if rendered is not None:
-                form.held = is_held_to_grammar(rendered)
+                form.held, form.sampling = is_held_to_grammar(rendered), shaping(rendered)
                 form.until = asyncio.get_running_loop().time() + SAID_SECONDS
                 if not constraints(call.body):
                     self._note(call.model, form.held)

@@ -68,6 +68,8 @@ class Served:
     """Of the adapter that answered: what a label says, and the answer's own versions, is of the weights below it."""
     grammar: bool | None = None
     """Whether it held the answer to a grammar. None: it does not say."""
+    sampling: dict[str, float] = field(default_factory=dict[str, float])
+    """What it says that it sampled with, where that makes of the policy another distribution: its own defaults, too."""
     headers: Headers = field(default_factory=list[tuple[bytes, bytes]])
     """What the agent is told of the answer's head; not recorded."""
     version_before: str | None = None

@@ -153,7 +153,11 @@ def _span(call: Call, served: Served, outcome: Outcome, given: _Input, end_ns: i
         choice = Choice()
     ids_expected = served.kind == "vllm" and call.api.gives_ids(call.body)
     tokens = Tokens.of(choice, served, required=ids_expected and not broken)
-    attributes = request_attributes(call, grammar=served.grammar) | served_attributes(served) | given.attributes
+    attributes = (
+        request_attributes(call, grammar=served.grammar, sampling=served.sampling)
+        | served_attributes(served)
+        | given.attributes
+    )
     if broken:
         attributes |= error_attributes(broken, served)
     elif choice.failed:

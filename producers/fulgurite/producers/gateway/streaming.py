@@ -35,7 +35,7 @@ from fulgurite.producers.gateway.stream_run import BROKEN, Run, is_whole
 from fulgurite.producers.gateway.token_asking import UNSERVED, unserved
 from fulgurite.producers.gateway.token_asking import ask_for as ask_for_tokens
 from fulgurite.producers.gateway.token_flow import TokenRoute
-from fulgurite.producers.gateway.token_route import GENERATE, streamed_request
+from fulgurite.producers.gateway.token_route import GENERATE, shaping, streamed_request
 from fulgurite.producers.gateway.token_stream import Translation
 from fulgurite.producers.within import in_its_own_task
 from fulgurite.schemas.settings import GatewaySettings
@@ -194,6 +194,8 @@ class Streaming:
     async def _relay(self, run: Run, exchange: Exchange) -> None:
         """Step 2: until the answer is whole. Raises ApiError for an end of another kind."""
         run.served = served = served_by(exchange)
+        if run.translation:
+            served.sampling = shaping(run.translation.prepared.rendered)
         run.out.headers = served.headers
         if exchange.status != 200:
             raise refusal_of(exchange, await read_all(exchange))

@@ -45,6 +45,7 @@ from fulgurite.producers.gateway.token_route import (
     has_texts,
     is_held_to_grammar,
     is_plain,
+    shaping,
     shortened,
     stops_at_token,
     unstreamed,
@@ -197,6 +198,7 @@ class TokenRoute:
             return None
         if asked.served:
             asked.served.grammar = is_held_to_grammar(prepared.rendered)
+            asked.served.sampling = shaping(prepared.rendered)
         derendered = await self._put_into_words(call, prepared, generated, _after(deadline))
         ends = {**self._ends.known(call.model), **await self._stop_texts(call, generated, _after(deadline))}
         response = chat_completion(call.body, prepared.rendered, prepared.prompt, generated, derendered, ends)

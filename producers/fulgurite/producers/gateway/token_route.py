@@ -23,6 +23,8 @@ from __future__ import annotations
 
 from typing import Any, Final
 
+from fulgurite.schemas.sampling import NEUTRAL_SAMPLING, is_neutral
+
 RENDER: Final = "/v1/chat/completions/render"
 GENERATE: Final = "/inference/v1/generate"
 DERENDER: Final = "/v1/chat/completions/derender"
@@ -116,6 +118,16 @@ def is_held_to_grammar(rendered: dict[str, Any]) -> bool:
     """Whether GENERATE is asked to: for a format, for a tool that is strict or must be called, or for every tool where
     the server is set so (vLLM's --tool-strict-level)."""
     return bool(rendered["sampling_params"].get("structured_outputs"))
+
+
+def shaping(rendered: dict[str, Any]) -> dict[str, float]:
+    """Of the parameters that GENERATE really samples with, those under which it is not the policy that is sampled from:
+    of the request, or defaults of the server. What is neutral by default vLLM leaves out."""
+    given = rendered["sampling_params"]
+    found = {name: given.get(name) for name in NEUTRAL_SAMPLING}
+    return {
+        name: value for name, value in found.items() if isinstance(value, int | float) and not is_neutral(name, value)
+    }
 
 
 def ends_turn(body: dict[str, Any], choice: dict[str, Any]) -> bool:
