@@ -118,3 +118,17 @@ async def test_a_stream_of_tokens_without_text_is_asked_of_the_chat_route():
         assert (server.log.count(GENERATE), server.log.count(CHAT)) == (1, 2)
     assert [span.status for span in replicas.publisher.spans] == ["ok"] * 2
     assert not replicas.publisher.dead
+
+
+@pytest.mark.parametrize("fields", [{}, {"stream": True}, {"tools": TOOLS}])
+async def test_a_server_that_renders_in_another_shape_is_asked_by_text(fields: dict[str, Any]):
+    """As vLLM did in early 2026."""
+    async with TokenServer(label="1") as server:
+        server.faults[f"{CHAT}/render"] = lambda: JSONResponse([[], [{"prompt_token_ids": [1, 2]}]])
+        replicas = behind(BackendSettings(url=server.url))
+        async with replicas as url:
+            for _ in range(2):
+                assert await post(url, "r1", BODY | fields) == 200
+        assert (server.log.count(GENERATE), server.log.count(CHAT)) == (0, 2)
+    assert [span.status for span in replicas.publisher.spans] == ["ok"] * 2
+    assert not replicas.publisher.dead

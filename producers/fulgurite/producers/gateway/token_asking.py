@@ -1,7 +1,8 @@
 """Asking the routes that take and give token ids: an answer in a known shape, or none. See token_flow.py.
 
 Promises: a route that a server does not have is told from one that refuses this request (Unserved, None); what a server
-answers in a shape that is not known is an ApiError, never an answer. What was sampled is kept in `Asked` before it is
+answers in a shape that is not known is an ApiError, never an answer; of rendering, before which nothing was sampled, it
+is another version's route, and Unserved. What was sampled is kept in `Asked` before it is
 looked at: it cost its tokens, whatever comes next.
 """
 
@@ -104,6 +105,8 @@ class TokenAsker:
         found = parse_answer(answer)
         is_known = _is_derendered_chunk if route == DERENDER and body.get("stream") else _SHAPES[route]
         if not isinstance(found, dict) or not is_known(found):
+            if route == RENDER:
+                raise unserved(call, exchange, route, "in no shape known here")
             raise invalid(f"to {route} is in no shape known here")
         return found
 
