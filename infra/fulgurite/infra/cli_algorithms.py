@@ -28,7 +28,7 @@ def add_to(app: typer.Typer) -> None:
     register(
         app,
         "optimise-prompt",
-        "fulgurite optimise-prompt --set prompt.run_id=wording --set prompt.resource=support --set prompt.seed=seed.txt "
+        "fulgurite optimise-prompt --set prompt.run_id=words --set prompt.resource=support --set prompt.seed=seed.txt "
         "--set prompt.tasks=my_tasks:task --set prompt.critic_url=http://127.0.0.1:8000/v1 --set prompt.critic_model=m",
         rich_help_panel=PANEL,
     )(optimise_prompt)
