@@ -21,11 +21,14 @@ from fulgurite.consumers.otlp.spans import decode
 from fulgurite.consumers.redaction import VIEWS, apply_redaction, view_selects
 from fulgurite.producers.raw import Undecodable
 from fulgurite.producers.redaction import Redactor
+from fulgurite.schemas.codec import encode
 from fulgurite.schemas.errors import StartError
 from fulgurite.schemas.migrations import connection_options
 from fulgurite.schemas.redaction import KeyRule, RedactionSettings, ValueRule
+from fulgurite.schemas.rollouts import AttemptFinished, RolloutFinished, RolloutQueued, RolloutRequeued
 from fulgurite.schemas.settings import ClickHouseSettings
 from fulgurite.schemas.topics import OTLP_SPANS, SPANS
+from fulgurite.schemas.trajectories import Trajectory
 from tests.consumers.otlp_encoding import START, Record, event, record, span
 from tests.consumers.otlp_tables import Tables
 
@@ -165,6 +168,34 @@ def test_keys_are_found_within_attributes_and_dead_letters(
     assert len(letters) == 3
     assert all("redacted" in letter and json.loads(letter) for letter in letters)
     assert "SECRET" not in str((native, otlp_row, letters))
+
+
+def test_errors_and_metadata_of_rollouts_follow_the_rules(
+    migrated_settings: ClickHouseSettings, client: Client
+) -> None:
+    rules = RedactionSettings(keys=[KeyRule(name="token", action="drop")], values=VALUES, max_text_chars=64)
+    apply_redaction(client, rules)
+    secret, told = {"token": "SECRET", "by": "ann@example.org"}, "no such user: ann@example.org"
+    records = [
+        ("rollouts", RolloutQueued(rollout_id="r", metadata=secret)),
+        ("rollouts", AttemptFinished(rollout_id="r", attempt_id="a", status="failed", error=told)),
+        ("rollouts", RolloutRequeued(rollout_id="r", reason=told)),
+        ("rollouts", RolloutFinished(rollout_id="r", attempt_id="a", status="failed", error=told + " x" * 50)),
+        ("trajectories", Trajectory(rollout_id="r", attempt_id="a", status="failed", error=told, metadata=secret)),
+    ]
+    for offset, (topic, said) in enumerate(records):
+        row = {"raw": encode(said).decode(), "_topic": topic, "_offset": offset}
+        client.insert(f"in_{topic}", [list(row.values())], column_names=list(row))
+    tables = Tables(client, migrated_settings)
+    found = [
+        client.query(f"SELECT error, metadata, {reason} FROM {table} ORDER BY _offset").result_rows
+        for table, reason in (("rollout_events", "reason"), ("trajectories", "''"))
+    ]
+    mail, clean = "[redacted:email]", {"by": "[redacted:email]"}
+    assert found[0][:3] == [("", clean, ""), (f"no such user: {mail}", {}, ""), ("", {}, f"no such user: {mail}")]
+    assert found[1] == [(f"no such user: {mail}", clean, "")]
+    assert found[0][3][0].endswith(" x x… (130 characters)")
+    assert not tables.rows("dead_letters")
 
 
 async def _insert_dead(

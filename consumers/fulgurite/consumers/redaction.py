@@ -24,7 +24,9 @@ from fulgurite.schemas.redaction import RedactionSettings
 from fulgurite.schemas.redaction_sql import (
     DEAD_LETTER_COLUMNS,
     REWARD_COLUMNS,
+    ROLLOUT_COLUMNS,
     SPAN_COLUMNS,
+    TRAJECTORY_COLUMNS,
     Kind,
     derived_select,
     redacted_select,
@@ -38,6 +40,8 @@ logger = logging.getLogger(__name__)
 VIEWS: Mapping[str, Mapping[str, Kind]] = {
     "spans_mv": SPAN_COLUMNS,
     "rewards_mv": REWARD_COLUMNS,
+    "rollout_events_mv": ROLLOUT_COLUMNS,
+    "trajectories_mv": TRAJECTORY_COLUMNS,
     "spans_dead_mv": DEAD_LETTER_COLUMNS,
     "rewards_dead_mv": DEAD_LETTER_COLUMNS,
     "rollout_events_dead_mv": DEAD_LETTER_COLUMNS,

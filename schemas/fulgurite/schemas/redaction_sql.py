@@ -53,6 +53,8 @@ SPAN_COLUMNS: Mapping[str, Kind] = {
     "links": "links",
 }
 REWARD_COLUMNS: Mapping[str, Kind] = {"metadata": "attributes", "extra": "attributes"}
+TRAJECTORY_COLUMNS: Mapping[str, Kind] = {"error": "text", "metadata": "attributes", "extra": "attributes"}
+ROLLOUT_COLUMNS: Mapping[str, Kind] = {**TRAJECTORY_COLUMNS, "reason": "text"}
 DEAD_LETTER_COLUMNS: Mapping[str, Kind] = {"value": "letter", "message": "original"}
 
 _ATTRIBUTES_TABLE = "FROM otlp_rows AS o"
