@@ -23,6 +23,7 @@ from clickhouse_connect.driver.exceptions import ClickHouseError, DatabaseError
 from pydantic import SecretStr
 
 from fulgurite.consumers.materialiser.blocks import OWN_TABLE, Partition, Slice
+from fulgurite.consumers.materialiser.errors import Rejected
 from fulgurite.consumers.materialiser.store import Store
 from fulgurite.consumers.redaction import apply_redaction
 from fulgurite.infra.clickhouse import EmbeddedClickHouse
@@ -177,8 +178,10 @@ def test_the_grants_that_we_ask_for_are_enough(tmp_path: Path, monkeypatch: pyte
     def with_writer(*arguments: Any) -> str:
         queries = "".join(f"<query>{grant}</query>" for grant in grants)
         who = "<password>w</password><networks><ip>127.0.0.1</ip></networks>"
-        writer = f"<writer>{who}<grants>{queries}</grants></writer>"
-        return users_xml(*arguments).replace("</users>", f"{writer}</users>")
+        writer = f"<writer>{who}<profile>careless</profile><grants>{queries}</grants></writer>"
+        careless = "<materialized_views_ignore_errors>1</materialized_views_ignore_errors>"
+        xml = users_xml(*arguments).replace("</users>", f"{writer}</users>")
+        return xml.replace("</profiles>", f"<careless>{careless}</careless></profiles>")
 
     monkeypatch.setattr("fulgurite.infra.clickhouse.users_xml", with_writer)
     with EmbeddedClickHouse(tmp_path / "clickhouse") as engine:
@@ -193,6 +196,9 @@ def test_the_grants_that_we_ask_for_are_enough(tmp_path: Path, monkeypatch: pyte
             assert client.command("SELECT count() FROM llm_calls") == 0
             asyncio.run(materialise(writer, raw.encode()))
             assert client.command("SELECT count() FROM spans") == 2
+            client.command("ALTER TABLE spans ADD CONSTRAINT late CHECK name != 'late'")
+            with pytest.raises(Rejected):  # whatever the profile says of views that fail
+                asyncio.run(materialise(writer, raw.replace("a@b.org", "late").encode()))
             with pytest.raises(DatabaseError, match=r"ACCESS_DENIED|Not enough privileges"):
                 client.command("SELECT * FROM url('http://127.0.0.1:1/', 'CSV', 'x String')")
             with pytest.raises(DatabaseError, match=r"ACCESS_DENIED|Not enough privileges"):

@@ -171,6 +171,8 @@ class Store:
     async def _insert(self, into: str, body: Body, guard: Guard, times: int = 1) -> None:
         settings: dict[str, Any] = {
             "async_insert": 0,
+            # Whatever the user's profile says: an insert whose view failed has not happened.
+            "materialized_views_ignore_errors": 0,
             "max_execution_time": times * self._insert_seconds,
             "max_threads": 1,
             # One block in, one block to each table, whatever its size.
