@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 import pytest
 
 from fulgurite.consumers.materialiser import questions
-from fulgurite.consumers.materialiser.blocks import Partition
+from fulgurite.consumers.materialiser.blocks import OWN_TABLE, Partition
 from fulgurite.consumers.materialiser.errors import NotUnderstood
 from fulgurite.consumers.materialiser.history import MANY, RECORDS
 from fulgurite.consumers.materialiser.questions import QUESTION_BYTES, times_queries
@@ -48,6 +48,23 @@ async def test_times_are_asked_of_as_many_offsets_as_a_look_gives(tables: Tables
     wanted = {part: {10**9 + at: 1000 + 20 * at + part.number for at in range(100)} for part in asked}
     wanted[partitions(8)[7]][5] = 1_000
     assert found == wanted
+
+
+async def test_what_is_there_is_asked_of_as_many_partitions_as_a_topic_may_have(tables: Tables) -> None:
+    tables.client.command(
+        f"INSERT INTO spans (_topic, _partition, _offset) SELECT '{NAME}', number, 1000000000 + number "
+        "FROM numbers(6000)"
+    )
+    asked = {part: 10**9 + max(part.number, 3_000) for part in partitions(6_000)}
+    store = Store(tables.settings, 30, "test")
+    await store.connect()
+    try:
+        found = await store.present(asked)
+    finally:
+        await store.close()
+    assert found == {
+        part: {10**9 + part.number: OWN_TABLE} if part.number >= 3_000 else dict[int, int]() for part in asked
+    }
 
 
 @pytest.mark.parametrize("most", [64, 150, 10_000])

@@ -17,6 +17,8 @@ from fulgurite.consumers.materialiser.fences import quoted
 
 QUESTION_BYTES: Final = 128 * 1024
 """Of the text, which is ASCII."""
+PLACES: Final = 250
+"""Of one question: the server is long over a condition of thousands."""
 
 SKIPPED: Final = """
 SELECT sum(toInt64(till) - toInt64(greatest(since, least(till, before)))) FROM
@@ -70,6 +72,13 @@ def missing_query(tables: Collection[str]) -> str:
     where = "_topic = {name:String} AND _partition = {number:UInt32} AND _offset BETWEEN {lo:UInt64} AND {hi:UInt64}"
     parts = (f"SELECT _offset FROM {table} WHERE {where}" for table in tables)
     return f"SELECT uniqExact(_offset), ({SKIPPED}) FROM ({' UNION ALL '.join(parts)})"
+
+
+def since_conditions(since: Mapping[Partition, int]) -> Iterator[str]:
+    """Each holds for rows of some partitions of one topic, from these offsets on; together for all."""
+    places = [f"(_partition = {partition.number} AND _offset >= {lo})" for partition, lo in since.items()]
+    for begin in range(0, len(places), PLACES):
+        yield f"({' OR '.join(places[begin : begin + PLACES])})"
 
 
 def times_queries(table: str, offsets: Mapping[Partition, Collection[int]]) -> Iterator[str]:

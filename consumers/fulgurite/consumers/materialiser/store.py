@@ -47,7 +47,14 @@ from fulgurite.consumers.materialiser.fences import (
     marks_query,
     running_parameters,
 )
-from fulgurite.consumers.materialiser.questions import NEWEST, log_line, logged_condition, missing_query, times_queries
+from fulgurite.consumers.materialiser.questions import (
+    NEWEST,
+    log_line,
+    logged_condition,
+    missing_query,
+    since_conditions,
+    times_queries,
+)
 from fulgurite.producers.redaction import redactor
 from fulgurite.schemas import topics
 from fulgurite.schemas.migrations import connection_options
@@ -296,19 +303,17 @@ class Store:
         (OWN_TABLE, DEAD_LETTERS_TABLE, their sum). Raises Unavailable."""
         found: dict[Partition, dict[int, int]] = {partition: {} for partition in since}
         by_number = {partition.number: partition for partition in since}
-        topic = next(iter(since)).topic
-        where = " OR ".join(f"(_partition = {part.number} AND _offset >= {lo})" for part, lo in since.items())
+        first = next(iter(since))
         for table, bit, only in (
-            (TABLES[topic], OWN_TABLE, ""),
+            (TABLES[first.topic], OWN_TABLE, ""),
             ("dead_letters", DEAD_LETTERS_TABLE, ""),
             ("dead_letters", BOTH_TABLES, f" AND {OF_ALL}"),
         ):
-            query = (
-                f"SELECT DISTINCT _partition, _offset FROM {table} WHERE _topic = {{name:String}} AND ({where}){only}"
-            )
-            for number, offset in await self._query(query, {"name": next(iter(since)).name}):
-                tables = found[by_number[number]]
-                tables[offset] = tables.get(offset, 0) | bit
+            query = f"SELECT DISTINCT _partition, _offset FROM {table} WHERE _topic = {{name:String}}{only} AND "
+            for condition in since_conditions(since):
+                for number, offset in await self._query(query + condition, {"name": first.name}):
+                    tables = found[by_number[number]]
+                    tables[offset] = tables.get(offset, 0) | bit
         return found
 
     async def times(self, offsets: Mapping[Partition, Collection[int]]) -> dict[Partition, dict[int, int]]:
