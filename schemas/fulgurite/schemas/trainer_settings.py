@@ -100,11 +100,12 @@ class TrainerSettings(Section):
     """Rollouts with a token more versions behind are dropped."""
     pacing_staleness: Annotated[int, Field(ge=0, le=1_000)] = 1
     """How many versions rollouts may run ahead: new ones are asked for only so far."""
-    zero_variance: Literal["drop", "keep", "refill"] = "drop"
-    """Groups whose rewards do not differ. drop: not trained on, though they are groups of their window and count in
-    means over it; refill: dropped before a window is made, and others asked for in their place (DAPO's dynamic
-    sampling), at most ten windows' worth for one window; keep: trained on like others, in the denominators of the loss
-    and under its KL and entropy."""
+    zero_variance: Literal["recipe", "drop", "keep", "refill"] = "recipe"
+    """Groups whose rewards do not differ. recipe: keep where the advantage is over the window alone, as that of
+    reinforce_plus_plus, so that they have one too; else drop. drop: not trained on, though they are groups of their
+    window and count in means over it; refill: dropped before a window is made, and others asked for in their place
+    (DAPO's dynamic sampling), at most ten windows' worth for one window; keep: trained on like others, in the
+    denominators of the loss and under its KL and entropy."""
     loss: LossName = "dapo"
     """The published objective: how a token's ratio is made and clipped, and what trainer.advantage,
     trainer.aggregation, trainer.clip_low, trainer.clip_high and trainer.dual_clip are where they are not set."""

@@ -213,7 +213,7 @@ def test_a_steps_gradient_is_the_papers(
 
 
 def test_reinforce_plus_plus_normalises_over_the_tokens_of_all_groups_also_of_silent_ones(folder: Path) -> None:
-    settings = settings_of(loss="reinforce_plus_plus")
+    settings = settings_of(loss="reinforce_plus_plus", zero_variance="drop")
     found = training_set(window(folder), settings)
     rewards = [reward for group in REWARDS for reward in group]
     counts = [6, 5, 2, 4, 1, 1, 6]
@@ -222,10 +222,14 @@ def test_reinforce_plus_plus_normalises_over_the_tokens_of_all_groups_also_of_si
     expected = [(r - mean) / deviation for r in (1.0, 0.0, 0.25, 2.0, 0.0)]
     by_rollout = {sample.rollout_id: sample.advantage for sample in found.samples}
     assert list(by_rollout.values()) == pytest.approx(expected, rel=1e-6)
-    kept = training_set(window(folder), settings_of(loss="reinforce_plus_plus", zero_variance="keep"))
+    kept = training_set(window(folder), settings_of(loss="reinforce_plus_plus"))
     assert len(kept.rollout_ids) == 7
     assert kept.groups_without_signal == 1
     assert not kept.dropped
+    silent = [sample.advantage for sample in kept.samples if sample.rollout_id not in found.rollout_ids]
+    assert silent == pytest.approx([(0.5 - mean) / deviation] * 2, rel=1e-6), "they are no worse a signal than others"
+    of_group = training_set(window(folder), settings_of(loss="reinforce_plus_plus_baseline"))
+    assert of_group.rollout_ids == found.rollout_ids, "compared within the group they say nothing"
 
 
 def test_length_costs_reward_but_makes_no_signal(folder: Path) -> None:
@@ -423,8 +427,9 @@ class Same:
 
 def test_a_penalty_of_nothing_taken_from_rewards_changes_nothing(folder: Path) -> None:
     """Also where the baseline is over the window: its second group is dropped, and counts in it."""
-    in_reward = settings_of(loss="reinforce_plus_plus", kl_in_reward=True, kl_coefficient=0.5, reference=folder)
-    plain, taken = settings_of(loss="reinforce_plus_plus"), window(folder)
+    dropping = {"loss": "reinforce_plus_plus", "zero_variance": "drop"}
+    in_reward = settings_of(**dropping, kl_in_reward=True, kl_coefficient=0.5, reference=folder)
+    plain, taken = settings_of(**dropping), window(folder)
     training = training_set(taken, in_reward)
     assert [sample.rollout_id for sample in training.compared] == ["r-g1-r0", "r-g1-r1"]
     learner = load_learner(folder, in_reward)

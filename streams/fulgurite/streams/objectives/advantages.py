@@ -134,6 +134,9 @@ ESTIMATORS: Mapping[str, Estimator] = MappingProxyType(
 OVER_WINDOW = frozenset({"batch_normalised", "group_mean_batch_normalised"})
 """The estimators in which a rollout's advantage depends on other groups, too."""
 
+WITHOUT_GROUP = frozenset({"batch_normalised"})
+"""Those in which a group whose rewards are all the same has an advantage: better or worse than the window's mean."""
+
 BY_TOKEN = frozenset({"batch_normalised"})
 """Those that with KL in the reward normalise what each token led to (credit.py), as REINFORCE++ is published and verl,
 OpenRLHF and SkyRL have it. The others compare rollouts or calls, each with the sum of its tokens' penalties."""

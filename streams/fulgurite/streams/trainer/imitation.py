@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 from fulgurite.schemas.settings import TrainerSettings
+from fulgurite.streams.objectives.advantages import WITHOUT_GROUP
+from fulgurite.streams.trainer.objective import recipe_of
 
 NOT_CHOSEN = "not_best"
 """Why the others of a group are dropped."""
@@ -47,7 +49,10 @@ def chosen(rewards: Sequence[float], settings: TrainerSettings) -> list[bool]:
 
 
 def needs_signal(settings: TrainerSettings) -> bool:
-    """Whether a group whose rewards do not differ teaches nothing. With a threshold, or a demonstration, it does."""
+    """Whether a group whose rewards do not differ teaches nothing. With a threshold, a demonstration, or a baseline
+    that is not the group's, it does."""
     if settings.zero_variance == "keep" or settings.demonstrations is not None:
+        return False
+    if settings.zero_variance == "recipe" and recipe_of(settings).advantage in WITHOUT_GROUP:
         return False
     return settings.loss != "sft" or settings.best_threshold is None
