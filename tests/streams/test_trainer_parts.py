@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import shutil
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -13,12 +14,14 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
+from fulgurite.producers.coordinator_client import CoordinatorClient
 from fulgurite.schemas.checksum import folder_sha256
+from fulgurite.schemas.coordinator import MAX_ENQUEUE, Rollout, WaitRequest
 from fulgurite.schemas.errors import Fenced, LogprobMismatch, SettingsError, StartError
 from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.settings import Settings, TrainerSettings
 from fulgurite.schemas.trajectories import LeftOutCall, TokenSequence, Trajectory, TrajectoryReward
-from fulgurite.streams.evaluate import evaluation_rollouts
+from fulgurite.streams.evaluate import evaluation_rollouts, wait_for_all
 from fulgurite.streams.learners.comparison import UNCHECKED_STEPS
 from fulgurite.streams.learners.learner import BadStep, Learner, load_learner
 from fulgurite.streams.learners.packing import pack
@@ -538,6 +541,23 @@ def test_a_sequence_longer_than_a_layer_looks_back_is_none_to_train_on(
     tokens: dict[str, Any] = {"token_ids": [1] * 17, "loss_mask": [0, *[1] * 16], "logprobs": [-1.0] * 17}
     long = trajectory(sequence(**tokens, weight_versions=versions))
     assert (member_of(long, "policy", limits)[0].reason == "bad_tokens") == (positions == 16)
+
+
+class SlowCoordinator(CoordinatorClient):
+    """Each time half of those asked for have ended."""
+
+    async def wait(self, rollout_ids: Sequence[str], timeout_seconds: float = 0.0) -> list[Rollout]:
+        asked = WaitRequest(rollout_ids=list(rollout_ids), timeout=timeout_seconds).rollout_ids
+        return [Rollout.model_construct(rollout_id=name) for name in asked[: len(asked) // 2 + 1]]
+
+
+async def test_an_evaluation_waits_for_more_rollouts_than_a_request_may_name() -> None:
+    reported: list[tuple[int, int]] = []
+    names = [f"r{number}" for number in range(MAX_ENQUEUE + 5_000)]
+    async with SlowCoordinator("http://127.0.0.1:1") as client:
+        await wait_for_all(client, names, lambda ended, of: reported.append((ended, of)))
+    assert reported[-1] == (len(names), len(names))
+    assert reported == sorted(set(reported))
 
 
 def test_an_evaluation_asks_for_the_same_rollouts_every_time() -> None:

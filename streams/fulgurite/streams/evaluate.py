@@ -16,7 +16,7 @@ from typing import Literal
 
 from fulgurite.producers.coordinator_client import CoordinatorClient
 from fulgurite.producers.service import run_service
-from fulgurite.schemas.coordinator import EnqueueRollout
+from fulgurite.schemas.coordinator import MAX_ENQUEUE, EnqueueRollout
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.rollouts import RolloutConfig
 from fulgurite.schemas.settings import Settings
@@ -70,7 +70,7 @@ async def evaluate(
     async with CoordinatorClient(settings.coordinator.url) as client:
         await client.enqueue(rollouts)
         logger.info("evaluation %s: %d rollouts asked for", name, len(rollouts))
-        await _wait(client, rollout_ids, report or _logged(name))
+        await wait_for_all(client, rollout_ids, report or _logged(name))
     return rollout_ids
 
 
@@ -107,11 +107,11 @@ def evaluation_rollouts(
     ]
 
 
-async def _wait(client: CoordinatorClient, rollout_ids: list[str], report: Report) -> None:
+async def wait_for_all(client: CoordinatorClient, rollout_ids: list[str], report: Report) -> None:
     """Until all have ended; the coordinator's own clock sees to it that each of them does."""
     pending = set(rollout_ids)
     while pending:
-        ended = await client.wait(sorted(pending), WAIT_SECONDS)
+        ended = await client.wait(sorted(pending)[:MAX_ENQUEUE], WAIT_SECONDS)  # as many as one request may name
         pending -= {rollout.rollout_id for rollout in ended}
         report(len(rollout_ids) - len(pending), len(rollout_ids))
 
