@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from aiokafka import TopicPartition
+from aiokafka.admin import AIOKafkaAdminClient, RecordsToDelete
 
 from fulgurite.schemas import topics
 from fulgurite.schemas.algorithm_settings import ComplianceRule
@@ -242,6 +244,29 @@ async def test_the_sum(
     assert (found.reward, found.partial) == expected
     letters = await read_topic(kafka_settings, topics.DEAD_LETTERS)
     assert len(letters) == (expected[1] == "reward_failed")
+
+
+async def test_what_kafka_forgot_before_it_was_read_stops_nothing(
+    kafka_settings: KafkaSettings, caplog: pytest.LogCaptureFixture
+) -> None:
+    settings = with_sources(kafka_settings, RewardSource(name="length", function=f"{HERE}:length"))
+    async with aggregating(settings):
+        await send(kafka_settings, topics.ATTEMPTS, *(attempt(f"a{number}") for number in range(6)))
+        await trajectories(kafka_settings, 6)
+    await send(kafka_settings, topics.ATTEMPTS, *(attempt(f"b{number}") for number in range(12)))
+    everything = {
+        TopicPartition(kafka_settings.topic(topics.ATTEMPTS), number): RecordsToDelete(before_offset=-1)
+        for number in range(kafka_settings.partitions)
+    }
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka_settings.bootstrap_servers)
+    await admin.start()
+    await admin.delete_records(everything)
+    await admin.close()
+    async with aggregating(settings):
+        await send(kafka_settings, topics.ATTEMPTS, attempt("c"))
+        found = await trajectories(kafka_settings, 7)
+    assert found["c"].reward is not None
+    assert "were not read, and Kafka no longer has them" in caplog.text
 
 
 async def test_a_trajectory_that_its_rewards_make_too_large_says_so(kafka_settings: KafkaSettings) -> None:

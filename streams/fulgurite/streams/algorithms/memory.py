@@ -30,9 +30,13 @@ from fulgurite.schemas.topics import ALGORITHM_STATE, TRAJECTORIES
 from fulgurite.schemas.trajectories import Trajectory
 from fulgurite.streams.algorithms.groups import Group, GroupState, Record
 from fulgurite.streams.trainer.log import partitions_of
+from fulgurite.streams.trainer.reader import TrajectoryReader
 from fulgurite.streams.transactions import Outgoing, patiently
 
 logger = logging.getLogger(__name__)
+
+WHEN_GONE = "Started again, it goes on behind that"
+"""What to do where Kafka has removed what was to be read next: see `still_there`."""
 
 _POLL_MS = 200
 
@@ -129,6 +133,21 @@ async def remembered(settings: KafkaSettings, algorithm: str) -> dict[str, Any]:
         return {key.removeprefix(prefix).decode(): _value(r) for key, r in oldest_first if not _is_tombstone(r)}
 
     return await patiently(f"what {algorithm} remembers", read)
+
+
+async def still_there(reader: TrajectoryReader, offsets: Mapping[int, int]) -> dict[int, int]:
+    """The offsets to go on from, behind what Kafka's retention has taken meanwhile: nobody can read that any more, and
+    what comes after it must not wait for it. The log says how much it is."""
+    begins = await reader.first_offsets()
+    found = {number: max(offsets.get(number, 0), begin) for number, begin in begins.items()}
+    for tp in reader.partitions:
+        begin, at = found[tp.partition], offsets.get(tp.partition, 0)
+        if tp.partition in offsets and at < begin:
+            logger.error(
+                "%s-%d: offsets %d to %d were not read, and Kafka no longer has them: its retention is over. What was "
+                "in them is lost here; going on behind them", tp.topic, tp.partition, at, begin - 1,
+            )  # fmt: skip
+    return found
 
 
 def remembering(settings: KafkaSettings, algorithm: str, name: str, value: Any) -> Outgoing:

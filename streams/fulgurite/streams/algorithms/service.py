@@ -26,6 +26,7 @@ The contract. The numbers are in the code: 1 and 2 here, 3 to 5 in program.py.
 A function that raises is tried algorithm.tries times; then its input is a dead letter, or the process ends
 (algorithm.on_error). An algorithm does not read what it wrote itself (HEADER_ALGORITHM).
 
+What Kafka's retention took before it was read is lost: the log says what, and the next start goes on behind it.
 Partitions that are added meanwhile are read from their beginning, and their offsets are in 5 from then on (commits.py).
 
 Bounds: those of program.py, and algorithm.max_open_groups groups. Does not know what the function does.
@@ -42,7 +43,7 @@ from fulgurite.producers.service import run_service
 from fulgurite.schemas.settings import Settings
 from fulgurite.streams.algorithms.definition import Algorithm
 from fulgurite.streams.algorithms.groups import Groups
-from fulgurite.streams.algorithms.memory import Start, open_groups
+from fulgurite.streams.algorithms.memory import WHEN_GONE, Start, open_groups, still_there
 from fulgurite.streams.algorithms.program import Program
 from fulgurite.streams.trainer.reader import TrajectoryReader
 from fulgurite.streams.transactions import Hook, Transactions, no_hook
@@ -61,7 +62,7 @@ async def serve(
     """Runs until `stop`, which leaves what a crash leaves: nothing half done. `hook` is told each step by name."""
     name = f"{settings.kafka.topic_prefix}algorithm.{algorithm.name}"
     transactions = Transactions(settings.kafka, transactional_id=name, group=name, hook=hook)
-    reader = TrajectoryReader(settings.kafka, settings.kafka.topic(algorithm.topic))
+    reader = TrajectoryReader(settings.kafka, settings.kafka.topic(algorithm.topic), WHEN_GONE)
     running = asyncio.ensure_future(_run(settings, algorithm, start, reader, transactions, hook))
     stopping = asyncio.ensure_future(stop.wait())
     try:
@@ -91,6 +92,7 @@ async def _run(
     offsets = {tp.partition: at.offset for tp, at in committed.items() if at is not None}
     groups = Groups(settings.algorithm.max_open_groups, settings.algorithm.group_deadline_seconds)
     if offsets:
+        offsets = await still_there(reader, offsets)
         for group in await open_groups(settings.kafka, algorithm.name) if algorithm.reads == "groups" else []:
             groups.restore(group)
     else:

@@ -51,9 +51,16 @@ _CLOSE_SECONDS = 2.0
 class TrajectoryReader:
     """`offsets` are the next ones to read, by partition: what a checkpoint stores and a transaction commits."""
 
-    def __init__(self, settings: KafkaSettings, topic: str) -> None:
+    def __init__(
+        self,
+        settings: KafkaSettings,
+        topic: str,
+        when_gone: str = "Start a new run from the weights of the last version",
+    ) -> None:
+        """`when_gone`: what to do where Kafka has removed what is to be read next."""
         self._settings = settings
         self._topic = topic
+        self._when_gone = when_gone
         self._consumer: AIOKafkaConsumer | None = None
         self.partitions: list[TopicPartition] = []
         self.offsets: dict[int, int] = {}
@@ -173,7 +180,7 @@ class TrajectoryReader:
     def _forgotten(self, error: OffsetOutOfRangeError) -> StartError:
         return StartError(
             f"{self._topic} no longer holds what this run has to read next ({error}): its retention is over. "
-            "Start a new run from the weights of the last version"
+            f"{self._when_gone}"
         )
 
     def _given(self, offsets: Mapping[str, int]) -> dict[int, int]:

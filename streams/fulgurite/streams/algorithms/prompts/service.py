@@ -46,7 +46,7 @@ from fulgurite.schemas.settings import PromptSettings, Settings
 from fulgurite.schemas.topics import ALGORITHM_STATE, TRAJECTORIES
 from fulgurite.schemas.trajectories import Trajectory
 from fulgurite.streams.algorithms.chat import ChatModel
-from fulgurite.streams.algorithms.memory import Unreadable, remembered
+from fulgurite.streams.algorithms.memory import WHEN_GONE, Unreadable, remembered, still_there
 from fulgurite.streams.algorithms.prompts.critic import Critic
 from fulgurite.streams.algorithms.prompts.publishing import ALGORITHM, Publishing
 from fulgurite.streams.algorithms.prompts.reading import results_of, span_ends, spans_of
@@ -104,7 +104,7 @@ async def _search(settings: Settings, hook: Hook) -> None:
     tasks = load_tasks(prompt.tasks, "prompt.tasks")
     name = f"{settings.kafka.topic_prefix}prompt.{prompt.run_id}"
     transactions = Transactions(settings.kafka, transactional_id=name, group=name, hook=hook)
-    reader = TrajectoryReader(settings.kafka, settings.kafka.topic(TRAJECTORIES))
+    reader = TrajectoryReader(settings.kafka, settings.kafka.topic(TRAJECTORIES), WHEN_GONE)
     try:
         async with httpx.AsyncClient(trust_env=False) as client:
             model = ChatModel(
@@ -152,7 +152,7 @@ class Optimiser:
         if search is None:
             search = await self._begin()
         else:
-            await self._reader.seek(offsets)
+            await self._reader.seek(await still_there(self._reader, offsets))
             await self._ownership.check()
             logger.info("search %s goes on: round %d, %s", search.run_id, search.round, search.phase)
         self._hook("restored")
