@@ -93,6 +93,30 @@ async def test_a_violation_costs_its_call_what_it_costs_the_rollout(
     ]
 
 
+@pytest.mark.parametrize(
+    ("agents", "second_begins", "calls"),
+    [
+        (("", "", ""), 9, [-0.5, 1.0]),
+        (("", "", ""), 1, [0.0, 0.5]),
+        (("a", "b", "a"), 1, [-0.5, 1.0]),
+        (("a", "b", "b"), 1, [0.0, 0.5]),
+        (("", "", "a"), 1, [0.0, 0.5]),
+    ],
+)
+async def test_what_a_tool_violates_costs_the_call_that_asked_for_it(
+    agents: tuple[str, str, str], second_begins: int, calls: list[float]
+) -> None:
+    """Two calls, the first at 0, and a tool at 1; agents of all three."""
+    given = attempt(TrajectoryReward(reward_id="own", name="reward", value=1.0))
+    given.spans[1].start_ns = second_begins
+    given.spans.append(Span(span_id="t", name="rm", operation="execute_tool", start_ns=1, end_ns=2))
+    for span, agent in zip(given.spans, agents, strict=True):
+        span.agent = agent
+    found, rewards = await scored(given, compliance={"rules": [{"name": "no-rm", "deny_tools": ["rm"], "cost": 0.5}]})
+    assert by_call(found) == calls
+    assert [each.span_id for each in rewards if each.source == "compliance"] == ["t"], "the audit names the tool"
+
+
 async def test_bounds_of_the_sum_are_heeded_and_the_calls_still_add_up_to_it() -> None:
     own = TrajectoryReward(reward_id="own", name="reward", value=1.0)
     found, _ = await scored(attempt(own), compliance={"rules": [RULE]}, aggregator={"low": 0.75})

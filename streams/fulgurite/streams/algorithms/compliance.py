@@ -22,7 +22,7 @@ from typing import Any
 from fulgurite.schemas.algorithm_settings import ComplianceRule, ComplianceSettings, Predicate
 from fulgurite.schemas.patterns import glob, portable
 from fulgurite.schemas.rewards import Reward
-from fulgurite.schemas.spans import OPERATION_TOOL, Span
+from fulgurite.schemas.spans import OPERATION_CHAT, OPERATION_TOOL, Span
 from fulgurite.streams.algorithms.expressions import Expression
 
 SOURCE = "compliance"
@@ -149,6 +149,20 @@ class _Rule:
         for match in pattern.finditer(as_text(value_of(span, field))):
             text = match.text[:MAX_TEXT_CHARS]
             yield Violation(self._rule.name, span.span_id, field, match.start, match.end, text)
+
+
+def asked_for_by(spans: Sequence[Span]) -> dict[str, str]:
+    """Of each call of a tool the model's call that asked for it, both by span_id: the last one that its agent (any,
+    where that has none) had begun by then. Ends are not compared: who answers and who acts have clocks of their own."""
+    found: dict[str, str] = {}
+    latest: dict[str, str] = {}
+    of_any = ""
+    for span in sorted(spans, key=lambda span: (span.start_ns, span.operation != OPERATION_CHAT)):
+        if span.operation == OPERATION_CHAT:
+            latest[span.agent] = of_any = span.span_id
+        elif span.operation == OPERATION_TOOL and (asker := latest.get(span.agent, of_any)):
+            found[span.span_id] = asker
+    return found
 
 
 def tool_of(span: Span) -> str:

@@ -12,6 +12,7 @@ from fulgurite.schemas.rewards import FINAL_REWARD, MAX_REWARD, Reward
 from fulgurite.schemas.settings import AggregatorSettings
 from fulgurite.schemas.trajectories import FinishedAttempt, Trajectory, TrajectoryReward
 from fulgurite.streams.algorithms.compliance import SOURCE as VIOLATION
+from fulgurite.streams.algorithms.compliance import asked_for_by
 
 SOURCE = "aggregator"
 FAILED = "reward_failed"
@@ -139,7 +140,8 @@ def rewarded(
     failed: bool,
     counted: Mapping[str, float] = MappingProxyType({}),
 ) -> Trajectory:
-    """The trajectory with these rewards, and `value` as its own. counted: see `shares`."""
+    """The trajectory with these rewards, and `value` as its own. counted: see `shares`. One that names a tool's span
+    has there the call that asked for the tool: tokens are a call's."""
     partial = [reason for reason in attempt.partial.split(",") if reason]
     if failed:
         partial.append(FAILED)
@@ -147,8 +149,11 @@ def rewarded(
         partial = [reason for reason in partial if reason != NO_REWARD]
     elif not failed:
         partial.append(NO_REWARD)
+    askers = asked_for_by(attempt.spans) if any(one.span_id for one in rewards) else {}
     added = [
-        TrajectoryReward(reward_id=one.reward_id, name=one.name, value=one.value, span_id=one.span_id)
+        TrajectoryReward(
+            reward_id=one.reward_id, name=one.name, value=one.value, span_id=askers.get(one.span_id, one.span_id)
+        )
         for one in rewards
     ]
     all_rewards = [
