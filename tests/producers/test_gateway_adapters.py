@@ -75,13 +75,13 @@ class Setup:
 
 
 @asynccontextmanager
-async def setup(*servers: FakeLora, **more: Any) -> AsyncGenerator[Setup]:
+async def setup(*servers: FakeLora, health_seconds: float = 0.05, **more: Any) -> AsyncGenerator[Setup]:
     publisher = FakePublisher()
     async with AsyncExitStack() as stack:
         for server in servers:
             await stack.enter_async_context(server)
         backends = [BackendSettings(url=server.url) for server in servers]
-        settings = GatewaySettings(backends=backends, health_seconds=0.05, exact_prompts=False, **more)
+        settings = GatewaySettings(backends=backends, health_seconds=health_seconds, exact_prompts=False, **more)
         pool = await stack.enter_async_context(Pool(settings))
         url = await stack.enter_async_context(serving(Gateway(settings, pool, publisher, well)))
         yield Setup(list(servers), pool, url, publisher)
@@ -123,6 +123,22 @@ async def test_only_servers_that_have_the_newest_are_asked():
         await asyncio.gather(*(gateway.ask(rollout=f"r{number}") for number in range(16)))
         assert gateway.servers[0].requests
     assert {span.weight_versions[0].version for span in gateway.publisher.spans} == {3}
+
+
+async def test_where_one_has_a_newer_adapter_the_others_are_looked_at_until_they_have_it():
+    """It would get all calls until then, and keep those in its line."""
+    async with setup(FakeLora(adapters=[2]), FakeLora(adapters=[2]), FakeLora(), health_seconds=2.0) as gateway:
+        await gateway.know(2, 2, None)
+        gateway.servers[2].adapters = [2]
+        await until(lambda: gateway.pool._members.all[2].newest_adapter("policy") == 2, 1)  # pyright: ignore[reportPrivateUsage]
+        gateway.servers[0].adapters.append(3)
+        await gateway.know(3, 2, 2)
+        began = asyncio.get_running_loop().time()
+        gateway.servers[1].adapters.append(3)
+        await asyncio.sleep(0.4)
+        gateway.servers[2].adapters.append(3)
+        await gateway.know(3, 3, 3)
+        assert asyncio.get_running_loop().time() - began < 1.5
 
 
 async def test_without_the_server_of_the_newest_the_next_best_is_asked():

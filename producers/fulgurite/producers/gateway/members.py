@@ -1,4 +1,5 @@
-"""The backends of a pool: who serves which model, which of them is well. Asked every gateway.health_seconds.
+"""The backends of a pool: who serves which model, which of them is well. Asked every gateway.health_seconds, and more
+often one that is not well, or lacks an adapter that another has.
 
 A model that nobody is known to serve makes us ask all servers what they serve, at most once a RELIST_SECONDS: an
 adapter may have been loaded just now. No provider is asked for it before every vllm that lists its models has done so
@@ -21,13 +22,13 @@ from fulgurite.producers.gateway.exchange import Ask
 from fulgurite.producers.gateway.metrics import BackendMetrics, Metrics
 from fulgurite.producers.gateway.places import Capacity, choose, score
 from fulgurite.producers.gateway.replica import CHECK_SECONDS, Replica
-from fulgurite.producers.gateway.routing import named, others, unheard, with_newest_adapter
+from fulgurite.producers.gateway.routing import LOST_ADAPTERS, named, others, unheard, with_newest_adapter
 from fulgurite.schemas.settings import BackendSettings, GatewaySettings
 
 logger = logging.getLogger(__name__)
 
 RECOVERY_SECONDS: Final = 0.25
-"""How often a backend that is not well is asked, at least: requests wait for it."""
+"""How often a backend that is not well, or behind, is asked, at least: requests wait for it."""
 RELIST_SECONDS: Final = 1.0
 
 
@@ -62,6 +63,8 @@ class Members:
         self._unasked = {member for member in self.all if member.kind == "vllm"}
         """Not looked at yet."""
         self._asked_all = asyncio.Event()
+        self._newer = asyncio.Event()
+        """Somebody has a newer adapter than any had."""
         self._looking = [tasks.create_task(self._look_after(member)) for member in self.all]
         self._relisted_at = float("-inf")
         self._relisting: asyncio.Task[None] | None = None
@@ -199,7 +202,7 @@ class Members:
                 was_well = member.capacity.well
                 problem = await member.check()
                 if not problem:
-                    await member.list_models()
+                    await self._list(member)
                 if was_well != member.capacity.well:
                     self._changed()
             self._unasked.discard(member)
@@ -207,7 +210,32 @@ class Members:
                 self._asked_all.set()
             member.metrics.stands(well=member.capacity.well, breaker=member.capacity.breaker.state(self._loop.time()))
             seconds = usual if member.capacity.well else min(usual, RECOVERY_SECONDS)
-            await asyncio.sleep(seconds * random.uniform(0.9, 1.1))
+            seconds *= random.uniform(0.9, 1.1)
+            if self._is_behind(member):
+                await asyncio.sleep(min(seconds, RECOVERY_SECONDS))
+            else:
+                with suppress(TimeoutError):
+                    async with asyncio.timeout(seconds):
+                        await self._newer.wait()
+
+    async def _list(self, member: Member) -> None:
+        """Everybody is looked at again where it has a newer adapter than any: until then it gets all calls."""
+        resource = member.settings.resource
+        before = self._newest_adapter(resource)
+        await member.list_models()
+        if self._newest_adapter(resource) > before:
+            newer, self._newer = self._newer, asyncio.Event()
+            newer.set()
+
+    def _newest_adapter(self, resource: str) -> int:
+        found = (member.newest_adapter(resource) for member in self.all)
+        return max((version for version in found if version is not None), default=LOST_ADAPTERS)
+
+    def _is_behind(self, member: Member) -> bool:
+        resource = member.settings.resource
+        mine = member.newest_adapter(resource)
+        newest = self._newest_adapter(resource)
+        return member.kind == "vllm" and newest > (LOST_ADAPTERS if mine is None else mine)
 
     async def _problem(self, member: Member, timeout_seconds: float) -> str:
         if member.kind != "vllm":
