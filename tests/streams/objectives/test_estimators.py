@@ -68,7 +68,14 @@ def test_a_group_of_one_is_an_error(name: str) -> None:
 def test_only_the_batch_is_a_baseline_for_a_group_of_one() -> None:
     assert flat(batch_normalised([[0.0], [1.0]], [[1], [1]])) == pytest.approx([-math.sqrt(0.5), math.sqrt(0.5)])
     with pytest.raises(ValueError, match="nothing to normalise"):
-        batch_normalised([[1.0]], [[1]])
+        batch_normalised([[1.0]], [[0]])
+
+
+def test_a_window_of_one_token_does_not_end_the_run() -> None:
+    """One survivor that said one token, and members filled in, which have none."""
+    (first, *_) = flat(batch_normalised([[5.0, 0.0, 0.0]], [[1, 0, 0]]))
+    assert first == 0.0
+    assert flat(batch_normalised([[5.0]], [[1]])) == [0.0]
 
 
 @given(window)

@@ -93,16 +93,17 @@ def leave_one_out(rewards: Sequence[float]) -> list[float]:
 def batch_normalised(values: Groups, tokens: Sequence[Sequence[int]]) -> list[list[float]]:
     """values [groups][rollouts] -> the same shape, with mean 0 and deviation 1 over all sampled tokens of the window.
 
-    tokens, of the same shape: how many tokens each rollout has, over which its value is broadcast.
+    tokens, of the same shape: how many tokens each rollout has, over which its value is broadcast. A window of a single
+    token is its own mean: 0.
     """
     flat = [value for group in values for value in group]
     counts = [count for group in tokens for count in group]
     total = sum(counts)
-    if len(flat) != len(counts) or total < 2:
+    if len(flat) != len(counts) or total < 1:
         raise ValueError(f"{len(flat)} values for {len(counts)} rollouts of {total} tokens: nothing to normalise over")
     mean = math.fsum(value * count for value, count in zip(flat, counts, strict=True)) / total
     squares = math.fsum((value - mean) ** 2 * count for value, count in zip(flat, counts, strict=True))
-    scale = 1.0 / math.sqrt(squares / (total - 1) + VARIANCE_FLOOR)
+    scale = 1.0 / math.sqrt(squares / max(total - 1, 1) + VARIANCE_FLOOR)
     return [[(value - mean) * scale for value in group] for group in values]
 
 
