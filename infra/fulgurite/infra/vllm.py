@@ -39,6 +39,7 @@ def vllm_command(root: Path, model: Path, port: int, options: Sequence[str] = ()
         "--dtype=float32",
         "--enforce-eager",
         "--enable-scale-out",
+        "--generation-config=vllm",  # no sampling defaults of the model's own
         "--disable-uvicorn-access-log",
         *options,
     ]
