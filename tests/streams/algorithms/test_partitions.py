@@ -98,6 +98,7 @@ async def test_a_search_for_prompts_commits_them_too_and_nobody_reads_again_what
         reading.partitions.append(added)
         reading.offsets[2] = 5
         await publishing.commit(search, [])
+        await transactions.start()  # which waits until what was committed can be read
         found = await transactions.committed([*known, added])
         assert [at and at.offset for at in found.values()] == [3, 4, 5]
         with pytest.raises(StartError, match="-2: read before"):

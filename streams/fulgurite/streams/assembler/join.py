@@ -18,8 +18,9 @@ Does not know Kafka, offsets, or when a rollout is complete.
     missing_logprobs a call has sampled tokens but not their logprobs; it is left out
     missing_prompt   a call has sampled tokens but not its prompt's; it is left out
     unattributed     a call names no attempt although there were several; it is left out
-    invalid_record   a span or reward could not be read (the materialiser keeps it, with the reason), or is nested too
-                     deeply for the record of the attempt; it is left out. Without any data: building.py
+    invalid_record   a span or reward could not be read (a dead letter of the materialiser says why, but for fields that
+                     tables do not look within: docs/contract.md), or is nested too deeply for the record of the
+                     attempt; it is left out. Without any data: building.py
     expired          a record was deleted by Kafka's retention before the rollout ended
     too_long         a call exceeds the longest sequence there may be; it is left out
     too_large        the trajectory exceeds kafka.max_record_bytes; it is sent without its sequences and spans
