@@ -196,6 +196,16 @@ def test_a_call_that_broke_off_is_left_out_and_forgotten_where_it_was_asked_agai
     assert [sequence.token_ids for sequence in joined([broken, again]).sequences] == [[1, 2, 4]]
 
 
+def test_a_retry_behind_a_restarted_gateway_asks_the_same_in_other_tokens() -> None:
+    unseen = llm_call("r", 1, [1, 2], [3]).model_copy(update={"input": "1 + 1"})
+    again = retry(llm_call("r", 2, [1, 9], [4]).model_copy(update={"input": "1 + 1"}), 1)
+    assert [sequence.token_ids for sequence in joined([unseen, again]).sequences] == [[1, 9, 4]]
+    other = again.model_copy(update={"input": "1 + 2"})
+    assert len(joined([unseen, other]).sequences) == 2
+    silent = [call.model_copy(update={"input": ""}) for call in (unseen, again)]
+    assert len(joined(silent).sequences) == 2, "no words say nothing"
+
+
 def test_whose_calls_are_left_out_is_said_each_kind_once() -> None:
     own = llm_call("r", 1, [1], [2]).model_copy(update={"agent": "solver"})
     of_user = {"agent": "user", "resource": "simulator"}

@@ -29,8 +29,9 @@ nobody trains.
 Failed and cancelled rollouts have no sequences; their spans are not even read (`calls` is 0), their rewards are kept.
 
 Retries. Where the gateway dies, or gives 503, after a call was recorded, the agent's client asks again and the agent
-sees only the second answer. A call whose agent's next call has a higher `fulgurite.retry_count` and exactly the same
-prompt is not used. Limits: clients that do not count (only OpenAI's do) have both calls used; so does an agent whose
+sees only the second answer. A call whose agent's next call has a higher `fulgurite.retry_count` and asks the same is
+not used: by its prompt's tokens, or by its words, as a gateway that was restarted may write the earlier turns in other
+tokens. Limits: clients that do not count (only OpenAI's do) have both calls used; so does an agent whose
 own parallel calls came in between; after the last retry failed, the call before it is used though nobody saw it; and of
 a prompt asked twice on purpose, the first call is left out where the second was a retry.
 """
@@ -233,12 +234,16 @@ def without_superseded(calls: Sequence[Span]) -> list[Span]:
             after, after_superseded = found
             # The choices of one call (`n`) share its start and go together.
             again = _retry_count(after) > _retry_count(call) or (after_superseded and after.start_ns == call.start_ns)
-            superseded = again and after.prompt_token_ids == call.prompt_token_ids
+            superseded = again and _asks_the_same(after, call)
         following[call.resource, call.agent] = call, superseded
         if not superseded:
             kept.append(call)
     kept.reverse()
     return kept
+
+
+def _asks_the_same(one: Span, other: Span) -> bool:
+    return one.prompt_token_ids == other.prompt_token_ids or (one.input == other.input and bool(one.input))
 
 
 def _retry_count(call: Span) -> float:
