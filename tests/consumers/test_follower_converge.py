@@ -145,7 +145,7 @@ async def test_a_new_version_is_applied_at_once(
 async def test_a_restarted_server_is_noticed(server: FakePolicyServer, session: aiohttp.ClientSession, tmp_path: Path):
     follower = Follower(server, session, make_version(tmp_path, 3))
     async with follower.running():
-        await until(lambda: serves(server, 3))
+        await until(lambda: follower.outcome == [(3, True)])  # not in the middle of it: then it would be said once
         await server.restart(label=None)
         await until(lambda: serves(server, 3))
         await until(lambda: follower.outcome == [(3, True)] * 2)
