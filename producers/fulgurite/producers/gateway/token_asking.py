@@ -2,8 +2,8 @@
 
 Promises: a route that a server does not have is told from one that refuses this request (Unserved, None); what a server
 answers in a shape that is not known is an ApiError, never an answer; of rendering, before which nothing was sampled, it
-is another version's route, and Unserved. What was sampled is kept in `Asked` before it is
-looked at: it cost its tokens, whatever comes next.
+is another version's route, and Unserved. What was sampled is kept in `Asked` before it is looked at: it cost its
+tokens, whatever comes next.
 """
 
 from __future__ import annotations

@@ -191,16 +191,8 @@ def select_calls(spans: Sequence[Span], finished: RolloutFinished) -> tuple[list
     for span in spans:
         if not span.response_token_ids or span.attempt_id not in (finished.attempt_id, ""):
             continue
-        if not span.attempt_id and finished.attempts > 1:
-            left_out.add(("unattributed", span.agent, span.resource))
-        elif not span.is_llm_call:
-            left_out.add(("missing_logprobs", span.agent, span.resource))
-        elif not span.prompt_token_ids:
-            left_out.add(("missing_prompt", span.agent, span.resource))
-        elif len(span.prompt_token_ids) + len(span.response_token_ids) > MAX_TOKENS:
-            left_out.add(("too_long", span.agent, span.resource))
-        elif finished.mode == "train" and not sampled_neutrally(span):
-            left_out.add(("sampling", span.agent, span.resource))
+        if reason := _unusable(span, finished):
+            left_out.add((reason, span.agent, span.resource))
         else:
             calls.append(span)
     # span_id only breaks ties, so that the arrival of spans does not matter.
@@ -211,6 +203,21 @@ def select_calls(spans: Sequence[Span], finished: RolloutFinished) -> tuple[list
     wanted = without_superseded(calls)
     left_out |= {("unfinished", call.agent, call.resource) for call in wanted if _broke_off(call)}
     return [call for call in wanted if not _broke_off(call)], left_out
+
+
+def _unusable(call: Span, finished: RolloutFinished) -> str:
+    """Why a call with sampled tokens cannot be trained on, whatever others there are; empty where it can."""
+    if not call.attempt_id and finished.attempts > 1:
+        return "unattributed"
+    if not call.is_llm_call:
+        return "missing_logprobs"
+    if not call.prompt_token_ids:
+        return "missing_prompt"
+    if len(call.prompt_token_ids) + len(call.response_token_ids) > MAX_TOKENS:
+        return "too_long"
+    if finished.mode == "train" and not sampled_neutrally(call):
+        return "sampling"
+    return ""
 
 
 def _broke_off(call: Span) -> bool:
