@@ -34,7 +34,7 @@ vllm: $(STAMP) ## vLLM's CPU build in an environment of its own, .venv-vllm (abo
 test-vllm: vllm ## the tests against a real vLLM (about 5 minutes)
 	@PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/python -m pytest -m vllm tests/vllm $(ARGS)
 
-test-oracles: $(ORACLES)/.installed ## our losses against the code of verl, TRL, AReaL, OpenRLHF, SkyRL, Liger (about 1 minute)
+test-oracles: $(ORACLES)/.installed ## our losses against the code of verl, TRL, AReaL, OpenRLHF, SkyRL, Liger, ms-swift (about 1 minute)
 	@$(ORACLES)/bin/python -m pytest -m oracles -W ignore tests/oracles $(ARGS)
 
 lint: $(STAMP) ## format, lint and types

@@ -90,7 +90,7 @@ def write() -> None:
     names = sorted({row.library.split()[0] for row in ROWS})
     result = {
         "tolerance": TOLERANCE,
-        "libraries": {name: version({"liger": "liger-kernel"}.get(name, name)) for name in names},
+        "libraries": {name: version({"liger": "liger-kernel", "swift": "ms-swift"}.get(name, name)) for name in names},
         "rows": [asdict(row) for row in sorted(ROWS, key=lambda row: (row.quantity, row.library))],
     }
     RESULT.write_text(json.dumps(result, indent=2) + "\n")

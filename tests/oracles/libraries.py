@@ -8,7 +8,7 @@ from __future__ import annotations
 import math
 from collections import defaultdict
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import SimpleNamespace
 from typing import Any
 
@@ -197,7 +197,9 @@ def openrlhf(case: Case, asked: Asked) -> Tensor:
     correction = asked.correction
     options: dict[str, Any] = {}
     if correction is not None:
-        sequence = correction.gate == "sequence_mean"
+        sequence = "sequence_mean" in (correction.level, correction.gate)
+        if correction.level == "sequence_mean":
+            case = with_mean_ratios(case)  # it gates by the mean, and weighs by tokens
         options = {
             "is_correction_level": "seq" if sequence else "token",
             "is_correction_mode": "clip" if correction.mode == "truncate" else "mask",
@@ -228,6 +230,78 @@ def openrlhf(case: Case, asked: Asked) -> Tensor:
         aggregate = load("openrlhf.models.loss").aggregate_loss
         loss = loss + asked.kl * aggregate(penalty, case.mask, token_level_loss=asked.aggregation == "token_mean")
     return loss
+
+
+def swift(case: Case, asked: Asked) -> Tensor:
+    """ms-swift: its trainer without what its construction starts."""
+    if asked.kl_gradient != "estimator":
+        raise NotImplementedError("ms-swift differentiates its k3 as it is")
+    trainer_class = load("swift.rlhf_trainers.grpo_trainer").GRPOTrainer
+    trainer = object.__new__(trainer_class)
+    loss_type = {"token_mean": "dapo", "sequence_mean": "grpo", "sequence_sum": "dr_grpo"}[asked.aggregation]
+
+    def logprobs_and_entropies(*_: Any, **__: Any) -> tuple[Tensor, None]:
+        return case.padded(case.logprobs), None
+
+    def gathered(values: Tensor) -> Tensor:
+        return values
+
+    mode, threshold = _mode_of_swift(asked.correction)
+    vars(trainer).update(
+        model=SimpleNamespace(training=True),
+        _get_per_token_logps_and_entropies=logprobs_and_entropies,
+        args=SimpleNamespace(delta=asked.dual, gradient_accumulation_steps=1),
+        accelerator=SimpleNamespace(num_processes=1, gather_for_metrics=gathered),
+        compute_entropy=False,
+        overlong_filter=False,
+        beta=asked.kl,
+        kl_in_reward=False,
+        log_rollout_offpolicy_metrics=False,
+        disable_rollout_importance_sampling=asked.correction is None,
+        rollout_importance_sampling_mode=mode,
+        rollout_importance_sampling_threshold=threshold,
+        importance_sampling_level="sequence" if asked.kind == "gspo" else "token",
+        loss_type="cispo" if asked.kind == "cispo" else loss_type,
+        epsilon_low=asked.low,
+        epsilon_high=1.0 + asked.high if asked.kind == "cispo" else asked.high,
+        off_policy_sequence_mask_delta=None,
+        max_completion_length=CONSTANT,
+        sdar_loss_coef=0.0,
+        chord_sft_iterator=None,
+        model_accepts_loss_kwargs=False,
+        compute_loss_func=None,
+        current_gradient_accumulation_steps=1,
+        _has_teacher=False,
+    )
+    batch = SimpleNamespace(
+        completion_mask=case.mask.bool(),
+        truncated_mask=None,
+        ref_per_token_logps=case.padded(case.reference),
+        old_per_token_logps=case.padded(case.proximal),
+        rollout_per_token_logps=case.padded(case.behaviour),
+        teacher_per_token_logps=None,
+        advantages=case.padded(case.token_advantages),
+        num_items_in_batch=case.mask.sum(),
+    )
+    loss, _ = trainer._compute_loss_and_metrics(None, None, batch)
+    return loss
+
+
+def _mode_of_swift(correction: Correction | None) -> tuple[str | None, float]:
+    if correction is None:
+        return None, FAR
+    if correction.low:
+        raise NotImplementedError("ms-swift has upper bounds only")
+    sequence = "sequence_mean" in (correction.level, correction.gate)
+    return f"{'sequence' if sequence else 'token'}_{correction.mode}", correction.high
+
+
+def with_mean_ratios(case: Case) -> Case:
+    """The ratio of each token is the mean one of its sequence, as ms-swift takes it."""
+    trainer = load("swift.rlhf_trainers.grpo_trainer").GRPOTrainer
+    ratios = (case.padded(case.proximal) - case.padded(case.behaviour)).exp()
+    means = trainer._compute_sequence_level_ratios(None, ratios, case.mask)
+    return replace(case, behaviour=case.proximal - case.sequences.spread(means.log()))
 
 
 def areal(case: Case, asked: Asked) -> Tensor:
@@ -275,6 +349,8 @@ def skyrl(case: Case, asked: Asked) -> Tensor:
         micro_batch_size=len(case.sequences.lengths),
         max_seq_len=CONSTANT,
     )
+    if asked.correction is not None and asked.correction.level == "sequence_mean":
+        case = with_mean_ratios(case)  # it gates by the mean, and weighs by tokens
     config = SimpleNamespace(
         policy_loss_type=name,
         loss_reduction=reduction,
@@ -305,7 +381,7 @@ def skyrl_correction(correction: Correction | None) -> SimpleNamespace:
     found.token_tis_ratio_clip_high = found.sequence_tis_ratio_clip_high = FAR
     if correction.mode == "truncate":
         found.token_tis_ratio_clip_high = found.sequence_tis_ratio_clip_high = correction.high
-    elif correction.gate == "sequence_mean":
+    elif "sequence_mean" in (correction.level, correction.gate):
         found.sequence_mask_metric = "geometric"
         found.geo_mask_low, found.geo_mask_high = correction.low, correction.high
     elif correction.level == "sequence_product":
@@ -324,4 +400,5 @@ LIBRARIES: dict[str, Loss] = {
     "openrlhf": openrlhf,
     "areal": areal,
     "skyrl": skyrl,
+    "swift": swift,
 }

@@ -26,18 +26,18 @@ SURROGATES = {"clipped": clipped, "gspo": sequence_clipped, "cispo": cispo}
 
 PPO = Asked("clipped", "token_mean", 0.2, 0.2)
 COMPARED: dict[str, tuple[Asked, str]] = {
-    "grpo": (Asked("clipped", "sequence_mean", 0.2, 0.2), "verl trl liger openrlhf skyrl"),
-    "dr_grpo": (Asked("clipped", "sequence_sum", 0.2, 0.2), "verl trl liger skyrl"),
-    "dapo": (Asked("clipped", "token_mean", 0.2, 0.28), "verl trl liger openrlhf areal skyrl"),
-    "gspo": (Asked("gspo", "sequence_mean", 0.1, 0.15), "verl trl liger openrlhf skyrl"),
+    "grpo": (Asked("clipped", "sequence_mean", 0.2, 0.2), "verl trl liger openrlhf skyrl swift"),
+    "dr_grpo": (Asked("clipped", "sequence_sum", 0.2, 0.2), "verl trl liger skyrl swift"),
+    "dapo": (Asked("clipped", "token_mean", 0.2, 0.28), "verl trl liger openrlhf areal skyrl swift"),
+    "gspo": (Asked("gspo", "sequence_mean", 0.1, 0.15), "verl trl liger openrlhf skyrl swift"),
     "gspo, token mean": (Asked("gspo", "token_mean", 0.1, 0.15), "verl areal skyrl"),
-    "cispo": (Asked("cispo", "token_mean", 1.0, 0.5), "verl trl liger skyrl"),
+    "cispo": (Asked("cispo", "token_mean", 1.0, 0.5), "verl trl liger skyrl swift"),
     "cispo with a lower bound": (Asked("cispo", "token_mean", 0.3, 0.5), "verl skyrl"),
-    "ppo": (PPO, "verl trl liger openrlhf areal skyrl"),
+    "ppo": (PPO, "verl trl liger openrlhf areal skyrl swift"),
     "ppo_dual_clip": (Asked("clipped", "token_mean", 0.2, 0.2, dual=1.5), "verl trl liger openrlhf areal skyrl"),
     "decoupled, token truncated": (
         Asked("clipped", "token_mean", 0.2, 0.28, correction=Correction("truncate", 1.5)),
-        "verl openrlhf areal skyrl",
+        "verl openrlhf areal skyrl swift",
     ),
     "decoupled, token clamped": (
         Asked("clipped", "token_mean", 0.2, 0.28, correction=Correction("truncate", 1.5, low=0.7)),
@@ -55,15 +55,23 @@ COMPARED: dict[str, tuple[Asked, str]] = {
         Asked("clipped", "token_mean", 0.2, 0.2, correction=Correction("mask", 2.0, 0.5, level="sequence_product")),
         "verl skyrl",
     ),
+    "decoupled, mean truncated": (
+        Asked("clipped", "token_mean", 0.2, 0.2, correction=Correction("truncate", 1.2, level="sequence_mean")),
+        "areal swift",
+    ),
     "decoupled, mean masked": (
         Asked("clipped", "token_mean", 0.2, 0.2, correction=Correction("mask", 1.5, 0.6, level="sequence_mean")),
-        "areal",
+        "areal openrlhf skyrl",  # the last two with ms-swift's means
     ),
     "decoupled, mean gates tokens": (
         Asked("clipped", "token_mean", 0.2, 0.2, correction=Correction("mask", 1.5, 0.6, gate="sequence_mean")),
         "openrlhf skyrl",
     ),
-    "grpo + k3": (Asked("clipped", "sequence_mean", 0.2, 0.2, kl=0.1), "verl trl liger openrlhf"),
+    "decoupled, mean gates tokens from above": (
+        Asked("clipped", "token_mean", 0.2, 0.2, correction=Correction("mask", 1.5, gate="sequence_mean")),
+        "openrlhf skyrl swift",
+    ),
+    "grpo + k3": (Asked("clipped", "sequence_mean", 0.2, 0.2, kl=0.1), "verl trl liger openrlhf swift"),
     "grpo + k3, gradient of k2": (
         Asked("clipped", "sequence_mean", 0.2, 0.2, kl=0.1, kl_gradient="k2"),
         "verl openrlhf",
