@@ -7,7 +7,7 @@ number of partitions, so that everything about a rollout lies in the partition o
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Final, Literal
 
 HOUR_MS = 3_600_000
 DAY_MS = 24 * HOUR_MS
@@ -79,3 +79,7 @@ TOPICS: tuple[Topic, ...] = (
     OTLP_SPANS,
 )
 CO_PARTITIONED: tuple[Topic, ...] = (ROLLOUTS, SPANS, REWARDS)
+
+TRANSLATOR_GROUP: Final = "translator"
+"""Consumer group of the translator, after the topic prefix. What it has committed of `otlp_spans` has been published to
+`rewards`: the assembler waits for that."""

@@ -11,7 +11,8 @@ The contract, for one batch. service.py carries these numbers.
 
     1  read      records, from the committed offsets on. Most are passed over: their bytes hold no tell-tale name.
     2  publish   their rewards in the order of the log; every one is acknowledged before the next step.
-    3  commit    the offsets behind the batch.
+    3  commit    the offsets behind the batch; also where there was none and they are not known yet, or moved past what
+                 is no record: the assembler waits for rewards until these reach the ends of the logs, if there are any.
 
 A crash (or a rebalance) after
     1            nothing was done: the batch is read again.

@@ -29,7 +29,7 @@ from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.errors import BufferFull, InvalidEvent, Undelivered
 from fulgurite.schemas.rewards import Reward
 from fulgurite.schemas.settings import KafkaSettings, Settings
-from fulgurite.schemas.topics import OTLP_SPANS, REWARDS
+from fulgurite.schemas.topics import OTLP_SPANS, REWARDS, TRANSLATOR_GROUP
 
 logger = logging.getLogger(__name__)
 
@@ -38,8 +38,6 @@ Checkpoint = Callable[[str], Awaitable[None]]
 """Awaited after each step with its name: tests crash there."""
 
 STAGE: Final = "translator"
-GROUP: Final = "translator"
-"""Consumer group, after the topic prefix."""
 BATCH_RECORDS: Final = 500
 """Most records between two commits."""
 FETCH_BYTES: Final = 8 * 1024 * 1024
@@ -78,19 +76,21 @@ async def _serve(settings: Settings, checkpoint: Checkpoint) -> None:
         consumer = await _consumer(settings.kafka)
         try:
             logger.info("ready: rewards from %s to %s", settings.kafka.topic(OTLP_SPANS), settings.kafka.topic(REWARDS))
+            committed: dict[TopicPartition, int] = {}
             while True:
                 # 1
                 batches = await fetch(settings.kafka, consumer, timeout_ms=POLL_MS, max_records=BATCH_RECORDS)
-                if not batches:
-                    continue
-                await checkpoint("read")
+                if batches:
+                    await checkpoint("read")
                 # 2
                 for records in batches.values():
                     await publish(publisher, records)
-                await checkpoint("published")
+                if batches:
+                    await checkpoint("published")
                 # 3
-                await _commit(consumer, {tp: records[-1].offset + 1 for tp, records in batches.items()})
-                await checkpoint("committed")
+                committed = await _commit(consumer, committed)
+                if batches:
+                    await checkpoint("committed")
         finally:
             await consumer.stop()
     finally:
@@ -198,14 +198,24 @@ async def _send_dead(publisher: Publisher, letter: DeadLetter) -> Acknowledgemen
         return await publisher.publish_dead_letter(replace(letter, key=None))
 
 
-async def _commit(consumer: AIOKafkaConsumer, offsets: dict[TopicPartition, int]) -> None:
-    """What cannot be committed is read again, by us or by the partition's next owner."""
+async def _commit(consumer: AIOKafkaConsumer, committed: dict[TopicPartition, int]) -> dict[TopicPartition, int]:
+    """Commits where each partition stands, if that is not what `committed` has; gives what is committed then.
+
+    Also where nothing was read: the start of a partition that was never read, and the place behind what is no record
+    (markers of transactions, what retention deleted). The assembler waits until this has reached the ends of the logs.
+    What cannot be committed is read again, by us or by the partition's next owner.
+    """
     try:
-        await consumer.commit({tp: offset for tp, offset in offsets.items() if tp in consumer.assignment()})
+        stands = {tp: await consumer.position(tp) for tp in consumer.assignment()}
+        if changed := {tp: offset for tp, offset in stands.items() if committed.get(tp) != offset}:
+            await consumer.commit(changed)
     except (CommitFailedError, IllegalStateError) as error:
         logger.info("the group was rebalanced: %s", error)
     except KafkaError as error:
         logger.warning("cannot commit: %r", error)
+    else:
+        return stands
+    return committed
 
 
 async def _consumer(kafka: KafkaSettings) -> AIOKafkaConsumer:
@@ -215,7 +225,7 @@ async def _consumer(kafka: KafkaSettings) -> AIOKafkaConsumer:
         consumer = AIOKafkaConsumer(
             kafka.topic(OTLP_SPANS),
             **connection_options(kafka),
-            group_id=f"{kafka.topic_prefix}{GROUP}",
+            group_id=f"{kafka.topic_prefix}{TRANSLATOR_GROUP}",
             client_id="fulgurite-translator",
             enable_auto_commit=False,
             auto_offset_reset="earliest",
