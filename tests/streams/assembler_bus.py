@@ -6,11 +6,14 @@ import asyncio
 import time
 from collections.abc import AsyncGenerator, Callable, Sequence
 from contextlib import asynccontextmanager
+from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
+from aiokafka.admin import AIOKafkaAdminClient
 from aiokafka.structs import ConsumerRecord, TopicPartition
 from pydantic import BaseModel
 
+from fulgurite.consumers.translator import serve as translate
 from fulgurite.infra.kafka import EmbeddedKafka
 from fulgurite.schemas import topics
 from fulgurite.schemas.codec import decode
@@ -20,6 +23,7 @@ from fulgurite.schemas.spans import Span
 from fulgurite.schemas.topics import Topic
 from fulgurite.schemas.trajectories import Trajectory
 from fulgurite.streams.assembler.service import serve
+from tests.consumers.otlp_encoding import record, span
 from tests.streams.assembler_records import finished, llm_call, queued, reward, started, value
 
 Record = ConsumerRecord[bytes, bytes]
@@ -50,6 +54,26 @@ class Bus:
             reward(rollout_id, 1.0),
             finished(rollout_id, group_id=group_id),
         )
+
+    async def reward_as_otlp(self, rollout_id: str, amount: float) -> None:
+        """As a Collector writes one that is made in the first attempt of a rollout."""
+        span_of = record(
+            span({"agentlightning.reward.0.value": amount}),
+            resource={"fulgurite.rollout_id": rollout_id, "fulgurite.attempt_id": f"{rollout_id}-1"},
+        )
+        await self.producer.send_and_wait(self.settings.topic(topics.OTLP_SPANS), span_of)
+
+    async def in_transaction(self, topic: Topic, data: bytes, *, partition: int) -> None:
+        """One record, and behind it the marker of the commit."""
+        name = self.settings.topic(topic)
+        servers = self.settings.bootstrap_servers
+        writer = AIOKafkaProducer(bootstrap_servers=servers, transactional_id=f"{name}-test")
+        async with writer, writer.transaction():
+            await writer.send_and_wait(name, data, partition=partition)
+
+    async def ends_without(self, rollout_id: str) -> None:
+        """A whole life but for its reward."""
+        await self.send(started(rollout_id), llm_call(rollout_id, 1, [1], [2]), finished(rollout_id))
 
     async def read(self, topic: Topic) -> list[Record]:
         """All committed records there are now, partition after partition."""
@@ -97,10 +121,10 @@ async def connected(settings: KafkaSettings) -> AsyncGenerator[Bus]:
 
 @asynccontextmanager
 async def assembling(
-    kafka: KafkaSettings, *, orphan_seconds: float = 900.0, hook: Callable[[str], None] = lambda _: None
+    kafka: KafkaSettings, *, hook: Callable[[str], None] = lambda _: None, **own: Any
 ) -> AsyncGenerator[asyncio.Task[None]]:
-    """The assembler at work in this process."""
-    settings = Settings(kafka=kafka, assembler=AssemblerSettings(orphan_seconds=orphan_seconds))
+    """The assembler at work in this process, with these settings of its own."""
+    settings = Settings(kafka=kafka, assembler=AssemblerSettings(**own))
     stop = asyncio.Event()
     task = asyncio.create_task(serve(settings, stop, hook))
     try:
@@ -108,6 +132,37 @@ async def assembling(
     finally:
         stop.set()
         await asyncio.wait_for(task, 10)
+
+
+@asynccontextmanager
+async def translating(kafka: KafkaSettings) -> AsyncGenerator[None]:
+    """The translator at work in this process."""
+    stop = asyncio.Event()
+    task = asyncio.create_task(translate(Settings(kafka=kafka), stop))
+    try:
+        yield
+    finally:
+        stop.set()
+        await asyncio.wait_for(task, 10)
+
+
+async def translated(kafka: KafkaSettings) -> dict[int, int]:
+    """What the translator's group has committed of otlp_spans, by partition."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers)
+    await admin.start()
+    try:
+        found = await admin.list_consumer_group_offsets(f"{kafka.topic_prefix}{topics.TRANSLATOR_GROUP}")
+        return {tp.partition: at.offset for tp, at in found.items()}
+    finally:
+        await admin.close()
+
+
+async def known_translator(kafka: KafkaSettings) -> None:
+    """There has been one, which is away now."""
+    async with translating(kafka):
+        async with asyncio.timeout(30):
+            while len(await translated(kafka)) < kafka.partitions:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
 
 
 class Mortal:

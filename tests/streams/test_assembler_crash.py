@@ -15,7 +15,7 @@ from fulgurite.infra.kafka import EmbeddedKafka
 from fulgurite.infra.topics import create_topics
 from fulgurite.schemas import topics
 from fulgurite.schemas.settings import KafkaSettings, to_environment
-from tests.streams.assembler_bus import Bus, Mortal, assembling, connected, ids
+from tests.streams.assembler_bus import Bus, Mortal, assembling, connected, ids, known_translator, translating
 from tests.streams.assembler_records import finished, llm_call, queued, reward, started
 
 REPOSITORY = Path(__file__).parents[2]
@@ -25,9 +25,8 @@ pytestmark = [pytest.mark.chaos, pytest.mark.slow]
 
 def start_assembler(settings: KafkaSettings, step: str, count: int) -> subprocess.Popen[bytes]:
     """A process that kills itself when it reaches the step for the count-th time."""
-    environment = os.environ | to_environment(
-        {"kafka": settings.model_dump(exclude_none=True), "assembler": {"orphan_seconds": 2}}
-    )
+    own = {"orphan_seconds": 2, "otlp_settle_seconds": 0.2}
+    environment = os.environ | to_environment({"kafka": settings.model_dump(exclude_none=True), "assembler": own})
     command = [sys.executable, "-m", "tests.streams.assembler_driver", step, str(count)]
     return subprocess.Popen(command, env=environment, cwd=REPOSITORY)
 
@@ -67,6 +66,31 @@ async def test_killed_at_every_step_in_turn(kafka_settings: KafkaSettings) -> No
     assert {(t.calls, len(t.sequences), t.partial) for t in found} == {(2, 1, "")}
     assert {t.metadata.get("label") for t in found if t.rollout_id != "open"} == set(ids(found)) - {"open"}
     assert [letter.key for letter in letters] == [b"ghost"]
+
+
+async def test_killed_at_every_step_while_rollouts_wait_for_rewards_in_otlp(kafka_settings: KafkaSettings) -> None:
+    """Some overtake those that wait, the translator comes and goes; each is there once, with its reward."""
+    await known_translator(kafka_settings)
+    async with connected(kafka_settings) as bus:
+        sent = 0
+        for step in ["data", "translated", "translated", "taken", "sent", "committed", "done"]:
+            process = start_assembler(kafka_settings, step, 2)
+            while process.poll() is None:
+                for name in (f"native{sent}", f"native{sent + 1}"):
+                    await bus.rollout(name)
+                await bus.reward_as_otlp(f"otlp{sent}", 1.0)
+                await bus.ends_without(f"otlp{sent}")
+                sent += 2
+                async with translating(kafka_settings):
+                    await asyncio.sleep(1.0)
+            assert process.returncode == -9
+        async with assembling(kafka_settings, otlp_settle_seconds=0.2), translating(kafka_settings):
+            found = await bus.until(topics.TRAJECTORIES, sent // 2 * 3)
+            assert len(found) == sent // 2 * 3
+        trajectories = await bus.trajectories()
+        assert await bus.read(topics.DEAD_LETTERS) == []
+    assert len(ids(trajectories)) == len(set(ids(trajectories)))
+    assert {(one.reward, one.partial) for one in trajectories} == {(1.0, "")}
 
 
 @pytest.fixture

@@ -246,6 +246,17 @@ class AssemblerSettings(Section):
     """Spans and rewards of a rollout nobody announced become dead letters after this."""
     commit_ms: Annotated[int, Field(ge=1, le=60_000)] = 50
     """Longest that a finished trajectory waits for its transaction."""
+    otlp_wait_seconds: Annotated[float, Field(ge=0, le=86_400)] = 60.0
+    """Longest that a succeeded rollout without a reward waits for one that came as OTLP and that the translator has not
+    published yet (docs/contract.md#otlp); then its trajectory is `no_reward`. Without a translator nobody waits. 0:
+    never. Keep it below trainer.group_deadline_seconds."""
+    otlp_settle_seconds: Annotated[float, Field(ge=0, le=3_600)] = 1.0
+    """Longest that a Collector takes to write to Kafka what it has accepted: ours batches for 0.2 s. So much of that
+    wait passes before it is asked what the translator must have read."""
+    metrics_host: str = "127.0.0.1"
+    """Where /metrics and /health listen."""
+    metrics_port: Annotated[int, Field(ge=0, lt=65_536)] = 0
+    """0: nowhere."""
     output: Literal["trajectories", "attempts"] = "trajectories"
     """Where trajectories go. trajectories: to trainers; attempts: with their spans to the aggregator, which publishes
     them with their rewards (docs/algorithms.md)."""

@@ -3,6 +3,7 @@
     lifecycle()  an event of `rollouts`         ─► open rollouts ─► finished: pending, in the order of the log
     record()     a span or a reward             ─► held with its rollout, or late, or waiting for an announcement
     passed()     how far a partition was read   ─► barriers
+    ready()      barriers passed                ─► may be taken, or waits for a reward in OTLP (waits.py)
     take()       everything that can be said now: trajectories, dead letters, and the offsets that go with them
 
 Promises: what take() returned is final in this state, so the caller commits exactly that or ends the process. Whatever
@@ -46,11 +47,12 @@ from fulgurite.schemas.rollouts import (
     RolloutRequeued,
 )
 from fulgurite.schemas.trajectories import Trajectory
-from fulgurite.streams.assembler.building import build
+from fulgurite.streams.assembler.building import build, has_reward
 from fulgurite.streams.assembler.join import Announcement
 from fulgurite.streams.assembler.letters import LATE, LETTER_BYTES, UNKNOWN_ROLLOUT, of_lines
 from fulgurite.streams.assembler.offsets import MAX_REPLAY_EVENTS, DataPartition, EndedRollouts, RolloutsPartition
 from fulgurite.streams.assembler.rollouts import Batch, Ended, Held, OpenRollout, Pending
+from fulgurite.streams.assembler.waits import Waits
 
 MAX_ENDED = 100_000
 MAX_HELD_BYTES = 512 << 20
@@ -74,6 +76,7 @@ class Assembly:
         max_held_bytes: int | None = None,
         max_ended: int = MAX_ENDED,
         keep_spans: bool = False,
+        waits: Waits | None = None,
         clock: Callable[[], float] = time.monotonic,
     ) -> None:
         self.rollouts = {part.tp: part for part in rollouts}
@@ -81,6 +84,7 @@ class Assembly:
         self.data = {part.tp: part for part in (*spans, *rewards)}
         self.open: dict[str, OpenRollout] = {}
         self.ended = EndedRollouts(max_ended)
+        self.waits = Waits(wait_seconds=0.0, settle_seconds=0.0, clock=clock) if waits is None else waits
         self.counts: Counter[str] = Counter()
         self.held_bytes = 0
         self.holding = 0
@@ -102,7 +106,7 @@ class Assembly:
 
     @property
     def pending(self) -> int:
-        return sum(len(part.pending) for part in self.rollouts.values())
+        return sum(part.unsent for part in self.rollouts.values())
 
     def passed(self, tp: TopicPartition, position: int) -> None:
         """The partition was read up to here: also past what is not a record (transaction markers, aborted ones)."""
@@ -121,7 +125,7 @@ class Assembly:
         rollout_id = event.rollout_id
         if rollout_id in self.ended:
             return None
-        if isinstance(event, RolloutFinished) and offset < part.emit_from:
+        if isinstance(event, RolloutFinished) and part.is_emitted(offset):
             self.ended.restore(rollout_id, Ended(event.attempt_id, tp, offset))
             self.open.pop(rollout_id, None)
             return None
@@ -200,13 +204,24 @@ class Assembly:
             self.held_bytes += len(value)
 
     def ready(self, limit: int) -> list[Pending]:
-        """Those that may be taken now, at most `limit`, oldest first in each partition of `rollouts`."""
+        """Those that may be taken now, at most `limit`, oldest first in each partition of `rollouts`.
+
+        One whose barrier was passed, and whose reward may still be on its way as OTLP, begins to wait for it; those
+        behind it do not.
+        """
         found: list[Pending] = []
-        for part in sorted(self.rollouts.values(), key=lambda part: -len(part.pending)):
+        for part in sorted(self.rollouts.values(), key=lambda part: -part.unsent):
             for pending in part.pending:
-                if len(found) >= limit or not self._reached(pending.barrier):
+                if len(found) >= limit or not part.may_end(pending.offset):
                     break
-                found.append(pending)
+                if pending.done or pending.waits:
+                    continue
+                if not self._reached(pending.barrier):
+                    if pending.asked:  # for its reward; the barriers of those behind it may lie before that
+                        continue
+                    break
+                if not self._begins_to_wait(pending):
+                    found.append(pending)
         return found
 
     def spilled(self, ready: Sequence[Pending]) -> list[Held]:
@@ -276,10 +291,25 @@ class Assembly:
             del barrier[tp]
         return not barrier
 
+    def _begins_to_wait(self, pending: Pending) -> bool:
+        """Asked once of a rollout, when all that is its own was read. What was spilled is taken for no reward: that
+        costs time, and the other way round it would cost the rollout."""
+        if pending.asked:
+            return False
+        pending.asked = True
+        if not self.waits.in_use or pending.event.status != "succeeded":
+            return False
+        rewards = [held.value for held in self.open[pending.event.rollout_id].rewards if held.value is not None]
+        if has_reward(pending, rewards):
+            return False
+        self.waits.begin(pending)
+        self.counts["otlp_waited"] += 1
+        return True
+
     def _end(self, pending: Pending) -> Trajectory:
         event = pending.event
-        part = next(part for part in self.rollouts.values() if part.pending and part.pending[0] is pending)
-        part.pending.popleft()
+        part = self.rollouts[pending.tp]
+        part.emitted(pending)
         rollout = self.open.pop(event.rollout_id)
         self.holding -= bool(rollout.last)
         spans, rewards = ([h.value for h in held if h.value is not None] for held in (rollout.spans, rollout.rewards))

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 
 from fulgurite.schemas.dead_letters import DeadLetter
 from fulgurite.schemas.ids import now_ns
+from fulgurite.schemas.rewards import FINAL_REWARD
 from fulgurite.schemas.trajectories import FinishedAttempt, Trajectory
-from fulgurite.streams.assembler.join import INVALID_RECORD, Announcement, Joined, assemble
+from fulgurite.streams.assembler.join import INVALID_RECORD, Announcement, Joined, assemble, read_rewards
 from fulgurite.streams.assembler.letters import of_rollout
 from fulgurite.streams.assembler.rollouts import Pending
 
@@ -29,6 +30,17 @@ def build(
         raise
     except Exception as error:  # whatever the records of one rollout bring about
         return Joined(_of_its_end(pending, announced, keep_spans)), of_rollout(pending, error)
+
+
+def has_reward(pending: Pending, rewards: Sequence[bytes]) -> bool:
+    """Whether a reward among these is the rollout's own."""
+    try:
+        found, _ = read_rewards(rewards, pending.event, [])
+    except MemoryError:
+        raise
+    except Exception:  # as above. Nothing that may still come would help
+        return True
+    return any(reward.name == FINAL_REWARD for reward in found)
 
 
 def without_data(trajectory: Trajectory) -> Trajectory:

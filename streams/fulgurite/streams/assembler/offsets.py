@@ -11,10 +11,12 @@ Three offsets of a `spans` or `rewards` partition (the first is the committed of
     read_to       everything before it was dealt with, or belongs to a rollout that is still open
     unknown_from  the oldest record whose rollout nobody has announced yet; before it such records were dead-lettered
 
-Three of a `rollouts` partition:
+Four of a `rollouts` partition:
 
     emit_from     the oldest `finished` without its trajectory: trajectories are emitted in the order of this log, so
                   this one number says which exist, and nothing has to be looked up in `trajectories`
+    ahead         but for rollouts that wait for a reward in OTLP (waits.py): others behind them do not wait. These are
+                  the `finished` after emit_from that have their trajectory, as a bitmap of the MAX_AHEAD offsets there
     read_to       events before it had been read
     replay_from   from here events are read again, only to know which rollouts are open and which have ended
 
@@ -24,10 +26,11 @@ it. Else it was dealt with, unless it is at or after unknown_from and its rollou
 
 from __future__ import annotations
 
+import base64
 import heapq
 import json
 from collections import deque
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import TypeVar
 
@@ -41,6 +44,10 @@ RECENT_EVENTS = 10_000
 
 MAX_REPLAY_EVENTS = 200_000
 """Lifecycle events (of a partition) read again only for the labels of rollouts still in the queue: seconds to read."""
+
+MAX_AHEAD = 12_288
+"""How far behind the oldest `finished` without its trajectory others may have theirs: in base64 2 of the 4 kB that
+brokers allow for the metadata of an offset (offset.metadata.max.bytes)."""
 
 M = TypeVar("M", bound="_Marks")
 
@@ -57,6 +64,7 @@ class DataMarks(_Marks):
 
 class RolloutsMarks(_Marks):
     replay_from: int = Field(default=0, ge=0)
+    ahead: str = Field(default="", pattern=r"^(?:[A-Za-z0-9+/]{4})*(?:[A-Za-z0-9+/]{2}==|[A-Za-z0-9+/]{3}=)?$")
 
 
 @dataclass(slots=True)
@@ -108,10 +116,15 @@ class RolloutsPartition:
     read_to: int
     begin: int = 0
     pending: deque[Pending] = field(default_factory=deque[Pending])
+    """In the order of the log: the first one has no trajectory yet, of those behind it some may have."""
+    ahead: set[int] = field(default_factory=set[int])
+    """After next_emission: `finished` events that have their trajectory."""
     holds: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
     """Heap of (offset, rollout_id): events without which an open rollout would not be known after a restart."""
     pins: list[tuple[int, str]] = field(default_factory=list[tuple[int, str]])
     """Heap of (offset, rollout_id): ends without which a record read again would be taken for an unknown rollout's."""
+    _overtaking: int = 0
+    """How many of `pending` have their trajectory."""
 
     @classmethod
     def restored(cls, tp: TopicPartition, committed: OffsetAndMetadata | None, begin: int) -> RolloutsPartition:
@@ -120,7 +133,8 @@ class RolloutsPartition:
         marks = _parse(RolloutsMarks, committed.metadata) or RolloutsMarks(
             read_to=committed.offset, replay_from=max(0, committed.offset - RECENT_EVENTS)
         )
-        return cls(tp, max(marks.replay_from, begin), committed.offset, marks.read_to, begin)
+        ahead = _unpacked(committed.offset, marks.ahead)
+        return cls(tp, max(marks.replay_from, begin), committed.offset, marks.read_to, begin, ahead=ahead)
 
     @property
     def replaying(self) -> bool:
@@ -129,6 +143,28 @@ class RolloutsPartition:
     @property
     def next_emission(self) -> int:
         return self.pending[0].offset if self.pending else self.position
+
+    @property
+    def unsent(self) -> int:
+        """How many are pending."""
+        return len(self.pending) - self._overtaking
+
+    def may_end(self, offset: int) -> bool:
+        """Whether there is room to say that this one has its trajectory, and the oldest one has not."""
+        return offset - self.next_emission <= MAX_AHEAD
+
+    def is_emitted(self, offset: int) -> bool:
+        """Of a `finished` that is read again: whether it has its trajectory."""
+        return offset < self.emit_from or offset in self.ahead
+
+    def emitted(self, pending: Pending) -> None:
+        """It has its trajectory as of now."""
+        pending.done = True
+        self._overtaking += 1
+        self.ahead.add(pending.offset)
+        while self.pending and self.pending[0].done:
+            self.pending.popleft()
+            self._overtaking -= 1
 
     def hold(self, offset: int, rollout_id: str) -> None:
         heapq.heappush(self.holds, (offset, rollout_id))
@@ -140,7 +176,9 @@ class RolloutsPartition:
         for heap in (self.holds, self.pins):
             if heap:
                 replay_from = min(replay_from, heap[0][0])
-        return OffsetAndMetadata(emit_from, _format(RolloutsMarks(read_to=self.position, replay_from=replay_from)))
+        self.ahead = {offset for offset in self.ahead if offset > emit_from}
+        marks = RolloutsMarks(read_to=self.position, replay_from=replay_from, ahead=_packed(emit_from, self.ahead))
+        return OffsetAndMetadata(emit_from, _format(marks))
 
 
 class EndedRollouts:
@@ -182,6 +220,26 @@ class EndedRollouts:
                 break
             ended.pinned = False
             heapq.heappop(part.pins)
+
+
+def _packed(emit_from: int, ahead: Iterable[int]) -> str:
+    """Bit n is offset emit_from + 1 + n; nothing where there are none.
+
+    >>> _packed(10, [11, 20]), sorted(_unpacked(10, _packed(10, [11, 20])))
+    ('AQI=', [11, 20])
+    """
+    bits = bytearray()
+    for offset in sorted(ahead):
+        byte, bit = divmod(offset - emit_from - 1, 8)
+        assert 0 <= byte < MAX_AHEAD // 8, "may_end() was not asked"
+        bits.extend(bytes(byte + 1 - len(bits)))
+        bits[byte] |= 1 << bit
+    return base64.b64encode(bits).decode()
+
+
+def _unpacked(emit_from: int, packed: str) -> set[int]:
+    bits = base64.b64decode(packed)
+    return {emit_from + 1 + 8 * at + bit for at, byte in enumerate(bits) for bit in range(8) if byte >> bit & 1}
 
 
 def _format(marks: _Marks) -> str:

@@ -8,6 +8,7 @@ from fulgurite.schemas.settings import Settings
 from fulgurite.streams.assembler.assembly import Assembly
 from fulgurite.streams.assembler.inputs import Inputs
 from fulgurite.streams.assembler.offsets import DataPartition, RolloutsPartition
+from fulgurite.streams.assembler.waits import Waits
 from fulgurite.streams.transactions import Hook, Transactions
 
 logger = logging.getLogger(__name__)
@@ -41,4 +42,8 @@ async def restore(settings: Settings, inputs: Inputs, transactions: Transactions
         max_open_rollouts=settings.assembler.max_open_rollouts,
         orphan_seconds=settings.assembler.orphan_seconds,
         keep_spans=settings.assembler.output == "attempts",
+        waits=Waits(
+            wait_seconds=settings.assembler.otlp_wait_seconds,
+            settle_seconds=settings.assembler.otlp_settle_seconds,
+        ),
     )

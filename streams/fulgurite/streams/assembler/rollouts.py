@@ -39,6 +39,14 @@ class Pending:
     value: bytes | None = None
     """The record that said so."""
     barrier: dict[TopicPartition, int] | None = None
+    asked: bool = False
+    """Whether it has passed its barrier, and it was decided if it waits for a reward in OTLP (waits.py), too."""
+    waits: bool = False
+    """For that reward. When this is over, `barrier` is another one."""
+    since: float = 0.0
+    """When it began to wait, by the clock of waits.py."""
+    done: bool = False
+    """Its trajectory was taken."""
 
 
 @dataclass(slots=True)

@@ -11,10 +11,17 @@
 | events  | rollouts         | fewer than MAX_PENDING pending | the data task passing barriers                     |
 | data    | spans, rewards   | room for dead letters          | a transaction                                      |
 | commits | open rollouts    | a barrier passed, or a second  | the broker; it is waited for without limit, loudly |
+| otlp    | what the trans-  | the translator, for rollouts   | its commits, or otlp_wait_seconds                  |
+|         | lator committed  | that lack a reward             |                                                    |
 
 The barrier. A runner's spans and rewards are acknowledged before it reports the end of the attempt, and only then is
 `finished` published. So when `finished` is read, all of it lies before the ends of `spans` and `rewards` asked for now.
 Once they have been read that far the rollout is complete: exactly, with no grace period.
+
+The second barrier. A reward that came as OTLP is on `rewards` only when the translator has been there. So where there
+is a translator, a succeeded rollout that has passed the first barrier without a reward waits until the translator has
+committed the ends of otlp_spans, and `rewards` was read to its ends of after that (waits.py, translated.py), for
+otlp_wait_seconds at most. Others do not wait for it.
 
 Exactly once. The numbers are in the code.
  1. InitProducerId with the transactional id that names all partitions: a predecessor can commit nothing any more, and
@@ -25,8 +32,11 @@ Exactly once. The numbers are in the code.
  4. Spans and rewards from needed_from to read_to are read again: those of open rollouts are kept.
     Crash in 2 to 4: nothing was written; the next start does the same again.
  5. Events, spans and rewards are read on; barriers are set and passed.
-    Crash: what was read since the last commit is read again from there.
- 6. A batch is taken: trajectories in the order of `rollouts`, dead letters, and the offsets that say so.
+    Crash: what was read since the last commit is read again from there, and barriers are set anew, at or behind those
+    of before; who waited for the translator begins to wait anew. So what is decided later is decided on more, never on
+    less, and nothing is decided before 7.
+ 6. A batch is taken: trajectories in the order of `rollouts` (but past those that wait for the translator), dead
+    letters, and the offsets that say so.
     Crash: the same records are in a next batch.
  7. Batch and offsets are written in one transaction.
     Crash before the broker has the commit: it is aborted, by the next start (1) or its timeout; as 6.
@@ -76,9 +86,11 @@ from fulgurite.schemas.settings import Settings
 from fulgurite.streams.assembler.assembly import MAX_UNSENT_BYTES, Assembly
 from fulgurite.streams.assembler.inputs import POLL_MS, POLL_RECORDS, Inputs
 from fulgurite.streams.assembler.lines import attempts_of
+from fulgurite.streams.assembler.metrics import Metrics
 from fulgurite.streams.assembler.outputs import records
 from fulgurite.streams.assembler.restart import restore
 from fulgurite.streams.assembler.rollouts import Held, Pending
+from fulgurite.streams.assembler.translated import Translator, Watch
 from fulgurite.streams.transactions import Hook, Transactions, no_hook
 
 logger = logging.getLogger(__name__)
@@ -130,12 +142,22 @@ async def _run(settings: Settings, inputs: Inputs, transactions: Transactions, s
     await inputs.start()
     state = await restore(settings, inputs, transactions, hook)  # 1., 2.
     assembler = Assembler(settings, inputs, transactions, state, hook)
-    await assembler.replay()  # 3.
+    try:
+        await assembler.replay()  # 3.
+        await assembler.begin_watch()
+        await _work(assembler, settings, stop)
+    finally:
+        await assembler.watch.close()
+
+
+async def _work(assembler: Assembler, settings: Settings, stop: asyncio.Event) -> None:
     logger.info("ready: %d partitions, %d rollouts open", len(assembler.state.rollouts), len(assembler.state.open))
     tasks = [
+        asyncio.ensure_future(assembler.commit_batches(stop)),
         asyncio.ensure_future(assembler.read_events()),
         asyncio.ensure_future(assembler.read_data()),
-        asyncio.ensure_future(assembler.commit_batches(stop)),
+        asyncio.ensure_future(assembler.watch_translator()),
+        asyncio.ensure_future(Metrics(assembler.state).serve(settings.assembler)),
     ]
     try:
         done, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
@@ -148,7 +170,7 @@ async def _run(settings: Settings, inputs: Inputs, transactions: Transactions, s
 
 
 class Assembler:
-    """Three tasks around one state."""
+    """Four tasks around one state."""
 
     def __init__(
         self, settings: Settings, inputs: Inputs, transactions: Transactions, state: Assembly, hook: Hook
@@ -159,6 +181,7 @@ class Assembler:
         self._transactions = transactions
         self._hook = hook
         self._changed = asyncio.Event()
+        self.watch = Watch(Translator(settings.kafka, inputs), inputs, state, self._changed, hook)
         self._committed = asyncio.Event()
         self._check_asked = 0.0
         self._check_ends: dict[TopicPartition, int] = {}
@@ -171,6 +194,11 @@ class Assembler:
         while any(part.replaying for part in self.state.rollouts.values()):
             await self._read_events_once()
         self._hook("replayed")
+
+    async def begin_watch(self) -> None:
+        """Before anything is emitted: whether there is a translator."""
+        if self._settings.assembler.otlp_wait_seconds:
+            await self.watch.first_look()
 
     async def read_events(self) -> None:
         """5., for lifecycle events."""
@@ -204,6 +232,13 @@ class Assembler:
             if found:
                 self._hook("data")
             self._changed.set()
+
+    async def watch_translator(self) -> None:
+        """5., for what the translator has committed."""
+        if self._settings.assembler.otlp_wait_seconds:
+            await self.watch.run()
+        else:
+            await asyncio.Event().wait()
 
     async def commit_batches(self, stop: asyncio.Event) -> None:
         """6. to 8., at most one transaction in commit_ms; ends after the one under way when `stop` is set."""
