@@ -8,6 +8,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -115,3 +116,24 @@ async def test_the_broker_is_killed_under_it(own_kafka: EmbeddedKafka) -> None:
     reviving.cancel()
     assert len(found) == len(set(ids(found))) == sent
     assert {(t.calls, t.reward, t.partial) for t in found} == {(2, 1.0, "")}
+
+
+async def test_the_broker_is_killed_while_rollouts_wait_for_rewards_in_otlp(own_kafka: EmbeddedKafka) -> None:
+    """For longer than they may wait: the time without it does not count."""
+    settings = KafkaSettings(bootstrap_servers=own_kafka.bootstrap_servers, partitions=2)
+    await create_topics(settings)
+    await known_translator(settings)
+    own: dict[str, Any] = {"otlp_settle_seconds": 0.2, "otlp_wait_seconds": 15.0}
+    async with connected(settings) as bus, assembling(settings, **own):
+        for number in range(4):
+            await bus.reward_as_otlp(f"otlp{number}", 1.0)
+            await bus.ends_without(f"otlp{number}")
+        await asyncio.sleep(1.0)
+        own_kafka.kill()
+        await asyncio.sleep(20.0)
+        await asyncio.to_thread(own_kafka.start)
+        async with translating(settings):
+            await bus.until(topics.TRAJECTORIES, 4, seconds=90)
+        found = await bus.trajectories()
+    assert {(one.reward, one.partial) for one in found} == {(1.0, "")}
+    assert len(ids(found)) == len(set(ids(found))) == 4

@@ -15,7 +15,7 @@ from pydantic import BaseModel
 
 from fulgurite.schemas.rollouts import RolloutFinished
 from fulgurite.streams.assembler import offsets as offsets_module
-from fulgurite.streams.assembler.offsets import MAX_AHEAD, RolloutsPartition
+from fulgurite.streams.assembler.offsets import MAX_AHEAD, RolloutsPartition, may_overtake
 from fulgurite.streams.assembler.rollouts import Pending
 from fulgurite.streams.assembler.waits import Waits
 from tests.streams.assembler_records import finished, llm_call, reward, started
@@ -104,10 +104,10 @@ def test_what_overtook_is_known_again_after_a_restart_and_its_marks_are_small(em
     part.pending.append(pending("waits", emit_from))
     part.position = emit_from + MAX_AHEAD + 1
     for distance in sorted(ahead):
-        assert part.may_end(emit_from + distance)
+        assert may_overtake(emit_from + distance, emit_from)
         part.pending.append(one := pending(f"r{distance}", emit_from + distance))
         part.emitted(one)
-    assert not part.may_end(emit_from + MAX_AHEAD + 1)
+    assert not may_overtake(emit_from + MAX_AHEAD + 1, emit_from)
     committed = part.commit_point()
     assert committed.offset == emit_from
     assert len(committed.metadata) < 2_500, "brokers take 4096, with the stamp of a transaction before it"
@@ -233,6 +233,21 @@ def test_who_waits_keeps_nobody_else_waiting_and_a_restart_repeats_nobody() -> N
     assert take(world) == ["waits"]
     assert world.trajectories[-1].reward == 0.5
     assert world.dead_letters == []
+
+
+def test_all_begin_to_wait_at_once_also_where_there_is_no_room_to_overtake(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Else each would have the bound of those before it, and then its own."""
+    monkeypatch.setattr(offsets_module, "MAX_AHEAD", 0)
+    world = OtlpWorld(share=0.0)
+    for number in range(3):
+        ends_unrewarded(world, f"r{number}")
+    play(world, ("rollouts", 0, started("failed")), ("rollouts", 0, finished("failed", status="failed")))
+    read_all(world)
+    assert take(world) == []
+    assert len(world.assembly.waits) == 3
+    world.now += SETTLE_SECONDS
+    world.ask()
+    assert take(world) == ["r0", "r1", "r2", "failed"]
 
 
 def test_one_that_waits_for_its_rewards_to_be_read_lets_others_pass() -> None:

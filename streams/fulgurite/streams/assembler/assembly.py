@@ -50,7 +50,13 @@ from fulgurite.schemas.trajectories import Trajectory
 from fulgurite.streams.assembler.building import build, has_reward
 from fulgurite.streams.assembler.join import Announcement
 from fulgurite.streams.assembler.letters import LATE, LETTER_BYTES, UNKNOWN_ROLLOUT, of_lines
-from fulgurite.streams.assembler.offsets import MAX_REPLAY_EVENTS, DataPartition, EndedRollouts, RolloutsPartition
+from fulgurite.streams.assembler.offsets import (
+    MAX_REPLAY_EVENTS,
+    DataPartition,
+    EndedRollouts,
+    RolloutsPartition,
+    may_overtake,
+)
 from fulgurite.streams.assembler.rollouts import Batch, Ended, Held, OpenRollout, Pending
 from fulgurite.streams.assembler.waits import Waits
 
@@ -211,17 +217,18 @@ class Assembly:
         """
         found: list[Pending] = []
         for part in sorted(self.rollouts.values(), key=lambda part: -part.unsent):
+            oldest: int | None = None
             for pending in part.pending:
-                if len(found) >= limit or not part.may_end(pending.offset):
+                if len(found) >= limit:
                     break
-                if pending.done or pending.waits:
+                if pending.done:
                     continue
-                if not self._reached(pending.barrier):
-                    if pending.asked:  # for its reward; the barriers of those behind it may lie before that
-                        continue
-                    break
-                if not self._begins_to_wait(pending):
+                if self._is_complete(pending) and (oldest is None or may_overtake(pending.offset, oldest)):
                     found.append(pending)
+                    continue
+                if not pending.asked:  # it has not passed its barrier, and those behind it have not, either
+                    break
+                oldest = pending.offset if oldest is None else oldest
         return found
 
     def spilled(self, ready: Sequence[Pending]) -> list[Held]:
@@ -291,12 +298,17 @@ class Assembly:
             del barrier[tp]
         return not barrier
 
+    def _is_complete(self, pending: Pending) -> bool:
+        if pending.waits or not self._reached(pending.barrier):
+            return False
+        if not pending.asked:
+            pending.asked = True
+            pending.waits = self._begins_to_wait(pending)
+        return not pending.waits
+
     def _begins_to_wait(self, pending: Pending) -> bool:
         """Asked once of a rollout, when all that is its own was read. What was spilled is taken for no reward: that
         costs time, and the other way round it would cost the rollout."""
-        if pending.asked:
-            return False
-        pending.asked = True
         if not self.waits.in_use or pending.event.status != "succeeded":
             return False
         rewards = [held.value for held in self.open[pending.event.rollout_id].rewards if held.value is not None]

@@ -149,10 +149,6 @@ class RolloutsPartition:
         """How many are pending."""
         return len(self.pending) - self._overtaking
 
-    def may_end(self, offset: int) -> bool:
-        """Whether there is room to say that this one has its trajectory, and the oldest one has not."""
-        return offset - self.next_emission <= MAX_AHEAD
-
     def is_emitted(self, offset: int) -> bool:
         """Of a `finished` that is read again: whether it has its trajectory."""
         return offset < self.emit_from or offset in self.ahead
@@ -179,6 +175,11 @@ class RolloutsPartition:
         self.ahead = {offset for offset in self.ahead if offset > emit_from}
         marks = RolloutsMarks(read_to=self.position, replay_from=replay_from, ahead=_packed(emit_from, self.ahead))
         return OffsetAndMetadata(emit_from, _format(marks))
+
+
+def may_overtake(offset: int, oldest: int) -> bool:
+    """Whether there is room to say that this one has its trajectory, and the oldest one that stays behind has not."""
+    return offset - oldest <= MAX_AHEAD
 
 
 class EndedRollouts:
@@ -231,7 +232,7 @@ def _packed(emit_from: int, ahead: Iterable[int]) -> str:
     bits = bytearray()
     for offset in sorted(ahead):
         byte, bit = divmod(offset - emit_from - 1, 8)
-        assert 0 <= byte < MAX_AHEAD // 8, "may_end() was not asked"
+        assert 0 <= byte < MAX_AHEAD // 8, "may_overtake() was not asked"
         bits.extend(bytes(byte + 1 - len(bits)))
         bits[byte] |= 1 << bit
     return base64.b64encode(bits).decode()
