@@ -6,6 +6,8 @@ import asyncio
 import contextlib
 import itertools
 import shutil
+import threading
+import time
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from fulgurite.schemas.settings import CoordinatorSettings, KafkaSettings, Setti
 from fulgurite.schemas.topics import DEAD_LETTERS, RESOURCES, TRAJECTORIES
 from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
 from fulgurite.schemas.trajectories import Trajectory
-from fulgurite.streams.learners.learner import BadStep
+from fulgurite.streams.learners.learner import BadStep, Learner
 from fulgurite.streams.trainer import asking, serve
 from fulgurite.streams.trainer.checkpoints import Checkpoint, Checkpoints, RunState
 from tests.consumers.poison import poison
@@ -352,6 +354,44 @@ async def test_a_window_closed_by_time_does_not_wait_for_the_slowest_and_the_nex
     assert second.metrics["rollouts/trained_again"] == 4.0
     assert set(all_once(events)) == set(world.queued)
     assert len(world.queued) == 12, "three groups: the one that was not there was not asked for again"
+
+
+async def test_a_window_closed_by_time_has_what_came_while_the_step_before_was_trained(
+    kafka_settings: KafkaSettings, trainer_settings: TrainerSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held: dict[str, list[Trajectory]] = {}
+    step, sent, training, answered = Learner.step, threading.Event(), asyncio.Event(), asyncio.Event()
+    loop = asyncio.get_running_loop()
+
+    def slow(self: Learner, *rest: Any) -> Any:
+        loop.call_soon_threadsafe(training.set)
+        sent.wait(60)
+        time.sleep(0.6)  # longer than window_seconds
+        return step(self, *rest)
+
+    def alter(trajectory: Trajectory) -> None:
+        number = float(trajectory.rollout_id.rpartition("r")[2])
+        held.setdefault(trajectory.group_id, []).append(trajectory.model_copy(update={"reward": number}))
+        if sum(map(len, held.values())) == 4 * 2:
+            answered.set()
+
+    monkeypatch.setattr(Learner, "step", slow)
+    shape = {"steps": 2, "groups_per_step": 2, "group_size": 2, "pacing_staleness": 2, "window_seconds": 0.5}
+    async with World(kafka_settings, alter).running() as world:
+
+        async def send(groups: range) -> None:
+            """At once: they are read together."""
+            await asyncio.gather(*(world.send(each) for group in groups for each in held[f"{RUN}-g{group}"]))
+
+        running = asyncio.create_task(train(kafka_settings, trainer_settings.model_copy(update=shape)))
+        await answered.wait()
+        await send(range(3))  # the third one waits for the second window
+        await training.wait()
+        await send(range(3, 4))
+        sent.set()
+        await running
+    steps = [event for event in await training_events(kafka_settings, RUN) if isinstance(event, TrainingStep)]
+    assert [event.groups for event in steps] == [2, 2]
 
 
 async def test_stragglers_poison_and_broken_groups_do_not_stop_it(

@@ -81,7 +81,10 @@ class Asking:
         while True:
             now = time.monotonic()
             due = limit is not None and now - min(self._waits_since.values(), default=now) >= limit
-            window = self._run.windows.take(self._run.version, least=1 if due else None)
+            window = self._run.windows.take(self._run.version)
+            if window is None and due and await self._reader.caught_up():
+                # What lies in Kafka is there, too: the time may have passed while a step was trained.
+                window = self._run.windows.take(self._run.version, least=1)
             self._waits_since = {index: self._waits_since.get(index, now) for index in self._run.windows.waiting}
             if window is not None:
                 return window
