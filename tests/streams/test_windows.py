@@ -268,6 +268,20 @@ def test_windows_slide_by_count_within_the_bound_on_staleness() -> None:
     assert w.duplicates == 3, "it was trained on: what comes again does not count again"
 
 
+@pytest.mark.parametrize("versions", [(5, 6, 7), (7, 6, 5), (6, 5, 6)])
+def test_a_replay_slides_in_whatever_order_its_groups_were_selected(versions: tuple[int, ...]) -> None:
+    shape = replace(SHAPE, groups_per_step=1, overlap_groups=1, group_size=2, replayed=True)
+    w = Windows(shape)
+    slid: list[set[str]] = []
+    for group, version in enumerate(versions):
+        members = [member(group, index, min_version=version) for index in range(2)]
+        w.put(group, [replace(each, max_version=version) for each in members])
+        window = taken(w, group + 1)
+        assert window
+        slid.append({rollout_id.rpartition("-")[0] for rollout_id in window.again})
+    assert slid == [set(), {"r-g0"}, {"r-g1"}]
+
+
 def test_groups_of_a_window_that_was_not_trained_on_are_in_no_later_one() -> None:
     w = Windows(replace(SHAPE, groups_per_step=1, overlap_groups=2), asked=4)
     for group in range(4):

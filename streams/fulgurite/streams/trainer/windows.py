@@ -359,7 +359,8 @@ class Windows:
         return [*survivors, *filled_in(group, survivors, self.shape)]
 
     def _again(self, chosen: list[Group], version_in: int) -> list[Group]:
-        """Groups of earlier windows that are in this one too. Measured against the newest version of a replay."""
+        """Groups of earlier windows that are in this one too. A replay measures them against the newest version of this
+        window, or, where the selection's order is not that of versions, their own."""
         newest_ns = max(group.assembled_ns for group in chosen)
         version = max((group.version for group in chosen if group.version is not None), default=None)
         found: list[Group] = []
@@ -367,7 +368,7 @@ class Windows:
             seconds = (newest_ns - group.assembled_ns) / 1e9
             if self.shape.overlap_seconds is not None and seconds > self.shape.overlap_seconds:
                 continue
-            group.version = version
+            group.version = None if version is None else max(version, group.max_version)
             if not self._fault(group, version_in):
                 found.append(group)
         return found
