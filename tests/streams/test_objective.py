@@ -91,6 +91,7 @@ def test_what_goes_together(changes: dict[str, Any]) -> None:
         ({"kl_coefficient": 0.1, "reference": "/nowhere"}, "trainer.reference = /nowhere: no model there"),
         ({"overlong_buffer_tokens": 4}, "trainer.overlong_max_tokens is not set"),
         ({"overlong_buffer_tokens": 4, "overlong_max_tokens": 3}, "trainer.overlong_buffer_tokens = 4 is more than"),
+        ({"loss": "reinforce_plus_plus", "incomplete": "fill"}, "trainer.incomplete = fill: .* counts by its tokens"),
         ({"schedule": "linear", "steps": 5, "warmup_steps": 5}, "trainer.warmup_steps = 5: .* trainer.steps = 5"),
     ],
 )

@@ -40,7 +40,13 @@ def check_objective(settings: TrainerSettings) -> None:
         raise SettingsError(wrong)
     recipe = recipe_of(settings)
     faults = _loss_fault(settings, recipe), _imitation_fault(settings), _correction_fault(settings, recipe)
-    for wrong in (*faults, _terms_fault(settings), unused_setting(settings, recipe), idle_recipe(settings)):
+    for wrong in (
+        *faults,
+        _fill_fault(settings, recipe),
+        _terms_fault(settings),
+        unused_setting(settings, recipe),
+        idle_recipe(settings),
+    ):
         if wrong:
             raise SettingsError(wrong)
 
@@ -67,6 +73,15 @@ def _dual_clip_fault(settings: TrainerSettings, recipe: PolicyLoss) -> str:
         return (
             f"trainer.dual_clip = {settings.dual_clip:g} never acts with trainer.correction = {settings.correction} "
             "and one update a window: the ratio it bounds is 1"
+        )
+    return ""
+
+
+def _fill_fault(settings: TrainerSettings, recipe: PolicyLoss) -> str:
+    if settings.incomplete == "fill" and recipe.advantage == "batch_normalised":
+        return (
+            f"trainer.incomplete = fill: with trainer.loss = {settings.loss} and advantage batch_normalised a rollout "
+            "counts by its tokens, and what is filled in has none; set mask or drop"
         )
     return ""
 
