@@ -544,17 +544,22 @@ def test_a_sequence_longer_than_a_layer_looks_back_is_none_to_train_on(
 
 
 class SlowCoordinator(CoordinatorClient):
-    """Each time half of those asked for have ended."""
+    """Each time half of those asked for have ended. They are done in the order of `begun`."""
+
+    begun: Sequence[str] = ()
 
     async def wait(self, rollout_ids: Sequence[str], timeout_seconds: float = 0.0) -> list[Rollout]:
         asked = WaitRequest(rollout_ids=list(rollout_ids), timeout=timeout_seconds).rollout_ids
+        assert asked[0] == self.begun[0], "a request that names only what is done last would report nothing till then"
+        self.begun = self.begun[len(asked) // 2 + 1 :]
         return [Rollout.model_construct(rollout_id=name) for name in asked[: len(asked) // 2 + 1]]
 
 
 async def test_an_evaluation_waits_for_more_rollouts_than_a_request_may_name() -> None:
     reported: list[tuple[int, int]] = []
-    names = [f"r{number}" for number in range(MAX_ENQUEUE + 5_000)]
+    names = [f"r{number}" for number in range(MAX_ENQUEUE + 5_000, 0, -1)]
     async with SlowCoordinator("http://127.0.0.1:1") as client:
+        client.begun = names
         await wait_for_all(client, names, lambda ended, of: reported.append((ended, of)))
     assert reported[-1] == (len(names), len(names))
     assert reported == sorted(set(reported))

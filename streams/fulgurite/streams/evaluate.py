@@ -109,10 +109,11 @@ def evaluation_rollouts(
 
 async def wait_for_all(client: CoordinatorClient, rollout_ids: list[str], report: Report) -> None:
     """Until all have ended; the coordinator's own clock sees to it that each of them does."""
-    pending = set(rollout_ids)
+    pending = dict.fromkeys(rollout_ids)  # in the order in which they are done
     while pending:
-        ended = await client.wait(sorted(pending)[:MAX_ENQUEUE], WAIT_SECONDS)  # as many as one request may name
-        pending -= {rollout.rollout_id for rollout in ended}
+        ended = await client.wait(list(pending)[:MAX_ENQUEUE], WAIT_SECONDS)  # as many as one request may name
+        for rollout in ended:
+            pending.pop(rollout.rollout_id, None)
         report(len(rollout_ids) - len(pending), len(rollout_ids))
 
 
