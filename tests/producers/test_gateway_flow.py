@@ -77,7 +77,13 @@ async def test_a_clients_retry_after_a_lost_acknowledgement_is_recorded_as_one()
         await until(lambda: len(publisher.waiting) == 2)
         publisher.acknowledge()
         await asking
-    assert [span.attributes.get("fulgurite.retry_count") for span in publisher.spans] == [None, 1]
+        asking = asyncio.create_task(agent.chat.completions.create(model="policy", messages=MESSAGES, max_tokens=7))
+        await until(lambda: len(publisher.spans) == 3)
+        publisher.acknowledge()
+        await asking
+    assert [span.attributes.get("fulgurite.retry_count") for span in publisher.spans] == [None, 1, None]
+    first, again, other = (span.attributes["fulgurite.request_digest"] for span in publisher.spans)
+    assert first == again != other
 
 
 async def test_a_choice_is_a_span():

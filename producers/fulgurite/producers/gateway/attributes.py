@@ -6,6 +6,7 @@ Names are OpenTelemetry's `gen_ai.*` where it has one; `fulgurite.*` elsewhere.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from hashlib import blake2b
 from typing import Any, Final
 
 from fulgurite.producers.gateway.calls import Call
@@ -53,6 +54,9 @@ ATTRIBUTE_BACKEND_SECONDS: Final = "fulgurite.backend_seconds"
 ATTRIBUTE_TRIES: Final = "fulgurite.backend_tries"
 ATTRIBUTE_RETRY: Final = "fulgurite.retry_count"
 """Above 0, how often the agent's client had asked this before; the assembler leaves out the calls it gave up."""
+ATTRIBUTE_REQUEST_DIGEST: Final = "fulgurite.request_digest"
+"""Of a rollout's call: the same where the same was asked, whatever of its words is recorded. The assembler reads it."""
+_DIGEST_BYTES: Final = 8
 ATTRIBUTE_CHOICE: Final = "fulgurite.choice"
 ATTRIBUTE_INPUT_OF_CHOICE: Final = "fulgurite.input_of_choice"
 """Where the input is left out, the number of the choice whose span has it."""
@@ -78,6 +82,8 @@ def request_attributes(
         found[ATTRIBUTE_CONSTRAINTS] = names
     if call.retry_count:
         found[ATTRIBUTE_RETRY] = call.retry_count
+    if call.rollout_id:
+        found[ATTRIBUTE_REQUEST_DIGEST] = blake2b(call.agent_body, digest_size=_DIGEST_BYTES).hexdigest()
     if call.streamed:
         found[ATTRIBUTE_STREAM] = True
     if call.body.get("tools"):

@@ -30,10 +30,10 @@ Failed and cancelled rollouts have no sequences; their spans are not even read (
 
 Retries. Where the gateway dies, or gives 503, after a call was recorded, the agent's client asks again and the agent
 sees only the second answer. A call whose agent's next call has a higher `fulgurite.retry_count` and asks the same is
-not used: by its prompt's tokens, or by its words, as a gateway that was restarted may write the earlier turns in other
-tokens. Limits: clients that do not count (only OpenAI's do) have both calls used; so does an agent whose
-own parallel calls came in between; after the last retry failed, the call before it is used though nobody saw it; and of
-a prompt asked twice on purpose, the first call is left out where the second was a retry.
+not used: by its prompt's tokens, or by its `fulgurite.request_digest`, as a gateway that was restarted may write the
+earlier turns in other tokens. Limits: clients that do not count (only OpenAI's do) have both calls used; so does an
+agent whose own parallel calls came in between; after the last retry failed, the call before it is used though nobody
+saw it; and of a prompt asked twice on purpose, the first call is left out where the second was a retry.
 """
 
 from __future__ import annotations
@@ -75,6 +75,8 @@ INVALID_RECORD: Final = "invalid_record"
 
 RETRY_COUNT: Final = "fulgurite.retry_count"
 """Recorded by the gateway."""
+REQUEST_DIGEST: Final = "fulgurite.request_digest"
+"""As well: of the request as the agent sent it. Its words as recorded are without tools, and may be redacted or cut."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -250,7 +252,10 @@ def without_superseded(calls: Sequence[Span]) -> list[Span]:
 
 
 def _asks_the_same(one: Span, other: Span) -> bool:
-    return one.prompt_token_ids == other.prompt_token_ids or (one.input == other.input and bool(one.input))
+    digest = one.attributes.get(REQUEST_DIGEST)
+    return one.prompt_token_ids == other.prompt_token_ids or (
+        digest is not None and digest == other.attributes.get(REQUEST_DIGEST)
+    )
 
 
 def _retry_count(call: Span) -> float:
