@@ -114,6 +114,18 @@ async def test_a_question_that_is_never_answered_does_not_hold_up_a_start(world:
     assert world.waits.in_use, "it is asked on"
 
 
+async def test_a_start_waits_for_kafka_and_only_then_for_the_answer(world: World) -> None:
+    """Else what is read first as Kafka comes back is emitted as if there were no translator."""
+    world.translator.away = True
+    looking = asyncio.create_task(world.watch.first_look())
+    await asyncio.sleep(0.5)
+    assert not looking.done()
+    world.translator.away = False
+    async with asyncio.timeout(5):
+        await looking
+    assert world.waits.in_use
+
+
 async def test_no_topic_is_no_translator(world: World) -> None:
     world.translator.found = []
     await world.watch.first_look()

@@ -44,7 +44,8 @@ ASK_SECONDS: Final = 0.2
 LOOK_SECONDS: Final = 1.0
 """How soon the first translator ever is noticed. Its first rewards may be late by that, once."""
 FIRST_LOOK_SECONDS: Final = 10.0
-"""Longest that a start waits to know: after a broker's start the group's coordinator is loading, for a second or so."""
+"""Longest that a start waits to know, of a Kafka that answers: after a broker's start the group's coordinator is
+loading, for a second or so."""
 ANSWER_SECONDS: Final = 5.0
 """Longest wait for one answer: aiokafka asks for a partition that does not exist without end."""
 _REPORT_SECONDS: Final = 10.0
@@ -121,10 +122,10 @@ class Watch:
         self._said = float("-inf")
 
     async def first_look(self) -> None:
-        """Whether there is a translator, before anything is emitted. Waits for Kafka."""
+        """Whether there is a translator, before anything is emitted. Waits for Kafka, for as long as it takes."""
         begun = self._waits.now()
         while not await self._look():
-            if self._waits.now() - begun >= FIRST_LOOK_SECONDS:
+            if self._silent_since is None and self._waits.now() - begun >= FIRST_LOOK_SECONDS:
                 return
             await asyncio.sleep(ASK_SECONDS)
 
