@@ -86,6 +86,30 @@ def test_nobody_waits_longer_than_the_bound_and_time_without_kafka_does_not_coun
     assert len(waits) == 0
 
 
+def test_the_bound_holds_also_where_it_is_shorter_than_what_a_collector_takes() -> None:
+    clock = Clock()
+    waits = Waits(wait_seconds=10.0, settle_seconds=3600.0, clock=clock)
+    waits.begin(found := pending("a"))
+    clock.now += 9.0
+    assert not waits.has_questions()
+    clock.now += 1.0
+    assert waits.has_questions(), "nobody is given up where nothing is asked"
+    assert waits.give_up() == [found]
+
+
+def test_who_begins_to_wait_while_kafka_is_away_does_not_wait_longer_for_it() -> None:
+    """Read as it came back, before the first question was answered."""
+    clock = Clock()
+    waits = waits_by(clock)
+    clock.now += 3600.0
+    waits.begin(found := pending("a"))
+    waits.away(3600.0)
+    clock.now += 1.0
+    assert waits.settled() == [found]
+    clock.now += 9.0
+    assert waits.give_up() == [found]
+
+
 def test_without_a_translator_all_are_let_go() -> None:
     waits = waits_by(clock := Clock())
     found = [pending("a"), pending("b")]

@@ -60,8 +60,11 @@ class Waits:
         return self._clock() - self._away_seconds
 
     def away(self, seconds: float) -> None:
-        """So long Kafka gave no answer."""
+        """So long Kafka gave no answer. Who began to wait meanwhile, with what was read as it came back, begins now."""
         self._away_seconds += seconds
+        now = self.now()
+        for pending in self._all():
+            pending.since = min(pending.since, now)
 
     def begin(self, pending: Pending) -> None:
         pending.waits, pending.since = True, self.now()
@@ -74,7 +77,8 @@ class Waits:
 
     def has_questions(self) -> bool:
         """Whether anything is to be asked of Kafka now."""
-        return bool(self._waves) or bool(self.settled())
+        before = self.now() - min(self._settle_seconds, self.wait_seconds)
+        return bool(self._waves) or any(pending.since <= before for pending in self._fresh)
 
     def asked(self, settled: Sequence[Pending], ends: Mapping[TopicPartition, int]) -> None:
         """`ends` were asked for after `settled` had been."""
