@@ -108,6 +108,9 @@ _IDLE_COMMIT_SECONDS = 1.0
 """How often offsets are committed when there is nothing else to say."""
 _REFRESH_SECONDS = 3_600.0
 """How often unchanged offsets are committed, too: Kafka forgets an offset that nobody commits for a week."""
+_LOOKS_REST = 4
+"""So many times as long as a look at all that wait took, nobody looks again: it is told with every fetch that something
+has changed, and of 20,000 that wait for the translator a look takes milliseconds."""
 _ORPHAN_CHECK_SECONDS = 1.0
 _REPORT_SECONDS = 10.0
 _STOP_SECONDS = 2.0
@@ -251,9 +254,11 @@ class Assembler:
             if self.state.replaying:
                 continue
             await self._expire()
+            begun = time.monotonic()
             ready = self.state.ready(MAX_BATCH)
             worth_it = ready or self.state.unsent
             if not worth_it and time.monotonic() - last < _IDLE_COMMIT_SECONDS:
+                await asyncio.sleep(_LOOKS_REST * (time.monotonic() - begun))
                 continue
             if time.monotonic() - refreshed > _REFRESH_SECONDS:
                 refreshed = time.monotonic()
