@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Any
 
 from aiokafka import AIOKafkaConsumer, AIOKafkaProducer
-from aiokafka.admin import AIOKafkaAdminClient
+from aiokafka.admin import AIOKafkaAdminClient, NewPartitions
 from aiokafka.structs import ConsumerRecord, TopicPartition
 from pydantic import BaseModel
 
@@ -153,6 +153,16 @@ async def translated(kafka: KafkaSettings) -> dict[int, int]:
     try:
         found = await admin.list_consumer_group_offsets(f"{kafka.topic_prefix}{topics.TRANSLATOR_GROUP}")
         return {tp.partition: at.offset for tp, at in found.items()}
+    finally:
+        await admin.close()
+
+
+async def add_partition(kafka: KafkaSettings, topic: Topic) -> None:
+    """One more than kafka.partitions."""
+    admin = AIOKafkaAdminClient(bootstrap_servers=kafka.bootstrap_servers)
+    await admin.start()
+    try:
+        await admin.create_partitions({kafka.topic(topic): NewPartitions(total_count=kafka.partitions + 1)})
     finally:
         await admin.close()
 

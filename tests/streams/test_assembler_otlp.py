@@ -13,7 +13,16 @@ import pytest
 from fulgurite.schemas import topics
 from fulgurite.schemas.settings import KafkaSettings
 from fulgurite.schemas.trajectories import Trajectory
-from tests.streams.assembler_bus import Bus, assembling, connected, ids, known_translator, translated, translating
+from tests.streams.assembler_bus import (
+    Bus,
+    add_partition,
+    assembling,
+    connected,
+    ids,
+    known_translator,
+    translated,
+    translating,
+)
 
 QUICK: dict[str, Any] = {"otlp_settle_seconds": 0.2}
 
@@ -169,4 +178,17 @@ async def test_the_translator_commits_where_it_stands_also_behind_what_is_no_rec
         await bus.in_transaction(topics.OTLP_SPANS, b"{}", partition=1)
         async with asyncio.timeout(30):
             while await translated(kafka_settings) != {0: 0, 1: 2}:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+
+
+async def test_the_translator_soon_reads_partitions_that_are_added(kafka_settings: KafkaSettings) -> None:
+    """Rollouts wait for what lies there, too."""
+    async with connected(kafka_settings) as bus, translating(kafka_settings):
+        async with asyncio.timeout(30):
+            while len(await translated(kafka_settings)) < 2:  # noqa: ASYNC110
+                await asyncio.sleep(0.1)
+        await add_partition(kafka_settings, topics.OTLP_SPANS)
+        await bus.in_transaction(topics.OTLP_SPANS, b"{}", partition=2)
+        async with asyncio.timeout(30):
+            while (await translated(kafka_settings)).get(2) != 2:  # noqa: ASYNC110
                 await asyncio.sleep(0.1)

@@ -43,6 +43,8 @@ BATCH_RECORDS: Final = 500
 FETCH_BYTES: Final = 8 * 1024 * 1024
 """Most bytes fetched ahead of a partition."""
 POLL_MS: Final = 500
+METADATA_MS: Final = 10_000
+"""How soon partitions that were added to the topic are read: well within the assembler's otlp_wait_seconds."""
 
 
 def main(settings: Settings) -> int:
@@ -231,6 +233,7 @@ async def _consumer(kafka: KafkaSettings) -> AIOKafkaConsumer:
             auto_offset_reset="earliest",
             isolation_level="read_committed",
             max_partition_fetch_bytes=FETCH_BYTES,
+            metadata_max_age_ms=METADATA_MS,
         )
         try:
             await consumer.start()
