@@ -10,7 +10,8 @@ the rollout's end. So a second barrier, for a rollout that has passed its first 
 
 Promises: a reward that was on otlp_spans when the rollout was settled is read before the rollout may be taken, however
 long the translator was away, up to wait_seconds after it began to wait; then it is overdue, and counted. Who
-waits keeps nobody waiting but those that wait themselves. Nobody waits where there is no translator (`in_use`).
+waits keeps nobody else waiting, as long as there is room to overtake (MAX_AHEAD in offsets.py, MAX_PENDING in
+service.py). Nobody waits where there is no translator (`in_use`).
 
 Bounds: a rollout is in one place here, and MAX_PENDING (service.py) of them there are; a wave is a few numbers for each
 partition of otlp_spans, and one begins with a question (translated.py says how often they are asked).
