@@ -67,6 +67,27 @@ def test_who_owns_the_run_takes_the_place_of_what_a_predecessor_wrote(tmp_path: 
     assert writer(tmp_path) == "owner"
 
 
+def test_a_checkpoint_knows_since_which_version_the_weights_are_what_they_are(tmp_path: Path) -> None:
+    folder, before = Checkpoints(tmp_path, "r"), STATE
+    since: list[int | None] = []
+    for version, content in ((7, "a"), (8, "a"), (9, "b"), (10, "b"), (11, "a")):
+        state = before.model_copy(update={"version": version})
+        folder.write(state, Windows(SHAPE), lambda to, content=content: _write(to / "w", content), Path.touch)
+        before = folder.load(version).state
+        since.append(before.weights_since)
+    assert since == [7, 7, 9, 9, 11]
+
+
+def test_a_checkpoint_of_before_says_nothing_of_how_long_the_weights_are_what_they_are() -> None:
+    fields = json.loads(STATE.model_dump_json())
+    del fields["weights_since"]
+    assert RunState.model_validate_json(json.dumps(fields)).weights_since is None
+
+
+def _write(path: Path, content: str) -> None:
+    path.write_text(content)
+
+
 @pytest.mark.parametrize("written_for", ["another log", ""])
 def test_a_version_that_another_log_may_have_committed_is_not_replaced(tmp_path: Path, written_for: str) -> None:
     first(tmp_path, "other", written_for)

@@ -226,27 +226,21 @@ async def test_a_window_with_a_token_that_the_sampler_saw_otherwise_is_skipped(
     assert weights[0] == weights[1] != weights[2]
 
 
-async def test_a_sampler_that_always_disagrees_ends_the_run_whatever_is_trained_on_between(
-    kafka_settings: KafkaSettings, trainer_settings: TrainerSettings
+@pytest.mark.parametrize("pacing", [0, 1])
+async def test_a_sampler_that_always_disagrees_trains_nothing(
+    kafka_settings: KafkaSettings, trainer_settings: TrainerSettings, pacing: int
 ) -> None:
-    """Every second window has tokens of older versions alone: it tells nothing of the sampler."""
-
-    def alter(trajectory: Trajectory) -> Trajectory:
-        changed = with_wrong_logprob(trajectory)
-        if int(trajectory.group_id.rpartition("g")[2]) % 2:
-            sequence = changed.sequences[0]
-            sequence.weight_versions = [part.model_copy(update={"version": 1}) for part in sequence.weight_versions]
-        return changed
-
-    bounds = {"steps": 9, "groups_per_step": 1, "group_size": 2, "max_bad_steps": 3, "max_staleness": 8}
-    async with World(kafka_settings, alter).running():
+    """With a pacing of 1 the second window's tokens are of the version before, whose weights the current one has."""
+    bounds = {"steps": 9, "groups_per_step": 1, "group_size": 2, "max_bad_steps": 3, "pacing_staleness": pacing}
+    async with World(kafka_settings, with_wrong_logprob).running():
         with pytest.raises(
-            LogprobMismatch, match=r"3 steps in a row .*logprob_mismatch rollout run-g4-r.*usual causes"
+            LogprobMismatch, match=r"3 steps in a row .*logprob_mismatch rollout run-g\d-r.*usual causes"
         ):
             await train(kafka_settings, trainer_settings.model_copy(update=bounds))
     events = await training_events(kafka_settings, RUN)
     steps = [event for event in events if isinstance(event, TrainingStep)]
-    assert [bool(step.rollout_ids) for step in steps] == [False, True, False, True]
+    assert [(step.version_out, step.rollout_ids) for step in steps] == [(2, []), (3, [])]
+    assert all(step.metrics["sampling/same_version_tokens"] == 2 * RESPONSE for step in steps)
 
 
 async def test_a_bad_step_is_skipped_and_the_ledger_says_why(

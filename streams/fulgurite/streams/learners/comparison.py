@@ -1,6 +1,7 @@
 """Trainer against sampler: tokens of the very version under training must have the probabilities it gave them.
 
-Knows no engine; a rank compares what it scored.
+Knows no engine; a rank compares what it scored. Tokens of a version that had the same weights come as the current one's
+(`trainer/samples.py`); those of other weights are never compared: they may differ.
 """
 
 from __future__ import annotations
@@ -19,7 +20,7 @@ logger = logging.getLogger(__name__)
 LARGEST_DIFFERENCE = {"float32": 1e-3, "bfloat16": 0.5}
 """By trainer.dtype, where trainer.max_logprob_difference is not set."""
 UNCHECKED_STEPS = 20
-"""So many steps in a row without one token of the current version are worth a warning: nothing was compared."""
+"""So many steps in a row without one token of the weights under training are worth a warning: nothing was compared."""
 
 
 MISMATCH: Final = "logprob_mismatch"
@@ -61,7 +62,8 @@ class ComparisonWatch:
         self._unchecked = 0 if same_version_tokens else self._unchecked + 1
         if self._unchecked and self._unchecked % UNCHECKED_STEPS == 0:
             logger.warning(
-                "%d steps without a token sampled by the version under training: trainer and sampler were not compared "
-                "(trainer.max_logprob_difference); trainer.pacing_staleness = 0 would make every token one",
+                "%d steps without a token sampled by the weights under training: trainer and sampler were not compared "
+                "(trainer.max_logprob_difference); trainer.pacing_staleness = 0 would make every token one, and "
+                "trainer.max_mismatch_kl bounds how far off tokens of any version are",
                 self._unchecked,
             )

@@ -3,8 +3,9 @@
     <output>/<run_id>/v000017/          written as .tmp-v000017-<random>, fsynced, renamed
         weights/                        Hugging Face folder: what servers load; its URI and sha256 are announced
         optimizer.pt                    the learner's own state (newest checkpoint only)
-        state.json                      version, step, next offsets, groups asked for, ledger not yet published; and
-                                        what the other files must be: sha256, of optimizer.pt the length
+        state.json                      version, step, next offsets, groups asked for, ledger not yet published; since
+                                        which version the weights are these; and what the other files must be: sha256,
+                                        of optimizer.pt the length
         groups.jsonl                    open groups: one line a member, with its trajectory
         settings.json                   what the version was made with
     <output>/<run_id>/choice.json       the groups of the window that is being trained on
@@ -88,7 +89,9 @@ class Checkpoints:
         save_weights: Callable[[Path], None],
         save_state: Callable[[Path], None],
     ) -> Checkpoint:
-        """Raises StartError where the disk refuses; then nothing but a temporary folder is left, which the next start
+        """`state`'s sha256 and weights_since are those of the version before, if there is one.
+
+        Raises StartError where the disk refuses; then nothing but a temporary folder is left, which the next start
         removes. Both callbacks say OSError then. Raises Fenced where a successor has removed that folder already,
         Occupied where another process was first."""
         final = self.folder(state.version)
@@ -104,8 +107,10 @@ class Checkpoints:
             with (temporary / GROUPS).open("w") as file:
                 for line in member_lines(windows):
                     file.write(line.model_dump_json() + "\n")
+            sha256 = folder_sha256(temporary / WEIGHTS)
             written = {
-                "sha256": folder_sha256(temporary / WEIGHTS),
+                "sha256": sha256,
+                "weights_since": state.weights_since if sha256 == state.sha256 else state.version,
                 "files": {name: file_sha256(temporary / name) for name in (GROUPS, SETTINGS)},
                 "optimizer_bytes": _bytes(temporary / OPTIMIZER),
             }

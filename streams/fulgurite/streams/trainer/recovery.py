@@ -28,7 +28,7 @@ from aiokafka.structs import OffsetAndMetadata, TopicPartition
 from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.ids import now_ns
 from fulgurite.streams.learners.launch import launched_ranks
-from fulgurite.streams.trainer.checkpoints import OPTIMIZER, Checkpoints, SourceState
+from fulgurite.streams.trainer.checkpoints import OPTIMIZER, Checkpoint, Checkpoints, SourceState
 from fulgurite.streams.trainer.demonstrations import prepare
 from fulgurite.streams.trainer.events import Marker
 from fulgurite.streams.trainer.ledger import restore
@@ -62,12 +62,26 @@ class Run:
     committed_offsets: dict[int, int]
     """As of `version`: what a transaction that makes no version repeats."""
     is_new: bool
+    weights_since: int
+    """The first version with the weights of `version`."""
+    weights_sha256: str = ""
+    """Of the files of `version`; empty before the first one is made."""
     reference_sha256: str = ""
     """Of what a KL penalty compares with, since the first start that had one."""
     source: SourceState | None = None
     """How far a replay that goes on has read its source; None for other runs."""
     buried: dict[int, int] = field(default_factory=dict[int, int])
     """By partition: below which offset dead letters are on the log, since `version`."""
+
+    def stands_at(self, checkpoint: Checkpoint) -> None:
+        """Its version is committed."""
+        state = checkpoint.state
+        self.version, self.step = state.version, state.step
+        self.weights_since = state.version if state.weights_since is None else state.weights_since
+        self.weights_sha256 = state.sha256
+        self.committed_offsets = dict(state.offsets)
+        self.companions = checkpoint.weights
+        self.buried = {}
 
     def marker(self) -> Marker:
         return Marker(version=self.version, step=self.step, asked=self.windows.asked)
@@ -104,6 +118,7 @@ async def recover(
     for folder in checkpoints.discard_uncommitted(committed.version, lineages):
         logger.info("removed %s: written, but never committed", folder)
     checkpoint = checkpoints.load(committed.version, lineages)
+    state = checkpoint.state
     windows = checkpoints.windows(checkpoint, plan.shape, now_ns())
     markers = _markers(before)
     windows.asked = max([windows.asked, *(marker.asked for marker in markers.values())])
@@ -112,8 +127,8 @@ async def recover(
     limits = await _limits(plan, checkpoint.weights)
     learner = await _load(plan, checkpoint.weights, checkpoint.folder / OPTIMIZER)
     reference_sha256 = await asyncio.to_thread(learner.reference_sha256)
-    _check_reference(plan, checkpoint.state.reference_sha256, reference_sha256)
-    await reader.seek(checkpoint.state.offsets)
+    _check_reference(plan, state.reference_sha256, reference_sha256)
+    await reader.seek(state.offsets)
     logger.info("run %s goes on at step %d, version %d", plan.run_id, committed.step, committed.version)
     return Run(
         version=committed.version,
@@ -122,10 +137,12 @@ async def recover(
         learner=learner,
         limits=limits,
         companions=checkpoint.weights,
-        committed_offsets=dict(checkpoint.state.offsets),
+        committed_offsets=dict(state.offsets),
         is_new=False,
-        reference_sha256=checkpoint.state.reference_sha256 or reference_sha256,
-        source=checkpoint.state.source,
+        weights_since=committed.version if state.weights_since is None else state.weights_since,
+        weights_sha256=state.sha256,
+        reference_sha256=state.reference_sha256 or reference_sha256,
+        source=state.source,
         buried={number: each.buried for number, each in markers.items() if each.version == committed.version},
     )
 
@@ -205,6 +222,7 @@ async def _begin(plan: Plan, reader: TrajectoryReader, checkpoints: Checkpoints,
         companions=plan.start_model,
         committed_offsets=dict(reader.offsets),
         is_new=True,
+        weights_since=newest + 1,
         reference_sha256=await asyncio.to_thread(learner.reference_sha256),
     )
 

@@ -48,6 +48,9 @@ class RunState(BaseModel):
     step: int
     sha256: str = ""
     """Of weights/, filled in when it is written."""
+    weights_since: int | None = None
+    """The first version in a row up to this one with the very files of weights/: a step that was skipped, or had no
+    signal, makes a version of the same. Filled in when it is written; None in checkpoints of before."""
     reference_sha256: str = ""
     """Of the weights that a KL penalty compares with; empty where there was none yet, and in checkpoints of before."""
     lineage: str = ""

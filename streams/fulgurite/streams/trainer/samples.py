@@ -177,6 +177,12 @@ def of_others(sample: Sample) -> Sample:
     return replace(sample, versions=[UNKNOWN_VERSION] * len(sample.versions))
 
 
+def of_same_weights(sample: Sample, since: int, version: int) -> Sample:
+    """A sample whose tokens of the versions since that one, which all have the weights of `version`, are its."""
+    versions = [version if since <= each <= version else each for each in sample.versions]
+    return replace(sample, versions=versions)
+
+
 def training_set(window: Window, settings: TrainerSettings, resource: str = "") -> TrainingSet:
     """Advantages over the whole window, as the settings say; then groups without signal are dropped as `zero_variance`,
     or kept, and for imitation all but the best of each are dropped: their rewards count either way. Whether a group has

@@ -13,7 +13,8 @@ A version is one transaction. For each step:
    is written beside the checkpoints, fsynced.
 2. The learner makes one optimizer step.
 3. A checkpoint is written under a temporary name, fsynced and renamed: weights, optimizer, random state, next offsets,
-   open groups with their trajectories, groups asked for, the ledger not yet published.
+   open groups with their trajectories, groups asked for, the ledger not yet published, since which version the weights
+   are these.
 4. One Kafka transaction gets the version on `resources`, the step on `training`, the next groups' `queued` on
    `rollouts`, dead letters, and the consumed offsets with a marker.
 5. It commits.
@@ -73,7 +74,8 @@ from fulgurite.streams.trainer.publishing import Publishing
 from fulgurite.streams.trainer.reader import TrajectoryReader
 from fulgurite.streams.trainer.recovery import Run, recover
 from fulgurite.streams.trainer.replaying import Replaying, Selected
-from fulgurite.streams.trainer.samples import TrainingSet, of_others, training_set
+from fulgurite.streams.trainer.sample import Sample
+from fulgurite.streams.trainer.samples import TrainingSet, of_others, of_same_weights, training_set
 from fulgurite.streams.trainer.source import SourceLedger, adopt
 from fulgurite.streams.trainer.windows import Window
 from fulgurite.streams.transactions import Transactions
@@ -232,10 +234,7 @@ class Trainer:
         event = self._progress.event(self._plan, checkpoint, window, training, result, run.windows)
         dead_letters = self._intake.take_dead_letters()
         await self._publishing.version(checkpoint, event, groups, dead_letters)  # 4 and 5
-        run.version, run.step = checkpoint.state.version, checkpoint.state.step
-        run.committed_offsets = dict(checkpoint.state.offsets)
-        run.buried = {}
-        run.companions = checkpoint.weights
+        run.stands_at(checkpoint)
         await self.remove_old()  # 6
         self._progress.report(event)
         return True
@@ -271,11 +270,17 @@ class Trainer:
         if not training.samples:
             logger.warning("step %d: no group's rewards differ; the weights stay as they are", self._run.step + 1)
             return training, None
-        samples = training.samples if self._plan.is_own_policy else [of_others(sample) for sample in training.samples]
+        samples = [self._by_weights(sample, window.version_in) for sample in training.samples]
         result = await asyncio.to_thread(self._run.learner.step, samples, window.version_in, training.compared)
         if self._plan.trainer.demonstrations is not None:
             result = without_sampler(result)
         return training.without(result.left_out), result
+
+    def _by_weights(self, sample: Sample, version_in: int) -> Sample:
+        """Whose tokens are of `version_in` where its very weights sampled them: these are compared."""
+        if not self._plan.is_own_policy:
+            return of_others(sample)
+        return of_same_weights(sample, self._run.weights_since, version_in)
 
     async def _optimize_and_check(self, window: Window) -> tuple[TrainingSet, StepResult | None]:
         """2, and meanwhile the look for another writer: a round trip or two that cost the step no time."""
@@ -296,6 +301,8 @@ class Trainer:
             resource=self._plan.trainer.resource,
             version=version,
             step=step,
+            sha256=run.weights_sha256,
+            weights_since=run.weights_since,
             reference_sha256=run.reference_sha256,
             lineage=self._publishing.lineage,
             offsets=dict(self._reader.offsets),
@@ -333,7 +340,7 @@ class Trainer:
             groups = self._supply.ask(steps_done=0)
             checkpoint = await self.write_checkpoint(run.version, 0)
             await self._publishing.version(checkpoint, event, groups, [])
-            run.companions = checkpoint.weights
+            run.stands_at(checkpoint)
         else:
             groups = self._supply.ask(steps_done=run.step)
             await self._publishing.more(run.marker(), run.committed_offsets, groups, [], run.buried, event)
