@@ -113,9 +113,13 @@ def timers() -> Generator[Timed]:
         return found
 
     def timed_step(
-        self: Learner, samples: list[Sample], version_in: int, compared: Sequence[Sample] = ()
+        self: Learner,
+        samples: list[Sample],
+        version_in: int,
+        compared: Sequence[Sample] = (),
+        is_mismatched: bool = False,
     ) -> StepResult:
-        found = step(self, samples, version_in, compared)
+        found = step(self, samples, version_in, compared, is_mismatched)
         timed.updated_ns.append(time.time_ns())
         return found
 

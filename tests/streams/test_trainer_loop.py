@@ -243,6 +243,37 @@ async def test_a_sampler_that_always_disagrees_trains_nothing(
     assert all(step.metrics["sampling/same_version_tokens"] == 2 * RESPONSE for step in steps)
 
 
+async def test_while_a_sampler_is_known_to_disagree_what_cannot_be_compared_is_not_trained_on(
+    kafka_settings: KafkaSettings, trainer_settings: TrainerSettings
+) -> None:
+    """The weights of version 2 get tokens that are wrong, older ones, and, after a restart, right ones."""
+
+    def alter(trajectory: Trajectory) -> Trajectory:
+        number = trajectory.group_id.rpartition("g")[2]
+        reward = float(trajectory.rollout_id.rpartition("r")[2])
+        changed = with_wrong_logprob(trajectory) if number == "1" else trajectory.model_copy(update={"reward": reward})
+        # Of version 1, whose weights were others; and of 2, which has the weights of those after it.
+        version = {"2": 1, "3": 2}.get(number, trajectory.max_version)
+        spans = [part.model_copy(update={"version": version}) for part in changed.sequences[0].weight_versions]
+        sequence = changed.sequences[0].model_copy(update={"weight_versions": spans})
+        return changed.model_copy(update={"sequences": [sequence]})
+
+    bounds = {"steps": 4, "groups_per_step": 1, "group_size": 2, "max_bad_steps": 2, "max_staleness": 8}
+    trainer = trainer_settings.model_copy(update=bounds)
+    async with World(kafka_settings, alter).running():
+        with pytest.raises(LogprobMismatch, match=r"2 steps in a row .*nothing could be compared since.*usual causes"):
+            await train(kafka_settings, trainer)
+        await train(kafka_settings, trainer)
+    events = await training_events(kafka_settings, RUN)
+    steps = [event for event in events if isinstance(event, TrainingStep)]
+    assert [bool(step.rollout_ids) for step in steps] == [True, False, False, True]
+    assert [step.metrics["sampling/same_version_tokens"] for step in steps] == [6.0, 6.0, 0.0, 6.0]
+    fates = all_once(events)
+    assert all(fates[f"{RUN}-g2-r{index}"].startswith("logprob_mismatch:nothing could be") for index in range(2))
+    weights = [decode(ResourceVersion, record.value).sha256 for record in await read_topic(kafka_settings, RESOURCES)]
+    assert weights[0] != weights[1] == weights[2] == weights[3] != weights[4]
+
+
 async def test_a_bad_step_is_skipped_and_the_ledger_says_why(
     kafka_settings: KafkaSettings, trainer_settings: TrainerSettings
 ) -> None:

@@ -220,10 +220,31 @@ def test_mismatch_is_an_error_for_this_version_and_a_correction_for_older_ones(m
         load_learner(model_folder, TrainerSettings(on_bad_step="stop")).step(samples, 3)
     skipped = load_learner(model_folder, TrainerSettings()).step(samples, 3)
     assert skipped.skipped.startswith("logprob_mismatch:rollout r2, position ")
-    assert (skipped.tokens, skipped.is_mismatched, skipped.is_compared) == (0, True, True)
+    assert (skipped.tokens, skipped.is_mismatched) == (0, True)
     assert skipped.left_out.keys() == {sample.rollout_id for sample in samples}
     assert all(math.isfinite(value) for value in (skipped.loss, skipped.grad_norm, *skipped.metrics.values()))
     assert load_learner(model_folder, TrainerSettings()).step(samples, 4).tokens == 18
+
+
+@pytest.mark.parametrize("epochs", [1, 2])
+def test_what_cannot_be_compared_changes_nothing_while_the_sampler_is_known_to_disagree(
+    model_folder: Path, tmp_path: Path, epochs: int
+) -> None:
+    samples = samples_from(model_folder)
+    learner = load_learner(model_folder, TrainerSettings(epochs=epochs))
+    doubtful = learner.step(samples, 4, is_mismatched=True)
+    assert doubtful.skipped.startswith("logprob_mismatch:nothing could be compared since")
+    assert (doubtful.tokens, doubtful.is_mismatched) == (0, True)
+    assert doubtful.left_out.keys() == {sample.rollout_id for sample in samples}
+    assert doubtful.metrics["sampling/sampling_logp_difference/max"] < 1e-4, "the ledger shows how far off they are"
+    learner.save_weights(tmp_path)
+    assert (tmp_path / "model.safetensors").read_bytes() == (model_folder / "model.safetensors").read_bytes()
+    with pytest.raises(LogprobMismatch, match="nothing could be compared since"):
+        load_learner(model_folder, TrainerSettings(epochs=epochs, on_bad_step="stop")).step(
+            samples, 4, is_mismatched=True
+        )
+    agreed = learner.step(samples, 3, is_mismatched=True)
+    assert (agreed.tokens, agreed.is_mismatched) == (18, False)
 
 
 def stale(samples: list[Sample], shift: float) -> list[Sample]:

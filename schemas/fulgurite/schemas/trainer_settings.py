@@ -177,8 +177,8 @@ class TrainerSettings(Section):
     """By how much, in units of the reward."""
     max_logprob_difference: Annotated[float, Field(gt=0)] | None = None
     """Largest |difference| of log p between trainer and sampler for tokens that the weights under training sampled;
-    beyond it the step is a bad one. Not set: 1e-3 in float32; 0.5 in bfloat16, whose rounding alone makes hundredths,
-    and more of rare tokens."""
+    beyond it the step is a bad one, and so is each that has nothing to compare until one agrees. Not set: 1e-3 in
+    float32; 0.5 in bfloat16, whose rounding alone makes hundredths, and more of rare tokens."""
     on_bad_step: Literal["stop", "skip"] = "skip"
     """A step whose loss or gradient is no number, or past the bound above or one of the three below, changes nothing.
     skip: it makes a version of the same weights, and the ledger names its rollouts and the reason; of several updates

@@ -1,7 +1,7 @@
 """One life of a learner, alone or as one rank under torchrun: load, some steps, save. Run by test_engines.py.
 
     python engine_lives.py '{"zero_stage": 3, "model": …, "state": …, "steps": 3, "out": …, "poisoned": [1],
-                             "settings": {"loss": "gspo"}, "scores": 2000}' …
+                             "undecided": [2], "settings": {"loss": "gspo"}, "scores": 2000}' …
 Each argument is one life, one after the other in the same process; rank 0 writes out/steps.json and the model, and
 out/left_out.json: of each step, by rank, the tokens trained on and the rollouts that no update was made of. "scores":
 also out/scores0.pt (by rank), before the first step, log p of the tokens of a sequence of that length.
@@ -75,7 +75,8 @@ def live(life: dict[str, Any]) -> None:
         # Version 0 is that of the samples, whose logprobs are made up: asked for, the comparison refuses the step.
         version = 0 if number in life.get("poisoned", []) else 1
         try:
-            result = learner.step(samples(life.get("samples", 13)), version)
+            undecided = number in life.get("undecided", [])  # those samples tell nothing of version 1's sampler
+            result = learner.step(samples(life.get("samples", 13)), version, is_mismatched=undecided)
             steps.append(
                 [
                     result.loss,

@@ -7,6 +7,7 @@ Knows no engine; a rank compares what it scored. Tokens of a version that had th
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from typing import Final
 
 import torch
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.packing import PackedBatch
+from fulgurite.streams.trainer.sample import Sample
 
 logger = logging.getLogger(__name__)
 
@@ -48,6 +50,18 @@ def same_version_fault(settings: TrainerSettings, batch: PackedBatch, current: T
         f"token {int(batch.targets[at])}: log p is {current[at].item():.6f} here, "
         f"{batch.behaviour_logprobs[at].item():.6f} as recorded; {int(wrong.sum())} of {len(wrong)} tokens differ "
         f"by more than trainer.max_logprob_difference = {bound:g}"
+    )
+
+
+def undecided_fault(samples: Sequence[Sample], version_in: int) -> str:
+    """Of a window after one in which they disagreed: that nothing of it can tell whether they still do, as
+    `kind:figures`; empty where something can."""
+    for sample in samples:
+        if any(at and version == version_in for at, version in zip(sample.loss_mask, sample.versions, strict=True)):
+            return ""
+    return (
+        f"{MISMATCH}:nothing could be compared since trainer and sampler disagreed: no token of the window was sampled "
+        f"by the weights of version {version_in}"
     )
 
 

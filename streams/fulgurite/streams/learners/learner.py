@@ -31,7 +31,13 @@ from fulgurite.schemas.checksum import weights_sha256
 from fulgurite.schemas.errors import FulguriteError, LogprobMismatch
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.allocator import give_back_blocks_of
-from fulgurite.streams.learners.comparison import MISMATCH, USUAL_CAUSES, ComparisonWatch, same_version_fault
+from fulgurite.streams.learners.comparison import (
+    MISMATCH,
+    USUAL_CAUSES,
+    ComparisonWatch,
+    same_version_fault,
+    undecided_fault,
+)
 from fulgurite.streams.learners.engine import (
     AdamW,
     Engine,
@@ -129,10 +135,13 @@ class Learner:
     def close(self) -> None:
         """Nothing to give back."""
 
-    def step(self, samples: list[Sample], version_in: int, compared: Sequence[Sample] = ()) -> StepResult:
+    def step(
+        self, samples: list[Sample], version_in: int, compared: Sequence[Sample] = (), is_mismatched: bool = False
+    ) -> StepResult:
         """The updates of a window. Raises LogprobMismatch or BadStep: these weights must not be used any more.
 
-        `compared`: see TrainingSet; they have no gradient."""
+        `compared`: see TrainingSet; they have no gradient. `is_mismatched`: trainer and sampler disagreed when they
+        could last be compared; a window of which nothing can be is a bad step then."""
         torch.set_num_threads(self._settings.threads)  # OpenMP's setting is the calling thread's own
         began = time.perf_counter()
         if self._settings.kl_in_reward:
@@ -140,10 +149,11 @@ class Learner:
         else:
             penalty = {}
         updates = update_plan(samples, self._settings, self._updates)
+        undecided = undecided_fault(samples, version_in) if is_mismatched else ""
         result = (
             self._one_update(samples, version_in)
-            if len(updates) == 1
-            else self._several_updates(samples, version_in, updates)
+            if len(updates) == 1 and not undecided
+            else self._updates_after_a_look(samples, version_in, updates, undecided)
         )
         utilisation = self._utilisation(samples, time.perf_counter() - began)
         return replace(result, metrics=result.metrics | penalty | utilisation)
@@ -176,12 +186,15 @@ class Learner:
         self._updates += 1
         return StepResult(found.loss, norm, totals.tokens, metrics | {"actor/lr": rate})
 
-    def _several_updates(self, samples: list[Sample], version_in: int, updates: list[list[int]]) -> StepResult:
+    def _updates_after_a_look(
+        self, samples: list[Sample], version_in: int, updates: list[list[int]], undecided: str
+    ) -> StepResult:
+        """Several updates; or none, where it is known before that there must be none (`undecided`)."""
         totals = window_totals(sum(sample.loss_mask) for sample in samples)
         before = self._look(samples, version_in, totals)
         metrics = step_metrics(before.seen)
         self._compared(samples, metrics)
-        fault = before.mismatch or window_fault(self._settings, before.loss, metrics)
+        fault = before.mismatch or undecided or window_fault(self._settings, before.loss, metrics)
         if fault:
             self._refuse(fault, before.loss, math.nan, samples, version_in)
             everything = left_out(samples, [(range(len(samples)), fault)])

@@ -32,7 +32,9 @@ WAIT: Final = timedelta(days=30)
 class AnyLearner(Protocol):
     """What the trainer asks of a learner."""
 
-    def step(self, samples: list[Sample], version_in: int, compared: Sequence[Sample] = ()) -> StepResult: ...
+    def step(
+        self, samples: list[Sample], version_in: int, compared: Sequence[Sample] = (), is_mismatched: bool = False
+    ) -> StepResult: ...
     def save_weights(self, folder: Path) -> None: ...
     def save_state(self, path: Path) -> None: ...
     def reference_sha256(self) -> str: ...
@@ -48,9 +50,11 @@ class Lead:
         self._tell("load", folder, settings, state)
         self._learner = load_learner(folder, settings, state)
 
-    def step(self, samples: list[Sample], version_in: int, compared: Sequence[Sample] = ()) -> StepResult:
-        self._tell("step", samples, version_in, compared)
-        return self._learner.step(samples, version_in, compared)
+    def step(
+        self, samples: list[Sample], version_in: int, compared: Sequence[Sample] = (), is_mismatched: bool = False
+    ) -> StepResult:
+        self._tell("step", samples, version_in, compared, is_mismatched)
+        return self._learner.step(samples, version_in, compared, is_mismatched)
 
     def save_weights(self, folder: Path) -> None:
         self._tell("save_weights", folder)

@@ -9,7 +9,7 @@ from dataclasses import dataclass, field
 from torch import Tensor
 
 from fulgurite.streams.learners.comparison import MISMATCH
-from fulgurite.streams.learners.metrics import SAME_VERSION_TOKENS, Seen
+from fulgurite.streams.learners.metrics import Seen
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,13 +28,8 @@ class StepResult:
 
     @property
     def is_mismatched(self) -> bool:
-        """Whether it was skipped as trainer and sampler disagree."""
+        """Whether it was skipped as trainer and sampler disagree, or did when they could last be compared."""
         return self.skipped.startswith(MISMATCH)
-
-    @property
-    def is_compared(self) -> bool:
-        """Whether it has tokens that tell if they do."""
-        return self.metrics.get(SAME_VERSION_TOKENS, 0.0) > 0.0
 
 
 @dataclass(slots=True)

@@ -4,8 +4,8 @@
         weights/                        Hugging Face folder: what servers load; its URI and sha256 are announced
         optimizer.pt                    the learner's own state (newest checkpoint only)
         state.json                      version, step, next offsets, groups asked for, ledger not yet published; since
-                                        which version the weights are these; and what the other files must be: sha256,
-                                        of optimizer.pt the length
+                                        which version the weights are these, and whether the sampler was last found to
+                                        disagree; and what the other files must be: sha256, of optimizer.pt the length
         groups.jsonl                    open groups: one line a member, with its trajectory
         settings.json                   what the version was made with
     <output>/<run_id>/choice.json       the groups of the window that is being trained on

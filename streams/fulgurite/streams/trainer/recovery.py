@@ -66,6 +66,8 @@ class Run:
     """The first version with the weights of `version`."""
     weights_sha256: str = ""
     """Of the files of `version`; empty before the first one is made."""
+    is_mismatched: bool = False
+    """Trainer and sampler disagreed when they could last be compared."""
     reference_sha256: str = ""
     """Of what a KL penalty compares with, since the first start that had one."""
     source: SourceState | None = None
@@ -141,6 +143,7 @@ async def recover(
         is_new=False,
         weights_since=committed.version if state.weights_since is None else state.weights_since,
         weights_sha256=state.sha256,
+        is_mismatched=state.is_mismatched,
         reference_sha256=state.reference_sha256 or reference_sha256,
         source=state.source,
         buried={number: each.buried for number, each in markers.items() if each.version == committed.version},

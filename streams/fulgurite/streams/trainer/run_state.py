@@ -51,6 +51,8 @@ class RunState(BaseModel):
     weights_since: int | None = None
     """The first version in a row up to this one with the very files of weights/: a step that was skipped, or had no
     signal, makes a version of the same. Filled in when it is written; None in checkpoints of before."""
+    is_mismatched: bool = False
+    """Trainer and sampler disagreed when they could last be compared."""
     reference_sha256: str = ""
     """Of the weights that a KL penalty compares with; empty where there was none yet, and in checkpoints of before."""
     lineage: str = ""

@@ -14,7 +14,7 @@ A version is one transaction. For each step:
 2. The learner makes one optimizer step.
 3. A checkpoint is written under a temporary name, fsynced and renamed: weights, optimizer, random state, next offsets,
    open groups with their trajectories, groups asked for, the ledger not yet published, since which version the weights
-   are these.
+   are these, and whether the sampler was last found to disagree.
 4. One Kafka transaction gets the version on `resources`, the step on `training`, the next groups' `queued` on
    `rollouts`, dead letters, and the consumed offsets with a marker.
 5. It commits.
@@ -202,7 +202,6 @@ class Trainer:
         self._intake = intake
         self._supply = supply
         self._bad_steps = 0
-        self._is_mismatched = False
         self._progress = Progress(plan.trainer.steps, run.step, metrics)
 
     async def train(self) -> None:
@@ -243,10 +242,8 @@ class Trainer:
         """Raises BadStep, or LogprobMismatch where the last one was one, at one too many in a row: what is wrong then
         is not a window. A restart counts anew."""
         if result is None:
-            return  # a window without a signal says nothing of what is wrong
-        if self._is_mismatched and not result.skipped and not result.is_compared:
-            return  # nor does one whose tokens are all of older versions tell whether the sampler still disagrees
-        self._is_mismatched = result.is_mismatched
+            return  # a window without a signal says nothing of what is wrong, nor whether the sampler still disagrees
+        self._run.is_mismatched = result.is_mismatched
         self._bad_steps = self._bad_steps + 1 if result.skipped else 0
         if self._bad_steps >= self._plan.trainer.max_bad_steps:
             from fulgurite.streams.learners.learner import too_many_bad_steps  # not at the top: it brings torch
@@ -271,7 +268,8 @@ class Trainer:
             logger.warning("step %d: no group's rewards differ; the weights stay as they are", self._run.step + 1)
             return training, None
         samples = [self._by_weights(sample, window.version_in) for sample in training.samples]
-        result = await asyncio.to_thread(self._run.learner.step, samples, window.version_in, training.compared)
+        step, is_mismatched = self._run.learner.step, self._run.is_mismatched
+        result = await asyncio.to_thread(step, samples, window.version_in, training.compared, is_mismatched)
         if self._plan.trainer.demonstrations is not None:
             result = without_sampler(result)
         return training.without(result.left_out), result
@@ -303,6 +301,7 @@ class Trainer:
             step=step,
             sha256=run.weights_sha256,
             weights_since=run.weights_since,
+            is_mismatched=run.is_mismatched,
             reference_sha256=run.reference_sha256,
             lineage=self._publishing.lineage,
             offsets=dict(self._reader.offsets),
