@@ -17,7 +17,6 @@ from fulgurite.schemas.algorithm_settings import ComplianceRule
 from fulgurite.schemas.codec import decode
 from fulgurite.schemas.dead_letters import HEADER_MESSAGE, HEADER_REASON
 from fulgurite.schemas.errors import SettingsError
-from fulgurite.schemas.patterns import portable
 from fulgurite.schemas.rewards import Reward
 from fulgurite.schemas.settings import (
     AggregatorSettings,
@@ -30,9 +29,8 @@ from fulgurite.schemas.settings import (
 from fulgurite.schemas.spans import Span
 from fulgurite.schemas.trajectories import FinishedAttempt, Trajectory
 from fulgurite.streams.algorithms.aggregator import serve
-from fulgurite.streams.algorithms.aggregator.judges import number_in, question_of
+from fulgurite.streams.algorithms.aggregator.judges import question_of
 from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
-from fulgurite.streams.algorithms.expressions import Expression
 from fulgurite.streams.algorithms.transcript import shortened
 from fulgurite.streams.assembler import serve as assemble
 from tests.streams.algorithms.algorithms_bus import send, until
@@ -295,41 +293,6 @@ def test_questions_take_nothing_the_agent_says_for_a_place() -> None:
     short = shortened("a" * 500 + "b" * 500, 100)
     assert len(short) == 100
     assert (short[0], short[-1]) == ("a", "b")
-
-
-@pytest.mark.parametrize(
-    ("answer", "expected"),
-    [
-        ("3 of 4: -0.5.", -0.5),
-        ("Of 20 facts 3 are wrong.\nScore: **8.5 / 10**", 8.5),
-        ("**8** Out of 10", 8.0),
-        ("8 points out of a possible 10", 8.0),
-        ("$\\boxed{8}/10$", 8.0),
-        ("Step 2 of 3: 7 on a scale of 1 to 10", 7.0),
-        ("I'd rate this 8 on a scale of 1-10.", 8.0),
-        ("8/10 on a scale of 1-10", 8.0),
-        ("7-8", 8.0),
-        ("GPT-4 got \\boxed{6}-7", 7.0),
-        ("-1", -1.0),
-        ("**-0.5**, or (-0.75)", -0.75),
-        ("From 2 down by 3 is 2 -3 = -1", -1.0),
-        ("8/10 (80%)", 8.0),
-        ("80%", 80.0),
-        ("between 3 and 5, so 4 to 5", 5.0),
-        ("in step 2 correctness of the answer is 7", 7.0),
-        ("I found 3 of 4 facts. Final score: 0.75 (good)", 0.75),
-    ],
-)
-def test_the_number_is_the_last_one_that_is_no_scale(answer: str, expected: float) -> None:
-    assert number_in(Expression(portable(RewardSource.model_fields["answer"].default)), answer) == expected
-
-
-@pytest.mark.parametrize(
-    ("pattern", "answer", "expected"),
-    [("(?i)score: *[0-9]+", "Score: 3, Score:  7", 7.0), ("(?i)score: *[0-9]+", "Score: 3/10", 3.0)],
-)
-def test_the_number_is_the_last_match(pattern: str, answer: str, expected: float) -> None:
-    assert number_in(Expression(portable(pattern)), answer) == expected
 
 
 def test_old_verdicts_make_room(tmp_path: Path) -> None:

@@ -2,8 +2,8 @@
 
 Promises: the same question is asked once, as long as its verdict is kept; a judge that is away (no connection, 429,
 502, 503, 504) is waited for, for ever, visibly; any other failure (another status, no answer in time, an answer without
-a number) is tried aggregator.tries times and is then a PartFailed. At temperature 0, if its source says no other, so
-that asking again says the same where the server can. Does not know what the number is good for.
+a clear number, see `answers`) is tried aggregator.tries times and is then a PartFailed. At temperature 0, if its source
+says no other, so that asking again says the same where the server can. Does not know what the number is good for.
 
 The question is the source's template with these in place of their names:
     {input}        what the agent was given: the input of its root span, or of its first call
@@ -18,9 +18,7 @@ from __future__ import annotations
 
 import asyncio
 import json
-import math
 import re
-from itertools import pairwise
 from weakref import WeakValueDictionary
 
 import httpx
@@ -29,10 +27,11 @@ from fulgurite.schemas.errors import SettingsError
 from fulgurite.schemas.patterns import portable
 from fulgurite.schemas.settings import AggregatorSettings, RewardSource
 from fulgurite.schemas.trajectories import FinishedAttempt
-from fulgurite.streams.algorithms.aggregator.combine import Part, fault_of
+from fulgurite.streams.algorithms.aggregator.answers import number_in
+from fulgurite.streams.algorithms.aggregator.combine import Part
 from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
 from fulgurite.streams.algorithms.chat import ChatModel, NoAnswer
-from fulgurite.streams.algorithms.expressions import Expression, Found
+from fulgurite.streams.algorithms.expressions import Expression
 from fulgurite.streams.algorithms.transcript import shortened, texts_of
 
 MAX_ANSWER_CHARS = 4_000
@@ -42,16 +41,6 @@ _TOLD = ("input", "output", "transcript")
 """At least one of them is in every question: without, all attempts would have the same verdict."""
 _PLACES = (*_TOLD, "agent", "status")
 _PLACE = re.compile(rf"\{{({'|'.join(_PLACES)})\}}")
-_SCALE = re.compile(
-    r"[\s*_`)}$]*(?:(?:points?|stars?|marks?)\s+)?(?:/|(?:out\s+)?of|on\s+a\s+scale\s+(?:of|from))"
-    r"(?:\s+(?:a\s+)?(?:total|maximum|max|possible)(?:\s+of)?)?[\s*_`({$]*",
-    re.IGNORECASE,
-)
-"""Between a number and what it is measured by: **8**/10, 8 points out of a possible 10, $\\boxed{8}/10$."""
-_UP_TO = re.compile(r"\s*(?:-|–|to)\s*", re.IGNORECASE)
-"""Between the ends of a scale."""
-_HYPHENATED = re.compile(r"[\w)\]}%]")
-"""What a hyphen follows: 1-10, \\boxed{7}-8, GPT-4."""
 _WORD = re.compile(r"(?<![\w\\}^$])\{([A-Za-z_]\w*)\}")
 
 
@@ -113,42 +102,6 @@ class Judge:
             metadata = {"answer": answer[:MAX_ANSWER_CHARS], "model": self._source.model}
             return Part(self._source.name, {self._source.name: value}, metadata)
         raise PartFailed(f"judge {self._source.name} ({self._source.url}): {problem} ({self._settings.tries} tries)")
-
-
-def number_in(pattern: Expression, answer: str) -> float:
-    """The last match as a number: models reason first. Of 8/10, and of 8 out of 10, the 8. Raises NoAnswer."""
-    found = without_scale([unhyphened(one, answer) for one in pattern.finditer(answer)], answer)
-    try:
-        # An expression such as "score: [0-9]+" has the number at its end.
-        value = float(re.split(r"[^0-9.eE+-]", found[-1].text.strip())[-1]) if found else math.nan
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise NoAnswer(f"no number in the answer {answer[:500]!r}")
-    if fault := fault_of("its number", value):
-        raise NoAnswer(f"{fault}; the answer {answer[:500]!r}")
-    return value
-
-
-def unhyphened(found: Found, answer: str) -> Found:
-    """Without a minus that stands directly behind a number or a word: a hyphen, as in 1-10."""
-    if found.text.startswith("-") and _HYPHENATED.fullmatch(answer[found.start - 1 : found.start]):
-        return Found(found.start + 1, found.end, found.text[1:])
-    return found
-
-
-def without_scale(found: list[Found], answer: str) -> list[Found]:
-    """Without the numbers at the end that say what the one before them is measured by: 10 of 8/10; 80 of 8/10 (80%)."""
-    between = [answer[one.end : other.start] for one, other in pairwise(found)]
-    last = len(between)
-    if last > 1 and between[-1].strip() == "(" and answer[found[-1].end :].lstrip().startswith("%"):
-        last -= 1
-    if last > 1 and _UP_TO.fullmatch(between[last - 1]) and _SCALE.fullmatch(between[last - 2]):
-        last -= 1
-    measured = last
-    while measured > 0 and _SCALE.fullmatch(between[measured - 1]):
-        measured -= 1
-    return found[: measured + 1] if measured < last else found
 
 
 def template_fault(template: str) -> str:
