@@ -103,7 +103,9 @@ class Trajectory(Event):
     status: FinalStatus
     error: ShortText = ""
     partial: ShortText = ""
-    """Why it is not whole (`no_reward`, `no_calls`, `deadline`, …); empty when it is whole."""
+    """Why it is not whole, words with commas between them: the assembler's (`no_reward`, `no_calls`, `sampling`,
+    `unattributed`, …), and an aggregator's, `reward_failed` (a part could not be had) and `unscored` (as records are
+    missing, nothing but the agent's own reward was asked). Empty when it is whole."""
     left_out: Annotated[list[LeftOutCall], Field(max_length=MAX_LEFT_OUT)] = Field(default_factory=list[LeftOutCall])
     """Whose calls words of `partial` are about: who trains other agents or policies may pass over these words. A word
     that is not named here is about all of them."""

@@ -217,7 +217,7 @@ async def test_verdicts_are_kept_and_what_cannot_be_scored_passes(
     assert found["one"].reward == found["two"].reward == 2.0
     assert len(server.questions) == 1, "asked once, over a restart and by two at once"
     assert (found["failed"].reward, found["failed"].rewards) == (None, [])
-    assert (found["cut"].reward, found["cut"].partial) == (None, "too_large"), "the judge's part is missing"
+    assert (found["cut"].reward, found["cut"].partial) == (None, "too_large,unscored"), "the judge's part is missing"
     assert (found["unrewarded"].reward, found["unrewarded"].partial) == (None, "no_reward")
 
 

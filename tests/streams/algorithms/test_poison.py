@@ -17,7 +17,7 @@ from fulgurite.schemas.settings import AlgorithmSettings, Settings
 from fulgurite.schemas.spans import Span
 from fulgurite.schemas.trajectories import CallRange, FinishedAttempt, TokenSequence, Trajectory
 from fulgurite.streams.algorithms.aggregator import scoring as scoring_module
-from fulgurite.streams.algorithms.aggregator.combine import unscored
+from fulgurite.streams.algorithms.aggregator.combine import given_up
 from fulgurite.streams.algorithms.aggregator.scoring import Scoring
 from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
 from fulgurite.streams.algorithms.definition import Algorithm, InputRefused
@@ -105,7 +105,7 @@ def publishing(events: list[Any], error: Exception | None = None) -> tuple[Worke
         return events
 
     own = AlgorithmSettings(tries=1, on_error="stop")
-    algorithm = Algorithm("aggregator", score, reads="attempts", instead=unscored)
+    algorithm = Algorithm("aggregator", score, reads="attempts", instead=given_up)
     return Worker(Settings(algorithm=own), algorithm), _Record()  # type: ignore[return-value]
 
 

@@ -19,8 +19,12 @@ from fulgurite.schemas.trajectories import CallRange, FinishedAttempt, TokenSequ
 from fulgurite.streams.algorithms.aggregator.scoring import Scoring
 from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
 from fulgurite.streams.algorithms.definition import InputRefused
+from fulgurite.streams.assembler.join import Announcement, assemble
 from fulgurite.streams.trainer.credit import calls_of
+from fulgurite.streams.trainer.samples import ModelLimits, member_of
 from tests.streams.algorithms.judge_server import model_server
+from tests.streams.assembler_records import finished, llm_call, value
+from tests.streams.assembler_records import reward as own_reward
 
 RULE = {"name": "no-phone-numbers", "operation": "chat", "pattern": "[0-9]{3}-[0-9]{4}", "cost": 0.5}
 
@@ -195,15 +199,47 @@ async def test_rules_alone_can_be_what_is_trained_on() -> None:
         ({"agent_weight": 1e9}, None),
     ],
 )
-@pytest.mark.parametrize("changes", [{"status": "failed"}, {"partial": "expired"}])
+@pytest.mark.parametrize(
+    ("changes", "partial"), [({"status": "failed"}, ""), ({"partial": "expired"}, "expired,unscored")]
+)
 async def test_what_is_not_scored_has_no_reward_on_another_scale(
-    changes: dict[str, str], aggregator: dict[str, Any], expected: float | None
+    changes: dict[str, str], partial: str, aggregator: dict[str, Any], expected: float | None
 ) -> None:
     """trainer.incomplete = fill compares it with the sums of others."""
     given = attempt(TrajectoryReward(reward_id="own", name="reward", value=7.0)).model_copy(update=changes)
     found, rewards = await scored(given, aggregator=aggregator, compliance={"rules": [RULE]})
-    assert (found.reward, found.partial, rewards) == (expected, given.partial, [])
+    assert (found.reward, found.partial, rewards) == (expected, partial, [])
     assert [(each.name, each.value) for each in found.rewards] == [("reward", 7.0)], "as the agent gave it"
+
+
+OPTIONAL = {"name": "x", "function": f"{__name__}:as_much_as_may_be", "required": False, "agent": "solver"}
+
+
+@pytest.mark.parametrize(
+    ("settings", "reward", "reason"),
+    [
+        ({"compliance": {"rules": [RULE]}}, 1.0, "partial:unscored"),
+        ({"aggregator": {"sources": [OPTIONAL]}}, 1.0, "partial:unscored"),
+        ({"aggregator": {"agent_weight": 2.0}}, 2.0, ""),
+        ({"compliance": {"weight": 0.0, "rules": [RULE]}}, 1.0, ""),
+        ({"aggregator": {"sources": [{**OPTIONAL, "agent": "other"}]}}, 1.0, ""),
+    ],
+)
+async def test_no_trainer_takes_what_was_not_scored_for_a_whole_reward(
+    settings: dict[str, Any], reward: float, reason: str
+) -> None:
+    """A simulated user's call names no attempt: sources and rules are not asked, and who trains the solver alone must
+    not train on the agent's own reward, with its violation uncharged."""
+    own = llm_call("r", 1, [1, 2], [3, 4], attempt=2).model_copy(update={"agent": "solver", "output": "call 555-1234"})
+    user = llm_call("r", 2, [5], [6]).model_copy(update={"agent": "user", "resource": "simulator", "attempt_id": ""})
+    spans, rewards = [value(own), value(user)], [value(own_reward("r", 1.0, attempt=2))]
+    given = assemble(finished("r", attempt=2), Announcement(), spans, rewards, keep_spans=True).trajectory
+    assert isinstance(given, FinishedAttempt)
+    given.agent = "solver"
+    assert [(each.reason, each.agent) for each in given.left_out] == [("unattributed", "user")]
+    found, _ = await scored(given, **settings)
+    member, _ = member_of(found, "policy", ModelLimits(100, 100), ["solver"])
+    assert (found.reward, member.reason) == (reward, reason)
 
 
 @pytest.mark.parametrize("compliance", [{}, {"weight": 0.0, "rules": [RULE]}])

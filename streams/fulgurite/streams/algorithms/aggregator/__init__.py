@@ -13,7 +13,8 @@ joined rewards, each trainer would have to. Here a reward is in its trajectory o
 
 The reward is  agent_weight * (what the agent gave) + sum of weight * clipped value of each source - cost of violations,
 clipped. An attempt of which a required part is missing has no reward: its trajectory says `reward_failed`, trainers
-drop it with that reason, and the attempt is a dead letter that says what failed. Nothing is ever taken for 0.
+drop it with that reason, and the attempt is a dead letter that says what failed. One of which records are missing is
+not scored, and says `unscored` where a source or rules would have counted. Nothing is ever taken for 0.
 
 combine.py    pure: the sum, and what it does to a trajectory
 judges.py     a model that is asked over HTTP; a judge that is away is waited for

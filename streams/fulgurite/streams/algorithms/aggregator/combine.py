@@ -18,6 +18,10 @@ SOURCE = "aggregator"
 FAILED = "reward_failed"
 """In `partial`: a required part of the reward could not be had."""
 
+UNSCORED = "unscored"
+"""In `partial`: records are missing, so nothing that counts beside the agent's own reward was asked. It stands there
+beside the word that says which, as a trainer of other agents may pass over that one: see `left_out`."""
+
 NO_REWARD = "no_reward"
 """In `partial`: nobody gave one."""
 
@@ -164,17 +168,19 @@ def rewarded(
     return attempt.trajectory().model_copy(update=changes)
 
 
-def passed_on(attempt: FinishedAttempt, settings: AggregatorSettings) -> Trajectory:
+def passed_on(attempt: FinishedAttempt, settings: AggregatorSettings, *, lacks: bool) -> Trajectory:
     """The trajectory of an attempt that no source was asked about. Its reward is the agent's own by its weight, to be
-    compared with others' sums; none where that does not count, or where a part is required that is not there."""
+    compared with others' sums; none where that does not count, or where a part is required that is not there. lacks:
+    whether it says that something else would have counted."""
     added = total(settings, attempt.reward, [], None)
     required = any(source.required and source.agent in ("", attempt.agent) for source in settings.sources)
-    if required or added is None or total_fault(settings, attempt.reward, added):
-        return attempt.trajectory().model_copy(update={"reward": None})
-    return attempt.trajectory().model_copy(update={"reward": added[0]})
+    has_none = required or added is None or total_fault(settings, attempt.reward, added)
+    partial = ",".join([attempt.partial, UNSCORED]) if lacks else attempt.partial
+    changes = {"reward": None if has_none or added is None else added[0], "partial": partial}
+    return attempt.trajectory().model_copy(update=changes)
 
 
-def unscored(attempt: FinishedAttempt) -> Trajectory:
+def given_up(attempt: FinishedAttempt) -> Trajectory:
     """Where nothing more can be published of it: without all that its records were, so that its group waits no more."""
     return rewarded(attempt, [], None, failed=True).without_records()
 

@@ -3,8 +3,9 @@
 Promises: whatever a source does, an attempt becomes exactly one trajectory. With all required parts it has the sum as
 its reward; without one it has none, says `reward_failed`, and InputRefused carries it together with the dead letter's
 reason. An attempt that did not succeed, or of which the assembler says that records are missing, is passed on, as
-nothing could be said of it: the agent's own reward is all that it may have. And whatever else is in an attempt that
-cannot be scored, it is `reward_failed`, too.
+nothing could be said of it: the agent's own reward is all that it may have. Where more would have counted, one that
+succeeded says so (`unscored`), so that nobody trains on it. And whatever else is in an attempt that cannot be scored,
+it is `reward_failed`, too.
 """
 
 from __future__ import annotations
@@ -104,8 +105,10 @@ class Scoring:
             raise InputRefused(FAILED, problem, [rewarded(attempt, [], None, failed=True)]) from error
 
     async def _scored(self, attempt: FinishedAttempt) -> list[BaseModel]:
-        if attempt.status != "succeeded" or INCOMPLETE & set(attempt.partial.split(",")):
-            return [passed_on(attempt, self._settings)]
+        if attempt.status != "succeeded":
+            return [passed_on(attempt, self._settings, lacks=False)]
+        if INCOMPLETE & set(attempt.partial.split(",")):
+            return [passed_on(attempt, self._settings, lacks=self._more_counts(attempt))]
         wanted = [(source, scorer) for source, scorer in self._scorers if source.agent in ("", attempt.agent)]
         results = await asyncio.gather(*(_outcome(scorer, attempt) for _, scorer in wanted))
         parts = [result for result in results if isinstance(result, Part)]
@@ -133,6 +136,11 @@ class Scoring:
         counted = shares(attempt, rewards, dimensions, self._rules_weight)
         rewards = [*rewards, sum_reward(attempt, value, dimensions)]
         return [*rewards, rewarded(attempt, rewards, value, failed=False, counted=counted)]
+
+    def _more_counts(self, attempt: FinishedAttempt) -> bool:
+        """Whether anything but the agent's own reward would be a part of this attempt's."""
+        is_asked = any(source.agent in ("", attempt.agent) for source, _ in self._scorers)
+        return is_asked or (bool(self._rules) and self._rules_weight > 0)
 
     async def _violations(self, attempt: FinishedAttempt) -> list[Violation]:
         running = asyncio.get_running_loop().run_in_executor(self._ruling, self._rules.violations, attempt.spans)

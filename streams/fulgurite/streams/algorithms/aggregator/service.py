@@ -11,7 +11,7 @@ import httpx
 from fulgurite.producers.service import run_service
 from fulgurite.schemas.settings import AlgorithmSettings, Settings
 from fulgurite.streams.algorithms import service as algorithms
-from fulgurite.streams.algorithms.aggregator.combine import unscored
+from fulgurite.streams.algorithms.aggregator.combine import given_up
 from fulgurite.streams.algorithms.aggregator.scoring import Scoring
 from fulgurite.streams.algorithms.aggregator.verdicts import Verdicts
 from fulgurite.streams.algorithms.definition import Algorithm
@@ -50,7 +50,7 @@ async def serve(settings: Settings, stop: asyncio.Event, hook: Hook = no_hook) -
         # A proxy from the environment is for the internet; judges are named by their URL.
         async with httpx.AsyncClient(limits=limits, trust_env=False) as client:
             scoring = Scoring(settings, client, verdicts)
-            algorithm = Algorithm(NAME, scoring.score, reads="attempts", instead=unscored)
+            algorithm = Algorithm(NAME, scoring.score, reads="attempts", instead=given_up)
             changed = settings.model_copy(update={"algorithm": own})
             await algorithms.serve(changed, algorithm, Start(), stop, hook)
     finally:
