@@ -72,6 +72,7 @@ def test_what_would_do_nothing_is_refused(changes: dict[str, Any], name: str, wh
         ("sampling_parameters", {"max_tokens": 3}),
         ("rollout_timeout_seconds", 3.0),
         ("group_deadline_seconds", 3.0),
+        ("lost_after_seconds", 3.0),
         ("pacing_staleness", 0),
     ],
 )

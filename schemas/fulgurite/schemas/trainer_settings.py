@@ -82,6 +82,10 @@ class TrainerSettings(Section):
     """Rollouts of one task."""
     group_deadline_seconds: Seconds = 120.0
     """After its first trajectory a group waits this long for the rest; then it closes with who is there."""
+    lost_after_seconds: Seconds | None = None
+    """So long after all rollouts of a group ended, by the coordinator, without a record of any, its deadline counts all
+    the same: for what Kafka's retention took before the assembler or an aggregator had read it. Choose it longer than
+    these may be behind, or wait for a judge. Not set: such a group is waited for, and the log says so."""
     incomplete: Literal["mask", "drop", "fill"] = "mask"
     """Of groups with a member that gives no data (failed, partial, stale, not there at the deadline). mask: the others,
     two at least, are compared with each other; drop: the group is; fill: its reward counts in the comparison, or

@@ -1,9 +1,10 @@
 """Where a run's windows come from when it asks for its rollouts itself: asks, reads, waits, drains. Live training.
 
-Unblocked by the last member of a group, or its deadline. Asks for no more groups than pacing allows (`pacing.py`); a
-group dropped as a whole may be replaced between versions, in a transaction of its own (`service.py`): where group after
-group fails, ever more slowly, and a warning says why. Groups that agents did answer, but that teach nothing or are
-incomplete, are what dynamic sampling goes through: their replacements wait for nobody.
+Unblocked by the last member of a group, or its deadline, which counts from its first record; `unrecorded.py` says what
+becomes of a group of which none comes. Asks for no more groups than pacing allows (`pacing.py`); a group dropped as a
+whole may be replaced between versions, in a transaction of its own (`service.py`): where group after group fails, ever
+more slowly, and a warning says why. Groups that agents did answer, but that teach nothing or are incomplete, are what
+dynamic sampling goes through: their replacements wait for nobody.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from fulgurite.streams.trainer.plan import Plan
 from fulgurite.streams.trainer.progress import waiting_for, why_dropped
 from fulgurite.streams.trainer.reader import POLL_SECONDS, TrajectoryReader
 from fulgurite.streams.trainer.recovery import Run
+from fulgurite.streams.trainer.unrecorded import Unrecorded
 from fulgurite.streams.trainer.windows import Window
 
 logger = logging.getLogger(__name__)
@@ -70,6 +72,8 @@ class Asking:
         self._intake = intake
         self._failed_before = run.windows.groups_failed
         """Failed groups in place of which others have been asked for."""
+        url, lost_after = plan.settings.coordinator.url, plan.trainer.lost_after_seconds
+        self._unrecorded = Unrecorded(url, run.windows, lost_after)
         self._waits_since: dict[int, float] = {}
         """Complete groups, and when that was seen."""
 
@@ -96,7 +100,10 @@ class Asking:
             await self._read()
             if now - reported >= REPORT_SECONDS:
                 reported = now
-                logger.info("step %d: %s", self._run.step + 1, waiting_for(self._run.windows))
+                self._unrecorded.give_up(now_ns())
+                told = self._unrecorded.told(now_ns())
+                logger.info("step %d: %s%s", self._run.step + 1, waiting_for(self._run.windows), told)
+                self._unrecorded.look()
 
     def ask(self, steps_done: int) -> range:
         """The groups that may be asked for now; they count as asked from here on, also in the checkpoint."""
@@ -129,7 +136,7 @@ class Asking:
                 await cancelling
 
     async def close(self) -> None:
-        """Holds nothing of its own."""
+        await self._unrecorded.close()
 
     async def _read(self) -> None:
         """Takes in what has come; closes groups that waited long enough, once nothing of them can lie unread."""

@@ -28,6 +28,7 @@ OF_ASKING = (
     "sampling_parameters",
     "rollout_timeout_seconds",
     "group_deadline_seconds",
+    "lost_after_seconds",
     "pacing_staleness",
 )
 """Settings of rollouts that a run asks for itself."""

@@ -32,6 +32,7 @@ _OF_ROLLOUTS = (
     "window_seconds",
     "group_size",
     "group_deadline_seconds",
+    "lost_after_seconds",
     "max_staleness",
     "pacing_staleness",
     "zero_variance",

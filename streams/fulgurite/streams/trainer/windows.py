@@ -123,7 +123,7 @@ class Windows:
             group.closed = True
 
     def expect(self, group_id: str, now_ns: int) -> None:
-        """A record of this group came that says no more: its deadline counts, as from a first member."""
+        """A record of this group came that says no more, or none will: its deadline counts, as from a first member."""
         prefix, _, number = group_id.rpartition("-g")
         if prefix != self.shape.run_id or not number.isascii() or not number.isdigit() or self.shape.replayed:
             return
@@ -249,6 +249,11 @@ class Windows:
     def forget(self) -> None:
         """Earlier groups that the shape no longer asks for: it may be another one than in the run's life before."""
         self.recent = self.recent[max(0, len(self.recent) - self.shape.overlap_groups) :]
+
+    def unrecorded(self) -> list[int]:
+        """Groups asked for of which no record has come."""
+        asked = range(self.settled_below, self.asked)
+        return [index for index in asked if index not in self.groups and not self.is_settled(index)]
 
     def outstanding(self) -> list[str]:
         """Rollouts asked for whose trajectories were not read, whether or not anyone still waits for them."""
