@@ -119,6 +119,8 @@ def test_the_number_is_the_last_one_that_is_no_scale(answer: str, expected: floa
         "8 (10 = perfect)",
         "8 (maximum score: 10)",
         "I got 8 right out of 10",
+        '{"score": 8, "out_of": 10}',
+        '{"score": 8, "max_score": 10}',
         "eight out of 10",
         "Eight/10",
         "7 (1-10)",

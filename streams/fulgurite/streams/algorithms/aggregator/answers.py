@@ -43,7 +43,8 @@ _NAMED_SCALE = re.compile(rf"[)\]\s*_`-]*(?:{_UNIT}[\s-]*)?scale\b", re.IGNORECA
 _SAME = re.compile(r"[\s*_,;(\[]*(?:=|≈|\bi\.?\s?e\.?|\bor\b|\bthat\s+is)?[\s*_,;(\[]*", re.IGNORECASE)
 """Between a measured number and the same once more: 8/10 (80%), 8 out of 10, i.e. 4 out of 5."""
 
-_OF_A_SCALE = re.compile(r"\b(?:scale|out\s+of|max(?:imum)?)\b[^.;\n]{0,40}$", re.IGNORECASE)
+_OF_A_SCALE = re.compile(r"(?<![a-z])(?:scale|out[\s_-]+of|max(?:imum)?)(?![a-z])[^.;\n]{0,40}$", re.IGNORECASE)
+"""Before what may be a scale: 8 on a scale where 10 is best; {"score": 8, "out_of": 10}."""
 _NO_MEASURED = re.compile(rf"(?:/|\bout\s+of\b){_MARKS}$", re.IGNORECASE)
 """Eight/10, eight out of 10."""
 _EXTREME = re.compile(
