@@ -104,7 +104,7 @@ def test_one_that_sleeps_before_it_empties_a_folder_harms_no_successors(tmp_path
     with pytest.raises(Occupied) as found:
         first(tmp_path, "sleeper")
     folder = Checkpoints(tmp_path, "r")
-    assert len(folder.discard_uncommitted(None)) == 2
+    assert len(folder.uncommitted(None).remove()) == 2
     if left == "another":
         first(tmp_path, "successor")
     elif left == "empty":
@@ -116,10 +116,9 @@ def test_one_that_sleeps_before_it_empties_a_folder_harms_no_successors(tmp_path
     assert left != "another" or writer(tmp_path) == "successor"
 
 
-@pytest.mark.parametrize("done", range(7))
-def test_a_crash_while_a_folder_is_emptied_leaves_what_a_start_removes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
-) -> None:
+@contextmanager
+def dying(monkeypatch: pytest.MonkeyPatch, done: int) -> Generator[None]:
+    """In the middle of emptying a folder, once so many steps of it are done; or then behind it."""
     left = {"steps": done}
 
     def mortal(act: Callable[..., None]) -> Callable[..., None]:
@@ -131,23 +130,54 @@ def test_a_crash_while_a_folder_is_emptied_leaves_what_a_start_removes(
 
         return until_dead
 
+    with monkeypatch.context() as patched:
+        for module, name in ((shutil, "rmtree"), (os, "unlink"), (Path, "rename"), (Path, "rmdir")):
+            patched.setattr(module, name, mortal(getattr(module, name)))
+        with pytest.raises(KeyboardInterrupt):
+            yield
+
+
+@pytest.mark.parametrize("done", range(7))
+def test_a_crash_while_a_folder_is_emptied_leaves_what_a_start_removes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int
+) -> None:
     first(tmp_path, "predecessor")
     with pytest.raises(Occupied) as found:
         first(tmp_path, "owner")
     folder = Checkpoints(tmp_path, "r")
-    with monkeypatch.context() as patched:
-        for module, name in ((shutil, "rmtree"), (os, "unlink"), (Path, "rename")):
-            patched.setattr(module, name, mortal(getattr(module, name)))
-        with pytest.raises(KeyboardInterrupt):
-            folder.replace(found.value)
-    assert len(folder.discard_uncommitted(None)) == 2
+    with dying(monkeypatch, done):
+        folder.replace(found.value)
+    assert len(folder.uncommitted(None).remove()) == 2
     first(tmp_path, "heir")
     assert writer(tmp_path) == "heir"
 
 
+@pytest.mark.parametrize("done", range(7))
+def test_a_removal_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, done: int) -> None:
+    first(tmp_path, "predecessor")
+    folder = Checkpoints(tmp_path, "r")
+    with dying(monkeypatch, done):
+        folder.uncommitted(None).remove()
+    assert len(folder.uncommitted(None).remove()) == 1
+    assert list((tmp_path / "r").iterdir()) == []
+
+
+def test_what_another_process_put_there_since_it_was_found_is_not_removed(tmp_path: Path) -> None:
+    first(tmp_path, "predecessor")
+    (tmp_path / "r" / ".tmp-v000001-found").mkdir()
+    folder = Checkpoints(tmp_path, "r")
+    found, others = folder.uncommitted(None), folder.uncommitted(None)
+    others.remove()
+    first(tmp_path, "successor")
+    (tmp_path / "r" / ".tmp-v000002-written").mkdir()
+    assert len(found.remove()) == 2
+    (tmp_path / "r" / ".tmp-v000002-written").rmdir()
+    assert writer(tmp_path) == "successor"
+
+
 def test_one_whose_half_written_folder_a_successor_removed_is_fenced(tmp_path: Path) -> None:
     def start() -> None:
-        Checkpoints(tmp_path, "r").discard_uncommitted(None)
+        Checkpoints(tmp_path, "r").uncommitted(None).remove()
 
     with pytest.raises(Fenced, match=r"another process removed .*: it owns run r now"):
         first(tmp_path, "predecessor", then=start)

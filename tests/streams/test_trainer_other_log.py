@@ -97,15 +97,15 @@ def test_what_is_of_another_lineage_is_neither_removed_nor_loaded(
         with pytest.raises(StartError, match=r"on another log"):
             found.load(7, lineages)
         with pytest.raises(StartError, match=r"v000007 is .*has other offsets of this run"):
-            found.discard_uncommitted(committed, lineages)
+            found.uncommitted(committed, lineages).remove()
         assert found.load(7)
     else:
         assert found.load(7, lineages)
-        assert [folder.name for folder in found.discard_uncommitted(committed, lineages)] == ["v000007"]
+        assert [folder.name for folder in found.uncommitted(committed, lineages).remove()] == ["v000007"]
 
 
 def test_of_a_run_that_has_begun_by_its_offsets_nothing_is_a_leftover_of_the_first_transaction(tmp_path: Path) -> None:
     found = checkpoints(tmp_path, 1, 0, "a")
     with pytest.raises(StartError, match="does not know this run"):
-        found.discard_uncommitted(None, {"a"}, begun=True)
+        found.uncommitted(None, {"a"}, begun=True).remove()
     assert found.load(1)

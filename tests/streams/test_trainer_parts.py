@@ -376,7 +376,7 @@ def test_uncommitted_folders_go_old_ones_are_pruned_and_none_is_replaced(tmp_pat
     (tmp_path / "r" / ".tmp-v000009-x").mkdir()
     with pytest.raises(Fenced, match="another process"):
         checkpoint(folder, 4)
-    assert len(folder.discard_uncommitted(3)) == 3  # version 4 and two half-written ones
+    assert len(folder.uncommitted(3).remove()) == 3  # version 4 and two half-written ones
     folder.prune(3, 2)
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["v000002", "v000003"]
     assert [(tmp_path / "r" / f"v00000{n}" / "optimizer.pt").exists() for n in (2, 3)] == [False, True]
@@ -392,39 +392,23 @@ def test_a_predecessor_that_wakes_up_removes_nothing_that_its_successor_needs(tm
     for version in (1, 2, 3):
         checkpoint(folder, version)
     folder.prune(2, 2)  # whose version 2 is committed, while another process has written version 3 and not committed
-    assert len(folder.discard_uncommitted(2)) == 1
+    assert len(folder.uncommitted(2).remove()) == 1
     folder.load(2)
     assert (tmp_path / "r" / "v000002" / "optimizer.pt").exists()
-
-
-def test_a_removal_that_was_cut_short_goes_on(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    folder = Checkpoints(tmp_path, "r")
-    checkpoint(folder, 4, step=0)
-
-    def cut_short(path: Path) -> None:
-        (path / "state.json").unlink()
-        raise KeyboardInterrupt
-
-    with monkeypatch.context() as patched:
-        patched.setattr("shutil.rmtree", cut_short)
-        with pytest.raises(KeyboardInterrupt):
-            folder.discard_uncommitted(None)
-    assert len(folder.discard_uncommitted(None)) == 1
-    assert list((tmp_path / "r").iterdir()) == []
 
 
 def test_of_a_run_the_log_does_not_know_only_the_first_checkpoint_is_a_leftover(tmp_path: Path) -> None:
     folder = Checkpoints(tmp_path, "r")
     checkpoint(folder, 4, step=0)
     (tmp_path / "r" / ".tmp-v000004-x").mkdir()
-    assert len(folder.discard_uncommitted(None)) == 2
+    assert len(folder.uncommitted(None).remove()) == 2
     checkpoint(folder, 4, step=0)
     checkpoint(folder, 5, step=1)
     with pytest.raises(StartError, match=r"v000005 is a checkpoint of run r \(step 1\), .* kafka.topic_prefix"):
-        folder.discard_uncommitted(None)
+        folder.uncommitted(None).remove()
     (tmp_path / "r" / "v000004" / "state.json").unlink()
     with pytest.raises(StartError, match=r"v000004 .*step unknown"):
-        folder.discard_uncommitted(None)
+        folder.uncommitted(None).remove()
     assert sorted(path.name for path in (tmp_path / "r").iterdir()) == ["v000004", "v000005"]
 
 
@@ -433,7 +417,7 @@ def test_folders_further_ahead_of_the_log_than_a_crash_leaves_are_kept(tmp_path:
     for version in (1, 2, 3):
         checkpoint(folder, version)
     with pytest.raises(StartError, match=r"v000003 .*only up to version 1"):
-        folder.discard_uncommitted(1)
+        folder.uncommitted(1).remove()
     assert len(list((tmp_path / "r").iterdir())) == 3
 
 

@@ -12,8 +12,8 @@
 
 A folder that has anything in it was completely written. Whether its version is *committed* the log alone knows: a
 folder one newer than the last committed version is a leftover of a crash and is removed before it can be mistaken for
-one. Anything more was committed once, on a log that this one is not, and so may be what was written with other offsets
-than this run has on this log (`RunState.lineage`): it is never removed, and never gone on from.
+one (`leftovers.py`). Anything more was committed once, on a log that this one is not, and so may be what was written
+with other offsets than this run has on this log (`RunState.lineage`): it is never removed, and never gone on from.
 
 Where a predecessor that is fenced, and does not know it yet, was first with the next version: `occupied.py`.
 Torch-free: the learner writes its files through a callback.
@@ -21,7 +21,6 @@ Torch-free: the learner writes its files through a callback.
 
 from __future__ import annotations
 
-import contextlib
 import json
 import os
 import secrets
@@ -29,13 +28,14 @@ import shutil
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Final, NoReturn
+from typing import Any, Final
 
 from pydantic import TypeAdapter
 
 from fulgurite.schemas.checksum import file_sha256, folder_sha256
 from fulgurite.schemas.errors import Fenced, FulguriteError, StartError
-from fulgurite.streams.trainer.occupied import Occupied, occupied
+from fulgurite.streams.trainer.leftovers import Leftovers
+from fulgurite.streams.trainer.occupied import Occupied, occupied, read_state
 from fulgurite.streams.trainer.run_state import STATE, member_lines, of_windows, restored
 from fulgurite.streams.trainer.run_state import OpenGroup as OpenGroup
 from fulgurite.streams.trainer.run_state import RunState as RunState
@@ -215,41 +215,37 @@ class Checkpoints:
         except (OSError, ValueError) as error:
             raise StartError(f"{path} cannot be read ({error}): {_REMEDY}") from error
 
-    def discard_uncommitted(
+    def uncommitted(
         self, committed: int | None, lineages: Collection[str] | None = None, *, begun: bool = False
-    ) -> list[Path]:
-        """Removes what a crash left: half-written folders, and the one version whose transaction did not commit.
+    ) -> Leftovers:
+        """Finds what a crash left: half-written folders, and the one version whose transaction did not commit.
 
         `committed` is the last version the log knows of this run, None where it does not know the run: then the
         leftover is that of the first transaction, which makes step 0; but not where the run's offsets say that it has
         `begun`: then `training` was wiped. `lineages`: of this run on this log; None where that is not known.
-        Raises StartError, and removes nothing, where there is more than a crash can leave, or something of another
-        lineage: these versions were committed, and the log that says so is missing.
+        Refused (`Leftovers.remove`) is more than a crash can leave, or something of another lineage: these versions
+        were committed, and the log that says so is missing.
         """
-        newer = [(version, folder) for version, folder in self._versions() if committed is None or version > committed]
-        for version, folder in newer:
-            is_empty = not any(folder.iterdir())  # about to be replaced
-            state = _state(folder)
+
+        def judge(folder: Path, opened: int) -> str:
+            version, state = int(folder.name[1:]), read_state(opened)
+            # Asked in this order: who empties a folder takes its state last.
+            is_empty = state is None and not os.listdir(opened)  # about to be replaced
             step = f"step {state.step if state else 'unknown'}"
             if committed is None and not is_empty and (begun or state is None or state.step != 0):
-                self._refuse(folder, step, "does not know this run")
+                return self._refusal(folder, step, "does not know this run")
             if state and _is_foreign(state, lineages):
-                self._refuse(folder, step, "has other offsets of this run than it was written with")
+                return self._refusal(folder, step, "has other offsets of this run than it was written with")
             if committed is not None and version > committed + 1:
-                self._refuse(folder, f"version {version}", f"knows this run only up to version {committed}")
-        for half_written in self._root.glob(f"{CHOICE}-*"):
-            half_written.unlink(missing_ok=True)
-        gone = [*self._root.glob(f"{_TEMPORARY}*"), *(folder for _, folder in newer)]
-        for folder in gone:
-            # Renamed first: half of a version, after a crash in here, would be taken for one whose log is missing; and
-            # a predecessor that still writes into it would put a file where none must be left.
-            aside = self._root / f"{_TEMPORARY}{folder.name.removeprefix(_TEMPORARY)}-{secrets.token_hex(4)}"
-            with contextlib.suppress(FileNotFoundError):  # it has just got its own name, or was emptied and replaced
-                shutil.rmtree(folder.rename(aside))
-        return gone
+                return self._refusal(folder, f"version {version}", f"knows this run only up to version {committed}")
+            return ""
 
-    def _refuse(self, folder: Path, found: str, what_the_log_knows: str) -> NoReturn:
-        raise StartError(
+        half_written = [*self._root.glob(f"{CHOICE}-*"), *self._root.glob(f"{_TEMPORARY}*")]
+        newer = [folder for version, folder in self._versions() if committed is None or version > committed]
+        return Leftovers(half_written, newer, judge)
+
+    def _refusal(self, folder: Path, found: str, what_the_log_knows: str) -> str:
+        return (
             f"{folder} is a checkpoint of run {self._root.name} ({found}), but the log {what_the_log_knows}: the run "
             "was trained against another broker or topic_prefix, or its topics were wiped. Nothing was removed. Check "
             "kafka.bootstrap_servers and kafka.topic_prefix; or set another trainer.run_id or trainer.output; or, "
@@ -297,14 +293,6 @@ def copy_companions(model: Path, weights: Path) -> None:
 def _is_foreign(state: RunState, lineages: Collection[str] | None) -> bool:
     """Whether it is known to have been written for another log."""
     return bool(lineages is not None and state.lineage and state.lineage not in lineages)
-
-
-def _state(folder: Path) -> RunState | None:
-    """None where it cannot be told."""
-    try:
-        return RunState.model_validate_json((folder / STATE).read_text())
-    except (OSError, ValueError):
-        return None
 
 
 def _compare(path: Path, what: str, written: str | int, measure: Callable[[Path], str | int]) -> None:

@@ -39,15 +39,8 @@ class Occupied(Fenced):
         self._opened = opened
 
     def empty(self) -> None:
-        """3. state.json last: a folder with something in it but without that would be taken for one of another log."""
-        with os.scandir(self._opened) as entries:
-            found = sorted(entries, key=lambda entry: entry.name == STATE)
-        for entry in found:
-            with contextlib.suppress(FileNotFoundError):  # a successor that has just begun removes it too
-                if entry.is_dir(follow_symlinks=False):
-                    shutil.rmtree(entry.name, dir_fd=self._opened)
-                else:
-                    os.unlink(entry.name, dir_fd=self._opened)
+        """3."""
+        empty(self._opened)
 
     def close(self) -> None:
         os.close(self._opened)
@@ -60,12 +53,34 @@ def occupied(folder: Path, state: RunState, temporary: Path) -> Fenced:
         opened = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
     except OSError:
         return fenced
-    try:
-        with open(STATE, opener=lambda name, flags: os.open(name, flags, dir_fd=opened)) as file:
-            lineage = RunState.model_validate_json(file.read()).lineage
-    except (OSError, ValueError):
-        lineage = ""
+    theirs = read_state(opened)
+    lineage = theirs.lineage if theirs else ""
     if lineage and lineage == state.lineage:
         return Occupied(str(fenced), folder, state, temporary, opened)
     os.close(opened)
     return fenced
+
+
+def read_state(opened: int) -> RunState | None:
+    """state.json of a version's folder that was opened; None where it cannot be told."""
+    try:
+        with open(STATE, opener=lambda name, flags: os.open(name, flags, dir_fd=opened)) as file:
+            return RunState.model_validate_json(file.read())
+    except (OSError, ValueError):
+        return None
+
+
+def empty(opened: int) -> None:
+    """A version's folder that was opened, be others at it, too. state.json goes last, when nothing else is left: a
+    folder with something in it but without that would be taken for one of another log."""
+    while found := _entries(opened):
+        with contextlib.suppress(FileNotFoundError):
+            if found[0].is_dir(follow_symlinks=False):
+                shutil.rmtree(found[0].name, dir_fd=opened)
+            else:
+                os.unlink(found[0].name, dir_fd=opened)
+
+
+def _entries(opened: int) -> list[os.DirEntry[str]]:
+    with os.scandir(opened) as entries:
+        return sorted(entries, key=lambda entry: entry.name == STATE)

@@ -2,12 +2,15 @@
 
 What a crash left, and what is done about it (numbers as in `service.py`):
 - before 3: nothing on disk. The last committed version's checkpoint is loaded and its offsets are read again.
-- between 3 and 5: a checkpoint newer than the last committed version. Nobody was told of it; it is removed, then as
-  above.
+- between 3 and 5: a checkpoint newer than the last committed version. Nobody was told of it; it is removed
+  (`leftovers.py`), then as above.
 - after 5: the newest checkpoint is the committed one.
 
 A predecessor that only slept (in 4 or 5, or cut off from the network) may wake up while its successor loads the model:
-by then the offsets carry the successor's stamp, so it neither commits nor fences.
+by then the offsets carry the successor's stamp, so it neither commits nor fences. A start that sleeps in here may be
+such a predecessor itself when it wakes up, and the log that it has read, history. So before it removes or refuses
+anything, and where the committed version is not there as it was written, it confirms that it owns the run, and ends
+fenced where it does not.
 
 A log that does not know the run, or is more than one version behind the folder, or on which the run has other offsets
 than those that the folder was written with (`Transactions.lineage`), is not what a crash leaves (another broker or
@@ -17,21 +20,23 @@ prefix, wiped topics): then nothing is removed, and the start is refused.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import logging
-from collections.abc import Mapping
+from collections.abc import AsyncGenerator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from aiokafka.structs import OffsetAndMetadata, TopicPartition
 
-from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.errors import FulguriteError, SettingsError
 from fulgurite.schemas.ids import now_ns
 from fulgurite.streams.learners.launch import launched_ranks
 from fulgurite.streams.trainer.checkpoints import OPTIMIZER, Checkpoint, Checkpoints, SourceState
 from fulgurite.streams.trainer.demonstrations import prepare
 from fulgurite.streams.trainer.events import Marker
 from fulgurite.streams.trainer.ledger import restore
+from fulgurite.streams.trainer.leftovers import Leftovers
 from fulgurite.streams.trainer.log import committed_run
 from fulgurite.streams.trainer.ownership import Ownership
 from fulgurite.streams.trainer.plan import Plan
@@ -97,11 +102,13 @@ async def recover(
     ownership: Ownership,
 ) -> Run | None:
     """None for a run that is over. Both clients have been started: a predecessor is fenced, and with the claim it stays
-    so, whenever it wakes up; so the log is final, and what lies on disk beyond it is nobody's."""
+    so, whenever it wakes up; so the log is final, and what lies on disk beyond it is nobody's, up to the moment when
+    a successor starts."""
     before = await transactions.claim(reader.partitions)
     committed = await committed_run(plan.settings.kafka, plan.run_id)
     if committed is None:
-        checkpoints.discard_uncommitted(None, {transactions.lineage}, begun=bool(_markers(before)))
+        found = checkpoints.uncommitted(None, {transactions.lineage}, begun=bool(_markers(before)))
+        await _remove(found, transactions)
         return await _begin(plan, reader, checkpoints, ownership)
     if committed.resource != plan.trainer.resource:
         raise SettingsError(
@@ -117,17 +124,17 @@ async def recover(
     _check_unchanged(plan, checkpoints.settings(committed.version))
     await ownership.check()
     lineages = None if committed.lineages is None else committed.lineages | {transactions.lineage}
-    for folder in checkpoints.discard_uncommitted(committed.version, lineages):
-        logger.info("removed %s: written, but never committed", folder)
-    checkpoint = checkpoints.load(committed.version, lineages)
-    state = checkpoint.state
-    windows = checkpoints.windows(checkpoint, plan.shape, now_ns())
-    markers = _markers(before)
-    windows.asked = max([windows.asked, *(marker.asked for marker in markers.values())])
-    restore(windows, committed.named, by_rollout=plan.source.begin == "sql")
-    windows.choice = checkpoints.choice()
-    limits = await _limits(plan, checkpoint.weights)
-    learner = await _load(plan, checkpoint.weights, checkpoint.folder / OPTIMIZER)
+    await _remove(checkpoints.uncommitted(committed.version, lineages), transactions)
+    async with _or_fenced(transactions):
+        checkpoint = checkpoints.load(committed.version, lineages)
+        state = checkpoint.state
+        windows = checkpoints.windows(checkpoint, plan.shape, now_ns())
+        markers = _markers(before)
+        windows.asked = max([windows.asked, *(marker.asked for marker in markers.values())])
+        restore(windows, committed.named, by_rollout=plan.source.begin == "sql")
+        windows.choice = checkpoints.choice()
+        limits = await _limits(plan, checkpoint.weights)
+        learner = await _load(plan, checkpoint.weights, checkpoint.folder / OPTIMIZER)
     reference_sha256 = await asyncio.to_thread(learner.reference_sha256)
     _check_reference(plan, state.reference_sha256, reference_sha256)
     await reader.seek(state.offsets)
@@ -148,6 +155,26 @@ async def recover(
         source=state.source,
         buried={number: each.buried for number, each in markers.items() if each.version == committed.version},
     )
+
+
+async def _remove(found: Leftovers, transactions: Transactions) -> None:
+    """What a predecessor left. Raises Fenced where it may be a successor's, StartError where it is another log's."""
+    with contextlib.closing(found):
+        if not found:
+            return
+        await transactions.confirm()
+        for path in found.remove():
+            logger.info("removed %s: written, but never committed", path)
+
+
+@contextlib.asynccontextmanager
+async def _or_fenced(transactions: Transactions) -> AsyncGenerator[None]:
+    """What goes wrong in here is said as Fenced where there is a successor: it removes what it needs no more."""
+    try:
+        yield
+    except (FulguriteError, OSError):
+        await transactions.confirm()
+        raise
 
 
 def _markers(before: Mapping[TopicPartition, OffsetAndMetadata | None]) -> dict[int, Marker]:

@@ -23,9 +23,9 @@ A version is one transaction. For each step:
 What a crash leaves, between
 - 1, 2, 3: nothing but the names of the window's groups. The last committed version is loaded, its offsets are read
   again, the same groups are taken; a half-written folder is removed.
-- 3 and 5: a checkpoint nobody was told of. It is removed; the broker aborts the transaction; then as above. A
-  transaction whose answer was lost is asked for by its offsets (`streams/transactions.py`) before anything else is
-  done.
+- 3 and 5: a checkpoint nobody was told of. It is removed, once an empty transaction has shown that what was found is
+  no successor's (`leftovers.py`); the broker aborts the transaction; then as above. A transaction whose answer was
+  lost is asked for by its offsets (`streams/transactions.py`) before anything else is done.
 - 5 and 6: old files, removed after the next step.
 
 So what a version was made of is read again exactly, and becomes the same bits. A zombie is fenced: the transactional id
