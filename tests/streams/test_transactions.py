@@ -147,6 +147,29 @@ async def test_an_error_at_any_step_is_resolved_by_the_offsets(
     await transactions.close()
 
 
+async def test_an_error_right_behind_a_commit_is_not_taken_for_an_heir(
+    kafka_settings: KafkaSettings, input_topic: None
+) -> None:
+    """The offsets do not carry the last commit's stamp yet, but the one before."""
+    due = False
+
+    def hook(reached: str) -> None:
+        nonlocal due
+        if due and reached == "begun":
+            due = False
+            raise KafkaConnectionError("the broker was away")
+
+    transactions = await started(kafka_settings, hook=hook)
+    await transactions.claim([INPUT])
+    for number in range(1, 21):
+        await transactions.commit(outgoing(kafka_settings, f"{number}"), at(number))
+        due = True
+        await transactions.commit(outgoing(kafka_settings, f"{number} again"), at(number))
+    async with connected(kafka_settings) as bus:
+        assert await texts(bus) == [text for number in range(1, 21) for text in (f"{number}", f"{number} again")]
+    await transactions.close()
+
+
 async def test_offsets_moved_by_somebody_else_are_noticed(kafka_settings: KafkaSettings, input_topic: None) -> None:
     """A rival committed and left again while our answer was lost: its work must not be repeated."""
     rivals: list[Transactions] = []

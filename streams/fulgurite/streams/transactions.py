@@ -126,6 +126,8 @@ class Transactions:
         self._admin: AIOKafkaAdminClient | None = None
         self._stamps: dict[TopicPartition, str] = {}
         """The commit id last seen on each partition's offset: what a commit of nobody else leaves there."""
+        self._earlier: dict[TopicPartition, str] = {}
+        """The one before it: an instant after a commit it can still be read."""
         self._last: dict[TopicPartition, OffsetAndMetadata] = {}
         """What this process last committed, without the stamps."""
         self._lineage = ""
@@ -189,6 +191,7 @@ class Transactions:
             await self.start()
             if await self._is_committed(stamped, stamp):
                 break
+        self._earlier.update({tp: self._stamps[tp] for tp in stamped})
         self._stamps.update(dict.fromkeys(stamped, stamp))
         self._last.update(offsets)
 
@@ -251,14 +254,18 @@ class Transactions:
         """Raises Fenced where there is one; a new start would fence it. Where the broker is away, that start waits."""
         with contextlib.suppress(KafkaError, TimeoutError):
             async with asyncio.timeout(_LOOK_SECONDS):
-                await self._is_committed(partitions, stamp)
+                # The broker may not have written the last commit's markers yet. An heir has waited for them.
+                await self._is_committed(partitions, stamp, self._earlier)
 
-    async def _is_committed(self, partitions: Iterable[TopicPartition], stamp: str) -> bool:
-        """Whether the offsets carry this stamp. Raises Fenced where they carry neither it nor the one before."""
+    async def _is_committed(
+        self, partitions: Iterable[TopicPartition], stamp: str, earlier: Mapping[TopicPartition, str] | None = None
+    ) -> bool:
+        """Whether the offsets carry this stamp. Raises Fenced where they carry neither it nor the one before, nor one
+        of `earlier`."""
         stamps = {tp: _stamp(at) for tp, at in (await self._read(partitions)).items()}
         if all(value == stamp for value in stamps.values()):
             return True
-        if any(value not in (stamp, self._stamps[tp]) for tp, value in stamps.items()):
+        if any(value not in (stamp, self._stamps[tp], (earlier or {}).get(tp)) for tp, value in stamps.items()):
             raise Fenced(f"another process committed offsets of {self._group} as {self._transactional_id}")
         return False
 
