@@ -18,6 +18,7 @@ from fulgurite.schemas.errors import Fenced, StartError
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.streams.learners.learner import load_learner
 from fulgurite.streams.trainer.checkpoints import Checkpoint, Checkpoints, RunState
+from fulgurite.streams.trainer.groups import Choice
 from fulgurite.streams.trainer.occupied import Occupied
 from fulgurite.streams.trainer.sample import Sample
 from fulgurite.streams.trainer.windows import Windows
@@ -173,6 +174,22 @@ def test_what_another_process_put_there_since_it_was_found_is_not_removed(tmp_pa
     assert len(found.remove()) == 2
     (tmp_path / "r" / ".tmp-v000002-written").rmdir()
     assert writer(tmp_path) == "successor"
+
+
+def test_one_whose_half_written_choice_a_successor_removed_is_fenced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, rename = Checkpoints(tmp_path, "r"), Path.rename
+    (tmp_path / "r").mkdir()
+
+    def rename_late(path: Path, to: Path) -> Path:
+        Checkpoints(tmp_path, "r").uncommitted(None).remove()
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", rename_late)
+    with pytest.raises(Fenced, match=r"another process removed .*choice.json-.*: it owns run r now"):
+        folder.choose(Choice(1, {}))
+    assert folder.choice() is None
 
 
 def test_one_whose_half_written_folder_a_successor_removed_is_fenced(tmp_path: Path) -> None:

@@ -148,7 +148,8 @@ class Checkpoints:
         return checkpoint
 
     def choose(self, choice: Choice) -> None:
-        """Keeps which groups a window has, in place of the last window's. Raises StartError where the disk refuses."""
+        """Keeps which groups a window has, in place of the last window's. Raises StartError where the disk refuses,
+        Fenced where a successor has removed what it was about to become."""
         path = self._root / CHOICE
         temporary = self._root / f"{CHOICE}-{secrets.token_hex(4)}"  # a zombie may be writing one too
         try:
@@ -157,6 +158,8 @@ class Checkpoints:
             temporary.rename(path)
             _fsync(self._root)
         except OSError as error:
+            if isinstance(error, FileNotFoundError) and self._root.is_dir():
+                raise _taken(temporary) from error
             temporary.unlink(missing_ok=True)
             raise StartError(f"cannot write {path}: {error}. Make room or set trainer.output elsewhere") from error
 
@@ -273,10 +276,12 @@ def _refused(folder: Path, error: OSError) -> StartError:
 
 
 def _interrupted(folder: Path, temporary: Path, error: OSError) -> FulguriteError:
-    """Only a start of the same run removes a temporary folder."""
-    if temporary.is_dir():
-        return _refused(folder, error)
-    return Fenced(f"another process removed {temporary}: it owns run {folder.parent.name} now")
+    return _refused(folder, error) if temporary.is_dir() else _taken(temporary)
+
+
+def _taken(temporary: Path) -> Fenced:
+    """Only a start of the same run removes what has a temporary name."""
+    return Fenced(f"another process removed {temporary}: it owns run {temporary.parent.name} now")
 
 
 def copy_companions(model: Path, weights: Path) -> None:
