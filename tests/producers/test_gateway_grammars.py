@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import Callable
+from types import MappingProxyType
 from typing import Any
 
 import aiohttp
@@ -13,9 +14,13 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from fulgurite.producers.gateway.token_route import RENDER
+from fulgurite.schemas.settings import BackendSettings
+from fulgurite.streams.assembler.join import sampled_neutrally
 from tests.producers.fake_policy_server import until
 from tests.producers.gateway_support import MESSAGES, FakePublisher, gateway
+from tests.producers.test_gateway_failures import behind
 from tests.producers.test_gateway_hostile import ATTEMPT, TOOLS, TokenServer, post
+from tests.producers.test_gateway_token_replicas import asked, rollout_of
 
 CHAT = "/v1/chat/completions"
 BODY: dict[str, Any] = {"model": "policy", "messages": MESSAGES, "tools": TOOLS, "stream": True}
@@ -184,3 +189,62 @@ async def test_a_whole_answer_is_kept_of_an_agent_that_does_not_wait_for_what_is
     assert (span.status, len(span.response_token_ids)) == ("ok", len(span.logprobs))
     assert span.response_token_ids
     assert span.attributes["fulgurite.request.constraints"] == ["structured_outputs"], "nobody knows"
+
+
+class Warm(HeldServer):
+    """Holds calls with tools to a grammar, and samples with a temperature of its own."""
+
+    sampling = MappingProxyType({"temperature": 0.6})
+
+
+def other_form(name: str) -> dict[str, Any]:
+    return BODY | {"tools": [{"type": "function", "function": {"name": name}}]}
+
+
+@pytest.mark.parametrize(
+    "said",
+    [
+        lambda: JSONResponse([[], [{"prompt_token_ids": [1, 2]}]]),
+        lambda: JSONResponse({"detail": "Not Found"}, status_code=404),
+    ],
+)
+async def test_a_replica_that_cannot_say_keeps_nobody_from_asking_another(said: Callable[[], Response]):
+    async with Warm(label="1") as old, Warm(label="1") as good:
+        old.faults[RENDER] = said
+        replicas = behind(BackendSettings(url=old.url), BackendSettings(url=good.url))
+        async with replicas as url:
+            for number, (one, two) in enumerate([(old, good), (good, old), (old, good)]):
+                assert (await asked(url, rollout_of(one, two), other_form(f"f{number}")))[0] == 200
+        assert (old.log.count(RENDER), good.log.count(RENDER)) == (1, 3)
+    for span in replicas.publisher.spans:
+        assert span.attributes["fulgurite.request.constraints"] == ["structured_outputs"]
+        assert not sampled_neutrally(span)
+
+
+async def test_agents_of_all_replicas_that_come_at_once_are_told_by_the_one_that_can_say():
+    async with Warm(label="1") as old, Warm(label="1") as good:
+        old.missing = frozenset({"render"})
+        replicas = behind(BackendSettings(url=old.url), BackendSettings(url=good.url))
+        async with replicas as url:
+            rollouts = [rollout_of(old, good), rollout_of(good, old)] * 10
+            found = await asyncio.gather(*(asked(url, rollout, BODY) for rollout in rollouts))
+            assert [status for status, _ in found] == [200] * 20
+    assert not any(sampled_neutrally(span) for span in replicas.publisher.spans)
+
+
+async def test_a_replica_that_comes_back_is_asked_what_the_others_could_not_say():
+    """And while it is away no call waits for it."""
+    async with Warm(label="1") as old, Warm(label="1") as good:
+        old.missing = frozenset({"render"})
+        good.faults["/health"] = lambda: Response(status_code=503)
+        replicas = behind(BackendSettings(url=old.url), BackendSettings(url=good.url))
+        async with replicas as url:
+            for _ in range(2):
+                async with asyncio.timeout(2):
+                    assert (await asked(url, rollout_of(old, good), BODY))[0] == 200
+            assert (old.log.count(RENDER), good.log.count(RENDER)) == (1, 0)
+            del good.faults["/health"]
+            await until(lambda: good.url in replicas.pool.endpoints("policy"))
+            assert (await asked(url, rollout_of(old, good), BODY))[0] == 200
+        assert (old.log.count(RENDER), good.log.count(RENDER)) == (1, 1)
+    assert not sampled_neutrally(replicas.publisher.spans[-1])

@@ -39,6 +39,8 @@ class Ask:
     """The agent's, for a provider."""
     newest_adapter: bool = False
     """Whether the model is a resource that is served as adapters: each replica means its newest. The pool says so."""
+    without: frozenset[str] = frozenset()
+    """Endpoints that are not asked while there are others: they were found not to answer this."""
     past_bounds: bool = False
     """Whether it passes the lines and bounds of backends that are well: a small question, without which an answer that
     was sampled would be lost."""
@@ -136,6 +138,10 @@ class Backends(Protocol):
     async def follows_policy(self, model: str, deadline: float, authorization: str) -> bool:
         """Whether only the policy's own servers are known to serve the model, once all were asked what they serve; with
         the agent's header where one says so to nobody else."""
+        ...
+
+    def endpoints(self, model: str) -> frozenset[str]:
+        """Of the replicas that serve the model and are well."""
         ...
 
     def preferred(self, model: str, pin: str) -> str:

@@ -6,8 +6,9 @@ sampled from. What the request asks does not tell (attributes.py): some parsers 
 others none. RENDER says what the server makes of the request. It makes the same of all that differ only in what is said
 (their form), so one of them asks, beside the call itself, and its answer counts for SAID_SECONDS; a call waits for it
 only at its own end. Only calls with tools that could be trained on otherwise: without tools it is the request that asks
-for a grammar. Where the server does not say, what the request asks counts, and what it said last of the form, or of a
-call of the model that asked for nothing. Where our own bounds, or an agent that hung up, kept the question from the
+for a grammar. A replica that cannot say it is passed over for UNSERVED_SECONDS, and another one asked: what one says
+counts for all of the model. Where none can say, what the request asks counts, and what was said last of the form, or of
+a call of the model that asked for nothing. Where our own bounds, or an agent that hung up, kept the question from the
 server, the call counts as held. Bounded: forms and models by number, waits by WAIT_SECONDS.
 """
 
@@ -27,7 +28,7 @@ from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.exchange import Backends
 from fulgurite.producers.gateway.outcome import Served
 from fulgurite.producers.gateway.protocols import CHAT
-from fulgurite.producers.gateway.protocols.base import to_bytes, where
+from fulgurite.producers.gateway.protocols.base import Json, to_bytes, where
 from fulgurite.producers.gateway.token_asking import Lacking, TokenAsker, Unserved
 from fulgurite.producers.gateway.token_route import RENDER, is_held_to_grammar, shaping, unstreamed
 from fulgurite.schemas.sampling import HARMLESS, NEUTRAL_SAMPLING, constraints, is_neutral, may_call_tools
@@ -56,6 +57,8 @@ class _Form:
     asking: asyncio.Task[None] | None = None
     unasked: bool = False
     """The last question did not reach the server, or its answer nobody: our own bounds, or an agent that hung up."""
+    unserved: bool = False
+    """Of those who were well none could say it."""
 
 
 class Asking:
@@ -75,13 +78,14 @@ class Asking:
         self._put_last_word(served, self._form)  # in case the agent does not wait for more
         with suppress(TimeoutError):
             async with asyncio.timeout_at(min(self._deadline, now() + WAIT_SECONDS)):
-                # Whoever asked may have hung up, or been kept from it: then this call asks itself, once.
+                # Whoever asked may have hung up, or been kept from it, and who answered this call may have been away
+                # when it was asked: then this call asks itself, once.
                 for own in (False, True):
                     if self._form.until >= now():
                         break
                     if self._form.asking:
                         await asyncio.wait([self._form.asking])
-                    elif own and self._form.unasked:
+                    elif own and self._grammars.may_say(self._call, self._form, served.endpoint):
                         async with self._grammars.asking(self._call, self._form, self._deadline) as question:
                             await asyncio.wait([question])
         self._put_last_word(served, self._form)
@@ -97,8 +101,8 @@ class Grammars:
     def __init__(self, backends: Backends) -> None:
         self._backends = backends
         self._asker = TokenAsker(backends)
-        self._lacking: Lacking[str] = Lacking()
-        """By model."""
+        self._lacking: Lacking[tuple[str, str]] = Lacking()
+        """Model, and a replica's endpoint."""
         self._forms: dict[bytes, _Form] = {}
         self._holding: set[str] = set()
         """Models of which calls are held that ask for nothing of the kind."""
@@ -108,7 +112,9 @@ class Grammars:
         """Within the block the chat route is asked. What of this call's question is not over at its end is given up."""
         form = self._form(call) if _matters(call) else None
         is_said = form is not None and form.until >= asyncio.get_running_loop().time()
-        if form is None or form.asking or is_said or call.model in self._lacking:
+        if form and not form.asking and not is_said:
+            form.unserved = self._is_unserved(call.model)
+        if form is None or form.asking or is_said or form.unserved:
             yield Asking(self, call, form, deadline)
         else:
             async with self.asking(call, form, deadline):
@@ -133,16 +139,42 @@ class Grammars:
             return form.held
         return True if form.unasked or call.model in self._holding else None
 
+    def may_say(self, call: Call, form: _Form, endpoint: str) -> bool:
+        """Whether a question more may be answered, by whom answered this call."""
+        return form.unasked or (form.unserved and (call.model, endpoint) not in self._lacking)
+
+    def _without(self, model: str) -> frozenset[str]:
+        """Replicas that are not worth a question."""
+        if not self._lacking:
+            return frozenset()
+        return frozenset(each for each in self._backends.endpoints(model) if (model, each) in self._lacking)
+
+    def _is_unserved(self, model: str) -> bool:
+        without = self._without(model)
+        return bool(without) and without == self._backends.endpoints(model)
+
+    async def _render(self, call: Call, deadline: float) -> Json | None:
+        """What the first says that can; None where it refuses this call. Raises Unserved, and ApiError for others."""
+        while True:
+            without = self._without(call.model)
+            try:
+                return await self._asker.ask(call, RENDER, unstreamed(call.body), deadline, without=without)
+            except Unserved as error:
+                logger.info("%s", error)
+                key = (call.model, error.endpoint)
+                is_known = key in self._lacking
+                self._lacking.add(key)
+                if is_known or self._is_unserved(call.model):
+                    raise
+
     async def _ask(self, call: Call, form: _Form, deadline: float) -> None:
         """Raises nothing."""
         try:
             follows = await self._backends.follows_policy(call.model, deadline, call.caller.authorization)
-            rendered = await self._asker.ask(call, RENDER, unstreamed(call.body), deadline) if follows else None
-            form.unasked = False
-        except Unserved as error:
-            form.unasked = False
-            logger.info("%s", error)
-            self._lacking.add(call.model)
+            rendered = await self._render(call, deadline) if follows else None
+            form.unasked = form.unserved = False
+        except Unserved:
+            form.unasked, form.unserved = False, True
         except ApiError as error:
             form.unasked = error.code == "too_many_requests" and not error.of_backend
             logger.info("whether an answer is held to a grammar could not be asked: %s", error.code)

@@ -103,6 +103,11 @@ class Members:
         found = self._serving(model)
         return bool(found) and all(member.kind == "vllm" for member in found)
 
+    def endpoints(self, model: str) -> frozenset[str]:
+        """See `Backends`."""
+        now = self._loop.time()
+        return frozenset(member.url for member in self._serving(model) if member.capacity.answers(now))
+
     def preferred(self, model: str, pin: str) -> str:
         """See `Backends`."""
         capacities = [member.capacity for member in self._serving(model)]

@@ -93,7 +93,8 @@ class Pool:
         if ask.route.partition("?")[0] not in ROUTES:
             raise ApiError(404, "not_found", f"no backend is asked for {ask.route[:200]}")
         tries.ask, serving = await self._members.serving(ask)
-        tries.candidates = tuple(member.capacity for member in serving)
+        able = [member for member in serving if member.url not in ask.without] if ask.without else serving
+        tries.candidates = tuple(member.capacity for member in able or serving)
         self._places.admit(tries.candidates, past_bounds=tries.ask.past_bounds)
         tries.began = self._loop.time()
         try:
@@ -122,6 +123,10 @@ class Pool:
     async def follows_policy(self, model: str, deadline: float, authorization: str) -> bool:
         """See `Backends`."""
         return await self._members.follows_policy(model, deadline, authorization)
+
+    def endpoints(self, model: str) -> frozenset[str]:
+        """See `Backends`."""
+        return self._members.endpoints(model)
 
     def preferred(self, model: str, pin: str) -> str:
         """See `Backends`."""

@@ -88,9 +88,10 @@ class TokenAsker:
         asked: Asked | None = None,
         *,
         whole_deadline: float = 0.0,
+        without: frozenset[str] = frozenset(),
     ) -> Json | None:
         """The answer; None for a 400, which the chat route will explain. Raises Unserved, and ApiError for others."""
-        async with self.backends.open(ask_for(call, route, body, deadline, whole_deadline)) as exchange:
+        async with self.backends.open(ask_for(call, route, body, deadline, whole_deadline, without)) as exchange:
             if asked:
                 asked.served = served_by(exchange)
             answer = await read_all(exchange)
@@ -118,7 +119,14 @@ class TokenAsker:
             raise unserved(call, exchange, route)
 
 
-def ask_for(call: Call, route: str, body: Mapping[str, Any], deadline: float, whole_deadline: float = 0.0) -> Ask:
+def ask_for(
+    call: Call,
+    route: str,
+    body: Mapping[str, Any],
+    deadline: float,
+    whole_deadline: float = 0.0,
+    without: frozenset[str] = frozenset(),
+) -> Ask:
     data = to_bytes(body)
     return Ask(
         model=call.model,
@@ -129,6 +137,7 @@ def ask_for(call: Call, route: str, body: Mapping[str, Any], deadline: float, wh
         deadline=deadline,
         whole_deadline=whole_deadline,
         headers=call.caller.headers if route == GENERATE else {},
+        without=without,
         past_bounds=route in (DERENDER, DETOKENIZE),
     )
 
