@@ -10,8 +10,8 @@ import aiohttp
 import pytest
 from starlette.responses import Response
 
-from fulgurite.consumers.follower.converge import LOAD_TRIES
 from fulgurite.consumers.follower.server import Refused
+from fulgurite.consumers.follower.tries import LOAD_TRIES
 from fulgurite.schemas.resources import ResourceVersion, adapter_name, adapter_version
 from tests.consumers.follower_support import FakeVllm, Follower, make_version
 from tests.producers.fake_policy_server import until

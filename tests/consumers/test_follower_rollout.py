@@ -12,8 +12,8 @@ import pytest
 from fsspec.implementations.memory import MemoryFileSystem
 from starlette.responses import Response
 
-from fulgurite.consumers.follower.converge import LOAD_TRIES
 from fulgurite.consumers.follower.loading import Shared
+from fulgurite.consumers.follower.tries import LOAD_TRIES
 from fulgurite.schemas.resources import ResourceVersion
 from tests.consumers.follower_support import FakeVllm, Follower, following, make_version, write_safetensors
 from tests.producers.fake_policy_server import until

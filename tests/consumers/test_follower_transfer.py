@@ -23,9 +23,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, PlainTextResponse, Response
 
 from fulgurite.consumers.follower import sender as sender_module
-from fulgurite.consumers.follower.converge import LOAD_TRIES
 from fulgurite.consumers.follower.server import Unreachable
 from fulgurite.consumers.follower.transfer import Transfer
+from fulgurite.consumers.follower.tries import LOAD_TRIES
 from fulgurite.schemas.resources import ResourceVersion
 from tests.consumers.follower_support import FakeVllm, Follower, make_version, write_safetensors
 from tests.producers.fake_policy_server import until

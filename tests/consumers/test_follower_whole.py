@@ -14,9 +14,9 @@ import pytest
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
-from fulgurite.consumers.follower.converge import LOAD_TRIES
 from fulgurite.consumers.follower.layout import Layout, read_layout
 from fulgurite.consumers.follower.server import LABEL_LOADING, Unreachable
+from fulgurite.consumers.follower.tries import LOAD_TRIES
 from tests.consumers.follower_support import HALF_LOADED, Follower, FragileVllm, make_version, write_safetensors
 from tests.producers.fake_policy_server import FakePolicyServer, until
 
@@ -170,6 +170,76 @@ async def test_a_version_that_takes_the_server_down_is_refused_and_the_one_befor
             assert serves(server, 3)
     assert server.starts == LOAD_TRIES
     assert "REFUSED policy version 4" in caplog.text
+
+
+class DyingLater(FragileVllm):
+    """Takes the version, and does not outlive what comes next."""
+
+    when = ""
+    starts = 0
+    last = ""
+    """Folder that was loaded last."""
+
+    async def _collective_rpc(self, request: Request) -> Response:
+        self.last = Path((await request.json())["kwargs"]["weights_path"]).name
+        return await super()._collective_rpc(request)
+
+    async def _update_weight_version(self, request: Request) -> Response:
+        await self._die_at("label")
+        return await super()._update_weight_version(request)
+
+    async def _resume(self, request: Request) -> Response:
+        await self._die_at("resume")
+        answer = await super()._resume(request)
+        if self.when == "first request" and self.last == "v4":
+            self.starting = asyncio.create_task(self._start_anew(0.02))
+        return answer
+
+    async def _die_at(self, when: str) -> None:
+        if self.when == when and self.last == "v4":
+            assert self._server
+            for listener in self._server.servers:
+                listener.close()
+            self.starting = asyncio.create_task(self._start_anew(0))
+            await asyncio.Event().wait()
+
+    async def _start_anew(self, seconds: float) -> None:
+        await asyncio.sleep(seconds)
+        self.last = ""
+        self.starts += 1
+        await self.restart(weights=10)
+
+
+@pytest.mark.parametrize("when", ["label", "resume", "first request"])
+async def test_a_version_that_takes_the_server_down_after_its_load_is_refused(
+    session: aiohttp.ClientSession, tmp_path: Path, when: str
+):
+    async with DyingLater() as server:
+        server.when = when
+        follower = Follower(server, session, make_version(tmp_path, 3))
+        async with follower.running():
+            await until(lambda: serves(server, 3))
+            follower.versions.add(make_version(tmp_path, 4))
+            await until(lambda: (4, False) in follower.outcome)
+            await until(lambda: serves(server, 3))
+    assert server.starts == LOAD_TRIES
+
+
+async def test_a_restart_by_a_person_refuses_nothing(session: aiohttp.ClientSession, tmp_path: Path):
+    """Nor does it after loads that had failed."""
+    async with FragileVllm() as server:
+        follower = Follower(server, session, make_version(tmp_path, 3))
+        async with follower.running():
+            await until(lambda: serves(server, 3))
+            server.unreadable.add("v4")
+            follower.versions.add(make_version(tmp_path, 4))
+            await until(lambda: server.log.count("/collective_rpc") >= 1 + 2 * (LOAD_TRIES - 1))
+            server.unreadable.clear()
+            await until(lambda: serves(server, 4))
+            for _ in range(LOAD_TRIES - 1):
+                await server.restart(weights=10)
+                await until(lambda: serves(server, 4))
+        assert (4, False) not in follower.outcome
 
 
 async def test_a_load_that_is_never_answered_refuses_the_version_in_the_end(

@@ -36,7 +36,8 @@ begins with 1 again and finds out by itself:
    as a version's. This is logged as an error, /ready and a metric say so, and loading goes on for ever: what is wanted,
    and when all was refused, every known version in turn. A server that restarts meanwhile ends it as well.
    A stop of this process waits for 2 to 7 to end, as long as it may; killed within them it is a crash.
-8. Ask which version is served. Not the wanted one: begin again.
+8. Ask which version is served. Not the wanted one: begin again. A server that is gone between 4 and here, or was
+   started anew, has failed to load it.
 9. Report VersionApplied: `reports.py` publishes it, for ever, while the next comparison goes on. Crash before or after:
    the next start loads the version again and reports it; so at least once for every change, and a duplicate says the
    same.
@@ -46,7 +47,8 @@ nothing is paused (`adapters.py`).
 
 An unusable version is refused loudly, reported with ok=False and not tried again while this process lives; what the
 server has goes on, and if it has nothing, the newest usable version is loaded. Unusable are files not as announced,
-what the server refused, and what failed LOAD_TRIES times, also because the server did not answer or outlive it.
+what the server refused, and what failed LOAD_TRIES times, also because the server did not answer or outlive it; and
+what it lost again as often by a restart within OUTLIVE_SECONDS (`tries.py`).
 Everything that may pass is tried for ever, an error of a disk too, unless it is that files are not there. A server that
 restarts is noticed within follower.check_seconds by its label; one that came back with the label it had before would
 not be (servers start without a number, or with none of ours).
@@ -70,6 +72,7 @@ from fulgurite.consumers.follower.layout import read_layout
 from fulgurite.consumers.follower.loading import LoadFailed, Phases, Shared
 from fulgurite.consumers.follower.server import PolicyServer, Refused, State, Unreachable
 from fulgurite.consumers.follower.store import StoreTrouble, Unusable
+from fulgurite.consumers.follower.tries import LOAD_TRIES, Tries
 from fulgurite.consumers.follower.versions import Identity, content, identity
 from fulgurite.consumers.follower.weights import Weights
 from fulgurite.schemas.resources import ResourceVersion
@@ -77,8 +80,8 @@ from fulgurite.schemas.training import VersionApplied
 
 logger = logging.getLogger(__name__)
 
-LOAD_TRIES: Final = 3
-"""A version whose load fails this often, also by the server's end, is refused."""
+OUTLIVE_SECONDS: Final = 10.0
+"""Beside the time between comparisons: a server that ends so soon after a load may have ended of what it got."""
 MAX_BACKOFF_SECONDS: Final = 5.0
 LOG_EVERY_SECONDS: Final = 5.0
 
@@ -99,7 +102,7 @@ class Convergence:
         self._weights = Weights(server, shared)
         self._adapters = Adapters(server, shared)
         self._refused: set[Identity] = set()
-        self._failures: dict[Identity, int] = {}
+        self._tries = Tries(OUTLIVE_SECONDS + shared.settings.check_seconds)
         self._reported: Identity | None = None
         self._rescues = 0
         self._changed = shared.versions.subscribe()
@@ -126,6 +129,7 @@ class Convergence:
             except (Unreachable, Refused, StoreTrouble) as error:
                 if isinstance(error, Unreachable) and not error.answered:
                     self._weights.forget()
+                    self._tries.away()
                 failures += 1
                 pause = min(self._shared.settings.check_seconds, 0.1 * 2 ** min(failures, 6), MAX_BACKOFF_SECONDS)
                 self._metrics.trouble(self._server.url)
@@ -140,6 +144,7 @@ class Convergence:
         wanted = self._versions.wanted(self._refused)
         state = await self._observe(wanted)
         served = wanted is not None and self._serves(wanted)
+        self._tries.observed(identity(wanted) if wanted else None, served=served, restarted=state.is_nobodys)
         self._observed(state, wanted if served else None)
         if state.held and (wanted is None or wanted.kind != "weights"):
             await self._rescue(state)
@@ -230,6 +235,8 @@ class Convergence:
     async def _apply(self, wanted: ResourceVersion, state: State, still_wanted: Callable[[], bool]) -> dict[str, float]:
         """Steps 1 to 8; the duration of each phase, none where another version was wanted when it was this server's
         turn. Raises Unusable, Unreachable, Refused, StoreTrouble."""
+        if self._tries.is_deadly(identity(wanted)):
+            raise Unusable(f"the server was started anew {LOAD_TRIES} times just after it had loaded it")
         clock = Phases()
         good = self._weights.good.version if self._weights.good else None
         has = {number for number in (state.version, good) if number is not None} | self._adapters.versions
@@ -249,13 +256,11 @@ class Convergence:
                 self._reported = None  # the server had something else meanwhile, whatever it has now
             if not error.answered:
                 self._weights.forget()
-            key = identity(wanted)
             # A server that is away is not loaded into: this one was there, and the load may be what ended it.
-            self._failures[key] = self._failures.get(key, 0) + error.counts
-            if self._failures[key] >= LOAD_TRIES:
+            if self._tries.failed(identity(wanted), counts=error.counts):
                 raise Unusable(f"the server failed to load it {LOAD_TRIES} times: {error}") from None
             raise
-        self._failures.pop(identity(wanted), None)
+        self._tries.loaded(identity(wanted))
         return clock.seconds() | {"published": max(0.0, time.time() - wanted.time_ns / 1e9)}
 
     def _still(self, wanted: ResourceVersion) -> bool:
@@ -281,7 +286,7 @@ class Convergence:
             logger.info("%s skips version %d: %s", self._server.url, version.version, error)
             return
         self._refused = {known for known in self._refused if known in self._versions} | {identity(version)}
-        self._failures.pop(identity(version), None)
+        self._tries.forget(identity(version))
         logger.error(
             "%s REFUSED %s version %d, keeps what it serves: %s",
             self._server.url,

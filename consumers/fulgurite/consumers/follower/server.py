@@ -73,6 +73,11 @@ class State:
         return not (self.label or "").startswith(LABEL_LOADING)
 
     @property
+    def is_nobodys(self) -> bool:
+        """Whether it has weights of its own, as after a start: no version's, nor of a load."""
+        return self.version is None and self.whole
+
+    @property
     def held(self) -> bool:
         """Whether it must stay paused until a version was loaded."""
         return self.paused and not self.whole

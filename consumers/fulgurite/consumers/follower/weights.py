@@ -58,6 +58,8 @@ class Weights:
         self._hashed: _Hashed | None = None
         self._whole = False
         """While it is paused: whether the server has all of some version's weights."""
+        self._touched = False
+        """Whether this load has begun, and was not refused: the server may not outlive what it has now."""
         self._loading: str | None = None
         """The label that this load gave it, or the one it had where it takes none."""
         self._alone = True
@@ -111,7 +113,27 @@ class Weights:
         clock: Phases,
         still_wanted: Callable[[], bool],
     ) -> bool:
-        """Steps 2 to 8; whether it was still wanted when its turn came. Raises Unusable, Unreachable, Refused."""
+        """Steps 2 to 8; whether it was still wanted when its turn came. Raises Unusable, Unreachable, Refused; from 4
+        on LoadFailed where the server is gone, whatever it is asked for then."""
+        self._touched = False
+        try:
+            return await self._load(wanted, files, layout, state, clock, still_wanted)
+        except LoadFailed:
+            raise
+        except Unreachable as error:
+            if self._touched and not error.answered:
+                raise LoadFailed(str(error), answered=False) from None
+            raise
+
+    async def _load(
+        self,
+        wanted: ResourceVersion,
+        files: Verified,
+        layout: Layout,
+        state: State,
+        clock: Phases,
+        still_wanted: Callable[[], bool],
+    ) -> bool:
         async with self._shared.turns.turn() as turn:
             clock.end("turn")
             if not still_wanted() or not self._shared.lease.is_held:
@@ -121,7 +143,8 @@ class Weights:
         self._shared.layout = layout
         served = await self._server.state()  # 8
         if served.version != wanted.version:
-            raise Unreachable(f"serves {served.label!r} after version {wanted.version} was loaded", answered=True)
+            message = f"serves {served.label!r} after version {wanted.version} was loaded"
+            raise (LoadFailed if served.is_nobodys else Unreachable)(message, answered=True)
         return True
 
     async def _update(
@@ -166,12 +189,13 @@ class Weights:
             sender.ensure_connected()  # while nothing is touched
         self._loading = await self._unlabel(state)  # 3
         loaded, self.loaded = self.loaded, None
-        self._whole = False
+        self._whole, self._touched = False, True
         try:
             await self._bring(files.folder, layout)  # 4
             await _ensure_unchanged(files)
         except Refused as error:
             # Refused means untouched: the weights are what they were.
+            self._touched = False
             await self._ensure_alone()
             self._whole = state.whole
             if state.version is not None:
