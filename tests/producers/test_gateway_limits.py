@@ -135,6 +135,59 @@ class Generating(TokenServer):
         return [(GENERATE, "POST", wait), *(route for route in found if route[0] != GENERATE)]
 
 
+async def is_put_into_words(backend: Generating, publisher: FakePublisher, url: str, fail: Callable[[], None]) -> None:
+    """While the only seat is taken, and others wait in line for longer than it could."""
+    rollout = {"model": "policy", "messages": MESSAGES, "tools": TOOLS}
+    sampling = asyncio.create_task(post(url, "/v1/chat/completions", rollout))
+    await until(lambda: GENERATE in backend.log)
+    backend.hold = ("/v1/chat/completions", 1)
+    async with openai.AsyncOpenAI(base_url=f"{url}/v1", api_key="k", max_retries=0) as agent:
+        waiting = [
+            asyncio.create_task(agent.chat.completions.create(model="policy", messages=MESSAGES)) for _ in range(2)
+        ]
+        await asyncio.sleep(0.1)
+        fail()
+        backend.sampled.set()
+        assert (await sampling)[0] == 200
+        for task in waiting:
+            task.cancel()
+        await asyncio.gather(*waiting, return_exceptions=True)
+    assert [span.status for span in publisher.spans if span.rollout_id] == ["ok"]
+    assert not publisher.dead
+
+
+BOUNDS: dict[str, Any] = {"max_concurrent_requests": 1, "max_queued_requests": 3, "queue_seconds": 0.5}
+
+
+@pytest.mark.parametrize("times", [1, 2])
+async def test_what_was_sampled_waits_in_no_line_either_after_a_failure(times: int):
+    publisher = FakePublisher()
+    async with Generating(label="1") as backend, gateway(publisher, backend.url, **BOUNDS) as url:
+        left = times
+
+        def fail() -> Response | None:
+            nonlocal left
+            left -= 1
+            return Response(status_code=503) if left >= 0 else None
+
+        await is_put_into_words(backend, publisher, url, lambda: backend.faults.update({DERENDER: fail}))
+    assert left < 0
+
+
+async def test_what_was_sampled_waits_in_no_line_for_a_backend_that_is_left_alone_for_a_moment():
+    publisher = FakePublisher()
+    breaker = {"breaker_failures": 1, "breaker_seconds": 0.2, "health_seconds": 60}
+    async with Generating(label="1") as backend, gateway(publisher, backend.url, **BOUNDS, **breaker) as url:
+        failed: list[bool] = []
+
+        def fail() -> Response | None:
+            failed.append(True)
+            return Response(status_code=503) if len(failed) == 1 else None
+
+        await is_put_into_words(backend, publisher, url, lambda: backend.faults.update({DERENDER: fail}))
+    assert len(failed) > 1
+
+
 async def test_what_was_sampled_is_put_into_words_before_anybody_in_line_is_asked():
     """It would be sampled again, where the line is too long."""
     publisher = FakePublisher()

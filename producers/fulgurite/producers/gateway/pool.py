@@ -169,10 +169,12 @@ class Pool:
             seat = self._places.take_now(untried, ask.pin, past_bounds=ask.past_bounds) if may_pass else None
             if seat is None:
                 away = f"{tries.away}; {tries.count} tries" if tries.count else "not well"
-                if tries.count:
+                if tries.count or ask.past_bounds:
                     await self._pause(ask, tries.rounds, away, tries.began)
                     tries.rounds += 1
                     tries.tried.clear()
+                if ask.past_bounds:
+                    continue  # it waits in no line, also where its backend was away for a moment
                 seat = await self._seat(ask, candidates, away)
             tries.count += 1
             member = self._members[seat.capacity]
