@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 from collections.abc import Callable
 from itertools import count
 from typing import Any
@@ -81,6 +82,8 @@ async def test_a_rollout_whose_replica_is_away_goes_on_exactly_on_another():
 class Wordless(TokenServer):
     """Passes over `output_mode`: tokens alone, whole or streamed."""
 
+    stopped_by: str = ""
+
     def more_routes(self) -> list[tuple[str, str, Callable[[Request], Any]]]:
         found = super().more_routes()
         (generate,) = (handler for route, _, handler in found if route == GENERATE)
@@ -89,6 +92,8 @@ class Wordless(TokenServer):
             answer = orjson.loads((await generate(request)).body)
             for choice in answer["choices"]:
                 del choice["text"]
+                if self.stopped_by:
+                    choice["stop_reason"] = self.stopped_by
             if not (await request.json()).get("stream"):
                 return JSONResponse(answer)
             return Response(b"data: " + orjson.dumps(answer) + b"\n\n", media_type="text/event-stream")
@@ -106,6 +111,48 @@ async def test_tokens_without_text_are_put_into_words():
         assert CHAT not in server.log
     (span,) = replicas.publisher.spans
     assert (span.status, span.response_token_ids) == ("ok", [5, 6])
+
+
+@pytest.mark.parametrize(
+    ("fields", "content"),
+    [
+        ({}, "one<stop>two"),
+        ({"tools": TOOLS, "tool_choice": "none"}, "one<stop>two"),
+        ({"stop": ["<stop>"]}, "one"),
+        ({"logprobs": True}, "one<stop>two"),
+    ],
+)
+async def test_tokens_without_text_that_nobody_puts_into_words_are_spelled_out(fields: dict[str, Any], content: str):
+    async with Wordless(label="1") as server:
+        server.missing = frozenset({"derender"})
+        server.faults["/detokenize"] = lambda: JSONResponse({"prompt": "one<stop>two"})
+        if "stop" in fields:
+            server.stopped_by = "<stop>"
+        replicas = behind(BackendSettings(url=server.url))
+        async with replicas as url:
+            found = await asyncio.gather(*(asked(url, f"r{number}", BODY | fields) for number in range(4)))
+            assert [status for status, _ in found] == [200] * 4
+            for _, answer in found:
+                (choice,) = orjson.loads(answer)["choices"]
+                assert choice["message"]["content"] == content
+                assert len((choice.get("logprobs") or {}).get("content") or ()) == 2 * ("logprobs" in fields)
+            status, answer = await asked(url, "r0", BODY | fields)
+            assert status == 200
+        assert (server.log.count(GENERATE), server.log.count(CHAT)) == (4, 1)
+    assert [span.status for span in replicas.publisher.spans] == ["ok"] * 5
+    assert [span.response_token_ids for span in replicas.publisher.spans][:4] == [[5, 6]] * 4
+    assert not replicas.publisher.dead
+
+
+async def test_tokens_that_cannot_be_spelled_out_are_recorded_with_the_error():
+    async with Wordless(label="1") as server:
+        server.missing = frozenset({"derender"})
+        replicas = behind(BackendSettings(url=server.url))
+        async with replicas as url:
+            server.faults["/detokenize"] = lambda: JSONResponse({}, 404) if GENERATE in server.log else None
+            assert await post(url, "r1", BODY) == 502
+    (span,) = replicas.publisher.spans
+    assert (span.status, span.output_tokens) == ("error", 2), "it cost its tokens"
 
 
 async def test_a_stream_of_tokens_without_text_is_asked_of_the_chat_route():

@@ -47,6 +47,7 @@ from fulgurite.producers.gateway.token_route import (
     is_plain,
     shaping,
     shortened,
+    spelled_out,
     stops_at_token,
     unstreamed,
 )
@@ -215,7 +216,8 @@ class TokenRoute:
             self.is_unserved(call, error)  # this answer can do without
         except ApiError as error:
             logger.info("how a model's turn ends could not be asked: %s", error)
-        if not is_plain(call.body, prepared.rendered) or not has_texts(generated):
+        plain = is_plain(call.body, prepared.rendered)
+        if not plain or not has_texts(generated):
             wanted = derender_request(call.body, generated, prepared.prompt)
         if wanted is None:
             return None
@@ -224,10 +226,25 @@ class TokenRoute:
         except Unserved as error:
             self.is_unserved(call, error)
             derendered = None
+        if derendered is None and plain:  # the route was not looked for: most give the text
+            return await self._spell_out(call, wanted["generate_response"]["choices"], deadline)
         if derendered is None:
             raise invalid("could not be put into words by the server that gave it")
         await self._call_ids.put_in(call, wanted, derendered, deadline)
         return derendered
+
+    async def _spell_out(self, call: Call, choices: Sequence[Json], deadline: float) -> Json:
+        """Plain answers that nobody puts into words: what their tokens are written as. Raises ApiError."""
+        found: list[Json] = []
+        for choice in choices:
+            body = {"model": call.model, "tokens": choice["token_ids"]}
+            answer: Json | None = None
+            with suppress(Unserved):
+                answer = await self._asker.ask(call, DETOKENIZE, body, deadline)
+            if answer is None:
+                raise invalid("could not be written as text by the server that gave it")
+            found.append(spelled_out(choice, answer["prompt"]))
+        return {"choices": found}
 
     async def _stop_texts(self, call: Call, generated: Json, deadline: float) -> dict[int, str]:
         """How the tokens are written that the agent asked to stop at; nothing where it asks for no logprobs."""

@@ -175,6 +175,12 @@ def derender_request(body: dict[str, Any], generated: dict[str, Any], prompt: li
     }
 
 
+def spelled_out(choice: dict[str, Any], text: str) -> dict[str, Any]:
+    """A choice as DERENDER would give it, of which the text is the message."""
+    message = _EMPTY_MESSAGE | {"content": text}
+    return {"index": choice["index"], "message": message, "logprobs": choice.get("logprobs")}
+
+
 def chat_completion(
     body: dict[str, Any],
     rendered: dict[str, Any],
