@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Callable
 from itertools import count
 from typing import Any
@@ -168,10 +169,17 @@ async def test_a_stream_of_tokens_without_text_is_asked_of_the_chat_route():
 
 
 @pytest.mark.parametrize("fields", [{}, {"stream": True}, {"tools": TOOLS}])
-async def test_a_server_that_renders_in_another_shape_is_asked_by_text(fields: dict[str, Any]):
-    """As vLLM did in early 2026."""
+@pytest.mark.parametrize(
+    "rendered",
+    [
+        b'[[], [{"prompt_token_ids": [1, 2]}]]',  # as vLLM did in early 2026
+        b"<html>",
+        b"",
+    ],
+)
+async def test_a_server_that_renders_in_another_shape_is_asked_by_text(rendered: bytes, fields: dict[str, Any]):
     async with TokenServer(label="1") as server:
-        server.faults[f"{CHAT}/render"] = lambda: JSONResponse([[], [{"prompt_token_ids": [1, 2]}]])
+        server.faults[f"{CHAT}/render"] = lambda: Response(rendered)
         replicas = behind(BackendSettings(url=server.url))
         async with replicas as url:
             for _ in range(2):
@@ -179,3 +187,36 @@ async def test_a_server_that_renders_in_another_shape_is_asked_by_text(fields: d
         assert (server.log.count(GENERATE), server.log.count(CHAT)) == (0, 2)
     assert [span.status for span in replicas.publisher.spans] == ["ok"] * 2
     assert not replicas.publisher.dead
+
+
+class Streaming(TokenServer):
+    """GENERATE streams where it is asked to."""
+
+    def more_routes(self) -> list[tuple[str, str, Callable[[Request], Any]]]:
+        found = super().more_routes()
+        (generate,) = (handler for route, _, handler in found if route == GENERATE)
+
+        async def events(request: Request) -> Response:
+            answer = await generate(request)
+            if not (await request.json()).get("stream"):
+                return answer
+            return Response(b"data: " + answer.body + b"\n\ndata: [DONE]\n\n", media_type="text/event-stream")
+
+        return [(GENERATE, "POST", events), *(route for route in found if route[0] != GENERATE)]
+
+
+@pytest.mark.parametrize("fields", [{}, {"tools": TOOLS}, {"stream": True}])
+@pytest.mark.parametrize("own", [{}, {"request_id": None}])
+async def test_an_answer_without_an_id_of_the_servers_has_one_of_ours(own: dict[str, Any], fields: dict[str, Any]):
+    async with Streaming(label="1") as server:
+        rendered = {"token_ids": [1, 2], "sampling_params": {}, "model": "policy"} | own
+        server.faults[f"{CHAT}/render"] = lambda: JSONResponse(rendered)
+        replicas = behind(BackendSettings(url=server.url))
+        async with replicas as url:
+            found = [await asked(url, "r1", BODY | fields) for _ in range(2)]
+        assert [status for status, _ in found] == [200] * 2
+        assert (server.log.count(GENERATE), server.log.count(CHAT)) == (2, 0)
+    ids = [set(re.findall(rb'"id": ?"(chatcmpl-[0-9a-f]{32})"', answer)) for _, answer in found]
+    assert [len(each) for each in ids] == [1, 1], "one in all events"
+    assert ids[0] != ids[1]
+    assert [span.status for span in replicas.publisher.spans] == ["ok"] * 2

@@ -17,6 +17,7 @@ from fulgurite.producers.gateway.answers import backend_error, parse_answer
 from fulgurite.producers.gateway.asking import Asked, read_all, served_by
 from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.continuation import Place
+from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.exchange import Ask, Backends, Exchange
 from fulgurite.producers.gateway.protocols.base import Json, invalid, to_bytes
 from fulgurite.producers.gateway.token_route import DERENDER, DETOKENIZE, GENERATE, RENDER
@@ -103,7 +104,12 @@ class TokenAsker:
             raise backend_error(exchange.status, answer)
         if asked and route == GENERATE:
             asked.sampled = answer
-        found = parse_answer(answer)
+        try:
+            found = parse_answer(answer)
+        except ApiError:
+            if route == RENDER:
+                raise unserved(call, exchange, route, "in no shape known here") from None
+            raise
         is_known = _is_derendered_chunk if route == DERENDER and body.get("stream") else _SHAPES[route]
         if not isinstance(found, dict) or not is_known(found):
             if route == RENDER:

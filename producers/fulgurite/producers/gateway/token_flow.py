@@ -50,6 +50,7 @@ from fulgurite.producers.gateway.token_route import (
     spelled_out,
     stops_at_token,
     unstreamed,
+    with_request_id,
 )
 from fulgurite.producers.gateway.token_stream import Translation
 from fulgurite.producers.gateway.tool_call_ids import ToolCallIds
@@ -186,6 +187,7 @@ class TokenRoute:
         spliced = await self._splice(call, rendered["token_ids"], deadline)
         prompt = spliced.prompt.tolist() if spliced else rendered["token_ids"]
         request = generate_request(call.body, rendered, prompt)
+        rendered = with_request_id(rendered)
         return Prepared(rendered, prompt, request, spliced.answers if spliced else ())
 
     async def _sample(self, call: Call, deadline: float, whole_deadline: float, asked: Asked) -> Sampled | None:

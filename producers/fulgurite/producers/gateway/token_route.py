@@ -22,6 +22,7 @@ Where this differs from the routes it uses (vLLM 0.32):
 from __future__ import annotations
 
 from typing import Any, Final
+from uuid import uuid4
 
 from fulgurite.schemas.sampling import NEUTRAL_SAMPLING, is_neutral
 
@@ -78,6 +79,12 @@ def after_answer(one: list[int], other: list[int]) -> list[int]:
     while alike < min(len(one), len(other)) and one[-1 - alike] == other[-1 - alike]:
         alike += 1
     return one[len(one) - alike :]
+
+
+def with_request_id(rendered: dict[str, Any]) -> dict[str, Any]:
+    """Which becomes the answer's: one of ours where the server gave none."""
+    found = rendered.get("request_id")
+    return rendered if found and isinstance(found, str) else rendered | {"request_id": f"chatcmpl-{uuid4().hex}"}
 
 
 def can_splice(rendered: dict[str, Any]) -> bool:
