@@ -141,6 +141,22 @@ async def test_where_one_has_a_newer_adapter_the_others_are_looked_at_until_they
         assert asyncio.get_running_loop().time() - began < 1.5
 
 
+@pytest.mark.parametrize("finds", ["models", "relist"])
+async def test_who_finds_a_newer_adapter_between_two_looks_wakes_the_others_too(finds: str):
+    async with setup(FakeLora(adapters=[2]), FakeLora(adapters=[2]), health_seconds=10.0) as gateway:
+        await gateway.know(2, 2)
+        gateway.servers[0].adapters.append(3)
+        if finds == "models":
+            await gateway.pool.models()
+        else:
+            with pytest.raises(openai.NotFoundError):
+                await gateway.ask("not known yet")
+        await gateway.know(3, 2)
+        gateway.servers[1].adapters.append(3)
+        async with asyncio.timeout(2):
+            await gateway.know(3, 3)
+
+
 async def test_without_the_server_of_the_newest_the_next_best_is_asked():
     async with setup(FakeLora(adapters=[2]), FakeLora(adapters=[3])) as gateway:
         await gateway.know(2, 3)

@@ -125,7 +125,7 @@ class Members:
         # Some say so only to who has a key of theirs.
         silent = [member for member in self.all if member.kind == "vllm" and not member.listed]
         forwarded = [member for member in silent if member.settings.forward_authorization]
-        await asyncio.gather(*(member.list_models(authorization) for member in forwarded))
+        await asyncio.gather(*(self._list(member, authorization) for member in forwarded))
         found: dict[str, dict[str, Any]] = {}
         for member in self.all:
             found |= {name: entry for name, entry in member.listed.items() if name not in found}
@@ -161,12 +161,12 @@ class Members:
         now = self._loop.time()
         mine = [member for member in self.all if member.wants_key(now - self._settings.health_seconds)]
         if mine and authorization:
-            await asyncio.gather(*(member.list_models(authorization) for member in mine))
+            await asyncio.gather(*(self._list(member, authorization) for member in mine))
 
     async def _hear(self, ask: Ask, silent: list[Member]) -> None:
         """Waits a while for servers that have not said yet what they serve. Raises ApiError(503) at the deadline."""
         forwarded = [member for member in silent if member.settings.forward_authorization]
-        await asyncio.gather(*(member.list_models(ask.authorization) for member in forwarded))
+        await asyncio.gather(*(self._list(member, ask.authorization) for member in forwarded))
         left = ask.deadline - self._loop.time()
         if left <= 0:
             urls = ", ".join(member.url for member in silent)
@@ -193,7 +193,7 @@ class Members:
     async def _list_all(self) -> None:
         try:
             well = [member for member in self.all if member.kind == "vllm" and member.capacity.well]
-            await asyncio.gather(*(member.list_models() for member in well))
+            await asyncio.gather(*(self._list(member) for member in well))
         finally:
             self._relisted_at = self._loop.time()
             self._relisting = None
@@ -221,13 +221,14 @@ class Members:
             else:
                 with suppress(TimeoutError):
                     async with asyncio.timeout(seconds):
-                        await self._newer.wait()
+                        while not self._is_behind(member):
+                            await self._newer.wait()
 
-    async def _list(self, member: Member) -> None:
-        """Everybody is looked at again where it has a newer adapter than any: until then it gets all calls."""
+    async def _list(self, member: Member, authorization: str = "") -> None:
+        """The others are looked at again where it has a newer adapter than any: until then it gets all calls."""
         resource = member.settings.resource
         before = self._newest_adapter(resource)
-        await member.list_models()
+        await member.list_models(authorization)
         if self._newest_adapter(resource) > before:
             newer, self._newer = self._newer, asyncio.Event()
             newer.set()
