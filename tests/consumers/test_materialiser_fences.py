@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Sequence
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -11,7 +12,8 @@ import pytest
 from fulgurite.consumers.materialiser.blocks import BOTH_TABLES, OWN_TABLE, TOO_SLOW, Partition, Slice
 from fulgurite.consumers.materialiser.errors import Fenced, TooSlow
 from fulgurite.consumers.materialiser.fences import greater_fence, renewed
-from fulgurite.consumers.materialiser.store import Store
+from fulgurite.consumers.materialiser.store import LogEntry, Store
+from fulgurite.consumers.materialiser.topic import MOST_PARTITIONS
 from fulgurite.schemas import topics
 from fulgurite.schemas.migrations import apply_migrations
 from fulgurite.schemas.settings import ClickHouseSettings
@@ -59,6 +61,25 @@ async def test_an_insert_under_an_older_fence_is_refused_with_all_its_partitions
     await two.insert(mended, two.guard(mended))
     present = await two.present(dict.fromkeys(PARTS, 0))
     assert present == {part: {1: 3, 2: 3} for part in PARTS}
+
+
+async def test_an_insert_of_as_many_partitions_as_one_may_have_is_understood(
+    clickhouse_settings: ClickHouseSettings,
+) -> None:
+    """Where all that is in its guard is as long as it gets."""
+    await asyncio.to_thread(apply_migrations, clickhouse_settings)
+    parts = [Partition(topics.SPANS, "it's.spans", 90_000 + number) for number in range(MOST_PARTITIONS)]
+    store = Store(clickhouse_settings, 30, 63 * "h" + "-4194304")
+    await store.connect()
+    try:
+        fence = await store.fence(parts)
+        await store.write_fence(parts, fence := renewed(fence))
+        await store.log([LogEntry(part, 10**18, 10**18 + 9, 1) for part in parts])
+        several = [replace(part, mark=10**18) for part in slices(parts, 10**18 + 10, fence)]
+        await store.insert(several, store.guard(several))
+        assert await store.present(dict.fromkeys(parts, 10**18)) == {part: {10**18 + 10: 3} for part in parts}
+    finally:
+        await store.close()
 
 
 async def test_fences_that_are_taken_at_once_differ(stores: list[Store]) -> None:

@@ -79,6 +79,21 @@ async def test_an_insert_is_bounded_in_all_over_its_partitions(
     assert all(sum(len(offsets) for _, offsets in insert) <= 3 for insert in server.inserts)
 
 
+async def test_an_insert_has_no_more_partitions_than_its_guard_has_room_for(
+    server: Server, members: list[Member], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And each has its turn, however much those before it still have."""
+    monkeypatch.setattr(topic_module, "MOST_PARTITIONS", 3)
+    members.append(member := Member(server, range(8), batch_records=3))
+    await member.start()
+    for number in range(8):
+        member.append(number, records(range(10)))
+    await member.until(lambda: len({number for number, _ in server.rows}) == 8)
+    assert len(server.rows) < 40
+    await member.until(lambda: len(server.rows) == 80)
+    assert max(len(insert) for insert in server.inserts) == 3
+
+
 async def test_a_record_larger_than_an_insert_may_be_goes_alone(
     server: Server, members: list[Member], monkeypatch: pytest.MonkeyPatch
 ) -> None:

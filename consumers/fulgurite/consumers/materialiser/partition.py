@@ -86,6 +86,8 @@ class PartitionBuffer:
         """Of the buffer."""
         self.waiting_since = 0.0
         """When the buffer was last empty and got a record."""
+        self.taken_at = 0.0
+        """When, by the monotonic clock, records of it were last taken."""
         self.first = 0
         """Every record below is in the tables."""
         self._consumer = consumer
@@ -232,7 +234,7 @@ class PartitionBuffer:
         if not count:
             return None
         self.taken = [self._buffer.popleft() for _ in range(count)]
-        self.taken_bytes, self.taken_lines = used, lines
+        self.taken_bytes, self.taken_lines, self.taken_at = used, lines, time.monotonic()
         self.bytes -= used
         self._breathe()
         present = dict[int, int]()
