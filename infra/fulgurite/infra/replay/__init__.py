@@ -20,10 +20,12 @@ The contract, for one partition. The code carries these numbers.
                 0.3 Look: where another unfinished replay of this topic is there, withdraw and refuse. The same command
                     given again goes on with its own unfinished replay, behind the last `part`.
                 0.4 Claim every partition: a fence as the materialiser's (its fences.py), of replays alone. From now on
-                    the server refuses each insert of a replay of them that begins with another one. `--abandon` claims,
-                    too, and waits as 2 does. Of a --rebuild it then does 4 for what is `whole`, and behind that takes
-                    back what was made anew: rows ingested since `begun` go where older ones are. At last it writes
-                    `abandoned`.
+                    the server refuses each insert of a replay of them that begins with another one. Wait as 2 does, and
+                    only then read how far it is: of whoever claimed before, nothing comes any more. Refused where it
+                    was ended meanwhile, or is `ending`.
+                0.5 --abandon, after 0.4, in place of 1 to 5: `ending`, guarded by the claim. Of a --rebuild then 4 for
+                    what is `whole`, and behind that it takes back what was made anew: rows ingested between `begun`
+                    and `ending` go where older ones are. At last `abandoned`.
     1  read     A chunk of records.
     2  ask      Where nobody knows what became of an insert of ours, claim anew, lower than whoever claimed since: it
                 is refused if it comes now. Wait until no insert of a replay of the partition runs, ask which offsets
@@ -34,8 +36,8 @@ The contract, for one partition. The code carries these numbers.
                 that needs more memory than there is, or more time: both halves of its range by 2 and 3, each. One
                 record that does: this process ends, and says so. Refused by its guard: the partition is another
                 replay's, and this process ends.
-    4  delete   --rebuild, after some chunks: `whole`, lo..hi has all that will ever be there of it anew. Then rows
-                ingested before `begun` go, of offsets that have rows since `begun`.
+    4  delete   --rebuild, after some chunks: `whole`, lo..hi has all that will ever be there of it anew; guarded by
+                the claim. Then rows ingested before `begun` go, of offsets that have rows since `begun`.
     5  log      `part`: lo..hi is done. After the last: `done`.
 
 A crash after
@@ -46,10 +48,15 @@ A crash after
                 good where Kafka forgets them before somebody comes back.
     4           what is left to delete is deleted: the same command finds all rows in 2, and does 4 again.
     5           nothing to do.
+    0.5         `--abandon` again; the same command is refused. What is `whole` and what is not can change no more.
 
 Two at once: of the same command given twice, the later one has the claim; the other ends at its next insert, whenever
 that is. So does a replay that was frozen anywhere, was ended with --abandon or finished by another process meanwhile,
 and wakes: whoever inserted since had claimed first, and asked only then. What it may still do is true or harmless:
-`part` and `done` of what was done, and a delete (4), which never meets a new row. Another range or mode is refused
-until the first is finished or abandoned.
+`part` and `done` of what was done, and a delete: 4 of what is `whole`, where nobody takes back anything, or 0.5 of rows
+from before `ending`, where nobody replaces any. For `whole` and `ending` pass their guard or are refused as inserts of
+records are: who claimed later knows of them, or they do not happen. Without that, 4 could delete old rows beside new
+ones while 0.5 deletes the new ones beside the old.
+
+Another range or mode is refused until the first is finished or abandoned.
 """

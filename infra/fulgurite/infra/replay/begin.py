@@ -25,6 +25,12 @@ if TYPE_CHECKING:
     from clickhouse_connect.driver import Client
 
 
+TAKEN = (
+    "another `fulgurite replay` has gone on with this one or ended it (--abandon): it has inserted nothing since, and "
+    "does not go on"
+)
+
+
 class Refused(FulguriteError):
     """Another replay of this topic is not finished, or Kafka's log is not the one of the tables."""
 
@@ -139,13 +145,27 @@ def begin(
 def adopted(client: Client, topic: str, asked: Asked) -> list[Mark]:
     """The unfinished marks of the same command; none where nothing is unfinished. Raises Refused."""
     found = marks.unfinished(client, topic)
-    if any(mark.asked != asked.words for mark in found):
+    if any(mark.asked != asked.words or mark.ending_ms for mark in found):
         raise Refused(refusal(found))
     return found
 
 
+async def taken(client: Client, store: ReplayStore, topic: Topic, found: Sequence[Mark]) -> list[Mark]:
+    """0.4: claims the partitions of these marks of one topic, and gives those that nobody ended, as they are when
+    nobody who claimed before writes any more. Raises Unavailable."""
+    partitions = [Partition(topic, mark.topic, mark.partition) for mark in found]
+    await store.claim(partitions)
+    await store.when_quiet(*partitions)
+    return marks.still_unfinished(client, found[0].topic, found)
+
+
 def refusal(found: Sequence[Mark]) -> str:
-    first = found[0]
+    first = next((mark for mark in found if mark.ending_ms), found[0])
+    if first.ending_ms:
+        return (
+            f"a replay of {first.topic} that {first.who} began at {first.begun} is being ended with --abandon, and is "
+            f"not replayed any further. Where that does not run any more: fulgurite replay {first.topic} --abandon"
+        )
     return (
         f"a replay of {first.topic} that {first.who} began at {first.begun} is not finished. Where it does not "
         f"run any more, finish it: fulgurite replay {first.asked}; or end it as it is: "

@@ -26,12 +26,23 @@ from rich.table import Table
 from rich.text import Text
 
 from fulgurite.consumers.materialiser.blocks import Partition
-from fulgurite.consumers.materialiser.errors import Unavailable
+from fulgurite.consumers.materialiser.errors import Fenced, Unavailable
 from fulgurite.consumers.materialiser.store import TABLES
 from fulgurite.infra.cli_common import console, errors
 from fulgurite.infra.dlq.letters import topic_named
 from fulgurite.infra.replay import marks
-from fulgurite.infra.replay.begin import Asked, Span, adopted, begin, of_the_same_log, ranges
+from fulgurite.infra.replay.begin import (
+    TAKEN,
+    Asked,
+    Refused,
+    Span,
+    adopted,
+    begin,
+    of_the_same_log,
+    ranges,
+    refusal,
+    taken,
+)
 from fulgurite.infra.replay.marks import Mark
 from fulgurite.infra.replay.run import Counts, Replayer, Watch
 from fulgurite.infra.replay.store import Range, ReplayStore
@@ -90,26 +101,36 @@ def abandon(settings: Settings, options: Options) -> int:
     topic = _topic(settings, options)
     name = settings.kafka.topic(topic)
 
-    async def work(found: Sequence[Mark], client: Client) -> None:
-        async with _store(settings) as store:
-            # 0.4: where it sleeps, its next insert is refused.
-            await store.claim([Partition(topic, name, mark.partition) for mark in found])
-            for mark in found:
-                partition = Partition(topic, name, mark.partition)
-                await store.when_quiet(partition)
-                if mark.rebuild:
-                    await store.delete_old(Range(partition, mark.next, mark.whole), mark.begun_ms)
-                    # What reached one table of two has no rows in the other that could take the place of the old ones.
-                    await store.delete_new(Range(partition, mark.whole, mark.hi), mark.begun_ms)
-        marks.write(client, found, marks.ABANDONED)
-
     with _stores(settings) as client:
-        found = marks.unfinished(client, name)
-        if found:
-            asyncio.run(work(found, client))
+        found = asyncio.run(_abandon(settings, client, topic, marks.unfinished(client, name)))
     said = f"Ended {len({mark.replay_id for mark in found})} unfinished replay" if found else "No unfinished replay"
     console.print(f"{said} of {name}.", highlight=False)
     return 0
+
+
+async def _abandon(settings: Settings, client: Client, topic: Topic, found: Sequence[Mark]) -> Sequence[Mark]:
+    """0.4 and 0.5. Gives those that were ended."""
+    if not found:
+        return []
+    async with _store(settings) as store:
+        # 0.4: where it runs or sleeps, its next insert is refused, and so is the next piece that would be whole.
+        found = await taken(client, store, topic, found)
+        if not found:
+            return []
+        name = found[0].topic
+        # 0.5
+        try:
+            await store.log_claimed(topic, found, marks.ENDING)
+        except Fenced as error:
+            raise Refused(f"another `fulgurite replay` of {name} has claimed since: nothing is ended") from error
+        for mark in marks.still_unfinished(client, name, found):
+            partition = Partition(topic, name, mark.partition)
+            if mark.rebuild:
+                await store.delete_old(Range(partition, mark.next, mark.whole), mark.begun_ms)
+                # What reached one table of two has no rows in the other that could take the place of the old ones.
+                await store.delete_new(Range(partition, mark.whole, mark.hi), mark.begun_ms, mark.ending_ms)
+    marks.write(client, found, marks.ABANDONED)
+    return found
 
 
 def say_stopped(options: Options) -> None:
@@ -145,10 +166,14 @@ async def _replay(settings: Settings, client: Client, topic: Topic, options: Opt
                 spans = await ranges(settings.kafka, store, asked)
                 _say_clipped(options, spans, total)
                 found = begin(client, name, asked, spans, watch.checkpoint)
-            shown.begin(name, sum(mark.hi - mark.next for mark in found))
             if found:
                 # 0.4
-                await store.claim([Partition(topic, name, mark.partition) for mark in found])
+                found = await taken(client, store, topic, found)
+                if not found:
+                    raise Refused(TAKEN)
+                if any(mark.ending_ms for mark in found):
+                    raise Refused(refusal(found))
+                shown.begin(name, sum(mark.hi - mark.next for mark in found))
                 async with Replayer(settings.kafka, client, store, watch) as replayer:
                     for mark in found:
                         total.add(await replayer.run(mark, Partition(topic, name, mark.partition)))

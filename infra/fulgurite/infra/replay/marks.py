@@ -5,7 +5,7 @@ from __future__ import annotations
 import getpass
 import socket
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
@@ -14,7 +14,11 @@ from fulgurite.schemas.ids import new_id
 if TYPE_CHECKING:
     from clickhouse_connect.driver import Client
 
-BEGUN, WHOLE, PART, DONE, WITHDRAWN, ABANDONED = "begun", "whole", "part", "done", "withdrawn", "abandoned"
+BEGUN, WHOLE, PART, DONE = "begun", "whole", "part", "done"
+WITHDRAWN, ENDING, ABANDONED = "withdrawn", "ending", "abandoned"
+
+TABLE = "replay_log"
+COLUMNS = ("replay_id", "_topic", "_partition", "state", "lo", "hi", "rebuild", "asked", "who")
 
 _ENDS = f"'{DONE}', '{WITHDRAWN}', '{ABANDONED}'"
 
@@ -40,6 +44,8 @@ class Mark:
     """Of everything before this offset, at least `next`, all rows were made."""
     begun_ms: int = 0
     """By the server's clock; 0 where it is not written yet."""
+    ending_ms: int = 0
+    """When --abandon began to end it, by the same clock: nothing is inserted or becomes whole since. 0: it did not."""
 
     @property
     def begun(self) -> str:
@@ -50,27 +56,34 @@ def unfinished(client: Client, topic: str) -> list[Mark]:
     """Partitions of replays of the topic that nobody ended, the oldest first."""
     result = client.query(
         f"SELECT replay_id, _partition, anyIf(lo, state = '{BEGUN}'), anyIf(hi, state = '{BEGUN}'), any(rebuild), "
-        f"any(asked), any(who), maxIf(hi, state = '{PART}'), "
-        f"maxIf(hi, state = '{WHOLE}'), toUnixTimestamp64Milli(minIf(at, state = '{BEGUN}')) AS begun_at "
+        f"any(asked), anyIf(who, state = '{BEGUN}'), maxIf(hi, state = '{PART}'), "
+        f"maxIf(hi, state = '{WHOLE}'), toUnixTimestamp64Milli(minIf(at, state = '{BEGUN}')) AS begun_at, "
+        f"toUnixTimestamp64Milli(minIf(at, state = '{ENDING}')) "
         "FROM replay_log WHERE _topic = {topic:String} GROUP BY replay_id, _partition "
         f"HAVING countIf(state IN ({_ENDS})) = 0 ORDER BY begun_at, replay_id, _partition",
         parameters={"topic": topic},
     )
     return [
-        Mark(replay_id, topic, partition, lo, hi, bool(rebuild), asked, who, max(lo, done), max(lo, done, whole), begun)
-        for replay_id, partition, lo, hi, rebuild, asked, who, done, whole, begun in result.result_rows
+        Mark(id, topic, number, lo, hi, bool(anew), asked, who, max(lo, done), max(lo, done, whole), begun, ending)
+        for id, number, lo, hi, anew, asked, who, done, whole, begun, ending in result.result_rows
     ]
+
+
+def still_unfinished(client: Client, topic: str, found: Sequence[Mark]) -> list[Mark]:
+    """Those of them that nobody ended meanwhile, as they are now."""
+    known = {(mark.replay_id, mark.partition) for mark in found}
+    return [mark for mark in unfinished(client, topic) if (mark.replay_id, mark.partition) in known]
 
 
 def write(client: Client, marks: Sequence[Mark], state: str) -> None:
     """One row each; when this returns they are there."""
-    who = f"{getpass.getuser()}@{socket.gethostname()}"
-    rows = [[m.replay_id, m.topic, m.partition, state, m.lo, m.hi, m.rebuild, m.asked, who] for m in marks]
-    names = ("replay_id", "_topic", "_partition", "state", "lo", "hi", "rebuild", "asked", "who")
+    rows = [list(row(mark, state).values()) for mark in marks]
     settings = {"insert_deduplication_token": new_id(), "insert_deduplicate": 1, "async_insert": 0}
-    client.insert("replay_log", rows, column_names=names, settings=settings)
+    client.insert(TABLE, rows, column_names=COLUMNS, settings=settings)
 
 
-def write_piece(client: Client, mark: Mark, lo: int, hi: int, state: str) -> None:
-    """4 and 5: this piece of it is whole, or done."""
-    write(client, [replace(mark, lo=lo, hi=hi)], state)
+def row(mark: Mark, state: str) -> dict[str, str | int]:
+    """By COLUMNS."""
+    who = f"{getpass.getuser()}@{socket.gethostname()}"
+    values = (mark.replay_id, mark.topic, mark.partition, state, mark.lo, mark.hi, mark.rebuild, mark.asked, who)
+    return dict(zip(COLUMNS, values, strict=True))

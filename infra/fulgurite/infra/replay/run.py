@@ -12,7 +12,7 @@ import asyncio
 import time
 from collections import deque
 from collections.abc import Awaitable, Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, TypeVar
 
 from aiokafka import AIOKafkaConsumer, TopicPartition
@@ -34,7 +34,7 @@ from fulgurite.consumers.materialiser.lone import SECONDS as LONE_SECONDS
 from fulgurite.consumers.materialiser.lone import TRIES as LONE_TRIES
 from fulgurite.consumers.materialiser.partition import BATCH_LINES
 from fulgurite.infra.replay import marks
-from fulgurite.infra.replay.begin import Refused
+from fulgurite.infra.replay.begin import TAKEN, Refused
 from fulgurite.infra.replay.marks import Mark
 from fulgurite.infra.replay.store import Range, ReplayStore
 from fulgurite.producers.kafka import connection_options
@@ -143,7 +143,7 @@ class Replayer:
             if chunks == CHUNKS_PER_PART or at >= mark.hi:
                 await self._end_part(mark, Range(partition, part, at))
                 part, chunks = at, 0
-        await self._patiently("log the end", lambda: self._mark(lambda: marks.write(self._client, [mark], marks.DONE)))
+        await self._log(mark, marks.DONE)
         whole = Range(partition, mark.lo, mark.hi)
         counts.rows, counts.dead = await self._patiently("count rows", lambda: self._store.rows(whole))
         return counts
@@ -151,19 +151,18 @@ class Replayer:
     async def _end_part(self, mark: Mark, part: Range) -> None:
         if mark.rebuild:
             # 4
-            await self._log(mark, part, marks.WHOLE)
+            piece = [replace(mark, lo=part.lo, hi=part.hi)]
+            topic = part.partition.topic
+            await self._patiently("log", lambda: self._store.log_claimed(topic, piece, marks.WHOLE))
             self._watch.checkpoint("whole")
             await self._patiently("delete old rows", lambda: self._store.delete_old(part, mark.begun_ms))
         self._watch.checkpoint("deleted")
         # 5
-        await self._log(mark, part, marks.PART)
+        await self._log(replace(mark, lo=part.lo, hi=part.hi), marks.PART)
         self._watch.checkpoint("logged")
 
-    async def _log(self, mark: Mark, part: Range, state: str) -> None:
-        def write() -> None:
-            marks.write_piece(self._client, mark, part.lo, part.hi, state)
-
-        await self._patiently("log", lambda: self._mark(write))
+    async def _log(self, mark: Mark, state: str) -> None:
+        await self._patiently("log", lambda: asyncio.to_thread(marks.write, self._client, [mark], state))
 
     async def _skip_expired(self, reading: _Reading, at: int, hi: int, counts: Counts) -> int:
         begin = (await self._consumer.beginning_offsets([reading.tp]))[reading.tp]
@@ -280,19 +279,13 @@ class Replayer:
             for (half,) in halves([part]):
                 await self._insert(half)
 
-    async def _mark(self, write: Callable[[], None]) -> None:
-        await asyncio.to_thread(write)
-
     async def _patiently(self, what: str, ask: Callable[[], Awaitable[T]]) -> T:
         pause = RETRY_SECONDS[0]
         while True:
             try:
                 return await ask()
             except Fenced as error:
-                raise Refused(
-                    "another `fulgurite replay` has gone on with this one or ended it (--abandon): it has inserted "
-                    "nothing since, and does not go on"
-                ) from error
+                raise Refused(TAKEN) from error
             except OtherLog as error:
                 raise Refused(f"not replayed any further: {error}") from error
             except (Unavailable, OperationalError) as error:

@@ -6,6 +6,7 @@ Promises and errors as in the materialiser's store.
 from __future__ import annotations
 
 import asyncio
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
@@ -21,17 +22,22 @@ from fulgurite.consumers.materialiser.blocks import (
     Slice,
     Unreadable,
 )
+from fulgurite.consumers.materialiser.contents import Body
 from fulgurite.consumers.materialiser.errors import Unavailable
 from fulgurite.consumers.materialiser.fences import Guard, fenced, renewed
 from fulgurite.consumers.materialiser.store import OF_ALL, TABLES, Store
+from fulgurite.infra.replay import marks
+from fulgurite.infra.replay.marks import Mark
 from fulgurite.schemas.redaction import RedactionSettings
 from fulgurite.schemas.settings import ClickHouseSettings
+from fulgurite.schemas.topics import Topic
 
 DEAD_LETTERS = "dead_letters"
 QUIET_SECONDS = 0.1
 
 _RANGE = "_topic = {name:String} AND _partition = {number:UInt32} AND _offset >= {lo:UInt64} AND _offset < {hi:UInt64}"
 _NEW = "_ingested >= fromUnixTimestamp64Milli({since_ms:Int64}, 'UTC')"
+_UNTIL = " AND _ingested <= fromUnixTimestamp64Milli({until_ms:Int64}, 'UTC')"
 _OLD = "_ingested < fromUnixTimestamp64Milli({since_ms:Int64}, 'UTC')"
 
 
@@ -88,8 +94,19 @@ class ReplayStore(Store):
         """Records that nobody can decode, as dead letters. Raises Fenced or Unavailable."""
         await self.insert_undecodable(part, self._by_claim(part.partition))
 
-    def _by_claim(self, partition: Partition) -> Guard:
-        return fenced(self._settings.database, [Slice(_claimed(partition), [], fence=self._claims[partition])])
+    async def log_claimed(self, topic: Topic, found: Sequence[Mark], state: str) -> None:
+        """0.5 and 4: into replay_log. when_quiet waits for it as for the inserts of records. Raises Fenced or
+        Unavailable."""
+        data = [json.dumps(marks.row(mark, state)).encode() + b"\n" for mark in found]
+        body = Body(marks.COLUMNS, data, "JSONEachRow", {}, frozenset())
+        # Of one partition several replays may be unfinished, if they began at once.
+        partitions = dict.fromkeys(Partition(topic, mark.topic, mark.partition) for mark in found)
+        await self._insert(marks.TABLE, body, self._by_claim(*partitions))
+
+    def _by_claim(self, *partitions: Partition) -> Guard:
+        return fenced(
+            self._settings.database, [Slice(_claimed(part), [], fence=self._claims[part]) for part in partitions]
+        )
 
     async def present_in(self, where: Range, since_ms: int | None, times: Mapping[int, int]) -> dict[int, int]:
         """The offsets of the range that are there, and in which tables; `since_ms`: rows ingested since then. `times`:
@@ -115,27 +132,26 @@ class ReplayStore(Store):
             raise other_record(where.partition, min(others))
         return found
 
-    async def when_quiet(self, partition: Partition) -> None:
-        """Returns when no insert of a replay runs: what one of a process that is gone brings is there then. Raises
-        Unavailable."""
-        while await self.running([_claimed(partition)]):  # noqa: ASYNC110 (the server has nothing to wait on)
+    async def when_quiet(self, *partitions: Partition) -> None:
+        """Returns when no insert of a replay of these runs: what one of a process that is gone brings is there then.
+        Raises Unavailable."""
+        while await self.running([_claimed(partition) for partition in partitions]):  # noqa: ASYNC110 (the server has nothing to wait on)
             await asyncio.sleep(QUIET_SECONDS)
 
     async def delete_old(self, where: Range, since_ms: int) -> None:
         """4: rows of the range from before `since_ms` whose offset has a row since. Raises Unavailable."""
-        await self._delete(_OLD, _NEW, where, since_ms)
+        await self._delete(_OLD, _NEW, where, where.parameters(since_ms))
 
-    async def delete_new(self, where: Range, since_ms: int) -> None:
-        """0.4: rows of the range since `since_ms` whose offset has a row from before. Raises Unavailable."""
-        await self._delete(_NEW, _OLD, where, since_ms)
+    async def delete_new(self, where: Range, since_ms: int, until_ms: int) -> None:
+        """0.5: rows of the range since `since_ms` whose offset has a row from before. None since `until_ms`: where we
+        were frozen, another replay may have made them meanwhile, and delete the ones beside. Raises Unavailable."""
+        await self._delete(_NEW + _UNTIL, _OLD, where, where.parameters(since_ms) | {"until_ms": until_ms})
 
-    async def _delete(self, what: str, beside: str, where: Range, since_ms: int) -> None:
+    async def _delete(self, what: str, beside: str, where: Range, parameters: dict[str, object]) -> None:
         tables = (TABLES[where.partition.topic], DEAD_LETTERS)
         others = " UNION ALL ".join(f"SELECT _offset FROM {table} WHERE {_RANGE} AND {beside}" for table in tables)
         for table in tables:
-            await self._command(
-                f"DELETE FROM {table} WHERE {_RANGE} AND {what} AND _offset IN ({others})", where.parameters(since_ms)
-            )
+            await self._command(f"DELETE FROM {table} WHERE {_RANGE} AND {what} AND _offset IN ({others})", parameters)
 
     async def rows(self, where: Range) -> tuple[int, int]:
         """How many rows and dead letters the range has. Raises Unavailable."""
