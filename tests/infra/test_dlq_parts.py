@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from datetime import UTC, datetime
 
 import pytest
@@ -162,6 +163,37 @@ def test_a_whole_record_of_several_lines_goes_as_it_came_where_each_is_good() ->
         validate(KAFKA, "t.spans", b"\n" * 200_001, is_record=True)
 
 
+def test_a_whole_record_has_the_key_of_what_its_lines_name() -> None:
+    def of(*rollouts: str) -> bytes:
+        return b"\n".join(span(rollout_id=rollout, span_id=str(at)) for at, rollout in enumerate(rollouts))
+
+    def key(out: Outgoing | Refusal) -> bytes | None:
+        assert isinstance(out, Outgoing), out
+        return out.key
+
+    broken = letter(b"{", reason="rejected", key=b"k")
+    assert key(outgoing(KAFKA, broken, mend(of("r2", "r2", "")), (), force=False)) == b"r2"
+    assert key(outgoing(KAFKA, letter(of("r2", "r2"), reason="rejected", key=b""), None, (), force=False)) == b"r2"
+    # As it came, where nobody mended it.
+    for given in (b"k", b""):
+        both = letter(of("r2", "r3"), reason="rejected", key=given)
+        assert key(outgoing(KAFKA, both, None, (), force=False)) == (given or None)
+    several = outgoing(KAFKA, broken, mend(of("r2", "r3")), (), force=False)
+    assert isinstance(several, Refusal)
+    assert ("its lines name r2, r3" in several.why, several.force_helps) == (True, True)
+    assert key(outgoing(KAFKA, broken, mend(of("r2", "r3")), (), force=True)) == b"k"
+
+
+def test_of_a_whole_record_every_rollout_is_to_be_known() -> None:
+    lines = span(rollout_id="r2") + b"\n" + span(rollout_id="r3", span_id="t")
+    verdicts = (("materialiser", "too_large", ""), ("assembler", "unknown_rollout", ""))
+    refused = replace(letter(lines, reason="too_large"), verdicts=verdicts)
+    assert isinstance(outgoing(KAFKA, refused, None, {"r2", "r3"}, force=False), Outgoing)
+    unknown = outgoing(KAFKA, refused, None, {"r2"}, force=False)
+    assert isinstance(unknown, Refusal)
+    assert "still nobody announced rollout r3:" in unknown.why
+
+
 def test_an_object_spread_over_lines_is_one_event() -> None:
     for topic, event in (("t.spans", json.loads(span())), ("t.rollouts", {"event": "queued", "rollout_id": "r"})):
         assert validate(KAFKA, topic, json.dumps(event, indent=1).encode()).rollout_id == "r"
@@ -173,6 +205,13 @@ def test_each_reward_of_a_record_has_the_name_of_its_line() -> None:
     assert isinstance(out, Outgoing)
     named = [json.loads(line)["reward_id"] for line in out.value.splitlines()]
     assert named == ["t.rewards-1-7", "own", "t.rewards-1-7-2", "own"]
+
+
+def test_a_reward_of_one_line_has_its_name_wherever_the_mend_puts_it() -> None:
+    one = replace(letter(b"{", "t.rewards"), place=Place("t.rewards", 1, 7, 5))
+    out = outgoing(KAFKA, one, mend(b'\n\n{"rollout_id": "r", "value": 1}\n'), (), force=False)
+    assert isinstance(out, Outgoing)
+    assert json.loads(out.value)["reward_id"] == "t.rewards-1-7-5"
 
 
 def test_no_force_revives_what_cannot_live() -> None:

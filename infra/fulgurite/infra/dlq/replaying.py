@@ -13,7 +13,7 @@ from fulgurite.infra.dlq import actions
 from fulgurite.infra.dlq.actions import INTENDED, SENT, Mend, Replay
 from fulgurite.infra.dlq.letters import PLACES_PER_QUERY, Letter, Place, short_id
 from fulgurite.infra.dlq.mending import validate
-from fulgurite.infra.dlq.rules import Outgoing, outgoing, rollout_of
+from fulgurite.infra.dlq.rules import Outgoing, outgoing, rollouts_of
 from fulgurite.infra.dlq.sending import (
     INTENT_SECONDS,
     Checkpoint,
@@ -140,11 +140,11 @@ def _known_rollouts(
             mend = mends.get(letter.place)
             try:
                 value = mend.value if mend else letter.value
-                asked.add(rollout_of(validate(kafka, letter.original_topic, value, is_record=letter.is_record)))
+                asked |= rollouts_of(validate(kafka, letter.original_topic, value, is_record=letter.is_record))
             except InvalidEvent:
                 continue
     known: set[str] = set()
-    names = sorted(asked - {""})
+    names = sorted(asked)
     for start in range(0, len(names), PLACES_PER_QUERY):
         result = client.query(
             "SELECT DISTINCT rollout_id FROM rollout_events "

@@ -6,7 +6,7 @@ Pure: it asks nobody. A refusal says why, what would help, and whether --force m
 from __future__ import annotations
 
 import json
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -58,20 +58,31 @@ def outgoing(
     else:
         is_life = topic_named(settings, letter.original_topic) is topics.ROLLOUTS
         refusal = _useless(letter, event, known_rollouts, is_life=is_life, mended=mend is not None)
+    named = _keys_of(event)
+    if refusal is None and mend is not None and len(named) > 1:
+        refusal = Refusal(
+            f"its lines name {', '.join(sorted(key.decode() for key in named))}, and a record has one key: mend it "
+            "so that they name one",
+            True,
+        )
     if refusal is not None and not force:
         return refusal
     key = letter.key or None
-    named = _key_of(event)
-    if named and (mend is not None or key is None):
+    if len(named) == 1 and (mend is not None or key is None):
         # Where the mend corrected the id, the record belongs into that id's partition.
-        key = named
+        (key,) = named
     mend_id = mend.mend_id if mend else ""
     return Outgoing(letter, letter.original_topic, key, _with_identity(settings, letter, event, value), mend_id)
 
 
-def rollout_of(event: Any) -> str:
-    """Empty where it names none."""
-    return str(getattr(event, "rollout_id", ""))
+def rollouts_of(event: Any) -> set[str]:
+    """That it names, or its lines."""
+    return {str(getattr(each, "rollout_id", "")) for each in _events(event)} - {""}
+
+
+def _events(event: Any) -> Sequence[Any]:
+    """Of what `validate` found: one, or a whole record's."""
+    return event if isinstance(event, list) else [event]
 
 
 def _no_way(settings: KafkaSettings, letter: Letter) -> Refusal | None:
@@ -96,21 +107,31 @@ def _useless(
     """What would not come to a better end than the last time."""
     if event is None:
         return Refusal("nobody here can check it; once its reader is mended, use --force", True)
-    rollout = rollout_of(event)
     kind = getattr(event, "event", "")
     if is_life and kind not in ANYBODYS_EVENTS:
         return Refusal(f"`{kind}` is for the coordinator alone to say, in its order; it says it again by itself", True)
     reasons = {reason for _, reason, _ in letter.verdicts} or {letter.reason}
     if "late" in reasons and not mended:
         return Refusal(
-            f"rollout {rollout} had ended and its trajectory was emitted: it would come late again. The tables have it",
+            f"rollout {_listed(rollouts_of(event))} had ended and its trajectory was emitted: it would come late "
+            "again. The tables have it",
             True,
         )
-    if "unknown_rollout" in reasons and kind != "queued" and rollout not in known_rollouts:
-        return Refusal(f"still nobody announced rollout {rollout}: queue it first, then replay", True)
+    unknown = rollouts_of(event) - set(known_rollouts)
+    if "unknown_rollout" in reasons and kind != "queued" and unknown:
+        return Refusal(f"still nobody announced rollout {_listed(unknown)}: queue it first, then replay", True)
     if {"bad_tokens", "wrong_model"} & reasons and not mended:
         return Refusal("the trainer would refuse the same tokens again: mend it first: fulgurite dlq mend", True)
     return None
+
+
+def _listed(names: Collection[str]) -> str:
+    return ", ".join(sorted(names))
+
+
+def _keys_of(event: Any) -> set[bytes]:
+    """Of it, or of its lines that name something."""
+    return {key for each in _events(event) if (key := _key_of(each)) is not None}
 
 
 def _key_of(event: Any) -> bytes | None:
@@ -127,10 +148,9 @@ def _with_identity(settings: KafkaSettings, letter: Letter, event: Any, value: b
     if topic_named(settings, letter.original_topic) is not topics.REWARDS or event is None:
         return value
     numbers, lines = split_lines(value)
-    place = letter.place
-    return b"\n".join(
-        _named(line, replace(place, index=place.index + number)) for number, line in zip(numbers, lines, strict=True)
-    )
+    # One line's name is its own, wherever the mend puts it.
+    places = [replace(letter.place, index=number) if letter.is_record else letter.place for number in numbers]
+    return b"\n".join(_named(line, place) for line, place in zip(lines, places, strict=True))
 
 
 def _named(line: bytes, place: Place) -> bytes:
