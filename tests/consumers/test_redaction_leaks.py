@@ -198,6 +198,36 @@ def test_errors_and_metadata_of_rollouts_follow_the_rules(
     assert not tables.rows("dead_letters")
 
 
+@pytest.mark.parametrize(
+    "rules",
+    [
+        RedactionSettings(max_value_chars=64),
+        *(RedactionSettings(keys=[KeyRule(name=name, action="mask")]) for name in ("agent", "re*", "left_out", "*")),
+        RedactionSettings(keys=[KeyRule(name="left*", action="drop")]),
+        RedactionSettings(values=[ValueRule(name="all", regex="[a-z]+")]),
+    ],
+)
+def test_no_rule_spoils_whose_calls_a_trajectory_lacks(
+    migrated_settings: ClickHouseSettings, client: Client, rules: RedactionSettings
+) -> None:
+    """It is a field of the contract, though it lies among those that the table does not know."""
+    apply_redaction(client, rules)
+    left = [("sampling", "user", "simulator"), ("unfinished", "judge", "policy")]
+    said = [dict(zip(("reason", "agent", "resource"), each, strict=True)) for each in left]
+    fields = {"rollout_id": "r", "status": "succeeded", "event": "finished", "attempt_id": "a", "left_out": said}
+    for topic in ("trajectories", "rollouts"):
+        row = {"raw": json.dumps(fields | {"left_over": said}), "_topic": topic}
+        client.insert(f"in_{topic}", [list(row.values())], column_names=list(row))
+    (whose,) = client.query("SELECT arrayMap(l -> [l.1, l.2, l.3], left_out) FROM trajectories").result_rows[0]
+    assert [tuple(each) for each in whose] == left
+    others = [
+        client.query(f"SELECT extra['{field}'] FROM {table}").result_rows[0][0]
+        for table, field in (("trajectories", "left_over"), ("rollout_events", "left_out"))
+    ]
+    named = [rule.name for rule in rules.keys]
+    assert [other == json.dumps(said, separators=(",", ":")) for other in others] == [named == ["left_out"], False]
+
+
 async def _insert_dead(
     settings: ClickHouseSettings, offset: int, value: bytes, rules: RedactionSettings | None = None
 ) -> None:

@@ -28,9 +28,9 @@ from fulgurite.schemas.redaction import (
     RedactionSettings,
 )
 
-Kind = Literal["text", "original", "letter", "attributes", "events", "links"]
+Kind = Literal["text", "original", "letter", "attributes", "attributes and left_out", "events", "links"]
 """What a column holds. `original`: bytes kept to be looked at, of which only parts are taken out, nothing cut;
-`letter`: those of a dead letter, of which keys are searched, too."""
+`letter`: those of a dead letter, of which keys are searched, too; `left_out`: a field of ours among attributes."""
 
 _Of = Callable[[KeyRule], str]
 
@@ -53,8 +53,18 @@ SPAN_COLUMNS: Mapping[str, Kind] = {
     "links": "links",
 }
 REWARD_COLUMNS: Mapping[str, Kind] = {"metadata": "attributes", "extra": "attributes"}
-TRAJECTORY_COLUMNS: Mapping[str, Kind] = {"error": "text", "metadata": "attributes", "extra": "attributes"}
-ROLLOUT_COLUMNS: Mapping[str, Kind] = {**TRAJECTORY_COLUMNS, "reason": "text"}
+ROLLOUT_COLUMNS: Mapping[str, Kind] = {
+    "error": "text",
+    "reason": "text",
+    "metadata": "attributes",
+    "extra": "attributes",
+}
+TRAJECTORY_COLUMNS: Mapping[str, Kind] = {
+    "error": "text",
+    "metadata": "attributes",
+    # The table has `left_out` in `extra`: names of agents and resources, as in columns that no rule is for.
+    "extra": "attributes and left_out",
+}
 DEAD_LETTER_COLUMNS: Mapping[str, Kind] = {"value": "letter", "message": "original"}
 
 _ATTRIBUTES_TABLE = "FROM otlp_rows AS o"
@@ -122,6 +132,8 @@ def column_sql(rules: RedactionSettings, kind: Kind, expression: str) -> str:
         return nested_sql(rules, parts_sql(rules, expression), of_letter=True)
     if kind == "attributes":
         return attributes_sql(rules, expression)
+    if kind == "attributes and left_out":
+        return attributes_sql(rules, expression, f"({_is_protected()} OR k = 'left_out')")
     attributes = attributes_sql(rules, "e.3")
     first = parts_sql(rules, "e.1") if kind == "events" else "e.1"
     if (first, attributes) == ("e.1", "e.3"):
@@ -148,18 +160,19 @@ def parts_sql(rules: RedactionSettings, expression: str) -> str:
     return expression
 
 
-def attributes_sql(rules: RedactionSettings, expression: str) -> str:
-    """A map without what is dropped, with what remains masked, hashed, replaced in parts, or cut."""
+def attributes_sql(rules: RedactionSettings, expression: str, kept: str = "") -> str:
+    """A map without what is dropped, with what remains masked, hashed, replaced in parts, or cut. `kept`: which names
+    `k` no rule is for, where that is not as everywhere."""
     if any(rule.action == "drop" for rule in rules.keys):
-        kept = _by_rule(rules, lambda rule: "0" if rule.action == "drop" else "1", "1", "1")
-        expression = f"mapFilter((k, v) -> {kept}, {expression})"
+        there = _by_rule(rules, lambda rule: "0" if rule.action == "drop" else "1", "1", "1", kept)
+        expression = f"mapFilter((k, v) -> {there}, {expression})"
     parts = nested_sql(rules, parts_sql(rules, "v"))
     actions = {"drop": "v", "mask": _string(MASK), "hash": _hash(rules, "v"), "cut": parts}
-    changed = _by_rule(rules, lambda rule: actions[rule.action], "v", parts)
+    changed = _by_rule(rules, lambda rule: actions[rule.action], "v", parts, kept)
     if changed != "v":
         expression = f"mapApply((k, v) -> (k, {changed}), {expression})"
     most = rules.max_value_chars
-    bound = _by_rule(rules, lambda rule: str(_least(rule.chars, most)), "0", str(most))
+    bound = _by_rule(rules, lambda rule: str(_least(rule.chars, most)), "0", str(most), kept)
     if bound != "0":
         expression = f"mapApply((k, v) -> (k, {_cut('v', bound)}), {expression})"
     return expression
