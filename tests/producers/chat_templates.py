@@ -132,6 +132,7 @@ class Server(TokenAsker):
         asked: Asked | None = None,
         *,
         whole_deadline: float = 0.0,
+        without: frozenset[str] = frozenset(),
     ) -> Json | None:
         if route != RENDER:
             return {"prompt": self.decode(body["tokens"])}

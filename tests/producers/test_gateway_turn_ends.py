@@ -68,6 +68,7 @@ class Template(TokenAsker):
         asked: Asked | None = None,
         *,
         whole_deadline: float = 0.0,
+        without: frozenset[str] = frozenset(),
     ) -> Json | None:
         self.asked += 1
         await self.may_answer.wait()

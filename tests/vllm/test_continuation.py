@@ -58,6 +58,7 @@ class Asker(TokenAsker):
         asked: Asked | None = None,
         *,
         whole_deadline: float = 0.0,
+        without: frozenset[str] = frozenset(),
     ) -> dict[str, Any] | None:
         response = await self.client.post(route, json=body)
         assert response.status_code in (200, 400), response.text
