@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any, cast
 
 import pytest
+from clickhouse_connect.driver import Client
 from rich.console import Console
 
 from fulgurite.infra import vllm
@@ -12,9 +14,10 @@ from fulgurite.infra.demo import plots, questions, state
 from fulgurite.infra.demo.plan import Sizes, make_plan
 from fulgurite.infra.demo.report import report
 from fulgurite.infra.demo.screen import Figures, Screen, sparkline
+from fulgurite.infra.demo.watch import Watcher
 from fulgurite.infra.sql import connect
 from fulgurite.schemas.errors import SettingsError, StartError
-from fulgurite.schemas.settings import ClickHouseSettings, load_settings
+from fulgurite.schemas.settings import ClickHouseSettings, Settings, load_settings
 
 POINTS = [
     plots.CurvePoint(1, "val", 0.3, 0.02, 512, 0.5),
@@ -115,3 +118,27 @@ def test_a_log_shows_every_figure_that_was_promised(tmp_path: Path):
         assert part in text
     assert "✓ training" in text
     assert sparkline([0.0, 0.5, 1.0]) == "▁▅█"
+
+
+def test_what_is_counted_now_is_not_what_was_counted_before(migrated_settings: ClickHouseSettings) -> None:
+    """The figures are asked for every two seconds; the phase of the demo changes at once."""
+    with connect(migrated_settings) as client:
+        watcher = Watcher(Settings(clickhouse=migrated_settings), "r", "policy", 0)
+        rows = [["r", f"r-g{number}-r0", number] for number in range(3)]
+        client.insert("trajectories", rows, column_names=["run_id", "rollout_id", "_offset"])
+        watcher.follow("train", "r-g")
+        watcher._ask(client)  # pyright: ignore[reportPrivateUsage]
+        assert watcher.ended == 3
+        watcher.follow("val", "r-val-after-")
+        assert watcher.ended == 0
+
+        class Changing:
+            """The phase changes while its questions are asked."""
+
+            def query(self, *asked: Any) -> Any:
+                watcher.follow("val", "r-val-after-")
+                return client.query(*asked)
+
+        watcher.follow("train", "r-g")
+        watcher._ask(cast(Client, Changing()))  # pyright: ignore[reportPrivateUsage]
+        assert watcher.ended == 0

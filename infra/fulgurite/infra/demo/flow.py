@@ -168,7 +168,7 @@ class _Demo:
             self._screen.say("  done in an earlier run of the demo")
             return
         sizes = self._plan.sizes
-        self._watcher.mode, self._watcher.prefix = "val", f"{self._demo.run_id}-val-{name}-"
+        self._watcher.follow("val", f"{self._demo.run_id}-val-{name}-")
 
         def figures() -> Figures:
             known = self._watcher.figures()
@@ -181,7 +181,7 @@ class _Demo:
             self._run_once(f"evaluate-{name}-{sampling}", command, figures)
 
     def _train(self) -> None:
-        self._watcher.mode, self._watcher.prefix = "train", f"{self._demo.run_id}-g"
+        self._watcher.follow("train", f"{self._demo.run_id}-g")
 
         def figures() -> Figures:
             known = self._watcher.figures()

@@ -30,7 +30,7 @@ logger = logging.getLogger(__name__)
 
 
 class Watcher:
-    """Use as a context manager. `mode` and `prefix` may change while it runs; `figures()` gives a copy."""
+    """Use as a context manager. `follow()` says whose figures are asked for; `figures()` gives a copy."""
 
     def __init__(self, settings: Settings, run_id: str, resource: str, started_ns: int) -> None:
         self._settings = settings
@@ -57,6 +57,11 @@ class Watcher:
     def __exit__(self, *_: object) -> None:
         self._stop.set()
         self._thread.join(timeout=_ASK_SECONDS)
+
+    def follow(self, mode: str, prefix: str) -> None:
+        """From now on rollouts of this mode; those whose id begins with `prefix` are counted, from none on."""
+        with self._lock:
+            self.mode, self.prefix, self.ended = mode, prefix, 0
 
     def figures(self) -> Figures:
         with self._lock:
@@ -92,13 +97,15 @@ class Watcher:
             self.rows_missing = sum(written.get(names.topic(topic), 1) for topic in (SPANS, REWARDS))
 
     def _ask(self, client: Client) -> None:
-        run: dict[str, Any] = {"run_id": self._run_id, "mode": self.mode}
+        with self._lock:
+            mode, prefix = self.mode, self.prefix
+        run: dict[str, Any] = {"run_id": self._run_id, "mode": mode}
         steps = client.query(questions.LAST_STEPS, run).result_rows
         rates = client.query(questions.RATES, run).result_rows
         tool_use = client.query(questions.TOOL_USE, run).result_rows
         dead = client.query(questions.DEAD_LETTERS, {}).result_rows
         served = client.query(questions.SERVED, {"resource": self._resource, "since_ns": self._since_ns}).result_rows
-        ended = client.query(questions.ENDED, {"run_id": self._run_id, "prefix": self.prefix}).result_rows
+        ended = client.query(questions.ENDED, {"run_id": self._run_id, "prefix": prefix}).result_rows
         with self._lock:
             figures = self._figures
             if steps:
@@ -112,4 +119,5 @@ class Watcher:
             figures.dead_letters = int(dead[0][0])
             figures.served_version = int(served[0][0]) or None
             self.newest_is_served = figures.served_version is not None and served[0][0] == served[0][1]
-            self.ended = int(ended[0][0])
+            if prefix == self.prefix:  # else these are others, and are counted next time
+                self.ended = int(ended[0][0])
