@@ -13,7 +13,7 @@ import asyncio
 import contextlib
 import logging
 import secrets
-from collections.abc import Callable, Coroutine
+from collections.abc import Callable, Coroutine, Generator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Final
@@ -115,37 +115,32 @@ class Weights:
     ) -> bool:
         """Steps 2 to 8; whether it was still wanted when its turn came. Raises Unusable, Unreachable, Refused; from 4
         on LoadFailed where the server is gone, whatever it is asked for then."""
+        with self._its_end_counts():
+            async with self._shared.turns.turn() as turn:
+                clock.end("turn")
+                if not still_wanted() or not self._shared.lease.is_held:
+                    return False
+                await _to_its_end(self._update(wanted, files, layout, state, clock, turn))
+            clock.end("resume")
+            self._shared.layout = layout
+            served = await self._server.state()  # 8
+        if served.version != wanted.version:
+            message = f"serves {served.label!r} after version {wanted.version} was loaded"
+            raise (LoadFailed if served.is_nobodys else Unreachable)(message, answered=True)
+        return True
+
+    @contextlib.contextmanager
+    def _its_end_counts(self) -> Generator[None]:
+        """A server that is gone once its load has begun has failed it."""
         self._touched = False
         try:
-            return await self._load(wanted, files, layout, state, clock, still_wanted)
+            yield
         except LoadFailed:
             raise
         except Unreachable as error:
             if self._touched and not error.answered:
                 raise LoadFailed(str(error), answered=False) from None
             raise
-
-    async def _load(
-        self,
-        wanted: ResourceVersion,
-        files: Verified,
-        layout: Layout,
-        state: State,
-        clock: Phases,
-        still_wanted: Callable[[], bool],
-    ) -> bool:
-        async with self._shared.turns.turn() as turn:
-            clock.end("turn")
-            if not still_wanted() or not self._shared.lease.is_held:
-                return False
-            await _to_its_end(self._update(wanted, files, layout, state, clock, turn))
-        clock.end("resume")
-        self._shared.layout = layout
-        served = await self._server.state()  # 8
-        if served.version != wanted.version:
-            message = f"serves {served.label!r} after version {wanted.version} was loaded"
-            raise (LoadFailed if served.is_nobodys else Unreachable)(message, answered=True)
-        return True
 
     async def _update(
         self, wanted: ResourceVersion, files: Verified, layout: Layout, state: State, clock: Phases, turn: Turn

@@ -84,7 +84,7 @@ class Run:
         """Its version is committed."""
         state = checkpoint.state
         self.version, self.step = state.version, state.step
-        self.weights_since = state.version if state.weights_since is None else state.weights_since
+        self.weights_since = state.same_weights_since
         self.weights_sha256 = state.sha256
         self.committed_offsets = dict(state.offsets)
         self.companions = checkpoint.weights
@@ -148,7 +148,7 @@ async def recover(
         companions=checkpoint.weights,
         committed_offsets=dict(state.offsets),
         is_new=False,
-        weights_since=committed.version if state.weights_since is None else state.weights_since,
+        weights_since=state.same_weights_since,
         weights_sha256=state.sha256,
         is_mismatched=state.is_mismatched,
         reference_sha256=state.reference_sha256 or reference_sha256,

@@ -81,6 +81,11 @@ class RunState(BaseModel):
     """Length of the learner's own state; None: not compared. It is several times the weights: to hash it too would cost
     every version seconds for each GB."""
 
+    @property
+    def same_weights_since(self) -> int:
+        """`weights_since`, where that is known; else nothing is known of the versions before."""
+        return self.version if self.weights_since is None else self.weights_since
+
 
 class MemberLine(BaseModel):
     group: int

@@ -61,8 +61,9 @@ def number_in(pattern: Expression, answer: str) -> float:
     """Of the last match that is no scale, the number at its end. Raises NoAnswer where none is, or it is not clear."""
     text = with_minuses(answer)
     found = [unhyphened(one, text) for one in pattern.finditer(text)]
-    last = measured(found, text)
-    if last >= 0 and (fault := ambiguity(found, last, text)):
+    scales = scales_among(found, text)
+    last = next((number for number in reversed(range(len(found))) if number not in scales), -1)
+    if last >= 0 and (fault := ambiguity(found, last, scales, text)):
         raise NoAnswer(f"{fault}: the answer {answer[-500:]!r}; tell the judge to end with the number alone")
     try:
         # An expression such as "score: [0-9]+" has the number at its end.
@@ -92,12 +93,6 @@ def unhyphened(found: Found, text: str) -> Found:
     return found
 
 
-def measured(found: list[Found], text: str) -> int:
-    """Which is the last that is no scale; -1 where none is."""
-    scales = scales_among(found, text)
-    return next((number for number in reversed(range(len(found))) if number not in scales), -1)
-
-
 def scales_among(found: list[Found], text: str) -> set[int]:
     """Which of them say what another is measured by, or say it again in percent."""
     scales: set[int] = set()
@@ -120,7 +115,7 @@ def scales_among(found: list[Found], text: str) -> set[int]:
     return scales
 
 
-def ambiguity(found: list[Found], number: int, text: str) -> str:
+def ambiguity(found: list[Found], number: int, scales: set[int], text: str) -> str:
     """Why that one may be no verdict; empty where it is one, as far as can be seen."""
     one = found[number]
     digits = one.start + one.text.rstrip().rfind(re.split(r"[^0-9.eE+]", one.text.strip())[-1])
@@ -135,7 +130,7 @@ def ambiguity(found: list[Found], number: int, text: str) -> str:
     named = _NAMED_SCALE.match(between)
     if _OF_A_SCALE.search(between[named.end() if named else 0 :]) or _EXTREME.match(behind):
         return "its last number may be a scale"
-    if number - 1 in scales_among(found, text) and _SAME.fullmatch(between) and re.search(r"[^\s*_,;]", between):
+    if number - 1 in scales and _SAME.fullmatch(between) and re.search(r"[^\s*_,;]", between):
         return "" if "\n" in between else "it says two numbers for the same"
     if _is_aside(text[max(found[0].end, one.start - _NEAR) : one.start], one.text, behind):
         return "its last number stands in brackets behind another"
