@@ -1,4 +1,5 @@
-"""What every process of ours does alike: a log (logs.py), a stop on SIGTERM or SIGINT, errors that end it with a code.
+"""What every process of ours does alike: a log (logs.py), a stop on SIGTERM or SIGINT, errors that end it with a code,
+and for those that serve HTTP how they listen, and how they say how they are.
 
 Promises: `serve` gets an Event that is set once when somebody wants the process to end; when `serve` returns the
 process exits with 0; where it has a deadline, a process that has not ended so long after the Event was set ends all the
@@ -16,12 +17,17 @@ import os
 import signal
 import socket
 import threading
-from collections.abc import Awaitable, Callable
-from typing import Any, Final
+from collections.abc import Awaitable, Callable, Collection
+from typing import TYPE_CHECKING, Any, Final
 
 from fulgurite.producers.logs import configure_logging
 from fulgurite.schemas.errors import FulguriteError, StartError
 from fulgurite.schemas.log_settings import LogSettings
+
+if TYPE_CHECKING:
+    from prometheus_client import CollectorRegistry
+    from starlette.requests import Request
+    from starlette.types import ASGIApp
 
 logger = logging.getLogger(__name__)
 
@@ -120,6 +126,25 @@ def bind(name: str, host: str, port: int) -> socket.socket:
         raise StartError(f"{name} cannot listen on {host}:{port}: {error} (set {setting})") from error
     logger.info("listening on %s:%d", *listener.getsockname()[:2])
     return listener
+
+
+def metrics_app(registry: CollectorRegistry, not_ready: Callable[[], Collection[str]] | None = None) -> ASGIApp:
+    """`/metrics` for Prometheus, `/health`, and `/ready` where it is known what a service that is not ready lacks: 503
+    with the reasons, 200 where there are none."""
+    from prometheus_client import make_asgi_app
+    from starlette.applications import Starlette
+    from starlette.responses import JSONResponse, PlainTextResponse
+    from starlette.routing import Mount, Route
+
+    async def health(_: Request) -> PlainTextResponse:
+        return PlainTextResponse("ok")
+
+    async def ready(_: Request) -> JSONResponse:
+        reasons = not_ready() if not_ready is not None else ()
+        return JSONResponse({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
+
+    routes = [Route("/health", health), Mount("/metrics", make_asgi_app(registry))]
+    return Starlette(routes=routes if not_ready is None else [Route("/ready", ready), *routes])
 
 
 async def serve_asgi(app: Any, host: str, port: int, stop: asyncio.Event, name: str, **bounds: Any) -> None:

@@ -11,13 +11,11 @@ from __future__ import annotations
 
 import time
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_asgi_app
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse
-from starlette.routing import Mount, Route
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.types import ASGIApp
 
 from fulgurite.consumers.follower.versions import Versions
+from fulgurite.producers.service import metrics_app
 from fulgurite.schemas.resources import ResourceVersion
 
 _PHASE_SECONDS = (0.003, 0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0, 1_000.0)
@@ -118,13 +116,5 @@ class Metrics:
             if current is None or current.version < newest.version
         } | held
 
-    def app(self) -> Starlette:
-        async def ready(request: Request) -> JSONResponse:
-            reasons = self.not_ready()
-            return JSONResponse({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
-
-        async def health(request: Request) -> PlainTextResponse:
-            return PlainTextResponse("ok")
-
-        metrics = make_asgi_app(self.registry)
-        return Starlette(routes=[Route("/ready", ready), Route("/health", health), Mount("/metrics", metrics)])
+    def app(self) -> ASGIApp:
+        return metrics_app(self.registry, self.not_ready)

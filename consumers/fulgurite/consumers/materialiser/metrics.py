@@ -15,11 +15,10 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_asgi_app
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import JSONResponse, PlainTextResponse
-from starlette.routing import Mount, Route
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.types import ASGIApp
+
+from fulgurite.producers.service import metrics_app
 
 _SECONDS = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0)
 _RECORDS = (1, 10, 100, 1_000, 5_000, 10_000, 50_000, 100_000, 500_000)
@@ -177,13 +176,5 @@ class Metrics:
         }
         return late | self._lacking | self._silent | self._waits_for | self._cannot_read
 
-    def app(self, ready_lag_seconds: float) -> Starlette:
-        async def ready(request: Request) -> JSONResponse:
-            reasons = self.not_ready(ready_lag_seconds)
-            return JSONResponse({"ready": not reasons, "reasons": reasons}, 503 if reasons else 200)
-
-        async def health(request: Request) -> PlainTextResponse:
-            return PlainTextResponse("ok")
-
-        metrics = make_asgi_app(self.registry)
-        return Starlette(routes=[Route("/ready", ready), Route("/health", health), Mount("/metrics", metrics)])
+    def app(self, ready_lag_seconds: float) -> ASGIApp:
+        return metrics_app(self.registry, lambda: self.not_ready(ready_lag_seconds))

@@ -10,14 +10,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram, make_asgi_app
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse
-from starlette.routing import Mount, Route
+from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+from starlette.types import ASGIApp
 
 from fulgurite.producers.connections import Watch
 from fulgurite.producers.gateway.breaker import BreakerState
+from fulgurite.producers.service import metrics_app
 
 _SECONDS = (0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 _BREAKER: dict[BreakerState, int] = {"closed": 0, "half-open": 1, "open": 2}
@@ -130,11 +128,8 @@ class Metrics:
             counter = self._by_key[key] = self._key_requests.labels(key)
         counter.inc()
 
-    def app(self) -> Starlette:
-        async def health(request: Request) -> PlainTextResponse:
-            return PlainTextResponse("ok")
-
-        return Starlette(routes=[Route("/health", health), Mount("/metrics", make_asgi_app(self.registry))])
+    def app(self) -> ASGIApp:
+        return metrics_app(self.registry)
 
     def _name(self, name: str) -> str:
         return f"fulgurite_gateway_{name}"

@@ -12,15 +12,12 @@ import asyncio
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from prometheus_client import CollectorRegistry, make_asgi_app
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse
-from starlette.routing import Mount, Route
+from starlette.types import ASGIApp
 
-from fulgurite.producers.service import serve_asgi
+from fulgurite.producers.service import metrics_app, serve_asgi
 from fulgurite.schemas.settings import AssemblerSettings
 from fulgurite.streams.assembler.assembly import Assembly
 from fulgurite.streams.assembler.letters import LATE, NOT_ASSEMBLED, UNKNOWN_ROLLOUT
@@ -55,11 +52,8 @@ class Metrics(Collector):
         yield _gauge("otlp_waiting_rollouts", "ended rollouts that wait for the translator", len(state.waits))
         yield from self._counters()
 
-    def app(self) -> Starlette:
-        async def health(request: Request) -> PlainTextResponse:
-            return PlainTextResponse("ok")
-
-        return Starlette(routes=[Route("/health", health), Mount("/metrics", make_asgi_app(self.registry))])
+    def app(self) -> ASGIApp:
+        return metrics_app(self.registry)
 
     async def serve(self, settings: AssemblerSettings) -> None:
         """Until it is cancelled, where there is a port. A taken one raises StartError."""

@@ -19,15 +19,12 @@ from collections import Counter
 from collections.abc import Iterable, Iterator
 from typing import Final
 
-from prometheus_client import CollectorRegistry, make_asgi_app
+from prometheus_client import CollectorRegistry
 from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metric
 from prometheus_client.registry import Collector
-from starlette.applications import Starlette
-from starlette.requests import Request
-from starlette.responses import PlainTextResponse
-from starlette.routing import Mount, Route
+from starlette.types import ASGIApp
 
-from fulgurite.producers.service import serve_asgi
+from fulgurite.producers.service import metrics_app, serve_asgi
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.schemas.training import DroppedRollout, TrainingStep, scalars
 
@@ -96,11 +93,8 @@ class Metrics(Collector):
         found |= {metric.name: metric for metric in (*self._progress(), *self._counters())}
         yield from found.values()
 
-    def app(self) -> Starlette:
-        async def health(request: Request) -> PlainTextResponse:
-            return PlainTextResponse("ok")
-
-        return Starlette(routes=[Route("/health", health), Mount("/metrics", make_asgi_app(self.registry))])
+    def app(self) -> ASGIApp:
+        return metrics_app(self.registry)
 
     async def serve(self, settings: TrainerSettings, over: asyncio.Event) -> None:
         """Until `over`, where there is a port. A taken one raises StartError."""
