@@ -191,6 +191,7 @@ class Store:
             # The views are analysed anew by every insert, in tens of ms of CPU: what helps long queries is left
             # out. Their functions are all cheap and none raises, so nothing is gained by evaluating them for some rows.
             "query_plan_enable_optimizations": 0,
+            "optimize_and_compare_chain": 0,
             "compile_expressions": 0,
             "short_circuit_function_evaluation": "disable",
             "log_comment": guard.comment,
