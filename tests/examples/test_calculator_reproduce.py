@@ -15,10 +15,11 @@ from examples.calculator.model import new_model, train_tokenizer
 from examples.calculator.reproduce import __main__ as command
 from examples.calculator.reproduce import report, training
 from examples.calculator.reproduce.cells import BASE, CELLS, COMPARISONS, Cell, Sizes
-from examples.calculator.reproduce.rollouts import expression_reward
+from examples.calculator.reproduce.rollouts import Asked, Sampler, expression_reward
 from examples.calculator.reproduce.statistics import estimate, paired
 from examples.calculator.reproduce.training import Point, Result, finished, run_cell
 from examples.calculator.reward import reward_of
+from examples.calculator.tasks import train_task
 from examples.calculator.warm_start import Recipe, save
 
 SMALL = Sizes(seeds=2, steps=2, rollouts_per_step=8, heldout_tasks=4, evaluate_every=2, warm_start_steps=1)
@@ -63,9 +64,29 @@ def test_a_cell_trains_and_gives_the_same_again(tmp_path: Path) -> None:
 
 def test_a_first_call_with_a_reward_of_its_own(tmp_path: Path) -> None:
     """Credit by call trains; what the calls were is in the trajectory, as the assembler would write it."""
-    result = run_cell(tmp_path, Cell("calls", credit="call", credit_discount=0.0, call_reward=True), 1, SMALL, quiet)
+    result = run_cell(
+        tmp_path, Cell("calls", credit="call", credit_discount=0.0, rewarded="expression"), 1, SMALL, quiet
+    )
     assert all(point.tokens > 0 for point in result.points[1:])
     assert (expression_reward("42", 42.0), expression_reward("error: no", 42.0)) == (1.0, 0.0)
+
+
+def test_a_rollout_of_several_problems_is_what_the_assembler_would_write(tmp_path: Path) -> None:
+    """Each problem is a sequence, calls are numbered through, and the parts of the reward add up to it."""
+    cell = Cell("two", group_size=4, credit="call", credit_discount=0.0, rewarded="problem", problems=2)
+    result = run_cell(tmp_path, cell, 1, SMALL, quiet)
+    assert all(point.tokens > 0 for point in result.points[1:])
+    assert cell.settings(1, Sizes(), tmp_path, tmp_path).groups_per_step == 16
+
+    sampler = Sampler("two", "problem")
+    sampler.add(1, training.start_model(tmp_path, 1, SMALL, quiet), 1)
+    asked = [Asked(f"r{n}", "g", (train_task(2 * n), train_task(2 * n + 1))) for n in range(4)]
+    for one, rollout in zip(asked, sampler.rollouts(1, asked, 4), strict=True):
+        assert len(rollout.sequences) == len(one.tasks)
+        calls = [call for sequence in rollout.sequences for call in sequence.calls]
+        assert [call.number for call in calls] == list(range(rollout.calls))
+        assert [reward.span_id for reward in rollout.rewards] == [call.span_id for call in calls]
+        assert sum(reward.value for reward in rollout.rewards) == pytest.approx(rollout.reward)
 
 
 def test_finished_cells_are_kept_and_everything_is_reported(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,7 +123,7 @@ def test_arguments_that_are_wrong_say_so(capsys: pytest.CaptureFixture[str]) -> 
     assert "--cells nothing: unknown; they are base, lag4" in capsys.readouterr().err
     names = {cell.name for cell in CELLS}
     assert {name for each in COMPARISONS for name in (each.better, each.worse)} <= names
-    assert all(Sizes().rollouts_per_step % cell.group_size == 0 for cell in CELLS)
+    assert all(Sizes().rollouts_per_step % (cell.group_size * cell.problems) == 0 for cell in CELLS)
 
 
 def test_intervals_are_students() -> None:

@@ -1,7 +1,8 @@
 """What is run: a cell is one way of training, a seed one repetition of it. Pure: names, sizes and settings.
 
 Every cell of a seed begins with the same model and gets the same tasks, so that cells are compared seed by seed. A
-group size other than the base's keeps the rollouts of a step: more groups of fewer, or fewer of more.
+group size other than the base's keeps the rollouts of a step: more groups of fewer, or fewer of more. Rollouts of
+several problems keep the problems of a step and how often each is tried.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ FORMAT = 1
 """Of a finished cell's file: another one makes every cell be run anew."""
 
 RESOURCE = "policy"
+
+Rewarded = Literal["rollout", "expression", "problem"]
+"""What has a reward. rollout: it alone; expression: its first call, too, 1 for an expression whose value is the answer;
+problem: the rollout's reward is the sum of its calls', each of which has an equal part of what its problem earned."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +52,9 @@ class Cell:
     correction: Literal["clip", "truncate", "none"] = "clip"
     credit: Literal["rollout", "call"] = "rollout"
     credit_discount: float = 1.0
-    call_reward: bool = False
-    """Whether the first call has a reward of its own: 1 for an expression whose value is the answer."""
+    rewarded: Rewarded = "rollout"
+    problems: int = 1
+    """Of a rollout, one after another; its reward is their mean. More of them: fewer rollouts in a step."""
 
     def settings(self, seed: int, sizes: Sizes, model: Path, output: Path) -> TrainerSettings:
         """As for `fulgurite train`: what is not said here is the default there."""
@@ -58,7 +64,7 @@ class Cell:
             model=model,
             output=output,
             steps=sizes.steps,
-            groups_per_step=sizes.rollouts_per_step // self.group_size,
+            groups_per_step=sizes.rollouts_per_step // (self.group_size * self.problems),
             group_size=self.group_size,
             max_staleness=max(self.lag, 4),
             correction=self.correction,
@@ -79,7 +85,9 @@ CELLS: tuple[Cell, ...] = (
     Cell("groups-of-2", group_size=2),
     Cell("groups-of-32", group_size=32),
     Cell("per-call", credit="call"),
-    Cell("per-call-rewarded", credit="call", credit_discount=0.0, call_reward=True),
+    Cell("per-call-rewarded", credit="call", credit_discount=0.0, rewarded="expression"),
+    Cell("four-problems", problems=4),
+    Cell("four-problems-per-call", credit="call", credit_discount=0.0, rewarded="problem", problems=4),
 )
 
 
@@ -103,6 +111,8 @@ COMPARISONS: tuple[Comparison, ...] = (
     Comparison("base", "groups-of-32", "as many rollouts of a quarter of the tasks say less"),
     Comparison("base", "per-call", "the final reward alone, seen from each call, has a biased baseline"),
     Comparison("per-call-rewarded", "base", "a reward for the first call says which of the two was at fault"),
+    Comparison("base", "four-problems", "one reward for four problems does not say which was solved"),
+    Comparison("four-problems-per-call", "four-problems", "each call judged by its own problem says it again"),
 )
 
 

@@ -22,7 +22,7 @@ import torch
 
 from examples.calculator.reproduce.cells import Cell, Sizes, key
 from examples.calculator.reproduce.rollouts import Asked, Sampler
-from examples.calculator.tasks import heldout_task, train_task
+from examples.calculator.tasks import Task, heldout_task, train_task
 from examples.calculator.warm_start import Recipe, warm_start
 from fulgurite.schemas.settings import TrainerSettings
 from fulgurite.schemas.trajectories import Trajectory
@@ -126,7 +126,7 @@ class _Run:
         self._model: Path = settings.model
         self._limits: ModelLimits = read_limits(self._model)
         self._learner: Learner = load_learner(self._model, settings)
-        self._sampler = Sampler(settings.run_id, cell.call_reward)
+        self._sampler = Sampler(settings.run_id, cell.rewarded)
         self._windows = Windows(
             Shape(
                 run_id=settings.run_id,
@@ -183,15 +183,19 @@ class _Run:
         self._windows.asked += shape.groups_per_step
         # Cells of other group sizes get the same tasks: the index counts tasks, not groups of a size.
         asked = [
-            Asked(rollout_id, shape.group_id(index), train_task(self._seed * TASKS_OF_A_SEED + index))
+            Asked(rollout_id, shape.group_id(index), self._tasks(index))
             for index in range(first, self._windows.asked)
             for rollout_id in shape.rollout_ids(index)
         ]
         return self._sampler.rollouts(version, asked, shape.group_size)
 
+    def _tasks(self, group: int) -> tuple[Task, ...]:
+        first = self._seed * TASKS_OF_A_SEED + group * self._cell.problems
+        return tuple(train_task(first + problem) for problem in range(self._cell.problems))
+
     def _evaluate(self, version: int) -> tuple[float, float]:
         asked = [
-            Asked(f"val-{self._seed}-{version}-{index}", f"val-{index}", heldout_task(index))
+            Asked(f"val-{self._seed}-{version}-{index}", f"val-{index}", (heldout_task(index),))
             for index in range(self._sizes.heldout_tasks)
         ]
         found = self._sampler.rollouts(version, asked, 1)
