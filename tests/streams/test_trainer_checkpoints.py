@@ -55,6 +55,13 @@ def first(output: Path, by: str, lineage: str = "log", then: Callable[[], None] 
     return Checkpoints(output, "r").write(state, Windows(SHAPE), weights, Path.touch)
 
 
+def two_versions(output: Path) -> Checkpoints:
+    """7 and 8."""
+    folder, _ = written(output)
+    folder.write(STATE.model_copy(update={"version": 8}), Windows(SHAPE), lambda to: (to / "w").touch(), Path.touch)
+    return folder
+
+
 def writer(output: Path) -> str:
     assert [path.name for path in (output / "r").iterdir()] == ["v000001"]
     return (Checkpoints(output, "r").load(1).weights / "w").read_text()
@@ -187,9 +194,42 @@ def test_one_whose_half_written_choice_a_successor_removed_is_fenced(
         return rename(path, to)
 
     monkeypatch.setattr(Path, "rename", rename_late)
-    with pytest.raises(Fenced, match=r"another process removed .*choice.json-.*: it owns run r now"):
+    with pytest.raises(Fenced, match=r"another process removed .*tmp-choice-.*: it owns run r now"):
         folder.choose(Choice(1, {}))
-    assert folder.choice() is None
+    assert folder.choice(1) is None
+
+
+def test_a_choice_is_of_one_version_and_goes_with_it(tmp_path: Path) -> None:
+    """A predecessor that wakes up has chosen for an earlier version, or for the same one, never for a later."""
+    folder = two_versions(tmp_path)
+    folder.choose(Choice(8, {4: ["a"]}))
+    folder.choose(Choice(7, {1: ["b"]}))
+    assert folder.choice(8) == Choice(8, {4: ["a"]})
+    folder.prune(8, keep=2)
+    assert (folder.choice(7), folder.choice(8)) == (None, Choice(8, {4: ["a"]}))
+
+
+def test_a_copy_of_a_version_beside_them_is_nobodys_business(tmp_path: Path) -> None:
+    folder = two_versions(tmp_path)
+    best = tmp_path / "r" / "v000007-best"
+    shutil.copytree(folder.folder(7), best)
+    folder.prune(8, keep=1)
+    assert not folder.uncommitted(8)
+    assert (folder.folder(7).exists(), (best / "state.json").exists()) == (False, True)
+
+
+def test_old_versions_may_be_removed_by_two_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = two_versions(tmp_path)
+    unlink = os.unlink
+
+    def unlink_what_is_gone(path: Any, **options: Any) -> None:
+        unlink(path, **options)
+        unlink(path, **options)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "unlink", unlink_what_is_gone)
+        folder.prune(8, keep=1)
+    assert not folder.folder(7).exists()
 
 
 def test_one_whose_half_written_folder_a_successor_removed_is_fenced(tmp_path: Path) -> None:

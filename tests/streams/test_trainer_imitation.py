@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file
 
 from examples.calculator.model import train_tokenizer
-from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.errors import SettingsError, StartError
 from fulgurite.schemas.settings import KafkaSettings, Settings, SourceSettings, TrainerSettings
 from fulgurite.schemas.training import TrainingStep
 from fulgurite.streams.trainer import serve
@@ -190,8 +190,7 @@ def test_conversations_and_completions_become_tokens(tmp_path: Path) -> None:
     lines.append({"partition": 0, "offset": 7, "value": lines[-1]})
     file = write(tmp_path / "demonstrations.jsonl", lines)
     plan = make_plan(Settings(trainer=settings_for(model, tmp_path / "out", demonstrations=file)))
-    prepare(plan)
-    talk, completion, answered, sampled, tailed = prepared(plan)
+    talk, completion, answered, sampled, tailed = prepared(plan, prepare(plan))
     assert tailed == sampled
     learned = [token for token, learn in zip(talk.token_ids, talk.loss_mask, strict=True) if learn]
     assert tokenizer.decode(learned) == tokenizer.decode(tokenizer.encode("2\n4\n", add_special_tokens=False))
@@ -242,6 +241,22 @@ def test_a_line_that_is_no_text_is_named(tiny_model: Path, tmp_path: Path) -> No
     file = write(tmp_path / "demonstrations.jsonl", token_lines(1))
     file.write_bytes(file.read_bytes() + b'{"prompt": "\xff"}\n')
     demonstrations_refused(tiny_model, tmp_path, file, "line 2: .*utf-8")
+
+
+def test_who_was_overtaken_puts_other_demonstrations_beside_the_runs(tiny_model: Path, tmp_path: Path) -> None:
+    """A start that slept, and wakes up when the run is another's: what that one trains on stays what it is."""
+    file = write(tmp_path / "demonstrations.jsonl", token_lines(6))
+    plan = make_plan(Settings(trainer=settings_for(tiny_model, tmp_path / "out", demonstrations=file)))
+    ours, again = prepare(plan), prepare(plan)
+    before = list(prepared(plan, ours))
+    write(file, token_lines(3))
+    theirs = prepare(plan)
+    assert (ours == again, ours == theirs, len(before)) == (True, False, 6)
+    assert list(prepared(plan, ours)) == before
+    (plan.folder / ours).write_bytes((plan.folder / theirs).read_bytes())
+    with pytest.raises(StartError, match="is not what it was written with"):
+        list(prepared(plan, ours))
+    assert not list(plan.folder.glob(".tmp-*"))
 
 
 def demonstrations_refused(tiny_model: Path, tmp_path: Path, file: Path, words: str) -> None:

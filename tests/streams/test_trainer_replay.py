@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import os
 import sys
+import threading
 import time
 import zlib
 from datetime import UTC, datetime
@@ -18,7 +19,7 @@ from aiokafka import TopicPartition
 from transformers import AutoModelForCausalLM
 
 from fulgurite.schemas.codec import encode
-from fulgurite.schemas.errors import SettingsError
+from fulgurite.schemas.errors import Fenced, SettingsError
 from fulgurite.schemas.event import VersionSpan
 from fulgurite.schemas.migrations import connection_options
 from fulgurite.schemas.settings import (
@@ -32,7 +33,7 @@ from fulgurite.schemas.settings import (
 from fulgurite.schemas.topics import RESOURCES, TRAJECTORIES
 from fulgurite.schemas.training import RunFinished, RunStarted, TrainingStep
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
-from fulgurite.streams.trainer import serve
+from fulgurite.streams.trainer import selection, serve
 from fulgurite.streams.trainer.plan import OF_ASKING, make_plan
 from fulgurite.streams.trainer.reader import TrajectoryReader
 from fulgurite.streams.trainer.source import adopt
@@ -295,6 +296,40 @@ async def test_a_query_says_which_rollouts_and_in_which_order(
     ):
         with pytest.raises(SettingsError, match=message):
             await run(replay_of(live, "wrong", {"begin": "sql", "sql": wrong}))
+
+
+async def test_a_start_whose_query_took_until_it_was_overtaken_changes_nothing_of_the_runs_selection(
+    live: Settings, migrated_settings: ClickHouseSettings, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    live = live.model_copy(update={"clickhouse": migrated_settings})
+    async with World(live.kafka).running():
+        await run(live)
+    await materialised(live)
+    keep, sleeps, asleep, woken = selection.keep, iter([True]), threading.Event(), threading.Event()
+
+    def sleepily(*arguments: Any) -> Any:
+        if next(sleeps, False):
+            asleep.set()
+            woken.wait(60)
+        return keep(*arguments)
+
+    monkeypatch.setattr(selection, "keep", sleepily)
+    sql = "SELECT rollout_id FROM trajectories WHERE run_id = 'live' ORDER BY rand()"
+    replay = replay_of(live, "anyhow", {"begin": "sql", "sql": sql}, zero_variance="keep")
+    first, stop = asyncio.create_task(run(replay)), asyncio.Event()
+    await asyncio.to_thread(asleep.wait, 60)
+    second = asyncio.create_task(serve(replay, stop))
+    while len(await steps_of(replay)) < STEPS // 2:  # noqa: ASYNC110 (topics tell nobody)
+        await asyncio.sleep(0.02)
+    stop.set()
+    await second
+    woken.set()
+    with pytest.raises(Fenced):
+        await first
+    await run(replay)
+    steps = await steps_of(replay)
+    assert len(steps) == STEPS
+    assert len(all_once(await training_events(live.kafka, "anyhow"))) == STEPS * 3 * 4
 
 
 async def test_two_policies_that_act_in_the_same_rollouts_have_a_trainer_each(live: Settings, tmp_path: Path) -> None:

@@ -83,7 +83,7 @@ def crash(output: Path, version: int, step: int) -> None:
     state = RunState(run_id="run", resource="policy", version=version, step=step, offsets={}, asked=0)
     Checkpoints(output, "run").write(state, Windows(SHAPE), lambda to: (to / "w").touch(), Path.touch)
     (output / "run" / ".tmp-v000009-dead" / "weights").mkdir(parents=True)
-    (output / "run" / "choice.json-dead").touch()
+    (output / "run" / ".tmp-choice-dead").touch()
 
 
 async def until(is_so: Callable[[], bool]) -> None:
@@ -172,3 +172,28 @@ async def test_a_start_that_wakes_up_behind_its_successor(
     told = [(event.step, event.version_out) for event in events if isinstance(event, TrainingStep)]
     assert told == [(1, 2), (2, 3)]
     assert set(all_once(events)) == set(world.queued)
+
+
+async def test_what_a_start_writes_that_slept_until_the_run_was_over_goes_with_the_next_one(
+    kafka_settings: KafkaSettings, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is of the model that the run began with, and newer than the run's last version."""
+    load_one_at_a_time(monkeypatch)
+    settings, answers = settings_of(kafka_settings, tmp_path), Answers()
+    folder = settings.trainer.output / "run"
+    async with asyncio.timeout(60), World(kafka_settings, answers.hold).running() as world:
+        crash(settings.trainer.output, version=1, step=0)
+        asleep, woken = sleep_once(monkeypatch, "confirmed")
+        first = asyncio.create_task(serve(settings, asyncio.Event()))
+        await asleep.wait()
+        second = asyncio.create_task(serve(settings, asyncio.Event()))
+        await answers.give(world, 2)
+        await second
+        newest = max(path.name for path in folder.glob("v*"))
+        woken.set()
+        with pytest.raises(Fenced):
+            await first
+        assert max(path.name for path in folder.glob("v*")) > newest
+        await serve(settings, asyncio.Event())
+    assert max(path.name for path in folder.glob("v*")) == newest
+    assert not list(folder.glob(".tmp-*"))

@@ -8,7 +8,7 @@
                                         disagree; and what the other files must be: sha256, of optimizer.pt the length
         groups.jsonl                    open groups: one line a member, with its trajectory
         settings.json                   what the version was made with
-    <output>/<run_id>/choice.json       the groups of the window that is being trained on
+    <output>/<run_id>/choice-v000017.json    the groups of the window that the version after this one is made of
 
 A folder that has anything in it was completely written. Whether its version is *committed* the log alone knows: a
 folder one newer than the last committed version is a leftover of a crash and is removed before it can be mistaken for
@@ -23,6 +23,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Collection, Mapping
@@ -34,6 +35,7 @@ from pydantic import TypeAdapter
 
 from fulgurite.schemas.checksum import file_sha256, folder_sha256
 from fulgurite.schemas.errors import Fenced, FulguriteError, StartError
+from fulgurite.streams.trainer.kept import TEMPORARY
 from fulgurite.streams.trainer.leftovers import Leftovers
 from fulgurite.streams.trainer.occupied import Occupied, occupied, read_state
 from fulgurite.streams.trainer.run_state import STATE, member_lines, of_windows, restored
@@ -47,9 +49,9 @@ WEIGHTS = "weights"
 OPTIMIZER = "optimizer.pt"
 GROUPS = "groups.jsonl"
 SETTINGS = "settings.json"
-CHOICE = "choice.json"
+CHOICE = "choice"
 
-_TEMPORARY = ".tmp-"
+_VERSION: Final = re.compile(r"v(\d{6,})", re.ASCII)
 _REMEDY = (
     "put it back as it was written, or start a new run from a version's weights/ (another trainer.run_id, "
     "trainer.model set to that folder)"
@@ -95,7 +97,7 @@ class Checkpoints:
         removes. Both callbacks say OSError then. Raises Fenced where a successor has removed that folder already,
         Occupied where another process was first."""
         final = self.folder(state.version)
-        temporary = self._root / f"{_TEMPORARY}{final.name}-{secrets.token_hex(4)}"
+        temporary = self._root / f"{TEMPORARY}{final.name}-{secrets.token_hex(4)}"
         try:
             (temporary / WEIGHTS).mkdir(parents=True)
         except OSError as error:
@@ -148,10 +150,10 @@ class Checkpoints:
         return checkpoint
 
     def choose(self, choice: Choice) -> None:
-        """Keeps which groups a window has, in place of the last window's. Raises StartError where the disk refuses,
-        Fenced where a successor has removed what it was about to become."""
-        path = self._root / CHOICE
-        temporary = self._root / f"{CHOICE}-{secrets.token_hex(4)}"  # a zombie may be writing one too
+        """Keeps which groups a window has; by version, for a predecessor that wakes up has an earlier one. Raises
+        StartError where the disk refuses, Fenced where a successor has removed what it was about to become."""
+        path = self._chosen(choice.version_in)
+        temporary = self._root / f"{TEMPORARY}{CHOICE}-{secrets.token_hex(4)}"  # a zombie may be writing one too
         try:
             temporary.write_bytes(_CHOICE.dump_json(choice))
             _fsync(temporary)
@@ -163,12 +165,15 @@ class Checkpoints:
             temporary.unlink(missing_ok=True)
             raise StartError(f"cannot write {path}: {error}. Make room or set trainer.output elsewhere") from error
 
-    def choice(self) -> Choice | None:
-        """The last one. None where there is none, or it cannot be read: then windows are chosen anew."""
+    def choice(self, version_in: int) -> Choice | None:
+        """None where there is none, or it cannot be read: then a window is chosen anew."""
         try:
-            return _CHOICE.validate_json((self._root / CHOICE).read_bytes())
+            return _CHOICE.validate_json(self._chosen(version_in).read_bytes())
         except (OSError, ValueError):
             return None
+
+    def _chosen(self, version_in: int) -> Path:
+        return self._root / f"{CHOICE}-{self.folder(version_in).name}.json"
 
     def settings(self, version: int) -> dict[str, Any]:
         """What a version was made with; nothing where that cannot be read."""
@@ -243,7 +248,7 @@ class Checkpoints:
                 return self._refusal(folder, f"version {version}", f"knows this run only up to version {committed}")
             return ""
 
-        half_written = [*self._root.glob(f"{CHOICE}-*"), *self._root.glob(f"{_TEMPORARY}*")]
+        half_written = list(self._root.glob(f"{TEMPORARY}*"))
         newer = [folder for version, folder in self._versions() if committed is None or version > committed]
         return Leftovers(half_written, newer, judge)
 
@@ -261,11 +266,21 @@ class Checkpoints:
         versions = [(version, folder) for version, folder in self._versions() if version <= committed]
         for _, folder in versions[:-1]:
             (folder / OPTIMIZER).unlink(missing_ok=True)
+        for version, _ in versions[:-1]:
+            self._chosen(version).unlink(missing_ok=True)
         for _, folder in versions[:-keep]:
-            shutil.rmtree(folder)
+            shutil.rmtree(folder, onerror=_but_gone)
 
     def _versions(self) -> list[tuple[int, Path]]:
-        return sorted((int(folder.name[1:]), folder) for folder in self._root.glob("v[0-9]*") if folder.is_dir())
+        """What else lies here, copies that somebody made of versions for example, is nobody's business."""
+        named = [(_VERSION.fullmatch(folder.name), folder) for folder in self._root.glob("v*")]
+        return sorted((int(found[1]), folder) for found, folder in named if found and folder.is_dir())
+
+
+def _but_gone(function: Callable[..., Any], path: str, error: Any) -> None:
+    """For rmtree: a predecessor that does not know it yet removes old versions, too."""
+    if not isinstance(error[1], FileNotFoundError):
+        raise error[1]
 
 
 def _refused(folder: Path, error: OSError) -> StartError:

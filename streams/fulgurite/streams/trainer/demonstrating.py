@@ -36,7 +36,7 @@ class Demonstrating:
     async def window(self) -> Window | None:
         """The step's demonstrations."""
         if not self._demonstrations:
-            self._demonstrations = list(prepared(self._plan))
+            self._demonstrations = list(prepared(self._plan, self._run.kept))
         size, count = self._plan.trainer.groups_per_step, len(self._demonstrations)
         first = self._run.step * size
         members: list[Member] = []

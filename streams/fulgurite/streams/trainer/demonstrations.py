@@ -1,6 +1,6 @@
 """Demonstrations: a file of what the policy shall say, made tokens once, before the run's first transaction.
 
-    trainer.demonstrations ─► tokens, with a mask over what is to be learned ─► <run>/demonstrations.jsonl ─► windows
+    trainer.demonstrations ─► tokens, with a mask over what is to be learned ─► <run>/demonstrations-….jsonl ─► windows
 
 One JSON object a line, in one of five forms:
 
@@ -12,14 +12,13 @@ One JSON object a line, in one of five forms:
     {"rollout_id": "…", "status": "succeeded", "sequences": […], …}    a trajectory: what was sampled in it is learned;
                                                                         also within {"value": …}, as `tail` writes it
 
-Promises: what a run trains on does not change when the file does. A line that cannot be used ends the start with its
-number, before a model is loaded. Which of them a step trains on is demonstrating.py's.
+Promises: what a run trains on does not change when the file does (`kept.py`). A line that cannot be used
+ends the start with its number, before a model is loaded. Which of them a step trains on is demonstrating.py's.
 """
 
 from __future__ import annotations
 
 import json
-import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -27,12 +26,13 @@ from typing import Any, Protocol, cast
 from pydantic import BaseModel
 
 from fulgurite.schemas.codec import decode
-from fulgurite.schemas.errors import InvalidEvent, SettingsError, StartError
+from fulgurite.schemas.errors import InvalidEvent, SettingsError
 from fulgurite.schemas.trajectories import TokenSequence, Trajectory
+from fulgurite.streams.trainer.kept import keep, kept
 from fulgurite.streams.trainer.plan import Plan
 from fulgurite.streams.trainer.samples import ModelLimits, read_limits, token_fault
 
-DEMONSTRATIONS = "demonstrations.jsonl"
+DEMONSTRATIONS = "demonstrations"
 
 MAX_DEMONSTRATIONS = 1_000_000
 MAX_LINE_BYTES = 16 << 20
@@ -57,38 +57,18 @@ class Tokenizer(Protocol):
     ) -> list[int]: ...
 
 
-def prepare(plan: Plan) -> None:
-    """Makes tokens of the file and writes the run's own. Raises SettingsError: which line, and what is wrong."""
+def prepare(plan: Plan) -> str:
+    """Makes tokens of the file, writes the run's own and returns its name. Raises SettingsError: which line, and what
+    is wrong."""
     path, model = plan.trainer.demonstrations, plan.start_model
     assert path is not None
     assert model is not None
-    limits = read_limits(model)
-    reading = _Reading(path, model, limits)
-    count = 0
-    target = plan.folder / DEMONSTRATIONS
-    target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = target.with_name(f".{target.name}.tmp")
-    with temporary.open("w") as file:
-        for demonstration in reading.all():
-            file.write(demonstration.model_dump_json() + "\n")
-            count += 1
-        file.flush()
-        os.fsync(file.fileno())
-    if not count:
-        temporary.unlink()
-        raise SettingsError(f"trainer.demonstrations = {path}: there is none in it")
-    temporary.rename(target)
+    return keep(plan.folder, DEMONSTRATIONS, _Reading(path, model, read_limits(model)).all())
 
 
-def prepared(plan: Plan) -> Iterator[Demonstration]:
-    """What `prepare` wrote. Raises StartError."""
-    path = plan.folder / DEMONSTRATIONS
-    try:
-        with path.open() as file:
-            for line in file:
-                yield Demonstration.model_validate_json(line)
-    except (OSError, ValueError) as error:
-        raise StartError(f"what the run is to learn from, {path}, cannot be read: {error}") from error
+def prepared(plan: Plan, name: str) -> Iterator[Demonstration]:
+    """What `prepare` wrote. `name` is empty in checkpoints of before. Raises StartError."""
+    return kept(plan.folder / (name or f"{DEMONSTRATIONS}.jsonl"), Demonstration)
 
 
 class _Reading:
@@ -101,16 +81,20 @@ class _Reading:
         self._tokenizer: Tokenizer | None = None
 
     def all(self) -> Iterator[Demonstration]:
+        is_empty = True
         try:
             with self._path.open("rb") as file:
                 for number, line in enumerate(file, 1):
                     if number > MAX_DEMONSTRATIONS or len(line) > MAX_LINE_BYTES:
                         bound = f"{MAX_DEMONSTRATIONS} lines of {MAX_LINE_BYTES} bytes"
                         raise SettingsError(f"{self._where(number)}: more than {bound}")
-                    if line.strip():
-                        yield from self._line(number, line)
+                    for demonstration in self._line(number, line) if line.strip() else ():
+                        is_empty = False
+                        yield demonstration
         except OSError as error:
             raise SettingsError(f"trainer.demonstrations = {self._path}: {error}") from None
+        if is_empty:
+            raise SettingsError(f"trainer.demonstrations = {self._path}: there is none in it")
 
     def _where(self, number: int) -> str:
         return f"trainer.demonstrations = {self._path}, line {number}"

@@ -77,6 +77,8 @@ class Run:
     """Of what a KL penalty compares with, since the first start that had one."""
     source: SourceState | None = None
     """How far a replay that goes on has read its source; None for other runs."""
+    kept: str = ""
+    """The file that it trains on, where it is a selection or demonstrations."""
     buried: dict[int, int] = field(default_factory=dict[int, int])
     """By partition: below which offset dead letters are on the log, since `version`."""
 
@@ -115,7 +117,10 @@ async def recover(
             f"trainer.resource = {plan.trainer.resource!r}, but what the log knows as run {plan.run_id} makes versions "
             f"of {committed.resource!r}; set it back, or trainer.run_id to a new name"
         )
+    lineages = None if committed.lineages is None else committed.lineages | {transactions.lineage}
     if committed.finished:
+        # A start that slept until it was over may have written one more, of the model that the run began with.
+        await _remove(checkpoints.uncommitted(committed.version, lineages), transactions)
         logger.info(
             "run %s is over: %d steps, version %d; nothing to do (set trainer.run_id to a new name for a new run)",
             plan.run_id, committed.step, committed.version,
@@ -123,7 +128,6 @@ async def recover(
         return None
     _check_unchanged(plan, checkpoints.settings(committed.version))
     await ownership.check()
-    lineages = None if committed.lineages is None else committed.lineages | {transactions.lineage}
     await _remove(checkpoints.uncommitted(committed.version, lineages), transactions)
     async with _or_fenced(transactions):
         checkpoint = checkpoints.load(committed.version, lineages)
@@ -132,7 +136,7 @@ async def recover(
         markers = _markers(before)
         windows.asked = max([windows.asked, *(marker.asked for marker in markers.values())])
         restore(windows, committed.named, by_rollout=plan.source.begin == "sql")
-        windows.choice = checkpoints.choice()
+        windows.choice = checkpoints.choice(committed.version)
         limits = await _limits(plan, checkpoint.weights)
         learner = await _load(plan, checkpoint.weights, checkpoint.folder / OPTIMIZER)
     reference_sha256 = await asyncio.to_thread(learner.reference_sha256)
@@ -153,6 +157,7 @@ async def recover(
         is_mismatched=state.is_mismatched,
         reference_sha256=state.reference_sha256 or reference_sha256,
         source=state.source,
+        kept=state.kept,
         buried={number: each.buried for number, each in markers.items() if each.version == committed.version},
     )
 
@@ -232,10 +237,11 @@ async def _begin(plan: Plan, reader: TrajectoryReader, checkpoints: Checkpoints,
     if not await asyncio.to_thread((plan.start_model / "config.json").is_file):
         raise SettingsError(f"trainer.model = {plan.start_model}: no model there (a folder with config.json is needed)")
     limits = await _limits(plan, plan.start_model)
+    kept = ""
     if plan.source.begin == "sql":
-        await asyncio.to_thread(select, plan, await reader.first_offsets())
+        kept = await asyncio.to_thread(select, plan, await reader.first_offsets())
     if plan.trainer.demonstrations is not None:
-        await asyncio.to_thread(prepare, plan)
+        kept = await asyncio.to_thread(prepare, plan)
     learner = await _load(plan, plan.start_model, None)
     newest = await ownership.take_over()
     if plan.is_replay:
@@ -254,6 +260,7 @@ async def _begin(plan: Plan, reader: TrajectoryReader, checkpoints: Checkpoints,
         is_new=True,
         weights_since=newest + 1,
         reference_sha256=await asyncio.to_thread(learner.reference_sha256),
+        kept=kept,
     )
 
 

@@ -140,7 +140,7 @@ class Selected:
     async def window(self) -> Window | None:
         """The next window; None where the selection is used up."""
         if self._groups is None:
-            self._groups = islice(selection(self._plan), self._state.groups, None)
+            self._groups = islice(selection(self._plan, self._run.kept), self._state.groups, None)
         while True:
             window = self._run.windows.take(self._run.version)
             if window is not None or self._state.over:

@@ -75,6 +75,9 @@ class RunState(BaseModel):
     """Of earlier windows, for later ones that slide."""
     source: SourceState | None = None
     """Of a replay."""
+    kept: str = ""
+    """The file beside the versions that the run trains on: a selection or demonstrations. Empty where it trains on
+    neither, and in checkpoints of before."""
     files: dict[str, str] = Field(default_factory=dict)
     """sha256 of the small files beside weights/, by name; empty in checkpoints of before: these are not compared."""
     optimizer_bytes: int | None = None

@@ -1,20 +1,18 @@
 """A selection: the rollouts that a query of ClickHouse chose for a run to train on, and their order.
 
-    source.sql ─► rollout ids ─► where `trajectories` has them ─► selection.jsonl ─► group by group, from Kafka
+    source.sql ─► rollout ids ─► where `trajectories` has them ─► selection-….jsonl ─► group by group, from Kafka
 
-The query is asked once, before the run's first transaction, and its answer kept beside the checkpoints: the tables may
-change, the run does not. ClickHouse says which and where; the trajectories themselves are read from Kafka, so that they
-are bit for bit what other trainers read. Rollouts of one group_id form a group, at the place of its first one; what the
-query leaves out is no member. Staleness is measured within a group, against the newest version in it: how old rollouts
-may be is the query's business.
+The query is asked once, before the run's first transaction, and its answer kept beside the checkpoints (`kept.py`):
+tables may change, the run does not. ClickHouse says which and where; the trajectories themselves are read from Kafka,
+so that they are bit for bit what other trainers read. Rollouts of one group_id form a group, at the place of its first
+one; what the query leaves out is no member. Staleness is measured within a group, against the newest version in it: how
+old rollouts may be is the query's business.
 """
 
 from __future__ import annotations
 
 import logging
-import os
 from collections.abc import Iterator, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from pydantic import BaseModel
@@ -22,6 +20,7 @@ from pydantic import BaseModel
 from fulgurite.schemas.errors import SettingsError, StartError
 from fulgurite.schemas.migrations import connection_options
 from fulgurite.schemas.settings import ClickHouseSettings
+from fulgurite.streams.trainer.kept import keep, kept
 from fulgurite.streams.trainer.plan import Plan
 
 if TYPE_CHECKING:
@@ -29,7 +28,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SELECTION = "selection.jsonl"
+SELECTION = "selection"
 
 MAX_ROLLOUTS = 1_000_000
 """That a query may select: their places are kept in memory and in a file."""
@@ -52,9 +51,9 @@ class SelectedGroup(BaseModel):
     """Of its rollouts' trajectories, in the order of the query."""
 
 
-def select(plan: Plan, first_offsets: dict[int, int]) -> None:
-    """Asks the query and writes the selection. Raises SettingsError for a query that does not give a selection, or one
-    of rollouts whose trajectories Kafka has forgotten: before a model is loaded."""
+def select(plan: Plan, first_offsets: dict[int, int]) -> str:
+    """Asks the query, writes the selection and returns its file's name. Raises SettingsError for a query that does not
+    give a selection, or one of rollouts whose trajectories Kafka has forgotten: before a model is loaded."""
     rollout_ids = _asked(plan.settings.clickhouse, plan.source.sql)
     places = _places(plan.settings.clickhouse, rollout_ids, plan.topic)
     groups: dict[tuple[str, int], SelectedGroup] = {}
@@ -82,19 +81,14 @@ def select(plan: Plan, first_offsets: dict[int, int]) -> None:
         )
     if missing:
         logger.warning("%d of %d selected rollouts have no trajectory: left out", missing, len(rollout_ids))
-    _write(plan.folder / SELECTION, list(groups.values()))
-    logger.info("selected: %d rollouts in %d groups", len(rollout_ids) - missing, len(groups))
+    name = keep(plan.folder, SELECTION, groups.values())
+    logger.info("selected: %d rollouts in %d groups, %s", len(rollout_ids) - missing, len(groups), name)
+    return name
 
 
-def selection(plan: Plan) -> Iterator[SelectedGroup]:
-    """What `select` wrote."""
-    path = plan.folder / SELECTION
-    try:
-        with path.open() as file:
-            for line in file:
-                yield SelectedGroup.model_validate_json(line)
-    except (OSError, ValueError) as error:
-        raise StartError(f"what the run is to train on, {path}, cannot be read: {error}") from error
+def selection(plan: Plan, name: str) -> Iterator[SelectedGroup]:
+    """What `select` wrote. `name` is empty in checkpoints of before. Raises StartError."""
+    return kept(plan.folder / (name or f"{SELECTION}.jsonl"), SelectedGroup)
 
 
 def _asked(settings: ClickHouseSettings, sql: str) -> list[str]:
@@ -131,14 +125,3 @@ def _query(settings: ClickHouseSettings, sql: str, parameters: dict[str, Any], o
         raise SettingsError(f"source.sql: {str(error).splitlines()[0]}") from None
     finally:
         client.close()
-
-
-def _write(path: Path, groups: Sequence[SelectedGroup]) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.tmp")
-    with temporary.open("w") as file:
-        for group in groups:
-            file.write(group.model_dump_json() + "\n")
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.rename(path)

@@ -307,6 +307,7 @@ class Trainer:
             offsets=dict(self._reader.offsets),
             asked=run.windows.asked,
             source=self._supply.state(),
+            kept=run.kept,
         )
 
         def save_weights(folder: Path) -> None:
