@@ -62,8 +62,8 @@ class RewardSource(Section):
     template: Path | None = None
     """File with what the judge is asked: text with {input}, {output} or {transcript}, and {agent} and {status}."""
     answer: str = r"-?[0-9]+(?:\.[0-9]+)?"
-    """What of the judge's answer is the reward: the last match of this expression, a number. Of 8/10, or 8 (on a scale
-    of 1-10), the 8; where the last number may be a scale the answer counts as one without a number."""
+    """What a number is in the judge's answer; which of several is the reward must be clear, see docs/algorithms.md. Of
+    an expression with words, such as (?i)points: *[0-9]+, it is the last match, by the number at its end."""
     weight: float = 1.0
     """Of this part in the sum."""
     low: float | None = None

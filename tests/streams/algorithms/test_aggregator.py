@@ -109,7 +109,7 @@ async def test_from_spans_to_the_reward_that_trains(kafka_settings: KafkaSetting
     events = [queued("r"), started("r")]
     spans = [llm_call("r", 1, [1, 2], [3]), llm_call("r", 2, [1, 2, 3, 4], [5])]
     spans = [span.model_copy(update={"input": "2+2?", "output": "four"}) for span in spans]
-    async with model_server(lambda question: "Well. 2+2 is 4, so: 8") as server:
+    async with model_server(lambda question: "Well. 2+2 is 4.\nScore: 8") as server:
         sources = (
             judge(server.url, tmp_path, weight=0.1),
             RewardSource(name="length", function=f"{HERE}:length", weight=1.0, high=5.0),
