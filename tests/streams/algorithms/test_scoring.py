@@ -293,6 +293,32 @@ async def test_a_judge_that_says_more_than_a_reward_may_be_has_failed(tmp_path: 
     assert found.partial == "reward_failed"
 
 
+async def test_a_kept_answer_that_gives_no_number_is_asked_for_anew(tmp_path: Path) -> None:
+    own = TrajectoryReward(reward_id="own", name="reward", value=0.0)
+    (tmp_path / "template.txt").write_text("Rate {output}")
+    said = ["Score: 3", "hm", "Points: 4"]
+    async with model_server(lambda _: said[len(server.questions) - 1]) as server:
+        source = {"name": "j", "url": server.url, "model": "m", "template": tmp_path / "template.txt"}
+        aggregator = {"sources": [source], "cache": tmp_path / "verdicts.sqlite", "tries": 2}
+        first = await kept_scored(attempt(own), aggregator)
+        source["answer"] = "Points: [0-9]+"
+        values = [first] + [await kept_scored(attempt(own), aggregator) for _ in range(2)]
+    assert values == [3.0, 4.0, 4.0]
+    assert len(server.questions) == 3, "what is kept is no try, and the number that was had is kept"
+
+
+async def kept_scored(given: FinishedAttempt, aggregator: dict[str, Any]) -> float | None:
+    """With the verdicts of earlier processes."""
+    settings = Settings.model_validate({"aggregator": aggregator})
+    verdicts = Verdicts(settings.aggregator.cache, 10)
+    try:
+        async with httpx.AsyncClient() as client:
+            events = await Scoring(settings, client, verdicts).score(given)
+    finally:
+        verdicts.close()
+    return next(event.reward for event in events if isinstance(event, Trajectory))
+
+
 @pytest.mark.parametrize(
     ("own", "aggregator", "rule", "words"),
     [

@@ -1,9 +1,10 @@
 """A judge: a model that is asked, over OpenAI's chat completions, what an attempt is worth.
 
-Promises: the same question is asked once, as long as its verdict is kept; a judge that is away (no connection, 429,
-502, 503, 504) is waited for, for ever, visibly; any other failure (another status, no answer in time, an answer without
-a clear number, see `answers`) is tried aggregator.tries times and is then a PartFailed. At temperature 0, if its source
-says no other, so that asking again says the same where the server can. Does not know what the number is good for.
+Promises: the same question is asked once, as long as its verdict is kept and gives a number; a judge that is away (no
+connection, 429, 502, 503, 504) is waited for, for ever, visibly; any other failure (another status, no answer in time,
+an answer without a clear number, see `answers`) is tried aggregator.tries times and is then a PartFailed. At
+temperature 0, if its source says no other, so that asking again says the same where the server can. Does not know what
+the number is good for.
 
 The question is the source's template with these in place of their names:
     {input}        what the agent was given: the input of its root span, or of its first call
@@ -19,6 +20,7 @@ from __future__ import annotations
 import asyncio
 import json
 import re
+from contextlib import suppress
 from weakref import WeakValueDictionary
 
 import httpx
@@ -85,23 +87,27 @@ class Judge:
             return await self._verdict(question, identity)
 
     async def _verdict(self, question: str, identity: str) -> Part:
+        kept = self._verdicts.get(identity)
+        if kept is not None:
+            with suppress(NoAnswer):  # kept by a source with another `answer`, or before this one's was changed
+                return self._part(kept)
         problem = ""
         for _ in range(self._settings.tries):
-            answer = self._verdicts.get(identity)
-            known = answer is not None
             try:
-                if answer is None:
-                    async with self._room:
-                        answer = await self._model.ask(question, self._source.temperature)
-                value = number_in(self._number, answer)
+                async with self._room:
+                    answer = await self._model.ask(question, self._source.temperature)
+                part = self._part(answer)
             except NoAnswer as error:
                 problem = str(error)
                 continue
-            if not known:
-                self._verdicts.put(identity, answer)
-            metadata = {"answer": answer[:MAX_ANSWER_CHARS], "model": self._source.model}
-            return Part(self._source.name, {self._source.name: value}, metadata)
+            self._verdicts.put(identity, answer)
+            return part
         raise PartFailed(f"judge {self._source.name} ({self._source.url}): {problem} ({self._settings.tries} tries)")
+
+    def _part(self, answer: str) -> Part:
+        """Raises NoAnswer."""
+        metadata = {"answer": answer[:MAX_ANSWER_CHARS], "model": self._source.model}
+        return Part(self._source.name, {self._source.name: number_in(self._number, answer)}, metadata)
 
 
 def template_fault(template: str) -> str:
