@@ -8,7 +8,7 @@ import hashlib
 import json
 import struct
 import tempfile
-from collections.abc import AsyncGenerator, Callable, Mapping
+from collections.abc import AsyncGenerator, Callable, Collection, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -108,6 +108,25 @@ class Follower:
         return [(event.version, event.ok) for event in self.events]
 
 
+def vllm_metrics(running: Collection[str], waiting: int) -> str:
+    """What vLLM says of its requests, after it has said something else a second before."""
+    names = ",".join(sorted(running))
+    return f"""# HELP vllm:num_requests_running Number of requests in model execution batches.
+# TYPE vllm:num_requests_running gauge
+vllm:num_requests_running{{engine="0",model_name="policy"}} {len(running)}.0
+# HELP vllm:num_requests_waiting Number of requests waiting to be processed.
+# TYPE vllm:num_requests_waiting gauge
+vllm:num_requests_waiting{{engine="0",model_name="policy"}} {waiting}.0
+# HELP vllm:num_requests_waiting_by_reason Number of requests waiting to be processed, by reason.
+# TYPE vllm:num_requests_waiting_by_reason gauge
+vllm:num_requests_waiting_by_reason{{engine="0",model_name="policy",reason="capacity"}} 9.0
+# HELP vllm:lora_requests_info Running stats on lora requests.
+# TYPE vllm:lora_requests_info gauge
+vllm:lora_requests_info{{max_lora="1",running_lora_adapters="{names}",waiting_lora_adapters="{names}"}} 1.795e+09
+vllm:lora_requests_info{{max_lora="1",running_lora_adapters="policy-v7",waiting_lora_adapters=""}} 1.794e+09
+"""
+
+
 @dataclass
 class FakeVllm(FakePolicyServer):
     """With adapters and hashes of weights."""
@@ -121,6 +140,10 @@ class FakeVllm(FakePolicyServer):
     """Whether reload_weights does anything."""
     before_load: Callable[[], object] | None = None
     """Runs when files are about to be read."""
+    running: set[str] = field(default_factory=set[str])
+    """Adapters that its metrics name."""
+    waiting: int = 0
+    """Requests whose turn has not come."""
 
     def more_routes(self) -> list[tuple[str, str, Callable[[Request], Any]]]:
         found = {
@@ -128,12 +151,15 @@ class FakeVllm(FakePolicyServer):
             "/v1/unload_lora_adapter": self._unload_adapter,
             "/weight_checker": self._weight_checker,
         }
-        return [(path, "POST", found[path]) for path in self.routes]
+        return [("/metrics", "GET", self._metrics), *((path, "POST", found[path]) for path in self.routes)]
 
     async def restart(self, *, label: str | None = "default", weights: int = 0) -> None:
         await self.stop()  # one that still answers would be given an adapter again
         self.adapters.clear()
         await super().restart(label=label, weights=weights)
+
+    async def _metrics(self, request: Request) -> Response:
+        return PlainTextResponse(vllm_metrics(self.running, self.waiting))
 
     async def _models(self, request: Request) -> Response:
         models = {"base": "/models/base"} | self.adapters

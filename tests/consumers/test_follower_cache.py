@@ -237,6 +237,8 @@ def test_old_copies_go_but_not_what_is_served_or_pinned(settings: FollowerSettin
     assert cache.collect() == [1, 5]
     assert versions_in(cache) == [2, 3, 4, 6, 7]
     cache.claim("http://one", [7])
+    assert cache.collect() == [], "a claim goes only by name"
+    cache.claim("http://one", [7], done_with=[3, 7])
     assert cache.collect() == [3]
     cache.close()
 
@@ -254,6 +256,29 @@ def test_the_next_start_knows_what_servers_that_are_away_have(settings: Follower
     assert cache.collect() == [2, 3]
     assert versions_in(cache) == [1, 4]
     cache.close()
+
+
+def test_a_claim_before_the_cache_is_open_takes_none_of_the_claims_of_the_follower_before(
+    settings: FollowerSettings, tmp_path: Path
+):
+    """Of two servers, one is looked at while the other one's first fetch opens the cache."""
+    settings = settings.model_copy(update={"servers": ["http://one"], "keep_versions": 1})
+    cache = Cache(settings)
+    for number in (1, 2, 3):
+        cache.fetch(put(tmp_path, number))
+    cache.claim("http://one", [1, 2])
+    cache.close()
+    cache = Cache(settings)
+    cache.claim("http://one", [2])
+    cache.fetch(put(tmp_path, 4))
+    cache.claim("http://one", [2, 4], done_with=[3])
+    assert cache.claimed("http://one") == {1, 2, 4}
+    assert cache.collect() == [3]
+    cache.close()
+    again = Cache(settings)
+    again.fetch(put(tmp_path, 5))
+    assert again.claimed("http://one") == {1, 2, 4}
+    again.close()
 
 
 def test_the_cache_stays_within_its_bytes(settings: FollowerSettings, tmp_path: Path):

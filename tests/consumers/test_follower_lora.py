@@ -10,6 +10,7 @@ import aiohttp
 import pytest
 from starlette.responses import Response
 
+from fulgurite.consumers.follower import draining
 from fulgurite.consumers.follower.server import Refused
 from fulgurite.consumers.follower.tries import LOAD_TRIES
 from fulgurite.schemas.resources import ResourceVersion, adapter_name, adapter_version
@@ -61,8 +62,9 @@ async def test_adapters_are_loaded_beside_each_other_and_nothing_is_paused(
 
 
 async def test_old_adapters_are_unloaded_but_never_pinned_ones(
-    server: FakeVllm, session: aiohttp.ClientSession, tmp_path: Path
+    server: FakeVllm, session: aiohttp.ClientSession, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ):
+    monkeypatch.setattr(draining, "QUIET_SECONDS", 0.05)
     server.adapters = {"policy-v99x": "/somebody/elses", "other-v1": "/other"}
     follower = follower_of(server, session, tmp_path)
     async with follower.running():

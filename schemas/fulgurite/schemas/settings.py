@@ -186,6 +186,9 @@ class FollowerSettings(Section):
     """Newest versions kept in the cache, and as adapters in the servers; what is served or pinned stays besides."""
     pinned_versions: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1_000)] = Field(default_factory=list)
     """Versions that stay in the cache, and as adapters in the servers, however old they are."""
+    drain_seconds: Seconds = 3_600.0
+    """Longest that an unloaded adapter's files stay where its server does not tell that no request is on it
+    (docs/vllm.md); not below what the gateway's callers wait for an answer (gateway.answer_seconds)."""
     host: str = "127.0.0.1"
     """Where /metrics, /ready and /health listen."""
     port: Annotated[int, Field(ge=0, lt=65_536)] = 0

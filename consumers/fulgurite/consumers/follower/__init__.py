@@ -13,6 +13,7 @@
 | `transfer.py` | one server's sender, where weights go from GPU to GPU |
 | `sender.py` | that process: the tensors of a folder, over vLLM's weight-transfer routes |
 | `adapters.py` | LoRA adapters: load beside the others, unload old ones |
+| `draining.py` | until when unloaded ones may have requests |
 | `layout.py` | which tensors files have, by their headers |
 | `loading.py` | what these two share |
 | `versions.py` | the newest versions |

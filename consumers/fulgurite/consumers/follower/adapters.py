@@ -7,7 +7,8 @@ also when another process loaded it.
 
 Old ones are unloaded by the retention rule, never the one that is followed or a pinned one. So is what has a higher
 number than any on the log, as after a log was begun anew: the next requests would ask for it for ever. Requests that
-run on one when it is unloaded go on; a new one that names it is refused by the server.
+run on one when it is unloaded go on, those that wait for their turn too; its files stay for them, by the claims of the
+cache, until `draining.py` says that there are none. A new request that names it is refused by the server.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from __future__ import annotations
 import logging
 from pathlib import Path
 
+from fulgurite.consumers.follower.draining import Draining
 from fulgurite.consumers.follower.loading import LoadFailed, Phases, Shared
 from fulgurite.consumers.follower.server import LOAD_ADAPTER, PolicyServer, Refused, Unreachable
 from fulgurite.consumers.follower.store import Unusable
@@ -31,6 +33,7 @@ class Adapters:
     def __init__(self, server: PolicyServer, shared: Shared) -> None:
         self.versions: set[int] = set()
         """Of the followed resource, that the server has: as of the last look."""
+        self.draining = Draining(server, shared.settings)
         self._paths: dict[str, str] = {}
         self._server = server
         self._settings = shared.settings
@@ -42,6 +45,8 @@ class Adapters:
         self._paths = await self._server.models()
         found = (adapter_version(self._settings.resource, name) for name in self._paths)
         self.versions = {version for version in found if version is not None}
+        # What is claimed and not listed has left the list, whoever took it off, or may yet come.
+        self.draining.follow(self._cache.claimed(self._server.url) - self.versions)
 
     def serves(self, wanted: ResourceVersion) -> bool:
         path = self._paths.get(adapter_name(wanted.resource, wanted.version))

@@ -6,9 +6,11 @@
         served.json             which versions each server has, written before it gets one
         .lock                   held while a follower lives
 
-Which copies go, oldest first: all but the newest `keep_versions`, the pinned ones, and those that a server has or is
-about to get (`claim`). When room is needed for a new one, also those among the newest. A server that is away keeps its
-claim, over restarts of the follower too. Nothing outside this folder is ever removed: a trainer prunes its own exports.
+Which copies go, oldest first: all but the newest `keep_versions`, the pinned ones, and those that a server has, is
+about to get or may still read (`claim`). When room is needed for a new one, also those among the newest. A claim lasts
+until it is dropped by name, over restarts of the follower too: a server that is away keeps its own, and a follower that
+has not heard of an earlier claim cannot drop it. Nothing outside this folder is ever removed: a trainer prunes its own
+exports.
 
 Blocking, and for one thread at a time, but `claim` and `place`. Knows neither Kafka nor the servers' routes.
 """
@@ -61,17 +63,23 @@ class Cache:
         """Where the version's files are once they were fetched."""
         return self._root / f"v{version.version:06d}-{version.sha256}"
 
-    def claim(self, server: str, versions: Iterable[int]) -> None:
-        """Says what a server has, or is about to get. Raises StoreTrouble where the cache is in use and cannot tell
-        the next start."""
-        claimed = set(versions)
+    def claim(self, server: str, versions: Iterable[int], done_with: Iterable[int] = ()) -> None:
+        """Says what a server has, or is about to get, and what of that it needs no more. Raises StoreTrouble where the
+        cache is in use and cannot tell the next start."""
         with self._guard:
-            if self._claims.get(server, set()) == claimed:
+            before = self._claims.get(server, set())
+            claimed = (before - set(done_with)) | set(versions)
+            if before == claimed:
                 return
             claims = self._claims | {server: claimed}
             if self._lock is not None:
                 self._save(claims)
             self._claims = claims
+
+    def claimed(self, server: str) -> set[int]:
+        """What is claimed for the server; by the follower before as well, once the cache is in use."""
+        with self._guard:
+            return set(self._claims.get(server, ()))
 
     def stop(self) -> None:
         """A fetch under way ends soon; what it has is there for the next start."""
@@ -196,7 +204,9 @@ class Cache:
             ) from None
         with self._guard:
             followed = {url.rstrip("/") for url in self._settings.servers}
-            claims = {server: earlier[server] for server in followed & earlier.keys()} | self._claims
+            claims = {server: earlier[server] for server in followed & earlier.keys()}
+            for server, versions in self._claims.items():
+                claims[server] = claims.get(server, set()) | versions
             self._save(claims)
             self._claims = claims
 

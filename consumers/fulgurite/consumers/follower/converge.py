@@ -43,7 +43,8 @@ begins with 1 again and finds out by itself:
    same.
 
 A version of kind `lora` has 1, then is loaded beside what is served, looked for among the served models, and reported:
-nothing is paused (`adapters.py`).
+nothing is paused (`adapters.py`). Files of one that the server lists no more are claimed until no request can be on it
+(`draining.py`), over crashes and restarts: claims are written down before a load, and none goes by being forgotten.
 
 An unusable version is refused loudly, reported with ok=False and not tried again while this process lives; what the
 server has goes on, and if it has nothing, the newest usable version is loaded. Unusable are files not as announced,
@@ -145,7 +146,7 @@ class Convergence:
         state = await self._observe(wanted)
         served = wanted is not None and self._serves(wanted)
         self._tries.observed(identity(wanted) if wanted else None, served=served, restarted=state.is_nobodys)
-        self._observed(state, wanted if served else None)
+        self._observed(state, wanted, served=served)
         if state.held and (wanted is None or wanted.kind != "weights"):
             await self._rescue(state)
             return
@@ -155,6 +156,8 @@ class Convergence:
             if wanted and served and self._reported != identity(wanted):
                 logger.info("%s serves %s version %d", self._server.url, wanted.resource, wanted.version)
                 await self._applied(wanted, {})
+            if self._adapters.draining.over:
+                await self._collect()
             return
         if state.paused and state.version is not None:
             # By somebody who was killed; fetching the wanted version may take long, or not be possible now. Weights
@@ -195,7 +198,7 @@ class Convergence:
         self._log_served(version, seconds)
         self._metrics.applied(self._server.url, seconds)
         self._metrics.holds(self._server.url, nothing=False)
-        self._observed(state, version)
+        self._observed(state, version, served=True)
         await self._applied(version, seconds)  # 9
         await self._collect()
 
@@ -209,12 +212,14 @@ class Convergence:
             except Refused:  # vLLM without VLLM_SERVER_DEV_MODE=1, which adapters do not need
                 state = State(label=None, paused=False)
             await self._adapters.observe()
+        await self._adapters.draining.look(paused=state.paused)
         self._weights.observe(state)
         self._metrics.holds(self._server.url, nothing=state.held)
         return state
 
-    def _observed(self, state: State, current: ResourceVersion | None) -> None:
-        """Tells the cache and the metrics what the server has; `current` is the wanted version if that is it."""
+    def _observed(self, state: State, wanted: ResourceVersion | None, *, served: bool) -> None:
+        """Tells the cache and the metrics what the server has; `served` is whether that is what is wanted."""
+        current = wanted if served else None
         versions = set(self._adapters.versions)
         if current is not None:
             versions.add(current.version)
@@ -222,9 +227,17 @@ class Convergence:
             versions.add(state.version)
         elif self._weights.good is not None:
             versions.add(self._weights.good.version)  # it may be needed again
-        self._files.cache.claim(self._server.url, versions)
+        self._files.cache.claim(self._server.url, versions, self._done_with(wanted))
         version = current.version if current else state.version if state.version is not None else self._newest_adapter()
         self._metrics.observed(self._server.url, version, current)
+
+    def _done_with(self, wanted: ResourceVersion | None) -> set[int]:
+        """What the server needs no more, if it does not have it. Weights it reads only while it loads them."""
+        if wanted is None:
+            return set()
+        if wanted.kind == "lora":
+            return self._adapters.draining.over
+        return self._files.cache.claimed(self._server.url) - self._adapters.draining.kept
 
     def _newest_adapter(self) -> int | None:
         return max(self._adapters.versions, default=None)

@@ -28,6 +28,7 @@ MAX_ANSWER_BYTES: Final = 64 << 20
 """Larger than any list of checksums, a line for each tensor."""
 LOAD_ADAPTER: Final = "/v1/load_lora_adapter"
 UNLOAD_ADAPTER: Final = "/v1/unload_lora_adapter"
+METRICS: Final = "/metrics"
 CHECK_WEIGHTS: Final = "/weight_checker"
 LABEL_LOADING: Final = "loading"
 """The label of weights that are being replaced, or how it begins: every load has its own. Not a decimal number: what is
@@ -161,11 +162,15 @@ class PolicyServer:
         models = [model for model in found if isinstance(model, dict)] if isinstance(found, list) else []
         return {str(model.get("id")): str(model.get("root") or "") for model in models}
 
+    async def metrics(self) -> str:
+        """In Prometheus' text format."""
+        return await self._request("GET", METRICS)
+
     async def load_adapter(self, name: str, folder: str) -> None:
         await self._request("POST", LOAD_ADAPTER, json={"lora_name": name, "lora_path": folder})
 
     async def unload_adapter(self, name: str) -> None:
-        """Requests that it serves go on; it is no error that it is not there."""
+        """Requests that it serves go on, and need its files (`draining.py`); it is no error that it is not there."""
         try:
             await self._request("POST", UNLOAD_ADAPTER, json={"lora_name": name})
         except Refused as error:
