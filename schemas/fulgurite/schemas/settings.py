@@ -185,7 +185,8 @@ class FollowerSettings(Section):
     keep_versions: Annotated[int, Field(ge=1, le=1_000)] = 4
     """Newest versions kept in the cache, and as adapters in the servers; what is served or pinned stays besides."""
     pinned_versions: Annotated[list[Annotated[int, Field(ge=0)]], Field(max_length=1_000)] = Field(default_factory=list)
-    """Versions that stay in the cache, and as adapters in the servers, however old they are."""
+    """Versions that stay in the cache, and as adapters in the servers, however old they are. Weights in a local folder
+    are not copied: whoever publishes them keeps them (trainer.keep_versions)."""
     drain_seconds: Seconds = 3_600.0
     """Longest that an unloaded adapter's files stay where its server does not tell that no request is on it
     (docs/vllm.md); not below what the gateway's callers wait for an answer (gateway.answer_seconds)."""
