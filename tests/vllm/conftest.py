@@ -42,8 +42,11 @@ async def world(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> AsyncGenerator[World]:
-    """Version 1 is served. With the parameter "transfer" weights are sent, and not read by vLLM."""
+    """Version 1 is served. With the parameter "transfer" weights are sent, and not read by vLLM; with "one adapter" the
+    follower unloads all but the newest."""
     following: dict[str, Any] = {}
+    if getattr(request, "param", "files") == "one adapter":
+        following = {"keep_versions": 1}
     if getattr(request, "param", "files") == "transfer":
         monkeypatch.setenv("PYTHONPATH", PLUGIN)
         python = ROOT / ENVIRONMENT / "bin" / "python"
