@@ -13,6 +13,7 @@ import asyncio
 import socket
 import ssl
 from collections import deque
+from collections.abc import Callable
 from itertools import chain, zip_longest
 from typing import Any, Final
 from urllib.parse import urlsplit
@@ -37,7 +38,9 @@ class NotConnected(Exception):
 class HttpClient:
     """Of one origin. Close it."""
 
-    def __init__(self, url: str) -> None:
+    def __init__(self, url: str, dropped: Callable[[], None] = lambda: None) -> None:
+        """`dropped` is told when the other side closes a connection that is free, sooner than servers do: it ended."""
+        self._dropped = dropped
         parts = urlsplit(url)
         tls = parts.scheme == "https"
         self._host = parts.hostname or ""
@@ -92,6 +95,7 @@ class HttpClient:
         self._used.discard(connection)
         if connection in self._free:
             self._free.remove(connection)
+            self._dropped()
 
     def _sweep(self) -> None:
         """Closes what has been free for too long."""

@@ -136,6 +136,7 @@ class HttpExchange:
             self._has_failed = True
             logger.warning("backend %s broke off in the middle of an answer (%s)", self.endpoint, why)
             self.seat.failed(self._clock())
+            self._replica.doubt()
 
     def close(self) -> None:
         """Ends it: what the backend has not said yet is not wanted."""

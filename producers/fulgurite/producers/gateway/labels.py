@@ -6,6 +6,9 @@ this version sampled all of it. Hence:
 - before: what was seen last will do; if it is old it is asked for again, since an old label bounds less;
 - after: the question must leave after the answer came; one question serves all calls that wait for it.
 
+The same label says whether the weights have a version at all: a server that starts has its own (UNNUMBERED), until the
+follower gives it one. So health checks ask for it too, and whoever may have another server before him (replica.py).
+
 Whoever labels servers by hand may go from one version to another and back. A call that was under way then has no
 version if any call's question saw the one in between; with nobody asking, it is not seen.
 """
@@ -13,6 +16,7 @@ version if any call's question saw the one in between; with nobody asking, it is
 from __future__ import annotations
 
 import asyncio
+import re
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass
 from typing import Final
@@ -21,6 +25,16 @@ FRESH_SECONDS: Final = 0.05
 """A call that began so soon after a swap may go without a version; older labels are asked for again."""
 ABSENT_SECONDS: Final = 30.0
 """A server without the route is asked again after this: it may have been replaced."""
+
+
+UNNUMBERED: Final = "default"
+"""What vLLM and the embedded server call the weights that they started with."""
+_VERSION: Final = re.compile(r"[0-9]{1,18}")
+
+
+def is_version(label: str) -> bool:
+    """Whether somebody numbered the weights that are called so."""
+    return _VERSION.fullmatch(label) is not None
 
 
 class NoSuchRoute(Exception):
@@ -36,10 +50,16 @@ class Seen:
 
 
 class Labels:
-    """Of one server. `read` gives the label, None when it cannot be had now; raises NoSuchRoute."""
+    """Of one server. `read` gives the label, None when it cannot be had now; raises NoSuchRoute. `changed` is told when
+    `numbered` or `unnumbered` did."""
 
-    def __init__(self, read: Callable[[], Awaitable[str | None]]) -> None:
+    def __init__(self, read: Callable[[], Awaitable[str | None]], changed: Callable[[], None]) -> None:
         self._read = read
+        self._changed = changed
+        self.numbered = False
+        """Whether its weights ever had a version."""
+        self.unnumbered = False
+        """Whether they have none now, and it says so."""
         self._label: str | None = None
         self._last: str | None = None
         self._changes = 0
@@ -52,6 +72,10 @@ class Labels:
         """A label the server had at some time before now."""
         if asyncio.get_running_loop().time() - self._seen_at < FRESH_SECONDS:
             return Seen(self._label, self._changes)
+        return await self._now()
+
+    async def now(self) -> Seen:
+        """A label the server has at some time after now."""
         return await self._now()
 
     async def after(self, before: Seen | None) -> str | None:
@@ -85,9 +109,20 @@ class Labels:
             self._label = await self._read()
         except NoSuchRoute:
             self._label, self._absent_until = None, loop.time() + ABSENT_SECONDS
+            self._tell(None)
         if self._label is not None and self._label != self._last:
             self._last = self._label
             self._changes += 1
+        if self._label is not None:
+            self._tell(self._label)
         # Of the time it was asked: it is at least so old.
         self._seen_at = asked_at
         return Seen(self._label, self._changes)
+
+    def _tell(self, label: str | None) -> None:
+        """None: it does not say."""
+        before = (self.numbered, self.unnumbered)
+        self.numbered = self.numbered or (label is not None and is_version(label))
+        self.unnumbered = label == UNNUMBERED
+        if before != (self.numbered, self.unnumbered):
+            self._changed()

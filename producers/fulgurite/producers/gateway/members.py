@@ -1,5 +1,5 @@
 """The backends of a pool: who serves which model, which of them is well. Asked every gateway.health_seconds, and more
-often one that is not well, or lacks an adapter that another has.
+often one that is not well, or lacks an adapter or a version that another has.
 
 A model that nobody is known to serve makes us ask all servers what they serve, at most once a RELIST_SECONDS: an
 adapter may have been loaded just now. No provider is asked for it before every vllm that lists its models has done so
@@ -22,7 +22,14 @@ from fulgurite.producers.gateway.exchange import Ask
 from fulgurite.producers.gateway.metrics import BackendMetrics, Metrics
 from fulgurite.producers.gateway.places import Capacity, choose, score
 from fulgurite.producers.gateway.replica import CHECK_SECONDS, Replica
-from fulgurite.producers.gateway.routing import LOST_ADAPTERS, named, others, unheard, with_newest_adapter
+from fulgurite.producers.gateway.routing import (
+    LOST_ADAPTERS,
+    named,
+    others,
+    unheard,
+    with_newest_adapter,
+    without_version,
+)
 from fulgurite.schemas.settings import BackendSettings, GatewaySettings
 
 logger = logging.getLogger(__name__)
@@ -35,10 +42,16 @@ RELIST_SECONDS: Final = 1.0
 class Member(Replica):
     """A backend in the pool, with its metrics."""
 
-    def __init__(self, settings: BackendSettings, gateway: GatewaySettings, metrics: Metrics) -> None:
+    def __init__(
+        self,
+        settings: BackendSettings,
+        gateway: GatewaySettings,
+        metrics: Metrics,
+        versions_changed: Callable[[], None],
+    ) -> None:
         breaker = Breaker(gateway.breaker_failures, gateway.breaker_seconds, gateway.max_breaker_seconds)
         capacity = Capacity(settings.url, breaker, settings.max_concurrent_requests, settings.max_queued_requests)
-        super().__init__(settings, capacity, gateway.max_answer_bytes, gateway.answer_seconds)
+        super().__init__(settings, capacity, gateway.max_answer_bytes, gateway.answer_seconds, versions_changed)
         self.metrics: BackendMetrics = metrics.backend(settings.url)
         self.metrics.in_flight.set_function(lambda: capacity.in_flight)
 
@@ -53,18 +66,18 @@ class Members:
         tasks: asyncio.TaskGroup,
         changed: Callable[[], None],
     ) -> None:
-        """`changed` is told when one became well, or is no longer."""
+        """`changed` is told when one became well, or is no longer, and the same of who has a version."""
         self._settings = settings
         self._loop = asyncio.get_running_loop()
         self._tasks = tasks
         self._changed = changed
-        self.all = [Member(backend, settings, metrics) for backend in settings.all_backends()]
+        self.all = [Member(backend, settings, metrics, self._compare) for backend in settings.all_backends()]
         self._by_capacity = {member.capacity: member for member in self.all}
         self._unasked = {member for member in self.all if member.kind == "vllm"}
         """Not looked at yet."""
         self._asked_all = asyncio.Event()
         self._newer = asyncio.Event()
-        """Somebody has a newer adapter than any had."""
+        """Somebody has a newer adapter than any had, or lacks a version."""
         self._looking = [tasks.create_task(self._look_after(member)) for member in self.all]
         self._relisted_at = float("-inf")
         self._relisting: asyncio.Task[None] | None = None
@@ -208,6 +221,7 @@ class Members:
                 problem = await member.check()
                 if not problem:
                     await self._list(member)
+                    await member.look_at_version()
                 if was_well != member.capacity.well:
                     self._changed()
             self._unasked.discard(member)
@@ -229,9 +243,28 @@ class Members:
         resource = member.settings.resource
         before = self._newest_adapter(resource)
         await member.list_models(authorization)
+        self._compare()
         if self._newest_adapter(resource) > before:
-            newer, self._newer = self._newer, asyncio.Event()
-            newer.set()
+            self._wake()
+
+    def _wake(self) -> None:
+        """Those that are behind are looked at now."""
+        newer, self._newer = self._newer, asyncio.Event()
+        newer.set()
+
+    def _compare(self) -> None:
+        """Who has no version where others have: not asked until it has one."""
+        found = without_version(self.all)
+        changed = [member for member in self.all if member.capacity.behind != (member in found)]
+        for member in changed:
+            member.capacity.behind = member in found
+            if member.capacity.behind:
+                logger.warning("backend %s has weights without a version; requests wait or go elsewhere", member.url)
+            else:
+                logger.info("backend %s has a version again", member.url)
+        if changed:
+            self._wake()
+            self._changed()
 
     def _newest_adapter(self, resource: str) -> int:
         found = (member.newest_adapter(resource) for member in self.all)
@@ -241,7 +274,7 @@ class Members:
         resource = member.settings.resource
         mine = member.newest_adapter(resource)
         newest = self._newest_adapter(resource)
-        return member.kind == "vllm" and newest > (LOST_ADAPTERS if mine is None else mine)
+        return member.capacity.behind or (member.kind == "vllm" and newest > (LOST_ADAPTERS if mine is None else mine))
 
     async def _problem(self, member: Member, timeout_seconds: float) -> str:
         if member.kind != "vllm":

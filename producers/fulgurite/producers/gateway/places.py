@@ -2,10 +2,10 @@
 
 A request takes a Seat at one of the backends that would do, and leaves it exactly once. Requests that would do with the
 same backends wait in one line, first come first served; of several lines the one whose head has waited longest goes
-first. Nobody waits while there is room for them: a line is looked at when a seat is left, when a backend's health
-changes, and when a breaker lets the next one through. What a call needs once it is sampled passes lines and bounds
-(`past_bounds`): it is small, and what was sampled would be lost. It holds a seat all the same, so nobody else begins
-before it ends.
+first. Nobody waits while there is room for them: a line is looked at when a seat is left, when a backend's health or
+version changes, and when a breaker lets the next one through. What a call needs once it is sampled passes lines and
+bounds (`past_bounds`): it is small, and what was sampled would be lost. It holds a seat all the same, so nobody else
+begins before it ends.
 
 Which backend (`choose`): for a pinned request the first that takes it in the pin's own order of all backends
 (rendezvous hashing: a backend that goes or comes moves only the pins that are its own; one that is full sends each of
@@ -37,13 +37,19 @@ class Capacity:
     """Requests that may wait for it; 0: no bound."""
     well: bool = True
     """What its health checks say."""
+    behind: bool = False
+    """Whether its weights lack a version, where what is asked of it was served with one (routing.py)."""
     in_flight: int = 0
     taken: int = 0
     """Requests it was ever given."""
 
-    def answers(self, now: float) -> bool:
-        """Whether it may be asked, as far as its health goes."""
+    def works(self, now: float) -> bool:
+        """Whether it may be asked what no version matters to, as far as its health goes."""
         return self.well and self.breaker.allows(now)
+
+    def answers(self, now: float) -> bool:
+        """Whether it may be asked, were there room."""
+        return not self.behind and self.works(now)
 
     def takes(self, now: float) -> bool:
         """Whether it may be asked, and has room."""
@@ -136,7 +142,7 @@ def score(pin: str, url: str) -> int:
 
 def choose(candidates: Sequence[Capacity], pin: str, now: float, *, past_bounds: bool = False) -> Capacity | None:
     """The one to ask, None when none takes a request now."""
-    free = [capacity for capacity in candidates if (capacity.answers if past_bounds else capacity.takes)(now)]
+    free = [capacity for capacity in candidates if (capacity.works if past_bounds else capacity.takes)(now)]
     if len(free) < 2:
         return free[0] if free else None
     if pin:

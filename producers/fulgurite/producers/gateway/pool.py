@@ -168,9 +168,9 @@ class Pool:
             may_pass = tries.count > 0 or ask.past_bounds
             seat = self._places.take_now(untried, ask.pin, past_bounds=ask.past_bounds) if may_pass else None
             if seat is None:
-                away = f"{tries.away}; {tries.count} tries" if tries.count else "not well"
+                away = f"{tries.away}; {tries.count} tries" if tries.count else ""
                 if tries.count or ask.past_bounds:
-                    await self._pause(ask, tries.rounds, away, tries.began)
+                    await self._pause(ask, tries.rounds, away or _why_away(candidates), tries.began)
                     tries.rounds += 1
                     tries.tried.clear()
                 if ask.past_bounds:
@@ -236,7 +236,7 @@ class Pool:
             if error.busy:
                 message = f"every backend of this model stayed full for {waited:.3g} s (gateway.queue_seconds)"
                 raise ApiError(503, "queue_timeout", message) from None
-            raise _unavailable(away, waited) from None
+            raise _unavailable(away or _why_away(candidates), waited) from None
 
     async def _pause(self, ask: Ask, rounds: int, away: str, began: float) -> None:
         """Before all are tried once more. Raises ApiError(503) when there is no time left for that."""
@@ -306,6 +306,11 @@ class Opened:
         self._exchange.close()
         self._exchange = await self._pool.answered(self)
         return self._exchange
+
+
+def _why_away(candidates: tuple[Capacity, ...]) -> str:
+    behind = any(capacity.behind for capacity in candidates)
+    return "not well, or the weights have no version yet" if behind else "not well"
 
 
 def _unavailable(away: str, seconds: float) -> ApiError:

@@ -1,6 +1,9 @@
 """One backend over HTTP: asked once, checked, listed. Whether it should be asked is not its business (places.py), nor
 is the body of its answer (http_exchange.py).
 
+It may be another server than a moment ago, with the weights that it started with: whenever a connection broke, or none
+came about, the next request waits until it has said which version it has. Otherwise no request asks for that.
+
 Redirects are not followed: another server is not the one the settings name. Cookies are not kept: they would mix
 agents. Bodies and keys are never logged.
 """
@@ -9,6 +12,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+from collections.abc import Callable
 from typing import Any, Final
 
 import orjson
@@ -52,7 +56,9 @@ class Replica:
         capacity: Capacity,
         max_answer_bytes: int,
         answer_seconds: float,
+        versions_changed: Callable[[], None],
     ) -> None:
+        """`versions_changed` is told when `numbered` or `unnumbered` may have."""
         self.settings = settings
         self.capacity = capacity
         self.listed: dict[str, dict[str, Any]] = {}
@@ -65,10 +71,12 @@ class Replica:
         self.max_answer_bytes = max_answer_bytes
         self.answer_seconds = answer_seconds
         self._named = frozenset(settings.models)
-        self._client = HttpClient(settings.url)
+        self._client = HttpClient(settings.url, self.doubt)
         self._skipped = "" if settings.routes_begin_with_v1 else "/v1"
         """Of routes: the URL's path is in its place."""
-        self._labels = Labels(self._read_label)
+        self._labels = Labels(self._read_label, versions_changed)
+        self._doubts = self._settled = 0
+        """How often it may have become another server, and how many of these it has been asked after."""
         self._gives_versions: dict[str, bool] = {}
         self._failed_checks = 0
         self._key = settings.api_key.get_secret_value()
@@ -98,6 +106,16 @@ class Replica:
 
     def newest_adapter(self, resource: str) -> int | None:
         return self._newest_adapter if self.kind == "vllm" and resource == self.settings.resource else None
+
+    @property
+    def numbered(self) -> bool:
+        """Whether its weights have a version, or had one."""
+        return self._labels.numbered
+
+    @property
+    def unnumbered(self) -> bool:
+        """Whether they have none, by its own account. With adapters they are not what is asked for."""
+        return self._labels.unnumbered and self._newest_adapter is None
 
     def serves(self, model: str) -> bool:
         return model in self._named or model in self.listed
@@ -139,7 +157,11 @@ class Replica:
         model = self._model(ask)
         adapter = adapter_version(self.settings.resource, model) if self.kind == "vllm" else None
         asks_version = self.kind == "vllm" and route not in UNVERSIONED and not self._gives_versions.get(route, False)
+        if self._doubts != self._settled and self.kind == "vllm":
+            await self._settle()
         before = await self._labels.before() if asks_version and adapter is None else None
+        if self.capacity.behind and not ask.past_bounds:
+            raise Away("its weights have no version now")
         body = ask.body_for(self.kind)
         if model != ask.model:
             body = to_bytes(loads(body) | {"model": model})
@@ -151,8 +173,10 @@ class Replica:
                 headers_for(self.kind, ask.headers) if ask.headers else "",
             )
         except NotConnected as error:
+            self.doubt()
             raise Away(str(error)) from None
         except Broken as error:
+            self.doubt()
             raise Away(str(error), most_tries=most_tries(self.kind)) from None
         exchange = HttpExchange(self, seat, response, route, tries, before, adapter, silence_seconds)
         if had_it(self.kind, response.status):
@@ -179,6 +203,22 @@ class Replica:
             raise Away(f"it has no adapter of {ask.model} now")
         return adapter_name(self.settings.resource, self._newest_adapter)
 
+    def doubt(self) -> None:
+        """It may have ended: who answers next may be another one."""
+        self._doubts += 1
+
+    async def look_at_version(self) -> None:
+        """Asks which version its weights have, unless it is an adapter that is asked for, or that was just asked."""
+        if self.kind == "vllm" and self._newest_adapter is None:
+            await self._labels.before()
+
+    async def _settle(self) -> None:
+        """One question for all that wait."""
+        doubts = self._doubts
+        if self._newest_adapter is None:
+            await self._labels.now()
+        self._settled = max(self._settled, doubts)
+
     async def label(self, before: Seen | None) -> str | None:
         """The version its weights have at some time after now; None where they had another one since `before`."""
         return await self._labels.after(before)
@@ -192,6 +232,8 @@ class Replica:
         problem = await self.problem()
         if not problem:
             self._failed_checks = 0
+            if not self.capacity.well and self._newest_adapter is None:
+                await self._labels.now()  # before anybody asks it: it was started anew, perhaps
             if not self.capacity.well:
                 logger.info("backend %s is well again", self.url)
                 self.capacity.well = True
@@ -199,6 +241,7 @@ class Replica:
                 self._gives_versions.clear()  # it may be another server now
         else:
             self._failed_checks += 1
+            self.doubt()
             if self._failed_checks >= HEALTH_FAILURES and self.capacity.well:
                 logger.warning("backend %s is not well (%s); requests wait or go elsewhere", self.url, problem)
                 self.capacity.well = False
@@ -264,7 +307,10 @@ class Replica:
         try:
             status, data = await self._get("/weight_info")
             info = orjson.loads(data) if status == 200 else None
-        except (TimeoutError, NotConnected, Broken, ValueError):
+        except (NotConnected, Broken):
+            self.doubt()
+            return None
+        except (TimeoutError, ValueError):
             return None
         if status in NO_ROUTE:
             raise NoSuchRoute

@@ -44,6 +44,21 @@ class Server(Protocol):
         """The newest version of the resource that it is known to have as an adapter; LOST_ADAPTERS if it had some."""
         ...
 
+    @property
+    def numbered(self) -> bool:
+        """Whether its weights have a version, or had one."""
+        ...
+
+    @property
+    def unnumbered(self) -> bool:
+        """Whether its weights have no version, and are what is asked for."""
+        ...
+
+    @property
+    def names(self) -> set[str]:
+        """Models it is known to serve."""
+        ...
+
     def serves(self, model: str) -> bool:
         """Whether it is known to."""
         ...
@@ -81,6 +96,20 @@ def with_newest_adapter(servers: Sequence[S], resource: str) -> list[S]:
     usable = [server for server in having if server.well] or list(having)
     newest = max((having[server] for server in usable), default=None)
     return [server for server in usable if having[server] == newest]
+
+
+def without_version(servers: Sequence[S]) -> list[S]:
+    """Those whose weights have no version, where they had one, or another server of the same model has or had one.
+
+    Such a server was started anew, or is new, and the follower will give it the version: what it has until then is not
+    what was asked for. It is waited for also where it is the only one, as for a lost adapter.
+    """
+    numbered = [server for server in servers if server.numbered]
+    return [
+        server
+        for server in servers
+        if server.unnumbered and any(other is server or server.names & other.names for other in numbered)
+    ]
 
 
 def others(servers: Sequence[S], model: str) -> list[S]:

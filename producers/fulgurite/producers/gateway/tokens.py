@@ -7,7 +7,6 @@ answer broke off, what is whole is taken and the rest left out.
 from __future__ import annotations
 
 import math
-import re
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any, Final
@@ -15,12 +14,12 @@ from typing import Any, Final
 import orjson
 from pydantic import ValidationError
 
+from fulgurite.producers.gateway.labels import is_version
 from fulgurite.producers.gateway.outcome import Choice, Outcome, Served
 from fulgurite.producers.gateway.protocols.base import whole_number
 from fulgurite.schemas.errors import InvalidEvent
 from fulgurite.schemas.event import VersionSpan
 
-_VERSION_LABEL: Final = re.compile(r"[0-9]{1,18}")
 MAX_COUNTED: Final = 2**40
 _COUNTS: Final = (("prompt_tokens", "input_tokens"), ("completion_tokens", "output_tokens"))
 """How chat completions and completions call them, and how the other protocols do."""
@@ -107,7 +106,7 @@ def _versions(choice: Choice, served: Served, tokens: int, *, required: bool) ->
     given = choice.versions
     if given is None:
         labels = [label for label in (served.version_before, served.version_after) if label is not None]
-        if len(labels) == 2 and labels[0] == labels[1] and _VERSION_LABEL.fullmatch(labels[0]):
+        if len(labels) == 2 and labels[0] == labels[1] and is_version(labels[0]):
             return ([VersionSpan(version=int(labels[0]), start=0, end=tokens)] if tokens else []), []
         return [], labels
     try:
@@ -115,7 +114,7 @@ def _versions(choice: Choice, served: Served, tokens: int, *, required: bool) ->
         if not required and (not parts or parts[-1][2] != tokens):
             return [], []
         labels = [label for label, _, _ in parts]
-        if not all(_VERSION_LABEL.fullmatch(label) for label in labels):
+        if not all(map(is_version, labels)):
             return [], labels  # "default": a server whose weights nobody has numbered
         return [
             VersionSpan(version=int(label), start=start, end=end) for label, start, end in parts if start != end
