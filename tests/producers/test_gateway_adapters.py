@@ -8,6 +8,7 @@ from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
+import httpx
 import openai
 import pytest
 from starlette.requests import Request
@@ -111,6 +112,15 @@ async def test_an_adapter_asked_by_its_own_name_is_recorded_as_its_version():
         await gateway.ask("base")
     assert gateway.servers[0].asked == ["policy-v9", "base"]
     assert [span.weight_versions[0].version for span in gateway.publisher.spans] == [9, 1]
+
+
+async def test_an_answer_without_ids_names_the_adapters_version_too():
+    async with setup(FakeLora(adapters=[9])) as gateway:
+        await gateway.know(9)
+        body = {"model": "policy", "max_tokens": 3, "messages": MESSAGES}
+        async with httpx.AsyncClient() as agent:
+            await agent.post(f"{gateway.url}/rollout/r1/attempt/a1/v1/messages", json=body)
+    assert gateway.publisher.spans[0].attributes["fulgurite.weight_version_labels"] == ["9"]
 
 
 async def test_only_servers_that_have_the_newest_are_asked():

@@ -127,6 +127,20 @@ async def test_a_message_is_recorded_by_its_texts_and_passes_unchanged(stream: b
     assert not publisher.dead
 
 
+@pytest.mark.parametrize("stream", [False, True])
+async def test_the_versions_around_a_message_are_recorded_though_it_has_no_ids(stream: bool):
+    publisher = FakePublisher()
+    async with FakePolicyServer(weights=7, label="12") as backend, gateway(publisher, backend.url) as url:
+        async with posted(url, f"{BASE}/v1/messages", MESSAGE | {"stream": stream}) as response:
+            await response.read()
+        backend.faults["/v1/messages"] = lambda: setattr(backend, "label", "13")
+        async with posted(url, f"{BASE}/v1/messages", MESSAGE | {"stream": stream}) as response:
+            await response.read()
+    labels = [span.attributes["fulgurite.weight_version_labels"] for span in publisher.spans]
+    assert labels == [["12", "12"], ["12", "13"]]
+    assert not any(span.weight_versions for span in publisher.spans), "these are of token ids"
+
+
 async def test_a_message_that_uses_a_tool_is_put_together():
     publisher = FakePublisher()
     tool = {"name": "weather", "input_schema": {"type": "object"}}

@@ -61,7 +61,8 @@ ATTRIBUTE_CHOICE: Final = "fulgurite.choice"
 ATTRIBUTE_INPUT_OF_CHOICE: Final = "fulgurite.input_of_choice"
 """Where the input is left out, the number of the choice whose span has it."""
 ATTRIBUTE_VERSION_LABELS: Final = "fulgurite.weight_version_labels"
-"""Labels that could not be recorded as the version: not numbers, or different before and after the call."""
+"""Labels that could not be recorded as the version of tokens: not numbers, different before and after the call, or of
+an answer without token ids."""
 
 
 def request_attributes(

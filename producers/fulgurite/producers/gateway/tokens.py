@@ -36,6 +36,7 @@ class Tokens:
     logprobs: list[float] = field(default_factory=list)
     versions: list[VersionSpan] = field(default_factory=list[VersionSpan])
     labels: list[str] = field(default_factory=list)
+    """That could not be made versions of these: of an answer without ids, those around it."""
 
     @classmethod
     def of(cls, choice: Choice, served: Served, *, required: bool) -> Tokens:
@@ -45,11 +46,11 @@ class Tokens:
         if prompt_ids is None or ids is None:
             if required:
                 raise InvalidEvent("no_token_ids", "the backend gave no token ids (does it know return_token_ids?)")
-            return cls()
+            return cls(labels=_labels_around(served))
         if not (are_ids(prompt_ids) and are_ids(ids)):
             if required:
                 raise InvalidEvent("bad_field", "a token id is no whole number from 0")
-            return cls()
+            return cls(labels=_labels_around(served))
         if logprobs is None and ids and required:
             raise InvalidEvent("no_logprobs", "the backend gave no logprobs, or not one of each token")
         if logprobs is not None and len(logprobs) != len(ids):
@@ -95,6 +96,13 @@ def counted(answer: bytes) -> tuple[int, int]:
     return prompt, sampled
 
 
+def _labels_around(served: Served) -> list[str]:
+    """What is known of the version from outside of the answer."""
+    if served.adapter_version is not None:
+        return [str(served.adapter_version)]
+    return [label for label in (served.version_before, served.version_after) if label is not None]
+
+
 def _versions(choice: Choice, served: Served, tokens: int, *, required: bool) -> tuple[list[VersionSpan], list[str]]:
     """(versions of the tokens, labels that are no versions).
 
@@ -105,7 +113,7 @@ def _versions(choice: Choice, served: Served, tokens: int, *, required: bool) ->
         return ([VersionSpan(version=served.adapter_version, start=0, end=tokens)] if tokens else []), []
     given = choice.versions
     if given is None:
-        labels = [label for label in (served.version_before, served.version_after) if label is not None]
+        labels = _labels_around(served)
         if len(labels) == 2 and labels[0] == labels[1] and is_version(labels[0]):
             return ([VersionSpan(version=int(labels[0]), start=0, end=tokens)] if tokens else []), []
         return [], labels
