@@ -239,6 +239,8 @@ class Gateway:
         await self._log.publish(call, recording)  # 4
         if sampled:
             self._tokens.remember(call, sampled)
+        else:
+            self._tokens.asked_by_text(call, served)
         return for_agent
 
     async def _interrupted(self, call: Call, asked: Asked) -> None:

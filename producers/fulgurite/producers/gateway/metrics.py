@@ -84,7 +84,7 @@ class Metrics:
         self._refused = self._counter("refused_requests", "requests that got an error of our own", ("code",))
         self.connections = ConnectionMetrics(self.registry, self._refused.labels("too_many_connections"))
         self._prompts = self._counter(
-            "prompts", "prompts given by their tokens, by what they do with the turn before", ("turn",)
+            "prompts", "answered calls of rollouts, by what their prompts do with the turn before", ("turn",)
         )
         self._key_requests = self._counter("key_requests", "requests by name of the API key", ("key",))
         self._by_key: dict[str, Counter] = {}  # finding a metric's child costs more than counting
@@ -117,8 +117,9 @@ class Metrics:
         self._refused.labels(code).inc()
 
     def prompt(self, turn: str) -> None:
-        """begins: there is none; continues: exactly its tokens; unknown_turn: there is one, not remembered or
-        come back otherwise; else why the template's own prompt was used."""
+        """Of an answer of the policy in a rollout. begins: there is none; continues: exactly its tokens; by_text: there
+        is one, and no prompt of tokens was asked with; unknown_turn: there is one, not remembered or come back
+        otherwise; else why the template's own prompt was used."""
         self._prompts.labels(turn).inc()
 
     def asked_with(self, key: str) -> None:

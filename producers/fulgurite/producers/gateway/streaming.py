@@ -109,6 +109,8 @@ class Streaming:
             await self._send_last(run, b"".join(run.held))  # 5
             if run.translation and run.stream:
                 await self._tokens.remember_stream(call, run.translation, run.stream.outcome, deadline)
+            else:
+                self._tokens.asked_by_text(call, run.served)
         elif run.out.begun and not isinstance(failure, AgentGone):
             logger.info("a stream ended with an error: %s", failure.code)
             await self._send_last(run, call.api.error_event(failure))

@@ -72,6 +72,8 @@ class Prepared:
     """For GENERATE."""
     answers: tuple[Place, ...] = ()
     """In what was rendered, of which the prompt has the own tokens."""
+    turn: str = ""
+    """What the prompt does with the turn before, see `Metrics.prompt`."""
 
 
 class TokenAsker:

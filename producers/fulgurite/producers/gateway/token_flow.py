@@ -27,7 +27,7 @@ from fulgurite.producers.gateway.conversations import Conversations
 from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.exchange import Backends
 from fulgurite.producers.gateway.metrics import Metrics
-from fulgurite.producers.gateway.outcome import Outcome
+from fulgurite.producers.gateway.outcome import Outcome, Served
 from fulgurite.producers.gateway.protocols import CHAT
 from fulgurite.producers.gateway.protocols.base import Json, invalid, unreadable, where
 from fulgurite.producers.gateway.token_asking import Lacking, Prepared, TokenAsker, Unserved
@@ -55,6 +55,7 @@ from fulgurite.producers.gateway.token_route import (
 from fulgurite.producers.gateway.token_stream import Translation
 from fulgurite.producers.gateway.tool_call_ids import ToolCallIds
 from fulgurite.producers.gateway.turn_ends import TEXT, TurnEnds
+from fulgurite.producers.gateway.turns import has_answer, has_turn
 
 logger = logging.getLogger(__name__)
 
@@ -137,8 +138,16 @@ class TokenRoute:
         self._probed.discard(kind)
         self._lacking.add(kind)
 
+    def asked_by_text(self, call: Call, served: Served | None) -> None:
+        """What the policy answered to the words of this call is recorded; its tokens are not remembered."""
+        if call.rollout_id and served and served.kind == "vllm":
+            continued = has_turn(call.api, call.body)
+            if continued is not None:
+                self._metrics.prompt("by_text" if continued else "begins")
+
     def remember(self, call: Call, sampled: Sampled) -> None:
         """What the agent got: the next call may continue it. Raises nothing: the call is recorded."""
+        self._metrics.prompt(sampled.prepared.turn)
         try:
             messages = {choice["index"]: choice["message"] for choice in sampled.response["choices"]}
             for choice in sampled.generated:
@@ -148,6 +157,7 @@ class TokenRoute:
 
     async def remember_stream(self, call: Call, translation: Translation, outcome: Outcome, deadline: float) -> None:
         """The same of a stream that came to its end. Raises nothing: the agent has its answer."""
+        self._metrics.prompt(translation.prepared.turn)
         try:
             answers = {at: end | {"token_ids": outcome.choices[at].token_ids} for at, end in translation.ends.items()}
             await self._ends.learn(call, list(answers.values()), _after(deadline))
@@ -184,11 +194,11 @@ class TokenRoute:
             if len(self._probed) >= MAX_MODELS:
                 self._probed.clear()
             self._probed.add(kind)
-        spliced = await self._splice(call, rendered["token_ids"], deadline)
+        spliced, turn = await self._splice(call, rendered["token_ids"], deadline)
         prompt = spliced.prompt.tolist() if spliced else rendered["token_ids"]
         request = generate_request(call.body, rendered, prompt)
         rendered = with_request_id(rendered)
-        return Prepared(rendered, prompt, request, spliced.answers if spliced else ())
+        return Prepared(rendered, prompt, request, spliced.answers if spliced else (), turn)
 
     async def _sample(self, call: Call, deadline: float, whole_deadline: float, asked: Asked) -> Sampled | None:
         prepared = await self._prepare(call, deadline, asked)
@@ -261,20 +271,17 @@ class TokenRoute:
                     found[token] = answer["prompt"]
         return found
 
-    async def _splice(self, call: Call, rendered: list[int], deadline: float) -> Spliced | None:
-        """None where the prompt is to be as the template writes it."""
+    async def _splice(self, call: Call, rendered: list[int], deadline: float) -> tuple[Spliced | None, str]:
+        """(None where the prompt is to be as the template writes it, what that makes of the turn before)."""
         found = self._conversations.find(_attempt(call), call.body["messages"])
         if found is None:
-            self._metrics.prompt("unknown_turn" if _has_answer(call.body["messages"]) else "begins")
-            return None
+            return None, "unknown_turn" if has_answer(call.body["messages"]) else "begins"
         try:
             closing = await self._closing(call, found.form, deadline, found.follows, found.turn.end)
             spliced = splice(found.turn, tokens(rendered), closing)
         except NotContinued as error:
-            self._metrics.prompt(error.reason)
-            return None
-        self._metrics.prompt("continues")
-        return spliced
+            return None, error.reason
+        return spliced, "continues"
 
     async def _closing(
         self, call: Call, form: Form, deadline: float, follows: str = "", sampled: int | None = None
@@ -302,10 +309,6 @@ class TokenRoute:
 def _after(deadline: float) -> float:
     """For what is asked once an answer is there: it may have taken longer than a first byte may."""
     return max(deadline, asyncio.get_running_loop().time() + AFTERWARDS_SECONDS)
-
-
-def _has_answer(messages: Sequence[Any]) -> bool:
-    return any(isinstance(message, Mapping) and message.get("role") == "assistant" for message in messages)
 
 
 def _kind(call: Call, endpoint: str) -> Kind:
