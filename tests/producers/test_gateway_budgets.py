@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from typing import Any
 
+import aiohttp
 import pytest
 from aiohttp import web
 from hypothesis import given
@@ -16,6 +17,7 @@ from fulgurite.producers.gateway.errors import ApiError
 from fulgurite.producers.gateway.pool import Pool
 from fulgurite.schemas.settings import GatewaySettings
 from tests.producers.fake_backend import FakeBackend, with_status
+from tests.producers.fake_policy_server import FakePolicyServer
 from tests.producers.gateway_support import MESSAGES, FakePublisher, serving, well
 from tests.producers.test_gateway_hostile import post
 
@@ -83,6 +85,28 @@ def test_a_time_that_is_none_is_refused(said: str):
     with pytest.raises(ApiError, match="x-request-timeout must be seconds") as caught:
         allowed_seconds({"x-request-timeout": said}, 120.0)
     assert caught.value.status == 400
+
+
+@pytest.mark.parametrize(
+    ("route", "body", "tokens"),
+    [
+        ("chat/completions", {"messages": MESSAGES, "n": 4}, 4 + 4 * 3),
+        ("completions", {"prompt": ["a", "b"], "n": 3}, 2 * 4 + 6 * 3),
+    ],
+)
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_prompt_with_many_answers_is_counted_once(route: str, body: Any, tokens: int, stream: bool):
+    async with FakePolicyServer(label="1") as backend:
+        settings = GatewaySettings(backend_url=backend.url)
+        async with (
+            Pool(settings) as pool,
+            serving(Gateway(settings, pool, FakePublisher(), well)) as url,
+            aiohttp.ClientSession() as agent,
+        ):
+            asked = {"model": "policy", "stream": stream} | body
+            async with agent.post(f"{url}/rollout/r1/attempt/a1/v1/{route}", json=asked) as answer:
+                await answer.read()
+            assert pool.metrics.registry.get_sample_value("fulgurite_gateway_spent_tokens_total") == tokens
 
 
 USAGE = {"prompt_tokens": 5, "completion_tokens": 50}

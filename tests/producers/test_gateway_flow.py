@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 from typing import Any
 
 import aiohttp
@@ -10,6 +11,7 @@ import openai
 import pytest
 from starlette.responses import JSONResponse, Response
 
+from fulgurite.producers.gateway.attributes import MAX_VALUE_CHARS
 from fulgurite.producers.gateway.health import HEALTH_SHARED_SECONDS
 from fulgurite.schemas.errors import Undelivered
 from fulgurite.schemas.event import VersionSpan
@@ -37,7 +39,7 @@ async def test_the_span_is_what_the_backend_sampled():
     assert span.end_ns >= span.start_ns > 0
     assert "secret-key" not in span.model_dump_json()
     assert "seed" not in backend.requests[0]
-    assert backend.log.count("/weight_info") <= 1, "a server that gives versions is asked for them once at most"
+    assert backend.log.count("/weight_info") <= 2, "by a health check, and by the first call: it gives versions"
 
 
 async def test_the_agent_gets_only_what_it_asked_for():
@@ -64,6 +66,21 @@ async def test_what_shapes_the_sampled_distribution_is_recorded():
     given, plain = (span.attributes for span in publisher.spans)
     assert {name: given[f"gen_ai.request.{name}"] for name in asked | extra} == asked | extra
     assert not [name for name in plain if name.startswith("gen_ai.request.")]
+
+
+async def test_what_else_a_request_sets_is_recorded_with_its_value():
+    publisher = FakePublisher()
+    said: dict[str, Any] = {"top_logprobs": 2, "min_tokens": 3, "tool_choice": "auto"}
+    written: dict[str, Any] = {"logit_bias": {"5": 3}, "bad_words": ["x"], "response_format": {"type": "json_object"}}
+    long = {"allowed_token_ids": list(range(100_000))}
+    async with FakePolicyServer(label="1") as backend, gateway(publisher, backend.url) as url:
+        await ask(url, extra_body=said | written | long, logprobs=True)
+    given = publisher.spans[0].attributes
+    assert {name: given[f"gen_ai.request.{name}"] for name in said} == said
+    assert {name: json.loads(given[f"gen_ai.request.{name}"]) for name in written} == written
+    assert given["gen_ai.request.allowed_token_ids"].startswith("[0,1,2,")
+    assert len(given["gen_ai.request.allowed_token_ids"]) == MAX_VALUE_CHARS
+    assert given["fulgurite.request.constraints"] == ["min_tokens", *written, *long]
 
 
 async def test_a_clients_retry_after_a_lost_acknowledgement_is_recorded_as_one():

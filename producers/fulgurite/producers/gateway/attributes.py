@@ -39,6 +39,25 @@ the request leaves open or a server changes, what was really sampled with.
 
 Logprobs are the policy's only where those that shape the distribution are neutral: the assembler reads them here."""
 
+WRITTEN_ATTRIBUTES: Final = {
+    name: f"gen_ai.request.{name}"
+    for name in (
+        "logit_bias",
+        "min_tokens",
+        "bad_words",
+        "allowed_token_ids",
+        "response_format",
+        "structured_outputs",
+        "thinking_token_budget",
+        "top_logprobs",
+        "tool_choice",
+        "parallel_tool_calls",
+    )
+}
+"""The same of fields whose values may be of any depth and length: a number or word as it is, else as JSON, cut at
+MAX_VALUE_CHARS."""
+MAX_VALUE_CHARS: Final = 4_096
+
 ATTRIBUTE_CONSTRAINTS: Final = "fulgurite.request.constraints"
 """Which fields of the request forbid or shift tokens, or may. The assembler reads it."""
 OF_TOOLS: Final = frozenset({"tools", "parallel_tool_calls"})
@@ -74,6 +93,8 @@ def request_attributes(
     for key, value in call.body.items():
         if value is not None and (name := REQUEST_ATTRIBUTES.get(key)):
             found[name] = value if _fits(value) else to_json(value)
+        elif value is not None and (name := WRITTEN_ATTRIBUTES.get(key)):
+            found[name] = _bounded(value)
     found |= {REQUEST_ATTRIBUTES[name]: value for name, value in (sampling or {}).items()}
     names = constraints(call.body)
     if grammar is not None:  # it knows better what became of tools
@@ -90,6 +111,12 @@ def request_attributes(
     if call.body.get("tools"):
         found[ATTRIBUTE_TOOLS] = to_json(call.body["tools"])
     return found
+
+
+def _bounded(value: Any) -> Any:
+    if isinstance(value, int | float) and _fits(value):
+        return value
+    return (value if isinstance(value, str) else to_json(value))[:MAX_VALUE_CHARS]
 
 
 def _fits(value: Any) -> bool:

@@ -72,6 +72,8 @@ class Labels:
         """A label the server had at some time before now."""
         if asyncio.get_running_loop().time() - self._seen_at < FRESH_SECONDS:
             return Seen(self._label, self._changes)
+        if self._asking and not self._asking.done():
+            return await asyncio.shield(self._asking)  # it is answered before the call is asked
         return await self._now()
 
     async def now(self) -> Seen:

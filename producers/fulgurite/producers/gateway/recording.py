@@ -55,10 +55,13 @@ class Recording:
     answer: bytes | Outcome | None = None
     """What the backend said, for a dead letter: its bytes, or what they were put together to."""
 
+    repeated_tokens: int = 0
+    """Of prompts that stand in more than one span: each answer to it has it."""
+
     @property
     def tokens(self) -> int:
-        """What the call cost, prompts included."""
-        return sum(span.input_tokens + span.output_tokens for span in self.spans)
+        """What the call cost, each prompt once."""
+        return sum(span.input_tokens + span.output_tokens for span in self.spans) - self.repeated_tokens
 
 
 class Recorder:
@@ -80,7 +83,7 @@ class Recorder:
     def failed(self, call: Call, error: ApiError, served: Served | None = None, sampled: bytes = b"") -> Recording:
         """One error span for a call without an answer of the model. What was `sampled` for it all the same is counted,
         and is a dead letter, unless nobody is there any more who wanted it."""
-        given = _Input(0, call.api.input_of(call.body, 0))
+        given = _Input(0, text=call.api.input_of(call.body, 0))
         span = _error_span(call, given, error.message, error_attributes(error, served), served)
         span.input_tokens, span.output_tokens = counted(sampled)
         lost = sampled and not isinstance(error, AgentGone)
@@ -104,6 +107,7 @@ class Recorder:
         recording = Recording(answer=answer or outcome)
         end_ns = max(now_ns(), call.start_ns)
         inputs = _inputs(call)
+        counted: set[int] = set()
         miscounted: InvalidEvent | None = None
         try:
             if not broken:
@@ -114,7 +118,10 @@ class Recorder:
             try:
                 if miscounted:
                     raise miscounted
-                recording.spans.append(_span(call, served, outcome, inputs[index], end_ns, broken))
+                span = _span(call, served, outcome, inputs[index], end_ns, broken)
+                recording.spans.append(span)
+                recording.repeated_tokens += span.input_tokens if inputs[index].first in counted else 0
+                counted.add(inputs[index].first)
             except InvalidEvent as error:
                 _reject(recording, call, served, inputs[index], error)
         return recording
@@ -125,6 +132,8 @@ class _Input:
     """Of one choice: its text, and what says where the text is when it is not here."""
 
     index: int
+    first: int = 0
+    """The first choice that has it."""
     text: str = ""
     attributes: dict[str, Any] = field(default_factory=dict[str, Any])
 
@@ -135,9 +144,9 @@ def _inputs(call: Call) -> list[_Input]:
     texts = {at: call.api.input_of(call.body, at) for at in set(first)}
     everywhere = sum(len(texts[at]) for at in first) <= MAX_INPUT_CHARS
     return [
-        _Input(index, texts[at])
+        _Input(index, at, texts[at])
         if everywhere or at == index
-        else _Input(index, attributes={ATTRIBUTE_INPUT_OF_CHOICE: at})
+        else _Input(index, at, attributes={ATTRIBUTE_INPUT_OF_CHOICE: at})
         for index, at in enumerate(first)
     ]
 
