@@ -41,11 +41,11 @@ import orjson
 from starlette.types import Receive, Scope, Send
 
 from fulgurite.producers.gateway.answers import ensure_count, parse_answer, refusal_of
-from fulgurite.producers.gateway.asking import Asked, ask_for, read_all, served_by
+from fulgurite.producers.gateway.asking import Asked, ask_for, read_all, served_by, until_whole
 from fulgurite.producers.gateway.budgets import Budgets, allowed_seconds
 from fulgurite.producers.gateway.calls import Call, Sequences, identify, model_of, parse_call
-from fulgurite.producers.gateway.errors import AgentGone, ApiError, interrupted
-from fulgurite.producers.gateway.exchange import Ask, Backends
+from fulgurite.producers.gateway.errors import AgentGone, ApiError, Headers, interrupted
+from fulgurite.producers.gateway.exchange import Ask, Backends, Exchange
 from fulgurite.producers.gateway.grammars import Grammars
 from fulgurite.producers.gateway.health import Check, Health
 from fulgurite.producers.gateway.hosts import Hosts
@@ -200,7 +200,7 @@ class Gateway:
                     sampled = await self._tokens.sample(call, deadline, whole_deadline, asked)
                 if sampled is None:
                     async with self._grammars.asked(call, deadline) as grammar:
-                        answer = asked.sampled = await self._ask(call, ask_for(call, deadline, whole_deadline), asked)
+                        answer = asked.sampled = await self._ask(ask_for(call, deadline, whole_deadline), asked)
                         await grammar.put_into(asked.served)
         except ApiError as error:
             failure = error
@@ -251,14 +251,16 @@ class Gateway:
             async with asyncio.timeout(STOP_SECONDS):
                 await self._log.publish(call, recording)
 
-    async def _ask(self, call: Call, ask: Ask, asked: Asked) -> bytes:
-        async with self._backends.open(ask) as exchange:
+    async def _ask(self, ask: Ask, asked: Asked) -> bytes:
+        async def take(exchange: Exchange) -> bytes:
             asked.served = served = served_by(exchange)
             answer = await read_all(exchange)
             if exchange.status != 200:
                 raise refusal_of(exchange, answer)
             served.version_after = await exchange.version_after()
-        return answer
+            return answer
+
+        return await until_whole(self._backends.open(ask), take, asked)
 
     async def _count(self, route: str, ids: dict[str, str], scope: Scope, receive: Receive, send: Send) -> None:
         headers = headers_of(scope)
@@ -276,14 +278,8 @@ class Gateway:
                 headers=caller.headers,
                 query=caller.query,
             )
-            async with Present(receive), self._backends.open(ask) as exchange:
-                answer = await read_all(exchange)
-                passed = headers_from(exchange.kind, exchange.headers)
-                try:
-                    ensure_count(exchange, answer)
-                except ApiError as error:
-                    error.passed = passed if error.of_backend else []
-                    raise
+            async with Present(receive):
+                answer, passed = await until_whole(self._backends.open(ask), _counted)
         await respond(send, 200, answer, passed)
 
     async def _lifespan(self, receive: Receive, send: Send) -> None:
@@ -304,6 +300,18 @@ class Gateway:
         with self._keys.held(caller.key):
             models = await self._backends.models(caller.authorization)
         await respond(send, 200, orjson.dumps({"object": "list", "data": models}))
+
+
+async def _counted(exchange: Exchange) -> tuple[bytes, Headers]:
+    """(an answer to count_tokens, what passes of its head). Raises ApiError."""
+    answer = await read_all(exchange)
+    passed = headers_from(exchange.kind, exchange.headers)
+    try:
+        ensure_count(exchange, answer)
+    except ApiError as error:
+        error.passed = passed if error.of_backend else []
+        raise
+    return answer, passed
 
 
 def _error_body(route: str, error: ApiError) -> bytes:

@@ -1,13 +1,22 @@
-"""From a call to an Ask, and from an Exchange to what is recorded of it. Shared by whole and streamed answers."""
+"""From a call to an Ask, and from an Exchange to what is recorded of it. Shared by whole and streamed answers.
+
+Promises of an answer that comes whole: while it breaks off, another replica is asked, as the pool's bounds allow, since
+nothing of it has reached the agent; a try that was given up leaves nothing in `Asked`.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 from fulgurite.producers.gateway.calls import Call
-from fulgurite.producers.gateway.exchange import Ask, Exchange
+from fulgurite.producers.gateway.errors import BROKEN, ApiError
+from fulgurite.producers.gateway.exchange import Answers, Ask, Exchange
 from fulgurite.producers.gateway.outcome import Served
 from fulgurite.producers.gateway.passing import IDEMPOTENCY_KEY, headers_from
+
+T = TypeVar("T")
 
 
 @dataclass(slots=True)
@@ -18,6 +27,10 @@ class Asked:
     """Who was asked last for an answer."""
     sampled: bytes = b""
     """What was sampled, once all of it is there. It cost what it cost, even if it cannot be put into words."""
+
+    def begin_anew(self) -> None:
+        """Forgets a try of which nothing will be recorded."""
+        self.served, self.sampled = None, b""
 
 
 def ask_for(call: Call, deadline: float, whole_deadline: float = 0.0) -> Ask:
@@ -58,3 +71,20 @@ async def read_all(exchange: Exchange) -> bytes:
     """The whole body. Raises ApiError when it breaks off."""
     parts = [part async for part in exchange.chunks()]
     return parts[0] if len(parts) == 1 else b"".join(parts)
+
+
+async def until_whole(answers: Answers, take: Callable[[Exchange], Awaitable[T]], asked: Asked | None = None) -> T:
+    """What `take` makes of the first answer that comes whole. Raises ApiError, of the last one where none does."""
+    async with answers as exchange:
+        while True:
+            try:
+                return await take(exchange)
+            except ApiError as error:
+                if exchange.status != 200 or error.code != BROKEN:
+                    raise
+                await answers.blame(error.code, reported=False)
+                if not answers.may_ask_again(str(error), reported=False):
+                    raise
+            if asked:
+                asked.begin_anew()
+            exchange = await answers.again()

@@ -28,6 +28,8 @@ _INVALID = "invalid_request_error"
 
 BACKEND_ERROR = "backend_error"
 """Code of what a backend refused, with its own status and message."""
+BROKEN = "backend_broken"
+"""Code of a backend's answer that has no end."""
 
 Headers = list[tuple[bytes, bytes]]
 

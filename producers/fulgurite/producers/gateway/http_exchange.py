@@ -11,7 +11,7 @@ import logging
 from collections.abc import AsyncIterator, Mapping
 from typing import TYPE_CHECKING, Final
 
-from fulgurite.producers.gateway.errors import ApiError
+from fulgurite.producers.gateway.errors import BROKEN, ApiError
 from fulgurite.producers.gateway.exchange import BackendKind
 from fulgurite.producers.gateway.http_connection import Broken, Response
 from fulgurite.producers.gateway.labels import Seen
@@ -95,7 +95,7 @@ class HttpExchange:
                         chunk = await response.read()
             except Broken as error:
                 self.failed(str(error))
-                raise ApiError(502, "backend_broken", "the backend broke off in the middle of its answer") from None
+                raise ApiError(502, BROKEN, "the backend broke off in the middle of its answer") from None
             except TimeoutError:
                 self._ensure_in_time()
                 if not self._replica.looks_well:

@@ -8,8 +8,9 @@ The parts: members.py and routing.py (who serves a model), places.py (who takes 
 (who is left alone), replica.py (HTTP), labels.py (versions).
 
 Asked again, on another backend first, or after a pause: refused and broken connections, 502, 503, 504 (a swap, a
-restart, a full queue), and a 500 of a vLLM: its engine may have died. So are streams that break off or report an error
-before the first event has passed on (`Answers.again`): a vLLM sends their head before it has looked at the request.
+restart, a full queue), and a 500 of a vLLM: its engine may have died. So are whole answers that break off, and streams
+that do, or report an error, before the first event has passed on (`Answers.again`): a vLLM sends their head before it
+has looked at the request.
 That is safe: no byte of an answer has reached the agent, so what a dying server sampled is seen by nobody and recorded
 nowhere.
 Everything else is the model's answer to this request. A request that a backend had when it broke may be what killed it:
@@ -35,7 +36,7 @@ from types import TracebackType
 from typing import Any, Final
 
 from fulgurite.producers.gateway.away import Away, most_tries
-from fulgurite.producers.gateway.errors import ApiError
+from fulgurite.producers.gateway.errors import BROKEN, ApiError
 from fulgurite.producers.gateway.exchange import Ask
 from fulgurite.producers.gateway.http_exchange import HttpExchange
 from fulgurite.producers.gateway.members import Member, Members
@@ -157,8 +158,10 @@ class Pool:
         return 0 < error.most_tries <= tries.broken or len(tries.dead) == len(tries.candidates)
 
     def is_late(self, tries: Opened) -> bool:
-        """Whether nothing is asked any more."""
-        return self._loop.time() >= tries.ask.deadline
+        """Whether nothing is asked any more. For an answer that comes whole the others are, while it may be waited for:
+        it may well have broken off when the time for a first byte was over."""
+        now, ask = self._loop.time(), tries.ask
+        return now >= ask.deadline and (now >= ask.whole_deadline or tries.tried.issuperset(tries.candidates))
 
     async def answered(self, tries: Opened) -> HttpExchange:
         """Tries until somebody answers. The seat is the exchange's; on an error it has been left."""
@@ -198,7 +201,7 @@ class Pool:
                 seat.leave()
                 if given_up:
                     message = f"{tries.broken} tries of this request broke their backend ({tries.away}); it is given up"
-                    raise ApiError(502, "backend_broken", message) from None
+                    raise ApiError(502, BROKEN, message) from None
             except BaseException:
                 seat.leave()
                 raise

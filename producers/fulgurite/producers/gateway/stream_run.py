@@ -9,7 +9,7 @@ import orjson
 
 from fulgurite.producers.gateway import sse
 from fulgurite.producers.gateway.calls import Call
-from fulgurite.producers.gateway.errors import ApiError
+from fulgurite.producers.gateway.errors import BROKEN, ApiError
 from fulgurite.producers.gateway.exchange import Exchange
 from fulgurite.producers.gateway.http import EventStream
 from fulgurite.producers.gateway.outcome import Served
@@ -19,8 +19,6 @@ from fulgurite.producers.gateway.token_stream import Translation
 
 MAX_HELD_BYTES: Final = 16 * 1024 * 1024
 """The end of an answer: a last event a choice, the count of tokens; the Responses API repeats the answer in it."""
-BROKEN: Final = "backend_broken"
-"""Code of an ApiError: the answer has no end."""
 
 
 @dataclass(slots=True)

@@ -24,14 +24,14 @@ from fulgurite.producers.gateway import sse
 from fulgurite.producers.gateway.answers import refusal_of
 from fulgurite.producers.gateway.asking import Asked, ask_for, ask_unchanged, read_all, served_by
 from fulgurite.producers.gateway.calls import Call
-from fulgurite.producers.gateway.errors import AgentGone, ApiError, interrupted
+from fulgurite.producers.gateway.errors import BROKEN, AgentGone, ApiError, interrupted
 from fulgurite.producers.gateway.exchange import Ask, Backends, Exchange
 from fulgurite.producers.gateway.grammars import Grammars
 from fulgurite.producers.gateway.http import EventStream, Gone, Present
 from fulgurite.producers.gateway.protocols.base import Stream, invalid, unreadable
 from fulgurite.producers.gateway.publishing import STOP_SECONDS, Log
 from fulgurite.producers.gateway.recording import Recorder, Recording
-from fulgurite.producers.gateway.stream_run import BROKEN, Run, is_whole
+from fulgurite.producers.gateway.stream_run import Run, is_whole
 from fulgurite.producers.gateway.token_asking import UNSERVED, unserved
 from fulgurite.producers.gateway.token_asking import ask_for as ask_for_tokens
 from fulgurite.producers.gateway.token_flow import TokenRoute

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
 from fulgurite.producers.gateway.answers import backend_error, parse_answer
-from fulgurite.producers.gateway.asking import Asked, read_all, served_by
+from fulgurite.producers.gateway.asking import Asked, read_all, served_by, until_whole
 from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.continuation import Place
 from fulgurite.producers.gateway.errors import ApiError
@@ -94,10 +94,14 @@ class TokenAsker:
         without: frozenset[str] = frozenset(),
     ) -> Json | None:
         """The answer; None for a 400, which the chat route will explain. Raises Unserved, and ApiError for others."""
-        async with self.backends.open(ask_for(call, route, body, deadline, whole_deadline, without)) as exchange:
+
+        async def take(exchange: Exchange) -> tuple[Exchange, bytes]:
             if asked:
                 asked.served = served_by(exchange)
-            answer = await read_all(exchange)
+            return exchange, await read_all(exchange)
+
+        asking = ask_for(call, route, body, deadline, whole_deadline, without)
+        exchange, answer = await until_whole(self.backends.open(asking), take, asked)
         if exchange.status in UNSERVED:
             raise unserved(call, exchange, route)
         if exchange.status in (400, 422):
@@ -121,8 +125,12 @@ class TokenAsker:
 
     async def ensure_served(self, call: Call, route: str, body: Mapping[str, Any], deadline: float) -> None:
         """Of an answer only the status counts. Raises Unserved."""
-        async with self.backends.open(ask_for(call, route, body, deadline)) as exchange:
+
+        async def take(exchange: Exchange) -> Exchange:
             await read_all(exchange)
+            return exchange
+
+        exchange = await until_whole(self.backends.open(ask_for(call, route, body, deadline)), take)
         if exchange.status in UNSERVED:
             raise unserved(call, exchange, route)
 
