@@ -26,7 +26,6 @@ from tests.producers.test_gateway_streaming import raw
         ("responses", {"status": "failed"}, "'failed'"),
         ("responses", {"status": "queued"}, "'queued'"),
         ("responses", {"status": "incomplete", "incomplete_details": None}, "'incomplete'"),
-        ("messages", {"stop_reason": None}, "finish reason is ''"),
     ],
 )
 async def test_an_answer_that_does_not_say_it_ended_is_given_and_recorded_as_an_error(

@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from typing import Any
 
-from fulgurite.producers.gateway.errors import BACKEND_ERROR, ApiError, Headers, ProviderError
+from fulgurite.producers.gateway.errors import BACKEND_ERROR, Aborted, ApiError, Headers, ProviderError
 from fulgurite.producers.gateway.exchange import Exchange
-from fulgurite.producers.gateway.protocols.base import invalid, loads_lenient, whole_number
+from fulgurite.producers.gateway.protocols.base import Api, invalid, loads_lenient, whole_number
 
 MAX_MESSAGE_CHARS = 2_000
 MAX_WORD_CHARS = 200
@@ -21,6 +21,18 @@ def parse_answer(body: bytes) -> Any:
         return loads_lenient(body)
     except ValueError:
         raise invalid("is not JSON") from None
+
+
+def ensure_not_aborted(api: Api, exchange: Exchange, answer: bytes) -> None:
+    """Raises Aborted for a whole answer that its backend ended before its end."""
+    if not api.seems_aborted(answer):
+        return
+    try:
+        response = loads_lenient(answer)
+    except ValueError:
+        return  # no answer at all, as whoever reads it will say
+    if api.is_aborted(response, ours=exchange.kind == "vllm"):
+        raise Aborted(response)
 
 
 def ensure_count(exchange: Exchange, answer: bytes) -> None:

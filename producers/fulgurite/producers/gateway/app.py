@@ -40,11 +40,11 @@ from typing import Any, Final, Protocol
 import orjson
 from starlette.types import Receive, Scope, Send
 
-from fulgurite.producers.gateway.answers import ensure_count, parse_answer, refusal_of
+from fulgurite.producers.gateway.answers import ensure_count, ensure_not_aborted, parse_answer, refusal_of
 from fulgurite.producers.gateway.asking import Asked, ask_for, read_all, served_by, until_whole
 from fulgurite.producers.gateway.budgets import Budgets, allowed_seconds
 from fulgurite.producers.gateway.calls import Call, Sequences, identify, model_of, parse_call
-from fulgurite.producers.gateway.errors import AgentGone, ApiError, Headers, interrupted
+from fulgurite.producers.gateway.errors import Aborted, AgentGone, ApiError, Headers, interrupted
 from fulgurite.producers.gateway.exchange import Ask, Backends, Exchange
 from fulgurite.producers.gateway.grammars import Grammars
 from fulgurite.producers.gateway.health import Check, Health
@@ -200,7 +200,7 @@ class Gateway:
                     sampled = await self._tokens.sample(call, deadline, whole_deadline, asked)
                 if sampled is None:
                     async with self._grammars.asked(call, deadline) as grammar:
-                        answer = asked.sampled = await self._ask(ask_for(call, deadline, whole_deadline), asked)
+                        answer = asked.sampled = await self._ask(call, ask_for(call, deadline, whole_deadline), asked)
                         await grammar.put_into(asked.served)
         except ApiError as error:
             failure = error
@@ -215,7 +215,7 @@ class Gateway:
             served.seconds = call.seconds()
         if failure or not served:
             failure = failure or invalid("is missing")
-            recording = self._recorder.failed(call, failure, served, asked.sampled)
+            recording = self._failed(call, failure, asked)
             self._spent(call, recording)
             await self._log.publish(call, recording)
             if served and failure.of_backend:
@@ -243,6 +243,16 @@ class Gateway:
             self._tokens.asked_by_text(call, served)
         return for_agent
 
+    def _failed(self, call: Call, failure: ApiError, asked: Asked) -> Recording:
+        """Of a call without an answer; what was sampled of one that its backend aborted."""
+        try:
+            if isinstance(failure, Aborted) and asked.served:
+                outcome = call.api.read(call.body, failure.answer)
+                return self._recorder.interrupted(call, asked.served, outcome, failure)
+        except Exception as error:
+            logger.error("an aborted answer could not be read: %s", where(error))
+        return self._recorder.failed(call, failure, asked.served, asked.sampled)
+
     async def _interrupted(self, call: Call, asked: Asked) -> None:
         """Records a call that was cancelled before it had an answer."""
         recording = self._recorder.failed(call, interrupted(), asked.served, asked.sampled)
@@ -251,12 +261,13 @@ class Gateway:
             async with asyncio.timeout(STOP_SECONDS):
                 await self._log.publish(call, recording)
 
-    async def _ask(self, ask: Ask, asked: Asked) -> bytes:
+    async def _ask(self, call: Call, ask: Ask, asked: Asked) -> bytes:
         async def take(exchange: Exchange) -> bytes:
             asked.served = served = served_by(exchange)
             answer = await read_all(exchange)
             if exchange.status != 200:
                 raise refusal_of(exchange, answer)
+            ensure_not_aborted(call.api, exchange, answer)
             served.version_after = await exchange.version_after()
             return answer
 

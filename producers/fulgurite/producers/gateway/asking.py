@@ -82,7 +82,7 @@ async def until_whole(answers: Answers, take: Callable[[Exchange], Awaitable[T]]
             except ApiError as error:
                 if exchange.status != 200 or error.code != BROKEN:
                     raise
-                await answers.blame(error.code, reported=False)
+                await answers.blame(error.code, reported=error.reported)
                 if not answers.may_ask_again(str(error), reported=False):
                     raise
             if asked:

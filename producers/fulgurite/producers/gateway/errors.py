@@ -22,6 +22,8 @@ Anthropic's clients get the same in their shape (protocols/messages.py).
 
 from __future__ import annotations
 
+from typing import Any
+
 import orjson
 
 _INVALID = "invalid_request_error"
@@ -59,6 +61,11 @@ class ApiError(Exception):
         return self.code == BACKEND_ERROR
 
     @property
+    def reported(self) -> bool:
+        """Whether a backend said within its answer that it failed."""
+        return self.of_backend
+
+    @property
     def retriable(self) -> bool:
         return self.status in (429, 503)
 
@@ -89,6 +96,20 @@ class ProviderError(ApiError):
 
     def headers(self) -> Headers:
         return self._headers
+
+
+class Aborted(ApiError):
+    """A backend ended an answer before its end, and says so: vLLM does that to all requests when it is stopped, and
+    paused without keeping them. It is no answer, however whole it looks."""
+
+    def __init__(self, answer: Any = None) -> None:
+        super().__init__(502, BROKEN, "the backend aborted the answer before its end: it is being stopped, or paused")
+        self.answer = answer
+        """All of it, parsed, where it came whole."""
+
+    @property
+    def reported(self) -> bool:
+        return True
 
 
 class AgentGone(ApiError):

@@ -187,7 +187,7 @@ class Streaming:
                         return False
                     if not run.is_of_backend(exchange, error):
                         raise
-                    await answers.blame(error.code, reported=error.of_backend)
+                    await answers.blame(error.code, reported=error.reported)
                     if run.out.begun or not answers.may_ask_again(str(error), reported=error.of_backend):
                         raise
                 run.begin_anew()

@@ -13,7 +13,7 @@ from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from typing import Any, Final, Generic, TypeVar
 
-from fulgurite.producers.gateway.answers import backend_error, parse_answer
+from fulgurite.producers.gateway.answers import backend_error, ensure_not_aborted, parse_answer
 from fulgurite.producers.gateway.asking import Asked, read_all, served_by, until_whole
 from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.continuation import Place
@@ -98,7 +98,10 @@ class TokenAsker:
         async def take(exchange: Exchange) -> tuple[Exchange, bytes]:
             if asked:
                 asked.served = served_by(exchange)
-            return exchange, await read_all(exchange)
+            answer = await read_all(exchange)
+            if route == GENERATE and exchange.status == 200:
+                ensure_not_aborted(call.api, exchange, answer)
+            return exchange, answer
 
         asking = ask_for(call, route, body, deadline, whole_deadline, without)
         exchange, answer = await until_whole(self.backends.open(asking), take, asked)

@@ -24,7 +24,7 @@ from fulgurite.producers.gateway.asking import Asked
 from fulgurite.producers.gateway.calls import Call
 from fulgurite.producers.gateway.continuation import Closing, Form, NotContinued, Spliced, splice, tokens
 from fulgurite.producers.gateway.conversations import Conversations
-from fulgurite.producers.gateway.errors import ApiError
+from fulgurite.producers.gateway.errors import Aborted, ApiError
 from fulgurite.producers.gateway.exchange import Backends
 from fulgurite.producers.gateway.metrics import Metrics
 from fulgurite.producers.gateway.outcome import Outcome, Served
@@ -204,9 +204,13 @@ class TokenRoute:
         prepared = await self._prepare(call, deadline, asked)
         if prepared is None:
             return None
-        generated = await self._asker.ask(
-            call, GENERATE, prepared.request, deadline, asked, whole_deadline=whole_deadline
-        )
+        try:
+            generated = await self._asker.ask(
+                call, GENERATE, prepared.request, deadline, asked, whole_deadline=whole_deadline
+            )
+        except Aborted as error:  # recorded as far as it came
+            error.answer = chat_completion(call.body, prepared.rendered, prepared.prompt, error.answer, None, {})
+            raise
         if generated is None:
             return None
         if asked.served:

@@ -28,13 +28,15 @@ INVALID: Final = "backend_invalid"
 ENDS: Final = frozenset(
     {
         *("stop", "length", "tool_calls", "function_call", "content_filter"),  # OpenAI's
-        *("abort", "repetition"),  # vLLM's
+        "repetition",  # vLLM's
         *("end_turn", "max_tokens", "stop_sequence", "tool_use", "pause_turn", "refusal"),  # Anthropic's
         *("model_context_window_exceeded", "compaction"),
         *("eos", "eos_token", "model_length", "safety", "recitation"),  # other providers'
     }
 )
 """What says that an answer came to an end. Of any other word nobody knows that, and `error` says that it did not."""
+ABORTED: Final = "abort"
+"""What says of a choice that the server ended it, being stopped or paused."""
 _TO_ZERO: Final = bytes.maketrans(b"123456789", b"000000000")
 _LONG_NUMBER: Final = b"0" * 19
 """As many digits as a number of 64 bits may have, or one less, once all are zeros."""
@@ -60,7 +62,8 @@ class Stream(ABC):
     @abstractmethod
     def feed(self, event: sse.Event) -> tuple[bytes, bytes]:
         """(what passes on at once, what waits until the call is recorded). Raises ApiError(502) for what is no part of
-        an answer: `backend_error` for a failure the backend reports, else `backend_invalid`."""
+        an answer: `backend_error` for a failure the backend reports, Aborted for an answer that it aborted, else
+        `backend_invalid`."""
 
     def close(self) -> None:  # noqa: B027 (most have nothing to put together)
         """No more events come: puts together what was kept in pieces."""
@@ -102,6 +105,14 @@ class Api(ABC):
     @abstractmethod
     def read(self, body: Json, response: Any) -> Outcome:
         """A whole answer. Raises ApiError(502) `backend_invalid` when it is none."""
+
+    def seems_aborted(self, answer: bytes) -> bool:
+        """A quick look at a whole answer: whether `is_aborted` is worth asking."""
+        return b'"abort"' in answer  # cannot stand within a text: there its quotes are escaped
+
+    @abstractmethod
+    def is_aborted(self, response: Any, *, ours: bool) -> bool:
+        """Whether a whole answer, of the policy's server or of a provider, says that it was ended before its end."""
 
     @abstractmethod
     def strip(self, body: Json, response: Any) -> None:

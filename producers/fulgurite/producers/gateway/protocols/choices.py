@@ -10,9 +10,10 @@ from abc import abstractmethod
 from typing import Any, ClassVar, Final
 
 from fulgurite.producers.gateway import sse
-from fulgurite.producers.gateway.errors import ApiError
+from fulgurite.producers.gateway.errors import Aborted, ApiError
 from fulgurite.producers.gateway.outcome import Choice, Outcome
 from fulgurite.producers.gateway.protocols.base import (
+    ABORTED,
     MAX_CHOICES,
     Api,
     Json,
@@ -78,6 +79,12 @@ class ChoicesApi(Api):
                     choice.failed = reported(response["error"]).message
                 choice.output = self.output(given)
         return outcome
+
+    def is_aborted(self, response: Any, *, ours: bool) -> bool:
+        choices = response.get("choices") if isinstance(response, dict) else None
+        return isinstance(choices, list) and any(
+            isinstance(choice, dict) and choice.get("finish_reason") == ABORTED for choice in choices
+        )
 
     def strip(self, body: Json, response: Any) -> None:
         if not body.get("return_token_ids"):
@@ -151,7 +158,7 @@ class ChoicesStream(Stream):
         return (b"", raw) if waits else (raw, b"")
 
     def _fold(self, given: Json, prompt_ids: Any) -> bool:
-        """Whether the choice is at its end."""
+        """Whether the choice is at its end. Raises ApiError(502), and Aborted once it is folded."""
         index = given.get("index")
         index = 0 if index is None else index  # some providers leave it out
         if not isinstance(index, int) or not 0 <= index < self._count:
@@ -167,6 +174,8 @@ class ChoicesStream(Stream):
         if not self.speaks:
             self.speaks = bool(given.get("token_ids")) or self.says_something(given)
         if given.get("finish_reason"):
+            if given["finish_reason"] == ABORTED:
+                raise Aborted
             choice.finish_reason = str(given["finish_reason"])
             choice.failed = unfinished(choice.finish_reason)
             self._finished.add(index)

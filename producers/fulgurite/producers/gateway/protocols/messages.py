@@ -1,11 +1,13 @@
 """POST /v1/messages: Anthropic's messages, on the backend's own route.
 
 vLLM 0.32 takes no field for token ids or logprobs there and gives none: calls are recorded by their texts, usage and
-stop reason, and are not trained on. What the agent asked passes unchanged, and so does the answer.
+stop reason, and are not trained on. What the agent asked passes unchanged, and so does the answer. An answer that it
+aborts has no stop reason there.
 """
 
 from __future__ import annotations
 
+import re
 from typing import Any, ClassVar, Final
 
 import orjson
@@ -38,6 +40,7 @@ _ERROR_TYPES: Final = {
     429: "rate_limit_error",
     529: "overloaded_error",
 }
+_STOP_REASON: Final = re.compile(rb'"stop_reason"\s*:\s*"')
 _PIECES: Final = {
     "text_delta": "text",
     "input_json_delta": "partial_json",
@@ -79,6 +82,14 @@ class MessagesApi(Api):
             failed=unfinished(reason),
         )
         return outcome
+
+    def seems_aborted(self, answer: bytes) -> bool:
+        return not _STOP_REASON.search(answer)
+
+    def is_aborted(self, response: Any, *, ours: bool) -> bool:
+        if not ours or not isinstance(response, dict):
+            return False
+        return isinstance(response.get("content"), list) and not response.get("stop_reason")
 
     def strip(self, body: Json, response: Any) -> None:
         """Nothing was asked that the agent did not."""

@@ -4,8 +4,9 @@ vLLM 0.32 gives token ids there when asked for `enable_response_messages` (input
 its `tokens`), and logprobs when `include` names them: of all tokens beside the text of a whole answer, of each delta's
 beside the delta in a stream. Where their counts agree, the call is recorded like any other. Where they do not (in a
 stream, tokens that make no text have none: a tool call, half a character), its ids are recorded without logprobs, and
-it is not trained on. Answers that the server keeps (`background`) are not served: they would be fetched past the
-recording.
+it is not trained on. Of an answer that it aborts, vLLM says `cancelled` where it is a gpt-oss's, and `completed` of all
+others: those cannot be told from answers. Answers that the server keeps (`background`) are not served: they would be
+fetched past the recording.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from typing import Any, ClassVar, Final
 import orjson
 
 from fulgurite.producers.gateway import sse
-from fulgurite.producers.gateway.errors import ApiError
+from fulgurite.producers.gateway.errors import Aborted, ApiError
 from fulgurite.producers.gateway.outcome import Choice, Outcome
 from fulgurite.producers.gateway.protocols.base import (
     Api,
@@ -35,6 +36,7 @@ from fulgurite.producers.gateway.protocols.base import (
 
 LOGPROBS: Final = "message.output_text.logprobs"
 _ENDS: Final = frozenset({"response.completed", "response.incomplete"})
+_CANCELLED: Final = "cancelled"
 _CALLS: Final = frozenset({"function_call", "custom_tool_call", "mcp_call"})
 """Types of items that call a tool."""
 
@@ -71,6 +73,12 @@ class ResponsesApi(Api):
         outcome = Outcome()
         _read_response(outcome, response)
         return outcome
+
+    def seems_aborted(self, answer: bytes) -> bool:
+        return b'"cancelled"' in answer
+
+    def is_aborted(self, response: Any, *, ours: bool) -> bool:
+        return isinstance(response, dict) and response.get("status") == _CANCELLED
 
     def strip(self, body: Json, response: Any) -> None:
         _strip_response(response, logprobs=_wants_logprobs(body), messages=bool(body.get("enable_response_messages")))
@@ -125,6 +133,8 @@ class _ResponsesStream(Stream):
             if not isinstance(response.get("output"), list):
                 raise invalid("has no output")
             _read_response(self.outcome, response, self._logprobs)
+            if response.get("status") == _CANCELLED:
+                raise Aborted
             self.speaks = self.speaks or bool(response["output"])
         else:
             self.outcome.response_id = str(response.get("id") or "")
