@@ -6,13 +6,16 @@ import json
 from typing import Any
 
 import pytest
+from aiohttp import web
 
 from fulgurite.producers.gateway import sse
 from fulgurite.producers.gateway.protocols import BY_ROUTE
 from fulgurite.schemas.settings import BackendSettings
+from tests.producers.fake_backend import FakeBackend
 from tests.producers.fake_policy_server import FakePolicyServer
 from tests.producers.gateway_support import FakePublisher, gateway
-from tests.producers.test_gateway_protocols import BASE, MESSAGE, answered
+from tests.producers.test_gateway_failures import ANSWER, CALL, behind, streamed
+from tests.producers.test_gateway_protocols import BASE, MESSAGE, answered, posted
 from tests.producers.test_gateway_streaming import raw
 
 
@@ -98,3 +101,69 @@ def test_a_character_that_comes_in_halves_is_whole_in_the_record():
         stream.feed(sse.Event(b"", b'{"choices": [{"index": 0, "delta": ' + half + b"}]}"))
     stream.close()
     assert stream.outcome.choices[0].output["content"] == "\U0001f600"
+
+
+TOLD = b'data: {"id": "x", "choices": [{"index": 0, %s, "finish_reason": %s}]}\n\n'
+DELTA, TEXT = b'"delta": {"content": "answer"}', b'"text": "answer"'
+DONE = b"data: [DONE]\n\n"
+STARTED = (
+    b'data: {"type": "message_start", "message": {"id": "m"}}\n\n'
+    b'data: {"type": "content_block_start", "index": 0, "content_block": {"type": "text", "text": "answer"}}\n\n'
+)
+STOPPED = b'data: {"type": "message_stop"}\n\n'
+BROKEN_OFF = "ended before its answer did"
+NO_REASON = "its finish reason is ''"
+
+
+@pytest.mark.parametrize(
+    ("route", "kind", "events", "told"),
+    [
+        ("chat/completions", "openai", [TOLD % (DELTA, b"null"), DONE], NO_REASON),
+        ("completions", "openai", [TOLD % (TEXT, b"null"), DONE], NO_REASON),
+        ("messages", "openai", [STARTED, STOPPED], NO_REASON),
+        ("chat/completions", "openai", [TOLD % (DELTA, b"null")], BROKEN_OFF),
+        ("chat/completions", "openai", [DONE], BROKEN_OFF),
+        ("messages", "openai", [STARTED], BROKEN_OFF),
+        ("chat/completions", "vllm", [TOLD % (DELTA, b"null"), DONE], BROKEN_OFF),
+        ("messages", "vllm", [STARTED, STOPPED], BROKEN_OFF),
+    ],
+)
+async def test_a_provider_that_says_that_its_stream_is_over_is_believed(
+    route: str, kind: Any, events: list[bytes], told: str
+):
+    """The policy's server says of each choice how it ended, or has failed."""
+    async with FakeBackend(answer=streamed(*events)) as fake:
+        behind_it = behind(fake.settings(kind=kind), exact_prompts=False, breaker_failures=1_000)
+        async with behind_it as url:
+            body = CALL | {"prompt": "2+2?", "max_tokens": 5, "stream": True}
+            async with posted(url, f"{BASE}/v1/{route}", body) as response:
+                passed = await response.read()
+    whole = told == NO_REASON
+    assert (passed == b"".join(events), b"backend_broken" in passed) == (whole, not whole)
+    (span,) = behind_it.publisher.spans
+    assert (span.status, span.finish_reason) == ("error", "")
+    assert told in span.status_message
+    assert ("answer" in span.output) == (events != [DONE])
+    assert not behind_it.publisher.dead
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_provider_that_does_not_know_n_shuts_nobody_out(stream: bool):
+    events = [TOLD % (DELTA, b"null"), TOLD % (b'"delta": {}', b'"stop"'), DONE]
+
+    async def whole(request: web.Request) -> web.StreamResponse:
+        return web.json_response(ANSWER)
+
+    async with FakeBackend(answer=streamed(*events) if stream else whole) as fake:
+        behind_it = behind(fake.settings(kind="openai"), breaker_failures=2)
+        async with behind_it as url:
+            for _ in range(4):
+                async with posted(url, f"{BASE}/v1/chat/completions", CALL | {"n": 2, "stream": stream}) as response:
+                    assert response.status == 200
+                    passed = await response.read()
+                assert passed == b"".join(events) if stream else json.loads(passed) == ANSWER
+            assert [state["breaker"] for state in behind_it.pool.state()] == ["closed"]
+    spans = behind_it.publisher.spans
+    assert [(span.status, span.finish_reason) for span in spans] == [("ok", "stop"), ("error", "")] * 4
+    assert "no_choice" in spans[1].status_message
+    assert not behind_it.publisher.dead

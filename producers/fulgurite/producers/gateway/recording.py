@@ -40,6 +40,7 @@ from fulgurite.schemas.ids import now_ns
 from fulgurite.schemas.spans import Span
 
 STAGE: Final = "gateway"
+_NO_CHOICE: Final = "no_choice"
 
 MAX_ERROR_CHARS: Final = 2_000
 MAX_INPUT_CHARS: Final = 4_000_000
@@ -157,7 +158,7 @@ def _span(call: Call, served: Served, outcome: Outcome, given: _Input, end_ns: i
     if choice is None:
         if not broken:
             raise InvalidEvent(
-                "no_choice", f"the backend gave {len(outcome.choices)} choices, number {index} is not there"
+                _NO_CHOICE, f"the backend gave {len(outcome.choices)} choices, number {index} is not there"
             )
         choice = Choice()
     ids_expected = served.kind == "vllm" and call.api.gives_ids(call.body)
@@ -225,7 +226,9 @@ def _reject(
         attributes[ATTRIBUTE_CHOICE] = given.index
     message = f"{error.reason}: {error}"
     recording.spans.append(_error_span(call, given, message, attributes, served, texts=texts))
-    if not recording.dead_letters:  # one a call: the answer is one
+    # Of a provider that does not know `n`, what it gave is recorded.
+    is_lost = served is None or served.kind == "vllm" or error.reason != _NO_CHOICE
+    if is_lost and not recording.dead_letters:  # one a call: the answer is one
         recording.dead_letters.append(_dead_letter(call, recording.answer, error.reason, str(error)))
 
 

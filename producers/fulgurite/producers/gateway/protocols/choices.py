@@ -2,6 +2,10 @@
 
 A stream's event that finishes a choice, and whatever of that choice or of the whole answer comes after it, waits until
 the call is recorded; other choices go on meanwhile.
+
+An external provider's [DONE] ends an answer of whatever came: some give one choice whatever `n` is, or no finish
+reason, and their clients are content with that. What is missing is so in the record. Of the policy's server it would be
+a failure, for it says of each choice how it ended; so it is of a connection that closes without [DONE].
 """
 
 from __future__ import annotations
@@ -129,13 +133,20 @@ class ChoicesStream(Stream):
 
     @property
     def complete(self) -> bool:
-        return len(self._finished) >= self._count
+        return len(self._finished) >= self._count or self._is_over
+
+    @property
+    def _is_over(self) -> bool:
+        """Whether a provider says so of an answer that is not all that was asked for."""
+        return self.ended and not self._ours and bool(self.outcome.choices)
 
     def feed(self, event: sse.Event) -> tuple[bytes, bytes]:
         if not event.data:  # a comment: keeps the connection alive
             return (b"", b"") if self._finished else (event.raw, b"")
         if event.data == DONE:
             self.ended = True
+            for choice in self.outcome.choices.values():
+                choice.failed = choice.failed or unfinished(choice.finish_reason)
             return b"", event.raw
         chunk = parse_data(event)
         if chunk.get("error"):

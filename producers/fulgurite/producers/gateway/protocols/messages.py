@@ -95,7 +95,7 @@ class MessagesApi(Api):
         """Nothing was asked that the agent did not."""
 
     def stream(self, body: Json, *, strip: bool) -> Stream:
-        return _MessagesStream()
+        return _MessagesStream(ours=strip)
 
     def error_body(self, error: ApiError) -> bytes:
         kind = _ERROR_TYPES.get(error.status, "api_error")
@@ -107,8 +107,9 @@ class MessagesApi(Api):
 
 
 class _MessagesStream(Stream):
-    def __init__(self) -> None:
+    def __init__(self, *, ours: bool) -> None:
         super().__init__()
+        self._ours = ours
         self._blocks: dict[int, Json] = {}
         self._pieces: dict[tuple[int, str], list[str]] = {}
         self._citations: dict[int, list[Any]] = {}
@@ -116,7 +117,8 @@ class _MessagesStream(Stream):
 
     @property
     def complete(self) -> bool:
-        return self._stopping
+        # A provider's last event ends what has come, also without a stop reason: the record says that there is none.
+        return self._stopping or (self.ended and not self._ours and bool(self.outcome.choices))
 
     def feed(self, event: sse.Event) -> tuple[bytes, bytes]:
         if not event.data:
@@ -146,6 +148,8 @@ class _MessagesStream(Stream):
                     self._stopping = True
             case "message_stop":
                 self.ended = True
+                for choice in self.outcome.choices.values():
+                    choice.failed = choice.failed or unfinished(choice.finish_reason)
             case "error":
                 raise reported(data.get("error"))
             case _:
