@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import asyncio
+import gzip
+import zlib
 from collections.abc import AsyncGenerator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
 from dataclasses import dataclass, field
+from random import Random
 from typing import Any
 
 import pytest
@@ -13,6 +16,7 @@ import pytest
 from fulgurite.producers.gateway import http_client
 from fulgurite.producers.gateway.http_client import HttpClient, NotConnected
 from fulgurite.producers.gateway.http_connection import HIGH_BYTES, Broken, Response
+from fulgurite.producers.gateway.http_encoding import Inflated
 from tests.producers.fake_policy_server import until
 
 Write = Callable[[bytes], Awaitable[None]]
@@ -66,7 +70,7 @@ async def serving(*answers: list[bytes | None]) -> AsyncGenerator[tuple[Server, 
         await asyncio.wait(server.tasks)
 
 
-async def whole(response: Response) -> bytes:
+async def whole(response: Response | Inflated) -> bytes:
     parts: list[bytes] = []
     while part := await response.read():
         parts.append(part)
@@ -118,7 +122,7 @@ async def test_every_way_to_end_an_answer(parts: list[bytes | None], again: bool
         ([b"no http at all\r\n\r\n"], "HttpParserError"),
         ([b"HTTP/1.1 200 OK\r\nx: " + b"y" * 70_000], "HeadTooLarge"),
         ([b"HTTP/1.1 101 Switching Protocols\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n"], "SwitchedProtocols"),
-        ([sized(b"abc", b"content-encoding: gzip\r\n")], "ContentEncoding"),
+        ([sized(b"abc", b"content-encoding: br\r\n")], "ContentEncoding"),
     ],
 )
 async def test_what_is_no_answer_is_broken(parts: list[bytes | None], why: str):
@@ -226,3 +230,52 @@ async def test_of_several_addresses_one_that_answers_is_used(monkeypatch: pytest
         monkeypatch.setattr(loop, "getaddrinfo", resolve)
         async with asyncio.timeout(http_client.CONNECT_SECONDS):
             assert await whole(await client.get("/", "")) == b"one"
+
+
+def encoded(body: bytes, encoding: bytes, piece_bytes: int = 1_000) -> list[bytes | None]:
+    head = b"HTTP/1.1 200 OK\r\ncontent-encoding: %s\r\ncontent-length: %d\r\n\r\n" % (encoding, len(body))
+    return [head, *(body[at : at + piece_bytes] for at in range(0, len(body), piece_bytes))]
+
+
+NOISE = Random(7).randbytes(40_000)
+
+
+@pytest.mark.parametrize("piece_bytes", [7, 100_000])
+@pytest.mark.parametrize("body", [b"", b"abc", NOISE[:3_000], b"a" * HIGH_BYTES])
+async def test_what_comes_compressed_without_being_asked_is_read(body: bytes, piece_bytes: int):
+    answers: list[list[bytes | None]] = [
+        encoded(gzip.compress(body), b"GZIP", piece_bytes),
+        encoded(zlib.compress(body), b"deflate", piece_bytes),
+        encoded(b"", b"gzip"),
+        encoded(body, b"Identity", piece_bytes),
+        [sized(b"next")],
+    ]
+    async with serving(*answers) as (server, client):
+        assert [await whole(await client.get("/", "")) for _ in range(5)] == [body, body, b"", body, b"next"]
+        assert server.connections == 1
+
+
+async def test_an_answer_that_grows_is_given_in_pieces_of_a_bounded_size():
+    body = b"a" * (40 * HIGH_BYTES)
+    async with serving(encoded(gzip.compress(body), b"gzip", 1 << 20)) as (_, client):
+        response = await client.get("/", "")
+        parts: list[int] = []
+        while part := await response.read():
+            parts.append(len(part))
+            assert not response.at_eof or sum(parts) == len(body)
+    assert (sum(parts), max(parts)) == (len(body), HIGH_BYTES)
+
+
+@pytest.mark.parametrize(
+    ("body", "why"),
+    [
+        (b"abc", "ContentEncoding"),
+        (gzip.compress(NOISE)[:-20], "ContentCutOff"),
+        (gzip.compress(b"abc") + gzip.compress(b"def"), "ContentEncoding"),
+    ],
+)
+async def test_what_is_cut_off_within_its_encoding_or_has_none_is_broken(body: bytes, why: str):
+    async with serving(encoded(body, b"gzip", 1 << 20)) as (_, client):
+        response = await client.get("/", "")
+        with pytest.raises(Broken, match=why):
+            await whole(response)

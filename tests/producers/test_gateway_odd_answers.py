@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import json
 from typing import Any
 
@@ -167,3 +168,34 @@ async def test_a_provider_that_does_not_know_n_shuts_nobody_out(stream: bool):
     assert [(span.status, span.finish_reason) for span in spans] == [("ok", "stop"), ("error", "")] * 4
     assert "no_choice" in spans[1].status_message
     assert not behind_it.publisher.dead
+
+
+@pytest.mark.parametrize("stream", [False, True])
+async def test_a_provider_that_compresses_whatever_it_is_asked_is_read(stream: bool):
+    events = b"".join([TOLD % (DELTA, b"null"), TOLD % (b'"delta": {}', b'"stop"'), DONE])
+
+    async def answer(request: web.Request) -> web.StreamResponse:
+        body = events if stream else json.dumps(ANSWER).encode()
+        kind = "text/event-stream" if stream else "application/json"
+        headers = {"content-encoding": "gzip", "content-type": kind}
+        return web.Response(body=gzip.compress(body), headers=headers)
+
+    async with FakeBackend(answer=answer) as fake:
+        behind_it = behind(fake.settings(kind="openai"))
+        asked = CALL | {"stream": stream}
+        async with behind_it as url, posted(url, f"{BASE}/v1/chat/completions", asked) as response:
+            passed = await response.read()
+            assert "content-encoding" not in response.headers
+    assert passed == events if stream else json.loads(passed) == ANSWER
+    assert [(span.status, span.finish_reason) for span in behind_it.publisher.spans] == [("ok", "stop")]
+
+
+async def test_a_compressed_answer_that_grows_beyond_the_bound_is_none():
+    async def answer(request: web.Request) -> web.StreamResponse:
+        return web.Response(body=gzip.compress(b" " * 30_000_000), headers={"content-encoding": "gzip"})
+
+    async with FakeBackend(answer=answer) as fake:
+        behind_it = behind(fake.settings(kind="openai"), max_answer_bytes=1_000_000)
+        async with behind_it as url, posted(url, f"{BASE}/v1/chat/completions", CALL) as response:
+            assert (response.status, "gateway.max_answer_bytes" in await response.text()) == (502, True)
+        assert fake.completions == 1

@@ -21,7 +21,7 @@ fg-<rollout_id>/<attempt_id>, it is the same; without any the call is recorded a
 | `away.py`, `patience.py` | tries that gave nothing; how long one is waited for |
 | `outcome.py`, `tokens.py`, `attributes.py`, `recording.py`, `publishing.py` | from an answer to the log |
 | `answers.py`, `errors.py` | refusals and failures in the protocols' shapes |
-| `http_client.py`, `http_connection.py`, `http_exchange.py` | asking a backend over HTTP |
+| `http_client.py`, `http_connection.py`, `http_encoding.py`, `http_exchange.py` | asking a backend over HTTP |
 | `http.py`, `passing.py`, `metrics.py`, `health.py` | ASGI's small tools; which headers pass; metrics, /health |
 
 Keeps nothing that a restart would miss but the turns of conversations, which then begin anew: any number of gateways

@@ -1,8 +1,9 @@
 """The gateway's HTTP client: connections to one origin, kept alive. HTTP/1.1, TLS where the URL says so.
 
-Its own, and small, because a general client costs a third of what the gateway spends on a call: no redirects, cookies,
-proxies or compression, which no backend of a gateway needs. A connection that has been free for KEEPALIVE_SECONDS is
-closed, and never used: the server is about to close it. Bounds on how many there are at once are the caller's (seats).
+Its own, and small, because a general client costs a third of what the gateway spends on a call: no redirects, cookies
+or proxies, which no backend of a gateway needs; no compression is asked for (who compresses all the same is read by
+http_encoding.py). A connection that has been free for KEEPALIVE_SECONDS is closed, and never used: the server is about
+to close it. Bounds on how many there are at once are the caller's (seats).
 
 Two errors: NotConnected, after which the backend surely has nothing of the request, and Broken (http_connection.py).
 """
@@ -19,6 +20,7 @@ from typing import Any, Final
 from urllib.parse import urlsplit
 
 from fulgurite.producers.gateway.http_connection import Connection, Response
+from fulgurite.producers.gateway.http_encoding import Inflated, plain
 
 CONNECT_SECONDS: Final = 5.0
 """For all addresses of a name together."""
@@ -53,12 +55,12 @@ class HttpClient:
         self._loop = asyncio.get_running_loop()
         self._sweeping: asyncio.TimerHandle | None = None
 
-    async def post(self, route: str, body: bytes, authorization: str, more: str = "") -> Response:
+    async def post(self, route: str, body: bytes, authorization: str, more: str = "") -> Response | Inflated:
         """`route` is what comes after the URL, `more` whole lines of the head. Raises NotConnected, Broken."""
         head = f"content-type: application/json\r\ncontent-length: {len(body)}\r\n{more}"
         return await self._ask("POST", route, head, authorization, body)
 
-    async def get(self, route: str, authorization: str) -> Response:
+    async def get(self, route: str, authorization: str) -> Response | Inflated:
         return await self._ask("GET", route, "", authorization, b"")
 
     def close(self) -> None:
@@ -67,12 +69,12 @@ class HttpClient:
         for connection in (*self._free, *self._used):
             connection.abort()
 
-    async def _ask(self, method: str, route: str, head: str, authorization: str, body: bytes) -> Response:
+    async def _ask(self, method: str, route: str, head: str, authorization: str, body: bytes) -> Response | Inflated:
         login = f"authorization: {authorization}\r\n" if authorization else ""
         text = f"{method} {self._path}{route} HTTP/1.1\r\n{self._common}{head}{login}\r\n"
         connection = self._take() or await self._connect()
         self._used.add(connection)
-        return await connection.ask(text.encode("latin-1", "replace") + body)
+        return plain(await connection.ask(text.encode("latin-1", "replace") + body))
 
     def _take(self) -> Connection | None:
         """The one used last: of a quiet gateway's connections the others may go."""

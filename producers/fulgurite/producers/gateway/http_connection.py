@@ -17,6 +17,10 @@ import httptools
 MAX_HEAD_BYTES: Final = 64 * 1024
 HIGH_BYTES: Final = 256 * 1024
 """Of a body that nobody has taken: then the backend is left waiting."""
+PLAIN: Final = "identity"
+"""The encoding that is asked for: a compressed stream comes in the compressor's time."""
+_KNOWN_ENCODINGS: Final = frozenset({PLAIN, "gzip", "x-gzip", "deflate"})
+"""What is read: the others by http_encoding.py."""
 _SWITCHING: Final = 101
 _FIRST_FINAL: Final = 200
 
@@ -180,8 +184,8 @@ class Connection(asyncio.Protocol):
             if status == _SWITCHING:
                 raise Broken("SwitchedProtocols")
             return
-        if headers.get("content-encoding", "identity") != "identity":
-            raise Broken("ContentEncoding")  # it was asked for none: a compressed stream comes in the compressor's time
+        if headers.get("content-encoding", PLAIN).lower() not in _KNOWN_ENCODINGS:
+            raise Broken("ContentEncoding")
         head, self._head = self._head, None
         if head is None:
             raise Broken("UnaskedAnswer")

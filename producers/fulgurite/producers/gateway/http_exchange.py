@@ -14,6 +14,7 @@ from typing import TYPE_CHECKING, Final
 from fulgurite.producers.gateway.errors import BROKEN, ApiError
 from fulgurite.producers.gateway.exchange import BackendKind
 from fulgurite.producers.gateway.http_connection import Broken, Response
+from fulgurite.producers.gateway.http_encoding import Inflated
 from fulgurite.producers.gateway.labels import Seen
 from fulgurite.producers.gateway.places import Capacity, Seat
 
@@ -34,7 +35,7 @@ class HttpExchange:
         self,
         replica: Replica,
         seat: Seat,
-        response: Response,
+        response: Response | Inflated,
         route: str,
         tries: int,
         before: Seen | None,
