@@ -102,6 +102,19 @@ async def test_a_stream_that_is_aborted_ends_with_an_error_event(route: str):
     assert not gateway.publisher.dead
 
 
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("route", ["responses", "messages"])
+async def test_an_answer_without_a_token_was_aborted_whatever_it_calls_itself(route: str, stream: bool):
+    async with FakePolicyServer(label="1", reply_tokens=0) as server:
+        gateway = behind(BackendSettings(url=server.url))
+        provided = behind(BackendSettings(url=server.url, kind="openai"))
+        async with gateway as url, provided as provider_url:
+            _, body = await asked(url, route=route, stream=stream)
+            _, of_provider = await asked(provider_url, route=route, stream=stream)
+    assert (b"backend_broken" in body, b"backend_broken" in of_provider) == (True, False)
+    assert [span.status for span in (*gateway.publisher.spans, *provided.publisher.spans)] == ["error", "ok"]
+
+
 ABORTED = b'data: {"choices":[{"index":0,"delta":{},"token_ids":[],"finish_reason":"abort"}]}\n\n'
 
 

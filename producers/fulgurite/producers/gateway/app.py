@@ -8,8 +8,8 @@ The contract, and what a crash of this process after each step leaves:
 1. Check ids, key, bounds, size and body. Refused requests are answered at once and are no calls. Crash: nothing
    happened.
 2. Ask a backend, again or another while nobody answers or an answer breaks off, for at most gateway.backend_seconds
-   until the first byte; who was asked by then, and is well, has gateway.answer_seconds for an answer that comes whole. A chat completion by token
-   ids where a backend takes them (`token_flow.py`).
+   until the first byte; who was asked by then, and is well, has gateway.answer_seconds for an answer that comes whole.
+   A chat completion by token ids where a backend takes them (`token_flow.py`).
    Crash: tokens nobody saw and nobody recorded; the agent sees a broken connection and may ask again.
 3. Make the span: exactly what the backend says it sampled. Failed calls make one too. Crash: as 2.
 4. Publish it and wait for the broker's acknowledgement, at most gateway.publish_seconds, then 503. Crash, or 503: the

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import logging
+import re
 import traceback
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
@@ -37,6 +38,8 @@ ENDS: Final = frozenset(
 """What says that an answer came to an end. Of any other word nobody knows that, and `error` says that it did not."""
 ABORTED: Final = "abort"
 """What says of a choice that the server ended it, being stopped or paused."""
+NOTHING: Final = re.compile(rb'"output_tokens"\s*:\s*0\b')
+"""What says of a whole answer that it has no token. A vLLM samples one at least, so it was aborted before."""
 _TO_ZERO: Final = bytes.maketrans(b"123456789", b"000000000")
 _LONG_NUMBER: Final = b"0" * 19
 """As many digits as a number of 64 bits may have, or one less, once all are zeros."""

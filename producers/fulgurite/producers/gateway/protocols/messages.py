@@ -2,7 +2,7 @@
 
 vLLM 0.32 takes no field for token ids or logprobs there and gives none: calls are recorded by their texts, usage and
 stop reason, and are not trained on. What the agent asked passes unchanged, and so does the answer. An answer that it
-aborts has no stop reason there.
+aborts has no stop reason there; none of its tokens either, where it calls itself at an end all the same.
 """
 
 from __future__ import annotations
@@ -13,9 +13,10 @@ from typing import Any, ClassVar, Final
 import orjson
 
 from fulgurite.producers.gateway import sse
-from fulgurite.producers.gateway.errors import ApiError
+from fulgurite.producers.gateway.errors import Aborted, ApiError
 from fulgurite.producers.gateway.outcome import Choice, Outcome
 from fulgurite.producers.gateway.protocols.base import (
+    NOTHING,
     Api,
     Json,
     Stream,
@@ -84,12 +85,14 @@ class MessagesApi(Api):
         return outcome
 
     def seems_aborted(self, answer: bytes) -> bool:
-        return not _STOP_REASON.search(answer)
+        return not _STOP_REASON.search(answer) or NOTHING.search(answer) is not None
 
     def is_aborted(self, response: Any, *, ours: bool) -> bool:
         if not ours or not isinstance(response, dict):
             return False
-        return isinstance(response.get("content"), list) and not response.get("stop_reason")
+        if not isinstance(response.get("content"), list):
+            return False
+        return not response.get("stop_reason") or _says_nothing(response.get("usage"))
 
     def strip(self, body: Json, response: Any) -> None:
         """Nothing was asked that the agent did not."""
@@ -140,6 +143,8 @@ class _MessagesStream(Stream):
                     self._citations.setdefault(_index(data), []).append(delta.get("citation"))
             case "message_delta":
                 _read_usage(self.outcome, data.get("usage"))
+                if self._ours and _says_nothing(data.get("usage")):
+                    raise Aborted
                 delta = data.get("delta")
                 reason = delta.get("stop_reason") if isinstance(delta, dict) else None
                 if reason:
@@ -184,6 +189,10 @@ def _index(data: Json) -> int:
     if not isinstance(index, int):
         raise invalid("has a content block without index")
     return index
+
+
+def _says_nothing(usage: Any) -> bool:
+    return isinstance(usage, dict) and usage.get("output_tokens") == 0
 
 
 def _read_message(outcome: Outcome, message: Any) -> None:

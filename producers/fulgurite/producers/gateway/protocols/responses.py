@@ -5,8 +5,8 @@ its `tokens`), and logprobs when `include` names them: of all tokens beside the 
 beside the delta in a stream. Where their counts agree, the call is recorded like any other. Where they do not (in a
 stream, tokens that make no text have none: a tool call, half a character), its ids are recorded without logprobs, and
 it is not trained on. Of an answer that it aborts, vLLM says `cancelled` where it is a gpt-oss's, and `completed` of all
-others: those cannot be told from answers. Answers that the server keeps (`background`) are not served: they would be
-fetched past the recording.
+others: of those, only what has no token can be told from an answer. Answers that the server keeps (`background`) are
+not served: they would be fetched past the recording.
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from fulgurite.producers.gateway import sse
 from fulgurite.producers.gateway.errors import Aborted, ApiError
 from fulgurite.producers.gateway.outcome import Choice, Outcome
 from fulgurite.producers.gateway.protocols.base import (
+    NOTHING,
     Api,
     Json,
     Stream,
@@ -75,10 +76,10 @@ class ResponsesApi(Api):
         return outcome
 
     def seems_aborted(self, answer: bytes) -> bool:
-        return b'"cancelled"' in answer
+        return b'"cancelled"' in answer or NOTHING.search(answer) is not None
 
     def is_aborted(self, response: Any, *, ours: bool) -> bool:
-        return isinstance(response, dict) and response.get("status") == _CANCELLED
+        return isinstance(response, dict) and _is_aborted(response, ours=ours)
 
     def strip(self, body: Json, response: Any) -> None:
         _strip_response(response, logprobs=_wants_logprobs(body), messages=bool(body.get("enable_response_messages")))
@@ -133,7 +134,7 @@ class _ResponsesStream(Stream):
             if not isinstance(response.get("output"), list):
                 raise invalid("has no output")
             _read_response(self.outcome, response, self._logprobs)
-            if response.get("status") == _CANCELLED:
+            if _is_aborted(response, ours=self._strip):
                 raise Aborted
             self.speaks = self.speaks or bool(response["output"])
         else:
@@ -153,6 +154,12 @@ class _ResponsesStream(Stream):
     def close(self) -> None:
         if not self.ended:
             self.outcome.choice(0).output = whole_text(self._texts)
+
+
+def _is_aborted(response: Json, *, ours: bool) -> bool:
+    usage = response.get("usage")
+    has_nothing = isinstance(usage, dict) and usage.get("output_tokens") == 0
+    return response.get("status") == _CANCELLED or (ours and has_nothing)
 
 
 def _wants_logprobs(body: Json) -> bool:
