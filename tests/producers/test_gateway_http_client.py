@@ -241,7 +241,9 @@ NOISE = Random(7).randbytes(40_000)
 
 
 @pytest.mark.parametrize("piece_bytes", [7, 100_000])
-@pytest.mark.parametrize("body", [b"", b"abc", NOISE[:3_000], b"a" * HIGH_BYTES])
+@pytest.mark.parametrize(
+    "body", [b"", b"abc", NOISE[:3_000], b"a" * HIGH_BYTES], ids=["empty", "short", "noise", "long"]
+)
 async def test_what_comes_compressed_without_being_asked_is_read(body: bytes, piece_bytes: int):
     answers: list[list[bytes | None]] = [
         encoded(gzip.compress(body), b"GZIP", piece_bytes),
@@ -273,6 +275,7 @@ async def test_an_answer_that_grows_is_given_in_pieces_of_a_bounded_size():
         (gzip.compress(NOISE)[:-20], "ContentCutOff"),
         (gzip.compress(b"abc") + gzip.compress(b"def"), "ContentEncoding"),
     ],
+    ids=["not encoded", "cut off", "two members"],  # the bytes hold the time
 )
 async def test_what_is_cut_off_within_its_encoding_or_has_none_is_broken(body: bytes, why: str):
     async with serving(encoded(body, b"gzip", 1 << 20)) as (_, client):
