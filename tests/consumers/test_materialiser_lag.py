@@ -118,6 +118,24 @@ async def test_old_times_of_records_that_are_kept_up_with_make_no_lag() -> None:
     assert await measured.after(40) == (1, 40)
 
 
+async def test_a_producers_clock_that_is_ahead_hides_no_lag() -> None:
+    """What counts is since when its records are there, or since we came."""
+    measured = Measured(Asked(end=1))
+    buffer = measured.buffers[TP]
+    buffer.settle("fence", 0, {})
+    await measured.after(0)
+    future_ms = measured.now_ms + 3_000_000
+    buffer.append(cast(Any, [FakeRecord(0, timestamp=future_ms)]))
+    assert await measured.after(7) == (1, 7)
+    buffer.take(Room(4), at_least_one=True)
+    buffer.done()
+    measured.consumer.end = 2
+    buffer.append(cast(Any, [FakeRecord(1, timestamp=future_ms)]))
+    assert await measured.after(1) == (1, 0)
+    assert await measured.after(30) == (1, 30)
+    assert set(measured.metrics.not_ready(20)) == {str(partition())}
+
+
 async def test_silence_is_told_from_having_nothing_to_say() -> None:
     measured = Measured(Asked(end=0, polled_ms=1_000_000))
     measured.buffers[TP].settle("fence", 0, {})

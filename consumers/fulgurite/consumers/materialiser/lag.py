@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import math
 import time
 from collections import deque
 from collections.abc import Callable, Mapping
@@ -61,6 +62,7 @@ class LagMeter:
         self._buffers = buffers
         self._metrics = metrics
         self._now_ms = now_ms
+        self._began_ms = now_ms()
         self._ends: dict[TopicPartition, int] = {}
         self._seen: dict[TopicPartition, deque[tuple[int, int]]] = {}
         """When, in ms, and which end was seen, each greater than the one before; of those behind the first one."""
@@ -111,7 +113,9 @@ class LagMeter:
         end = self._ends.get(tp, 0)
         if buffer.reading:
             lag = buffer.lag(end, now_ms)
-            lag = Lag(lag.records, min(lag.seconds, self._seen_seconds(tp, buffer.oldest, now_ms)))
+            # A time of the future is no bound; then what was there before we came counts since we came.
+            bound = lag.seconds if math.isfinite(lag.seconds) else (now_ms - self._began_ms) / 1000
+            lag = Lag(lag.records, min(bound, self._seen_seconds(tp, buffer.oldest, now_ms)))
             stands = buffer.held and lag.records > 0
         else:
             lag = Lag(max(0, end - self._done.get(tp, end)), 0.0)

@@ -7,6 +7,7 @@ partition is unsettled again then, and goes on collecting. Knows nothing of Clic
 
 from __future__ import annotations
 
+import math
 import time
 from collections import deque
 from collections.abc import Mapping, Sequence
@@ -283,14 +284,16 @@ class PartitionBuffer:
         self.bytes = 0
 
     def lag(self, end: int | None, now_ms: int) -> Lag:
-        """`end`: one more than the last offset that may be read, where it is known."""
+        """`end`: one more than the last offset that may be read, where it is known. The seconds of a record of the
+        future are infinite: its producer's clock is ahead, and says nothing."""
         waiting = self.taken or self._buffer
         unread = max(0, (end or 0) - self._next) if self._reading else 0
         records = len(self.taken) + len(self._buffer) + unread
         oldest_ms = waiting[0].timestamp if waiting else self._seen_ms
         # Offsets that only hold a transaction's marker are unread for ever; they come after everything seen.
         behind = bool(waiting) or (unread > 0 and self._paused)
-        return Lag(records, max(0.0, (now_ms - oldest_ms) / 1000) if behind else 0.0)
+        seconds = (now_ms - oldest_ms) / 1000
+        return Lag(records, (seconds if seconds >= 0 else math.inf) if behind else 0.0)
 
     def _is_there(self, offset: int) -> bool:
         """Whether no table lacks anything of it."""
