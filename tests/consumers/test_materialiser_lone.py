@@ -6,12 +6,15 @@ from collections.abc import AsyncIterator, Sequence
 from dataclasses import replace
 from typing import Any, cast
 
+import pyarrow as pa
 import pytest
 
 from fulgurite.consumers.materialiser import lone as lone_module
 from fulgurite.consumers.materialiser import topic as topic_module
 from fulgurite.consumers.materialiser.blocks import OWN_TABLE, TOO_LARGE, TOO_SLOW, Slice
+from fulgurite.consumers.materialiser.contents import BEGINNING_BYTES, Body
 from fulgurite.consumers.materialiser.errors import TooLarge, TooSlow
+from fulgurite.consumers.materialiser.fences import Guard
 from fulgurite.consumers.materialiser.lone import (
     HEAVY_BYTES,
     HOPELESS_BYTES,
@@ -21,8 +24,10 @@ from fulgurite.consumers.materialiser.lone import (
     TRIES,
     Lone,
 )
+from fulgurite.consumers.materialiser.store import Store
 from fulgurite.consumers.materialiser.weight import weight
 from fulgurite.schemas import topics
+from fulgurite.schemas.settings import ClickHouseSettings
 from tests.consumers.materialiser_fakes import FakeRecord, Member, Server, partition
 from tests.consumers.otlp_encoding import resource_spans, scope_spans, span, traces
 
@@ -142,6 +147,35 @@ async def test_a_record_that_alone_needs_too_much_memory_becomes_a_dead_letter(m
     await member.until(lambda: len(server.rows) == 8 and len(server.dead) == 1)
     assert set(server.dead) == {(0, 3)}
     assert set(server.rows.values()) == {1}
+
+
+class Cramped(Store):
+    """Has no room for an insert of more than so many bytes."""
+
+    def __init__(self, most_bytes: int) -> None:
+        super().__init__(ClickHouseSettings(), 1.0, "test")
+        self.most_bytes = most_bytes
+        self.letters: list[dict[str, Any]] = []
+
+    async def _insert(self, into: str, body: Body, guard: Guard, times: int = 1) -> None:
+        data = b"".join(bytes(piece) for piece in body.data)
+        if len(data) > self.most_bytes:
+            raise TooLarge("Query memory limit exceeded")
+        self.letters += pa.ipc.open_stream(data).read_all().to_pylist()
+
+
+async def test_of_a_record_that_is_too_large_even_as_a_letter_the_beginning_is_kept() -> None:
+    """Kafka takes hundreds of MB of it, compressed: it must not hold up its partition for ever."""
+    store = Cramped(2 * BEGINNING_BYTES)
+    for offset, size in enumerate((BEGINNING_BYTES, 3 * BEGINNING_BYTES)):
+        await store.insert_dead(Slice(partition(), [FakeRecord(offset, b"x" * size)]), "too large", Guard("test"))
+    whole, cut = store.letters
+    assert (len(whole["value"]), whole["message"]) == (BEGINNING_BYTES, "too large")
+    assert (len(cut["value"]), cut["_offset"]) == (BEGINNING_BYTES, 1)
+    assert "first 1,048,576 of its 3,145,728 bytes" in cut["message"]
+    store.most_bytes = 0
+    with pytest.raises(TooLarge):
+        await store.insert_dead(Slice(partition(), [FakeRecord(2, b"x" * 3 * BEGINNING_BYTES)]), "", Guard("test"))
 
 
 @pytest.mark.usefixtures("heavy")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Final
 
 import pyarrow as pa
 
@@ -24,6 +25,9 @@ from fulgurite.consumers.otlp.wire import Malformed
 from fulgurite.producers.raw import Undecodable
 from fulgurite.producers.redaction import Redactor
 from fulgurite.schemas import topics
+
+BEGINNING_BYTES: Final = 1 << 20
+"""What is kept of a record that is too large even as a dead letter: Kafka's bound is on what is compressed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,6 +85,15 @@ def unreadable(dead: Sequence[Slice], error: Unreadable) -> list[Letter]:
         for part in dead
         for record in part.records
     ]
+
+
+def beginning(letter: Letter) -> Letter | None:
+    """Of one that is too large even as a letter, what is kept; None of one that is not."""
+    value = letter.value or letter.record.value or b""
+    if len(value) <= BEGINNING_BYTES:
+        return None
+    said = f"{letter.message} (kept are the first {BEGINNING_BYTES:,} of its {len(value):,} bytes: Kafka has them all)"
+    return letter._replace(message=said, value=value[:BEGINNING_BYTES])
 
 
 def _kept(letter: Letter, redactor: Redactor | None) -> Letter:

@@ -32,13 +32,14 @@ from fulgurite.consumers.materialiser.blocks import (
 from fulgurite.consumers.materialiser.body import Pieces
 from fulgurite.consumers.materialiser.contents import (
     Body,
+    beginning,
     body,
     dead_body,
     refused,
     undecodable,
     unreadable,
 )
-from fulgurite.consumers.materialiser.errors import Rejected, Unavailable, first_line, meaning, of_a_question
+from fulgurite.consumers.materialiser.errors import Rejected, TooLarge, Unavailable, first_line, meaning, of_a_question
 from fulgurite.consumers.materialiser.fences import (
     RUNNING,
     Guard,
@@ -173,7 +174,14 @@ class Store:
         await self._insert_letters(unreadable(dead, error), guard)
 
     async def _insert_letters(self, letters: Sequence[Letter], guard: Guard) -> None:
-        await self._insert(_IN_DEAD_LETTERS, await asyncio.to_thread(dead_body, letters, self._redactor), guard)
+        body = await asyncio.to_thread(dead_body, letters, self._redactor)
+        try:
+            await self._insert(_IN_DEAD_LETTERS, body, guard)
+        except TooLarge:
+            if len(letters) > 1 or (kept := beginning(letters[0])) is None:
+                raise
+            # Its bytes alone are too many, and will ever be.
+            await self._insert(_IN_DEAD_LETTERS, await asyncio.to_thread(dead_body, [kept], self._redactor), guard)
 
     async def _insert(self, into: str, body: Body, guard: Guard, times: int = 1) -> None:
         settings: dict[str, Any] = {
@@ -194,6 +202,8 @@ class Store:
             "optimize_and_compare_chain": 0,
             "compile_expressions": 0,
             "short_circuit_function_evaluation": "disable",
+            # Views write JSON of OTLP's arrays and maps: / as the producer and rules of redaction write it, not as \/.
+            "output_format_json_escape_forward_slashes": 0,
             "log_comment": guard.comment,
             **guard.settings,
             **body.settings,
