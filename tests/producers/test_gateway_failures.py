@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import json
 import time
 from typing import Any
@@ -43,6 +44,8 @@ class behind:
     async def __aenter__(self) -> str:
         self.pool = Pool(self._settings)
         await self.pool.__aenter__()
+        with contextlib.suppress(TimeoutError):  # else the first calls find only those that were looked at so far
+            await until(lambda: all(each["models"] for each in self.pool.state() if each["kind"] == "vllm"), 2.0)
         self.gateway = Gateway(self._settings, self.pool, self.publisher, well)
         self._serving = serving(self.gateway)
         return await self._serving.__aenter__()
